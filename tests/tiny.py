@@ -1,0 +1,176 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Real classes of diffusers and transformers on tiny random weights, and a handful of image pairs."""
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from trl_diffusion import instance_pair_features
+
+
+WORDS = ["a", "red", "blue", "circle", "square", "and", "cat", "dog"]
+
+
+def tokenizer() -> CLIPTokenizer:
+    """One token a word: each word is merged letter by letter."""
+    merges = []
+    for word in sorted(WORDS, key=len, reverse=True):
+        letters = [*word[:-1], f"{word[-1]}</w>"]
+        merges += [("".join(letters[:index]), letters[index]) for index in range(1, len(letters))]
+    tokens = dict.fromkeys(["<|startoftext|>", "<|endoftext|>", "a</w>"])
+    tokens.update(dict.fromkeys(symbol for merge in merges for symbol in (*merge, "".join(merge))))
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=12)
+
+
+def text_encoder(projection: bool = False) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        projection_dim=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+
+
+def vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+
+
+def scheduler(**kwargs) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        **kwargs,
+    )
+
+
+def sd_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
+    """32x32 images, 8x8 latents."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+    )
+    return StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(),
+        unet=unet,
+        scheduler=scheduler(prediction_type=prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
+    """32x32 images, 8x8 latents."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 1),
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )
+    return StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=text_encoder(),
+        text_encoder_2=text_encoder(projection=True),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=unet,
+        scheduler=scheduler(),
+    )
+
+
+def image(seed: int, width: int = 40, height: int = 32) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def pairs(num_rows: int = 8, with_instances: bool = True) -> Dataset:
+    """Pairs of random images of several sizes; two instances a pair, every other second one in conflict."""
+    rows = []
+    for index in range(num_rows):
+        width, height = [(40, 32), (32, 48), (64, 64)][index % 3]
+        row = {
+            "id": f"row-{index}",
+            "prompt": "a red circle and a blue square" if index % 2 else "a cat and a dog",
+            "chosen": image(2 * index, width, height),
+            "rejected": image(2 * index + 1, height, width),
+        }
+        if with_instances:
+            row["instances"] = [
+                {
+                    "label": "circle",
+                    "chosen_box": [2, 4, 16, 20],
+                    "rejected_box": [4, 2, 20, 16],
+                    "preference": "chosen",
+                },
+                {
+                    "label": "square",
+                    "chosen_box": [14, 8, 30, 30],
+                    "rejected_box": [10, 14, 31, 31],
+                    "preference": "rejected" if index % 2 else "tie",
+                },
+            ]
+        rows.append(row)
+    features = instance_pair_features()
+    if not with_instances:
+        del features["instances"]
+    return Dataset.from_list(rows, features=features)

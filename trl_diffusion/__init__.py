@@ -1,0 +1,56 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Preference alignment for text-to-image diffusion models, in the manner of TRL."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .data.formats import instance_pair_features
+    from .sampling import sample_images
+    from .trainer.callbacks import SampleImagesCallback
+    from .trainer.diffusion_config import DiffusionConfig
+    from .trainer.diffusion_trainer import DiffusionTrainer
+    from .trainer.instance_dpo_config import InstanceDPOConfig
+    from .trainer.instance_dpo_trainer import InstanceDPOTrainer
+    from .trainer.model_config import ModelConfig
+
+__version__ = version("trl-diffusion")
+
+# Imported when first used: `import trl_diffusion` alone loads no torch.
+_MODULES = {
+    "DiffusionConfig": "trainer.diffusion_config",
+    "DiffusionTrainer": "trainer.diffusion_trainer",
+    "InstanceDPOConfig": "trainer.instance_dpo_config",
+    "InstanceDPOTrainer": "trainer.instance_dpo_trainer",
+    "ModelConfig": "trainer.model_config",
+    "SampleImagesCallback": "trainer.callbacks",
+    "instance_pair_features": "data.formats",
+    "sample_images": "sampling",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

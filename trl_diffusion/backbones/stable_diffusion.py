@@ -1,0 +1,45 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Stable Diffusion 1.x and 2.x: one text encoder, a UNet that predicts the noise or the velocity."""
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from .base import Backbone
+
+
+class StableDiffusionBackbone(Backbone):
+    """
+    Training's view of a [`~diffusers.StableDiffusionPipeline`]. See [`backbones.base.Backbone`].
+    """
+
+    pipeline_class = StableDiffusionPipeline
+    denoiser_name = "unet"
+    encoder_names = ("vae", "text_encoder")
+    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        prompt_embeds, _ = self.pipeline.encode_prompt(
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"prompt_embeds": prompt_embeds}
+
+    def image_conditions(self, original_sizes, crop_top_lefts, target_size) -> dict[str, torch.Tensor]:
+        return {}
+
+    def predict(self, denoiser, noisy_latents, timesteps, conditions) -> torch.Tensor:
+        return denoiser(
+            noisy_latents, timesteps, encoder_hidden_states=conditions["prompt_embeds"], return_dict=False
+        )[0]

@@ -1,0 +1,116 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The one place where box formats convert.
+
+A dataset stores a box as `[x_min, y_min, x_max, y_max]` in pixels of the stored image. In memory a box is the same four
+numbers in [0, 1] of an image ("unit boxes"), so that resizing needs no code at all. Every operation on an image that
+moves its content (EXIF orientation, crop, flip) has its counterpart here.
+"""
+
+import torch
+
+
+def normalize_boxes(boxes: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """
+    Converts boxes from pixels of an image to unit boxes of that image.
+
+    Args:
+        boxes (`torch.Tensor` of shape `(..., 4)`):
+            Boxes as `[x_min, y_min, x_max, y_max]` in pixels.
+        width (`int`):
+            Width of the image in pixels.
+        height (`int`):
+            Height of the image in pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(..., 4)`: the boxes in [0, 1], float32.
+    """
+    return boxes.float() / torch.tensor([width, height, width, height], device=boxes.device)
+
+
+def denormalize_boxes(boxes: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """
+    Converts unit boxes of an image to pixels of that image; the inverse of [`normalize_boxes`].
+
+    Args:
+        boxes (`torch.Tensor` of shape `(..., 4)`):
+            Unit boxes.
+        width (`int`):
+            Width of the image in pixels.
+        height (`int`):
+            Height of the image in pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(..., 4)`: the boxes as `[x_min, y_min, x_max, y_max]` in pixels, float32.
+    """
+    return boxes.float() * torch.tensor([width, height, width, height], device=boxes.device)
+
+
+def orient_boxes(boxes: torch.Tensor, orientation: int) -> torch.Tensor:
+    """
+    Moves unit boxes of a stored image to where `PIL.ImageOps.exif_transpose` moves its pixels.
+
+    Args:
+        boxes (`torch.Tensor` of shape `(..., 4)`):
+            Unit boxes of the stored image.
+        orientation (`int`):
+            The EXIF orientation tag of the stored image, 1 to 8; any other number moves nothing, as in PIL.
+
+    Returns:
+        `torch.Tensor` of shape `(..., 4)`: unit boxes of the upright image.
+    """
+    x_min, y_min, x_max, y_max = boxes.unbind(-1)
+    if orientation in (2, 3, 7, 8):  # what was right in the stored image comes first
+        x_min, x_max = 1 - x_max, 1 - x_min
+    if orientation in (3, 4, 6, 7):  # what was at the bottom comes first
+        y_min, y_max = 1 - y_max, 1 - y_min
+    if orientation in (5, 6, 7, 8):  # rows become columns
+        x_min, y_min, x_max, y_max = y_min, x_min, y_max, x_max
+    return torch.stack([x_min, y_min, x_max, y_max], dim=-1)
+
+
+def crop_boxes(boxes: torch.Tensor, window: tuple[float, float, float, float]) -> torch.Tensor:
+    """
+    Expresses unit boxes of an image as unit boxes of a crop of it.
+
+    Args:
+        boxes (`torch.Tensor` of shape `(..., 4)`):
+            Unit boxes of the image.
+        window (`tuple[float, float, float, float]`):
+            The crop as a unit box of the image.
+
+    Returns:
+        `torch.Tensor` of shape `(..., 4)`: unit boxes of the crop, clipped to it. A box that the crop cuts away has
+        area 0.
+    """
+    left, top, right, bottom = window
+    origin = torch.tensor([left, top, left, top], device=boxes.device)
+    extent = torch.tensor([right - left, bottom - top, right - left, bottom - top], device=boxes.device)
+    return ((boxes - origin) / extent).clamp(0, 1)
+
+
+def flip_boxes(boxes: torch.Tensor) -> torch.Tensor:
+    """
+    Mirrors unit boxes left to right, as a horizontal flip does with the image.
+
+    Args:
+        boxes (`torch.Tensor` of shape `(..., 4)`):
+            Unit boxes of the image.
+
+    Returns:
+        `torch.Tensor` of shape `(..., 4)`: unit boxes of the flipped image.
+    """
+    x_min, y_min, x_max, y_max = boxes.unbind(-1)
+    return torch.stack([1 - x_max, y_min, 1 - x_min, y_max], dim=-1)

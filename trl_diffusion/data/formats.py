@@ -1,0 +1,203 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The columns that trainers accept, and readable errors for what does not fit them."""
+
+import io
+import math
+from typing import Any
+
+import PIL.Image
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
+
+
+PREFERENCES = ("chosen", "rejected", "tie")
+
+
+def instance_pair_features() -> Features:
+    """
+    The columns of [`InstanceDPOTrainer`]: an image pair, and the instances that both images share.
+
+    Boxes are `[x_min, y_min, x_max, y_max]` in pixels of the stored image, before any EXIF orientation is applied.
+    `preference` says in which image the instance is drawn better.
+
+    Returns:
+        [`~datasets.Features`]
+    """
+    box = List(Value("float32"), length=4)
+    instance = {
+        "label": Value("string"),
+        "chosen_box": box,
+        "rejected_box": box,
+        "preference": ClassLabel(names=list(PREFERENCES)),
+    }
+    return Features(
+        {
+            "id": Value("string"),
+            "prompt": Value("string"),
+            "chosen": Image(),
+            "rejected": Image(),
+            "instances": List(instance),
+        }
+    )
+
+
+def prepare_dataset(
+    dataset: Dataset | IterableDataset, name: str, columns: tuple[str, ...], image_columns: tuple[str, ...]
+) -> Dataset | IterableDataset:
+    """
+    Checks a dataset's columns, leaves its images undecoded (so that an unreadable one can be named, and its EXIF
+    orientation seen), and gives every row an `id` where it has none.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The dataset.
+        name (`str`):
+            What the user calls it, for messages: `"train_dataset"` or `"eval_dataset"`.
+        columns (`tuple[str, ...]`):
+            The columns it must have.
+        image_columns (`tuple[str, ...]`):
+            Those of them that hold images.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]
+
+    Raises:
+        `ValueError`: If a column is missing, if the dataset is empty, or if the `preference` labels are others.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise ValueError(
+            f"`{name}` must be a `datasets.Dataset` or `datasets.IterableDataset`, got `{type(dataset).__name__}`. If it "
+            'is a `DatasetDict`, pass one of its splits, such as `dataset["train"]`.'
+        )
+    present = dataset.column_names
+    if present is None:  # a stream whose columns are not declared
+        present = list(next(iter(dataset), {}))
+    if missing := [column for column in columns if column not in present]:
+        raise ValueError(
+            f"`{name}` lacks the column{'s' if len(missing) > 1 else ''} {_quoted(missing)}; it has {_quoted(present)}. "
+            f"Needed are {_quoted(columns)}: rename columns with `dataset.rename_columns`, or build them as described in "
+            "docs/source/dataset_formats.md."
+        )
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"`{name}` has no rows.")
+    features = dataset.features or {}
+    if "instances" in features and not isinstance(features["instances"], List):
+        raise ValueError(
+            f"The column `instances` of `{name}` must be a list of instances, got {features['instances']}. See "
+            "`trl_diffusion.instance_pair_features()` for its type."
+        )
+    for column in image_columns:
+        if isinstance(features.get(column), Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+    if "instances" in features:
+        preference = features["instances"].feature.get("preference")
+        if isinstance(preference, ClassLabel) and tuple(preference.names) != PREFERENCES:
+            raise ValueError(
+                f"The labels of `instances.preference` of `{name}` must be {_quoted(PREFERENCES)} in this order, got "
+                f"{_quoted(preference.names)}. Store the names as strings, or cast to `ClassLabel(names={list(PREFERENCES)})`."
+            )
+    if "id" in present:
+        return dataset
+    if isinstance(dataset, Dataset):
+        return dataset.add_column("id", [str(index) for index in range(len(dataset))])
+    return dataset.map(lambda _, index: {"id": str(index)}, with_indices=True)
+
+
+def open_image(value: Any) -> PIL.Image.Image:
+    """
+    Opens an image of a dataset, with the pixels as they are stored.
+
+    Args:
+        value (`PIL.Image.Image`, `bytes`, `str` or `dict`):
+            An image, its encoded bytes, a path, or what an undecoded [`~datasets.Image`] column gives: a dictionary with
+            `bytes` or `path`.
+
+    Returns:
+        `PIL.Image.Image`: the image, loaded.
+
+    Raises:
+        `ValueError`: If the value holds no image.
+        `OSError`: If the file is missing or is not a readable image.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, PIL.Image.Image):
+        image = value
+    elif isinstance(value, bytes):
+        image = PIL.Image.open(io.BytesIO(value))
+    elif isinstance(value, str):
+        image = PIL.Image.open(value)
+    else:
+        raise ValueError(f"expected an image, its bytes or a path, got {type(value).__name__}")
+    image.load()
+    return image
+
+
+def check_box(box: Any, width: int, height: int) -> list[float]:
+    """
+    Checks a stored box against its image.
+
+    Args:
+        box (`list[float]`):
+            `[x_min, y_min, x_max, y_max]` in pixels.
+        width (`int`):
+            Width of the stored image in pixels.
+        height (`int`):
+            Height of the stored image in pixels.
+
+    Returns:
+        `list[float]`: the box. A coordinate may lie up to one pixel outside of the image, as detectors' boxes do.
+
+    Raises:
+        `ValueError`: If the box has not four finite numbers, is inverted or empty, or reaches outside of the image.
+    """
+    if not isinstance(box, list | tuple) or len(box) != 4:
+        raise ValueError(f"{box} is not a list of four numbers [x_min, y_min, x_max, y_max]")
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in box):
+        raise ValueError(f"{box} has a coordinate that is not a finite number")
+    x_min, y_min, x_max, y_max = box
+    if x_min >= x_max or y_min >= y_max:
+        raise ValueError(f"{box} is inverted or empty: it must have x_min < x_max and y_min < y_max, in pixels")
+    if x_min < -1 or y_min < -1 or x_max > width + 1 or y_max > height + 1:
+        raise ValueError(
+            f"{box} reaches outside of its image, which is {width} pixels wide and {height} high: boxes are in pixels of "
+            "the stored image, not of a resized one"
+        )
+    return list(box)
+
+
+def check_preference(preference: Any) -> str:
+    """
+    Reads an instance's preference.
+
+    Args:
+        preference (`int` or `str`):
+            A name of `PREFERENCES`, or its index as a [`~datasets.ClassLabel`] stores it.
+
+    Returns:
+        `str`: `"chosen"`, `"rejected"` or `"tie"`.
+
+    Raises:
+        `ValueError`: If it is something else.
+    """
+    if preference in PREFERENCES:
+        return preference
+    if isinstance(preference, int) and 0 <= preference < len(PREFERENCES):
+        return PREFERENCES[preference]
+    raise ValueError(f"{preference!r} is none of {_quoted(PREFERENCES)}")
+
+
+def _quoted(names) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,98 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""From a stored image and its boxes to a training tensor and its boxes."""
+
+from typing import NamedTuple
+
+import PIL.Image
+import PIL.ImageOps
+import torch
+from diffusers.image_processor import VaeImageProcessor
+
+from ..boxes import crop_boxes, flip_boxes, normalize_boxes, orient_boxes
+
+
+class TrainingImage(NamedTuple):
+    """
+    An image as training sees it.
+
+    Attributes:
+        pixel_values (`torch.Tensor` of shape `(3, resolution, resolution)`):
+            float32 in [-1, 1].
+        boxes (`torch.Tensor` of shape `(N, 4)`):
+            Unit boxes of `pixel_values`; area 0 where the crop cut a box away.
+        original_size (`tuple[int, int]`):
+            (height, width) in pixels of the upright image.
+        crop_top_left (`tuple[int, int]`):
+            (top, left) in pixels of the crop in the resized, possibly flipped image.
+    """
+
+    pixel_values: torch.Tensor
+    boxes: torch.Tensor
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+
+
+def prepare_image(
+    image: PIL.Image.Image,
+    boxes: torch.Tensor,
+    resolution: int,
+    generator: torch.Generator,
+    center_crop: bool = True,
+    random_flip: bool = False,
+) -> TrainingImage:
+    """
+    Turns an image upright, resizes its shorter side to `resolution`, flips it (or not), crops it to a square, and takes
+    its boxes along.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The image as stored.
+        boxes (`torch.Tensor` of shape `(N, 4)`):
+            Boxes `[x_min, y_min, x_max, y_max]` in pixels of the stored image.
+        resolution (`int`):
+            Width and height in pixels of the result.
+        generator (`torch.Generator`):
+            Decides on crop and flip.
+        center_crop (`bool`, *optional*, defaults to `True`):
+            Crop the middle; else crop anywhere.
+        random_flip (`bool`, *optional*, defaults to `False`):
+            Flip left to right half of the time.
+
+    Returns:
+        [`TrainingImage`]
+    """
+    boxes = normalize_boxes(boxes, *image.size)
+    boxes = orient_boxes(boxes, image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1))
+    image = PIL.ImageOps.exif_transpose(image).convert("RGB")
+    original_size = (image.height, image.width)
+
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
+
+    if random_flip and torch.rand((), generator=generator) < 0.5:
+        image, boxes = PIL.ImageOps.mirror(image), flip_boxes(boxes)
+
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    if not center_crop:
+        left = int(torch.randint(width - resolution + 1, (), generator=generator))
+        top = int(torch.randint(height - resolution + 1, (), generator=generator))
+    right, bottom = left + resolution, top + resolution
+    image = image.crop((left, top, right, bottom))
+    boxes = crop_boxes(boxes, (left / width, top / height, right / width, bottom / height))
+
+    pixel_values = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(image))[0]
+    return TrainingImage(VaeImageProcessor.normalize(pixel_values), boxes, original_size, (top, left))

@@ -1,0 +1,136 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The weight mask of IAPO (Instance-Aware Preference Optimization, CVPR 2026), made on the latent grid.
+
+A mask is piecewise constant, with its steps at the edges of boxes. Its mean over a latent cell is therefore known exactly
+from the boxes alone: it equals what area-resizing the mask from infinitely fine pixels would give, and no mask of the
+size of the image is ever made.
+"""
+
+import torch
+
+
+def instance_masks(
+    boxes: torch.Tensor,
+    judged: torch.Tensor,
+    conflicts: torch.Tensor,
+    height: int,
+    width: int,
+    w_neg: float = 0.0,
+    mask_overlap: str = "mean",
+) -> torch.Tensor:
+    """
+    Computes the weight mask of each image from its instances (IAPO, instance-aware mask).
+
+    An instance whose label contradicts the image's label (`rho_n = 1`) weighs `w_neg` inside its box and 1 outside; any
+    other instance weighs 1 everywhere. The instances' weights are combined at each position, averaged over each latent
+    cell, and divided by the mean of their absolute value over the grid (the plain mean for `w_neg >= 0`). A mask that is
+    zero everywhere stays zero.
+
+    Args:
+        boxes (`torch.Tensor` of shape `(B, N, 4)`):
+            Unit boxes. A box of area 0 (cut away by the crop) covers nothing, and its instance still counts.
+        judged (`torch.Tensor` of shape `(B, N)`, bool):
+            Which instances count: `False` for padding and for ties.
+        conflicts (`torch.Tensor` of shape `(B, N)`, bool):
+            Which instances contradict the image's label. Ignored where `judged` is `False`.
+        height (`int`):
+            Height of the latent grid.
+        width (`int`):
+            Width of the latent grid.
+        w_neg (`float`, *optional*, defaults to `0.0`):
+            Weight inside the box of a conflicting instance, at most 1. Negative values turn the preference round there.
+        mask_overlap (`str`, *optional*, defaults to `"mean"`):
+            `"mean"` averages over all judged instances of the image, as in the paper; `"covering"` averages over the
+            instances that cover the position only.
+
+    Returns:
+        `torch.Tensor` of shape `(B, height, width)`: float32 masks.
+
+    Raises:
+        `ValueError`: If `mask_overlap` is neither `"mean"` nor `"covering"`.
+    """
+    boxes, judged = boxes.float(), judged.bool()
+    conflicts = judged & conflicts.bool()
+    if mask_overlap == "mean":
+        masks = _mean_over_instances(boxes, judged, conflicts, height, width, w_neg)
+    elif mask_overlap == "covering":
+        masks = _mean_over_covering_instances(boxes, judged, conflicts, height, width, w_neg)
+    else:
+        raise ValueError(f"`mask_overlap` must be 'mean' or 'covering', got {mask_overlap!r}.")
+    return normalize_masks(masks)
+
+
+def normalize_masks(masks: torch.Tensor) -> torch.Tensor:
+    """
+    Divides each mask by the mean of its absolute value, so that the losses of both images of a pair keep one scale.
+
+    Args:
+        masks (`torch.Tensor` of shape `(B, h, w)`):
+            Masks before normalisation.
+
+    Returns:
+        `torch.Tensor` of shape `(B, h, w)`: masks of unit mean absolute value; a mask of zeros stays zero.
+    """
+    scale = masks.abs().mean(dim=(1, 2), keepdim=True)
+    return masks / torch.where(scale > 0, scale, 1.0)
+
+
+def _mean_over_instances(boxes, judged, conflicts, height, width, w_neg):
+    # M = (1/N) sum_n M_n with M_n = 1 + (w_neg - 1) rho_n [inside b_n]: linear in the boxes' coverage of the cells
+    covered_x = _coverage(boxes[..., 0], boxes[..., 2], width)  # (B, N, w)
+    covered_y = _coverage(boxes[..., 1], boxes[..., 3], height)  # (B, N, h)
+    conflicting = torch.einsum("bn,bnh,bnw->bhw", conflicts.float(), covered_y, covered_x)
+    num_instances = judged.sum(dim=1).clamp(min=1)[:, None, None]
+    return 1 + (w_neg - 1) * conflicting / num_instances
+
+
+def _mean_over_covering_instances(boxes, judged, conflicts, height, width, w_neg):
+    # Not linear in the coverage: cut the image along every cell edge and every box edge. Each piece then lies in one
+    # cell and is covered by the same instances throughout.
+    inside_x, cells_x = _pieces(boxes[..., 0], boxes[..., 2], width)  # (B, N, P), (B, w, P)
+    inside_y, cells_y = _pieces(boxes[..., 1], boxes[..., 3], height)  # (B, N, Q), (B, h, Q)
+    covering = torch.einsum("bn,bnq,bnp->bqp", judged.float(), inside_y, inside_x)
+    conflicting = torch.einsum("bn,bnq,bnp->bqp", conflicts.float(), inside_y, inside_x)
+    weights = 1 + (w_neg - 1) * conflicting / covering.clamp(min=1)
+    return torch.einsum("bhq,bqp,bwp->bhw", cells_y, weights, cells_x)
+
+
+def _coverage(low: torch.Tensor, high: torch.Tensor, num_cells: int) -> torch.Tensor:
+    """Share of each of `num_cells` equal cells of [0, 1] that lies between `low` and `high`: `(B, N)` to `(B, N, cells)`."""
+    low, high = _in_cells(low, num_cells), _in_cells(high, num_cells)
+    cells = torch.arange(num_cells, device=low.device)
+    overlap = torch.minimum(high[..., None], cells + 1) - torch.maximum(low[..., None], cells)
+    return overlap.clamp(min=0)
+
+
+def _pieces(low: torch.Tensor, high: torch.Tensor, num_cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Cuts [0, 1] at every cell edge and at every `low` and `high` of a row `(B, N)`. Returns which intervals hold which
+    pieces, `(B, N, pieces)`, and each piece's share of each cell, `(B, cells, pieces)`.
+    """
+    low, high = _in_cells(low, num_cells), _in_cells(high, num_cells)
+    edges = torch.arange(num_cells + 1, device=low.device, dtype=low.dtype)
+    cuts = torch.cat([edges.expand(low.shape[0], -1), low, high], dim=1).sort(dim=1).values
+    middle = (cuts[:, 1:] + cuts[:, :-1]) / 2
+    inside = (low[..., None] < middle[:, None]) & (middle[:, None] < high[..., None])
+    in_cell = middle.floor()[:, None] == edges[:-1, None]
+    return inside.float(), in_cell * cuts.diff(dim=1)[:, None]
+
+
+def _in_cells(coordinates: torch.Tensor, num_cells: int) -> torch.Tensor:
+    # Snapped to 1/4096 of a cell, so that a box of the whole image covers it wholly whatever the rounding before: a rest
+    # of 1e-7 would else be normalised to the mask's whole weight.
+    return (coordinates.clamp(0, 1) * num_cells * 4096).round() / 4096

@@ -1,0 +1,149 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import is_torch_bf16_gpu_available
+from trl.trainer.base_config import _BaseConfig
+
+
+@dataclass
+class DiffusionConfig(_BaseConfig):
+    r"""
+    Parameters that the trainers of this library share. For those of every trainer see
+    [`~transformers.TrainingArguments`].
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the model is given as a Hub
+            id or a folder, such as `{"variant": "fp16", "revision": "..."}`.
+
+        > Parameters that control the data preprocessing
+
+        resolution (`int`, *optional*):
+            Width and height in pixels of the training images. Defaults to what the denoiser was trained at.
+        center_crop (`bool`, *optional*, defaults to `True`):
+            Crop the middle of an image that is not square; else crop anywhere.
+        random_flip (`bool`, *optional*, defaults to `False`):
+            Flip each image left to right half of the time. Crops and flips are drawn for each image once, from the seed
+            and the row's id.
+        prompt_dropout (`float`, *optional*, defaults to `0.0`):
+            Probability of replacing a prompt by the empty one, which trains the branch that classifier-free guidance
+            subtracts.
+
+        > Parameters that control the training
+
+        timestep_range (`list[int]`, *optional*):
+            The timesteps to train on, as `[low, high]` with `high` excluded. Defaults to all.
+
+        > Parameters that control the logging of samples
+
+        sample_prompts (`list[str]`, *optional*):
+            Prompts that base and policy draw side by side, from the same noise, before training and every `sample_steps`
+            steps. The pictures go to `samples/` in the output directory and to the trackers of `report_to` among wandb,
+            trackio and tensorboard.
+        sample_steps (`int`, *optional*, defaults to `100`):
+            Optimizer steps between two drawings.
+        num_inference_steps (`int`, *optional*, defaults to `25`):
+            Sampling steps of these drawings.
+        guidance_scale (`float`, *optional*, defaults to `7.5`):
+            Classifier-free guidance of these drawings.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `gradient_checkpointing`: Defaults to `True` instead of `False`.
+    > - `bf16`: Defaults to `True` on a GPU that has it if `fp16` is not set, instead of `False`.
+    > - `learning_rate`: Defaults to `1e-5` instead of `5e-5`.
+    > - `remove_unused_columns`: Defaults to `False` instead of `True`.
+    > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`: a loss that is not finite stops the training.
+    """
+
+    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
+
+    # Parameters whose default values are overridden from TrainingArguments
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate of the optimizer."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Remove columns that the denoiser's forward does not name. Leave it off."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Filter losses that are not finite out of the logs."}
+    )
+
+    # Parameters that control the model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, used when the model is given as a Hub id "
+            "or a folder."
+        },
+    )
+
+    # Parameters that control the data preprocessing
+    resolution: int | None = field(
+        default=None,
+        metadata={
+            "help": "Width and height in pixels of the training images. Defaults to what the denoiser was trained at."
+        },
+    )
+    center_crop: bool = field(
+        default=True, metadata={"help": "Crop the middle of an image that is not square; else crop anywhere."}
+    )
+    random_flip: bool = field(
+        default=False, metadata={"help": "Flip each image left to right half of the time, boxes included."}
+    )
+    prompt_dropout: float = field(
+        default=0.0, metadata={"help": "Probability of replacing a prompt by the empty one."}
+    )
+
+    # Parameters that control the training
+    timestep_range: list[int] | None = field(
+        default=None,
+        metadata={"help": "The timesteps to train on, as `low high` with `high` excluded. Defaults to all."},
+    )
+
+    # Parameters that control the logging of samples
+    sample_prompts: list[str] | None = field(
+        default=None,
+        metadata={"help": "Prompts that base and policy draw side by side, from the same noise, during training."},
+    )
+    sample_steps: int = field(default=100, metadata={"help": "Optimizer steps between two drawings."})
+    num_inference_steps: int = field(default=25, metadata={"help": "Sampling steps of these drawings."})
+    guidance_scale: float = field(default=7.5, metadata={"help": "Classifier-free guidance of these drawings."})
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+
+        if self.resolution is not None and self.resolution <= 0:
+            raise ValueError(f"`resolution` must be a positive number of pixels, got {self.resolution}.")
+        if not 0 <= self.prompt_dropout <= 1:
+            raise ValueError(f"`prompt_dropout` is a probability, got {self.prompt_dropout}.")
+        if self.timestep_range is not None:
+            if len(self.timestep_range) != 2 or not 0 <= self.timestep_range[0] < self.timestep_range[1]:
+                raise ValueError(
+                    f"`timestep_range` must be two numbers with 0 <= low < high, got {self.timestep_range}. "
+                    "Use `[0, 1000]` for all timesteps of Stable Diffusion."
+                )
+        if self.sample_steps <= 0:
+            raise ValueError(f"`sample_steps` must be at least 1, got {self.sample_steps}.")
+        if self.remove_unused_columns:
+            raise ValueError(
+                "`remove_unused_columns=True` would drop the images and prompts, which no denoiser's forward names. "
+                "Leave it off: columns that training does not need do no harm."
+            )

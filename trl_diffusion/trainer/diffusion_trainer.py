@@ -1,0 +1,447 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The mechanics that the trainers share. Objectives live in the trainers' own files."""
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import AutocastKwargs
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+from transformers import TrainerCallback, set_seed
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import disable_dropout_in_model
+
+from ..backbones import load_backbone
+from ..data.formats import prepare_dataset
+from ..noising import fixed_timesteps, keyed_generator, keyed_noise, keyed_timesteps
+from .callbacks import NonFiniteLossCallback, SampleImagesCallback
+from .diffusion_config import DiffusionConfig
+from .hub import diffusion_model_card
+
+
+LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+NUM_EVAL_TIMESTEPS = 8
+
+
+class DiffusionTrainer(_BaseTrainer):
+    """
+    Base class of the trainers of this library: TRL's base trainer, made to work with the models of diffusers.
+
+    A trainer derives from it, sets the class attributes below and implements `compute_loss`.
+
+    Attributes:
+        columns (`tuple[str, ...]`):
+            The columns that a dataset must have.
+        image_columns (`tuple[str, ...]`):
+            Those of them that hold images.
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            Hub id or folder of a pipeline, or a loaded pipeline, whose denoiser is trained in place.
+        args ([`DiffusionConfig`]):
+            Configuration of the training.
+        data_collator (`Callable`):
+            From rows to a batch.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Dataset to train on.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
+            Dataset to evaluate on, or several by name.
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            The LoRA to train. If left out, all weights of the denoiser are trained.
+        callbacks (`list[~transformers.TrainerCallback]`, *optional*):
+            Further callbacks.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and learning rate scheduler to use instead of those that `args` names.
+    """
+
+    loss_is_scaled_for_ga = False  # every loss here is a mean over its batch
+    _tag_names = ["trl-diffusion", "text-to-image"]
+
+    columns: tuple[str, ...]
+    image_columns: tuple[str, ...]
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        args: DiffusionConfig,
+        data_collator,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ):
+        if train_dataset is not None:
+            train_dataset = prepare_dataset(train_dataset, "train_dataset", self.columns, self.image_columns)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: prepare_dataset(split, f"eval_dataset[{name!r}]", self.columns, self.image_columns)
+                for name, split in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = prepare_dataset(eval_dataset, "eval_dataset", self.columns, self.image_columns)
+        if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is None:
+            # The main process cannot cut batches that hold strings for the others: each reads the stream itself.
+            args.accelerator_config.dispatch_batches = False
+
+        self.backbone = load_backbone(model, **(args.model_init_kwargs or {}))
+        self.resolution = args.resolution or self.backbone.default_resolution
+        if self.resolution % self.backbone.pipeline.vae_scale_factor:
+            raise ValueError(
+                f"`resolution` is {self.resolution}, which is no multiple of {self.backbone.pipeline.vae_scale_factor}, "
+                "the number of pixels that this VAE puts into a latent cell."
+            )
+        num_timesteps = len(self.backbone.alphas_cumprod)
+        self.timestep_range = args.timestep_range or [0, num_timesteps]
+        if self.timestep_range[1] > num_timesteps:
+            raise ValueError(
+                f"`timestep_range` is {self.timestep_range}, but this model has {num_timesteps} timesteps only."
+            )
+
+        denoiser = self.backbone.denoiser
+        # Trackers ask models for a transformers config, and the Trainer for activation checkpointing.
+        denoiser._internal_dict = _TrackableConfig(denoiser.config)
+        denoiser.activation_checkpointing_enable = partial(_enable_gradient_checkpointing, denoiser)
+        disable_dropout_in_model(denoiser)
+        if peft_config is not None:
+            set_seed(args.seed)
+            denoiser.requires_grad_(False).to(_compute_dtype(args))
+            denoiser = get_peft_model(denoiser, self._complete_peft_config(peft_config))
+        else:
+            denoiser.requires_grad_(True).to(torch.float32)
+
+        super().__init__(
+            model=denoiser,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "Sharded training (FSDP, DeepSpeed) is not supported yet: what is saved would not be what diffusers "
+                "loads. Train on several GPUs with `accelerate launch --multi_gpu`, or a LoRA by `peft_config`."
+            )
+        self.backbone.to(self.accelerator.device)
+        self.ref_model = None
+        self.losses_since_step: list[tuple[list[str], torch.Tensor]] = []
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self.add_callback(NonFiniteLossCallback(self))
+        if args.sample_prompts:
+            self.add_callback(SampleImagesCallback(self))
+
+    def _complete_peft_config(self, peft_config: LoraConfig) -> LoraConfig:
+        if not isinstance(peft_config, LoraConfig) or peft_config.modules_to_save:
+            raise ValueError(
+                "`peft_config` must be a `peft.LoraConfig` without `modules_to_save`: other adapters have no file format "
+                "that `pipeline.load_lora_weights` reads."
+            )
+        peft_config = copy.deepcopy(peft_config)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = list(self.backbone.lora_target_modules)
+        return peft_config
+
+    # ---- The reference ----
+
+    def set_reference(self, ref_model: str | DiffusionPipeline | None) -> None:
+        """
+        Sets the frozen model that the policy is compared to: the given one, or the policy as it is now, which costs no
+        memory where a LoRA is trained (its adapters are switched off) and a copy of the denoiser else.
+
+        Args:
+            ref_model (`str`, [`~diffusers.DiffusionPipeline`] or `None`):
+                The reference, or `None` for the policy as it is now.
+        """
+        if ref_model is not None:
+            denoiser = load_backbone(ref_model, **(self.args.model_init_kwargs or {})).denoiser
+        elif not isinstance(self.model, PeftModel):
+            denoiser = copy.deepcopy(self.model)
+        else:
+            return
+        denoiser.requires_grad_(False)
+        disable_dropout_in_model(denoiser)
+        self.ref_model = self.accelerator.prepare_model(denoiser, evaluation_mode=True)
+
+    @contextmanager
+    def reference(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """
+        Lends the reference's denoiser.
+
+        Args:
+            model (`torch.nn.Module`):
+                The policy, wrapped or not.
+
+        Yields:
+            `torch.nn.Module`: what to call for the reference's predictions, without gradient.
+        """
+        with torch.no_grad():
+            if self.ref_model is not None:
+                # The resnets of diffusers lay out memory differently in training, which changes the last digit.
+                if self.ref_model.training != model.training:
+                    self.ref_model.train(model.training)
+                yield self.ref_model
+            else:
+                with self.accelerator.unwrap_model(model, keep_torch_compile=False).disable_adapter():
+                    yield model
+
+    # ---- What every step needs ----
+
+    def _key(self, row_id: str, column: str = "") -> tuple:
+        """The key of a row's randomness: of the global step in training, fixed in evaluation."""
+        moment = self.state.global_step if self.model.training else "eval"
+        return (self.args.seed, moment, row_id, column)
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor, ids: list[str], column: str) -> torch.Tensor:
+        """
+        Encodes images to latents, sampled from the VAE's posterior with keyed noise.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+                Images in [-1, 1].
+            ids (`list[str]` of length `B`):
+                Ids of the rows.
+            column (`str`):
+                The column that the images come from.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, h, w)`: float32 latents in the denoiser's scale.
+        """
+        with self.accelerator.autocast(AutocastKwargs(enabled=not self.backbone.pipeline.vae.config.force_upcast)):
+            mean, std = self.backbone.encode_images(pixel_values)
+        return mean + std * keyed_noise([self._key(row_id, column) for row_id in ids], mean.shape[1:], mean.device)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str], ids: list[str]) -> dict[str, torch.Tensor]:
+        """
+        Encodes prompts, after dropping each with the probability `args.prompt_dropout` in training.
+
+        Args:
+            prompts (`list[str]` of length `B`):
+                The prompts.
+            ids (`list[str]` of length `B`):
+                Ids of the rows.
+
+        Returns:
+            `dict[str, torch.Tensor]`: text conditions whose first dimension is `B`.
+        """
+        if self.model.training and self.args.prompt_dropout > 0:
+            draws = [torch.rand((), generator=keyed_generator(*self._key(row_id), "prompt")) for row_id in ids]
+            prompts = [
+                "" if u < self.args.prompt_dropout else prompt for u, prompt in zip(draws, prompts, strict=True)
+            ]
+        with self.accelerator.autocast():
+            return self.backbone.encode_prompts(prompts)
+
+    def noise_draws(self, ids: list[str], shape: tuple[int, ...]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Draws timesteps and noise for the rows of a batch: once in training, at 8 fixed timesteps in evaluation.
+
+        Args:
+            ids (`list[str]` of length `B`):
+                Ids of the rows.
+            shape (`tuple[int, ...]`):
+                Shape of one row's latents.
+
+        Yields:
+            `tuple[torch.Tensor, torch.Tensor]`: timesteps `(B,)` and noise `(B, *shape)`.
+        """
+        device = self.accelerator.device
+        if self.model.training:
+            keys = [self._key(row_id) for row_id in ids]
+            yield keyed_timesteps(keys, *self.timestep_range, device), keyed_noise(keys, shape, device)
+        else:
+            for timestep in fixed_timesteps(*self.timestep_range, NUM_EVAL_TIMESTEPS):
+                timesteps = torch.full((len(ids),), timestep, device=device)
+                yield timesteps, keyed_noise([(*self._key(row_id), timestep) for row_id in ids], shape, device)
+
+    # ---- Loss and metrics ----
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+    def record(self, **values: torch.Tensor) -> None:
+        """
+        Collects per-sample values for the next log, which averages them over all samples and processes. Nothing is
+        gathered or moved off the device before.
+
+        Args:
+            **values (`torch.Tensor` of shape `(B,)`):
+                Values by metric.
+        """
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in values.items():
+            metrics[name].append(value.detach())
+
+    def record_losses(self, losses: torch.Tensor, ids: list[str]) -> None:
+        """
+        Notes the losses of a batch: for the check, before the optimizer steps, that they are finite, and for the mean
+        loss of an evaluation.
+
+        Args:
+            losses (`torch.Tensor` of shape `(B,)`):
+                The losses.
+            ids (`list[str]` of length `B`):
+                Ids of the rows.
+        """
+        if self.model.training:
+            self.losses_since_step.append((ids, losses.detach()))
+        else:
+            self.record(loss=losses)
+
+    def _averaged_metrics(self, mode: str) -> dict[str, float]:
+        metrics = {}
+        for name, values in self._metrics[mode].items():
+            values = torch.cat(values).double()
+            total, count = self.accelerator.reduce(torch.stack([values.sum(), values.new_tensor(len(values))]))
+            metrics[name] = (total / count).item()
+        self._metrics[mode].clear()
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            logs.update(self._averaged_metrics("train"))
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._metrics["eval"].clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, value in self._averaged_metrics("eval").items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    # ---- Saving and loading: what diffusers reads ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        pipeline, name = self.backbone.pipeline, self.backbone.denoiser_name
+        if isinstance(model, PeftModel):
+            weights = get_peft_model_state_dict(model)
+            pipeline.save_lora_weights(
+                output_dir,
+                **{
+                    f"{name}_lora_layers": {key.removeprefix("base_model.model."): w for key, w in weights.items()},
+                    # Without the metadata, alpha silently becomes r when the file is loaded.
+                    f"{name}_lora_adapter_metadata": model.peft_config["default"].to_dict(),
+                },
+            )
+        else:
+            pipeline.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+        folder, name = Path(resume_from_checkpoint), self.backbone.denoiser_name
+        is_lora = isinstance(model, PeftModel)
+        if not (folder / (LORA_WEIGHTS_NAME if is_lora else name)).exists():
+            raise ValueError(
+                f"The checkpoint {folder} holds no {f'LoRA ({LORA_WEIGHTS_NAME})' if is_lora else f'`{name}` folder'}: "
+                f"resume {'with' if not is_lora else 'without'} `peft_config`, as it was trained, or name another."
+            )
+        if is_lora:
+            weights = load_file(folder / LORA_WEIGHTS_NAME)
+            weights = {f"base_model.model.{key.removeprefix(f'{name}.')}": value for key, value in weights.items()}
+            unexpected = set_peft_model_state_dict(model, weights).unexpected_keys
+            if unexpected or set(weights) != set(get_peft_model_state_dict(model)):
+                raise ValueError(f"The LoRA in {folder} targets other modules than `peft_config`.")
+        else:
+            model.load_state_dict(type(model).from_pretrained(folder / name).state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.create_model_card(model_name=self._model_name())
+        super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._save(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    # ---- Hub ----
+
+    def _model_name(self) -> str:
+        return (self.args.hub_model_id or Path(self.args.output_dir).absolute().name).split("/")[-1]
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Writes the model card, `README.md` in the output directory.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model. Defaults to the last part of `args.hub_model_id` or of the output directory.
+            dataset_name (`str`, *optional*):
+                Hub id of the dataset.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
+        """
+        if not self.is_world_process_zero():
+            return
+        tags = [tags] if isinstance(tags, str) else tags or []
+        card = diffusion_model_card(
+            trainer=self, model_name=model_name or self._model_name(), dataset_name=dataset_name, tags=tags
+        )
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        card.save(Path(self.args.output_dir) / "README.md")
+
+    def _send_telemetry(self) -> None:
+        # TRL counts the use of its own trainers and of transformers' models here; neither is what this is.
+        pass
+
+
+class _TrackableConfig(FrozenDict):
+    """A diffusers model's configuration with the two methods that trackers call on one of transformers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(dict(self), indent=2, default=str)
+
+
+def _enable_gradient_checkpointing(denoiser, activation_checkpointing_kwargs=None, every_n_layers=1, offload=False):
+    if every_n_layers != 1 or offload:
+        raise ValueError(
+            "`activation_checkpointing_kwargs` may not hold `every_n_layers` or `offload`: the models of diffusers know "
+            "neither."
+        )
+    kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+    denoiser.enable_gradient_checkpointing(partial(checkpoint, **kwargs))
+
+
+def _compute_dtype(args: DiffusionConfig) -> torch.dtype:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32

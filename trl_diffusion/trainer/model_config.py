@@ -1,0 +1,59 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ModelConfig:
+    """
+    The model and its LoRA, for scripts and the command line. The names are those of TRL's [`~trl.ModelConfig`].
+
+    Parameters:
+        model_name_or_path (`str`, *optional*):
+            Hub id or folder of a diffusers pipeline.
+        model_revision (`str`, *optional*):
+            Branch, tag or commit of the pipeline on the Hub.
+        variant (`str`, *optional*):
+            Variant of the weight files, such as `"fp16"`.
+        use_peft (`bool`, *optional*, defaults to `False`):
+            Train a LoRA instead of all weights.
+        lora_r (`int`, *optional*, defaults to `64`):
+            Rank of the LoRA.
+        lora_alpha (`int`, *optional*, defaults to `64`):
+            Alpha of the LoRA: its update is scaled by `lora_alpha / lora_r`.
+        lora_dropout (`float`, *optional*, defaults to `0.0`):
+            Dropout of the LoRA.
+        lora_target_modules (`list[str]`, *optional*):
+            Modules that carry the LoRA. Defaults to the denoiser's attention projections.
+        use_rslora (`bool`, *optional*, defaults to `False`):
+            Scale the LoRA's update by `lora_alpha / sqrt(lora_r)`.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a diffusers pipeline."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the pipeline on the Hub."}
+    )
+    variant: str | None = field(default=None, metadata={"help": "Variant of the weight files, such as 'fp16'."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA instead of all weights."})
+    lora_r: int = field(default=64, metadata={"help": "Rank of the LoRA."})
+    lora_alpha: int = field(default=64, metadata={"help": "Alpha of the LoRA."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the LoRA."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules that carry the LoRA. Defaults to the denoiser's attention projections."},
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale the LoRA by lora_alpha / sqrt(lora_r)."})

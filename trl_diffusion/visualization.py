@@ -1,0 +1,121 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Pictures for people: labelled grids, and masks laid over the images that they weigh."""
+
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+import torch
+
+
+BOX_COLORS = {"chosen": (0, 158, 115), "rejected": (213, 94, 0), "tie": (120, 120, 120)}
+
+
+def image_grid(
+    rows: list[list[PIL.Image.Image]], column_labels: list[str], row_labels: list[str] | None = None, size: int = 256
+) -> PIL.Image.Image:
+    """
+    Arranges images in a labelled grid.
+
+    Args:
+        rows (`list[list[PIL.Image.Image]]`):
+            The rows of images, all of one length.
+        column_labels (`list[str]`):
+            A label above each column.
+        row_labels (`list[str]`, *optional*):
+            A label below each row, such as its prompt; cut where it is too long.
+        size (`int`, *optional*, defaults to `256`):
+            Width and height in pixels that each image is fitted into.
+
+    Returns:
+        `PIL.Image.Image`: the grid.
+    """
+    font, gap, line = PIL.ImageFont.load_default(16), 8, 24
+    row_height = size + (line if row_labels else 0) + gap
+    width = gap + len(column_labels) * (size + gap)
+    grid = PIL.Image.new("RGB", (width, line + gap + len(rows) * row_height), "white")
+    draw = PIL.ImageDraw.Draw(grid)
+    for column, label in enumerate(column_labels):
+        center = gap + column * (size + gap) + size // 2
+        draw.text((center, gap), _fitting(label, font, size), "black", font, anchor="mt")
+    for index, row in enumerate(rows):
+        top = line + gap + index * row_height
+        for column, image in enumerate(row):
+            scale = size / max(image.size)
+            # Pictures smaller than their place are enlarged without smoothing: what they hold is what is shown.
+            filter = PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS
+            image = image.convert("RGB").resize([max(1, round(side * scale)) for side in image.size], filter)
+            left = gap + column * (size + gap) + (size - image.width) // 2
+            grid.paste(image, (left, top + (size - image.height) // 2))
+        if row_labels:
+            draw.text((gap, top + size + 3), _fitting(row_labels[index], font, width - 2 * gap), "black", font)
+    return grid
+
+
+def mask_overlay(
+    pixel_values: torch.Tensor, mask: torch.Tensor, boxes: torch.Tensor, labels: list[str], preferences: list[str]
+) -> PIL.Image.Image:
+    """
+    Draws an instance mask and its boxes over the image that training sees.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(3, H, W)`):
+            The image in [-1, 1].
+        mask (`torch.Tensor` of shape `(h, w)`):
+            Its mask on the latent grid. Cells are darkened the less they weigh; a negative weight turns them red.
+        boxes (`torch.Tensor` of shape `(N, 4)`):
+            Unit boxes. A box of area 0 is not drawn.
+        labels (`list[str]` of length `N`):
+            Names of the instances.
+        preferences (`list[str]` of length `N`):
+            `"chosen"` (green), `"rejected"` (orange: in conflict with the image's label) or `"tie"` (grey).
+
+    Returns:
+        `PIL.Image.Image`: the picture, at least 256 pixels high.
+    """
+    _, height, width = pixel_values.shape
+    scale = max(1, round(256 / height))
+    size = (width * scale, height * scale)
+    rgb = ((pixel_values.permute(1, 2, 0) / 2 + 0.5) * 255).round().clamp(0, 255).byte()
+    image = PIL.Image.fromarray(rgb.numpy()).resize(size, PIL.Image.Resampling.NEAREST)
+
+    weights = mask / mask.abs().max().clamp(min=1e-6)
+    strength = ((1 - weights) * 192).clamp(0, 192).byte()
+    shade = PIL.Image.fromarray(strength.numpy()).resize(size, PIL.Image.Resampling.NEAREST)
+    tint = torch.zeros(*mask.shape, 3, dtype=torch.uint8)
+    tint[mask < 0, 0] = 255
+    tint = PIL.Image.fromarray(tint.numpy()).resize(size, PIL.Image.Resampling.NEAREST)
+    image = PIL.Image.composite(tint, image, shade)
+
+    draw = PIL.ImageDraw.Draw(image)
+    font = PIL.ImageFont.load_default(max(12, size[1] // 32))
+    for (x_min, y_min, x_max, y_max), label, preference in zip(boxes.tolist(), labels, preferences, strict=True):
+        if x_min < x_max and y_min < y_max:
+            left, top, right, bottom = x_min * size[0], y_min * size[1], x_max * size[0] - 1, y_max * size[1] - 1
+            color = BOX_COLORS[preference]
+            draw.rectangle((left, top, right, bottom), outline=color, width=max(2, size[1] // 200))
+            background = draw.textbbox((left + 4, top + 3), label, font)
+            draw.rectangle((background[0] - 3, background[1] - 3, background[2] + 3, background[3] + 3), fill=color)
+            draw.text((left + 4, top + 3), label, "white", font)
+    return image
+
+
+def _fitting(text: str, font: PIL.ImageFont.ImageFont, width: int) -> str:
+    """Cuts a text, with an ellipsis, so that it is at most `width` pixels wide."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
