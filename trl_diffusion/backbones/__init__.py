@@ -35,7 +35,7 @@ def load_backbone(model: str | Path | DiffusionPipeline, **kwargs) -> Backbone:
         model (`str`, `Path` or [`~diffusers.DiffusionPipeline`]):
             A Hub id, a folder that holds a pipeline, or a loaded pipeline.
         **kwargs:
-            Passed to [`~diffusers.DiffusionPipeline.from_pretrained`], such as `revision`, `variant` or `torch_dtype`
+            Passed to [`~diffusers.DiffusionPipeline.from_pretrained`], such as `revision`, `variant` or `dtype`
             (float32 if left out). Only for a Hub id or a folder.
 
     Returns:
@@ -47,7 +47,7 @@ def load_backbone(model: str | Path | DiffusionPipeline, **kwargs) -> Backbone:
     if isinstance(model, DiffusionPipeline):
         pipeline = model
     else:
-        pipeline = DiffusionPipeline.from_pretrained(str(model), **{"torch_dtype": torch.float32, **kwargs})
+        pipeline = DiffusionPipeline.from_pretrained(str(model), **{"dtype": torch.float32, **kwargs})
     for backbone_class in BACKBONES:
         if type(pipeline) is backbone_class.pipeline_class:
             break

@@ -129,10 +129,12 @@ class DiffusionTrainer(_BaseTrainer):
         disable_dropout_in_model(denoiser)
         if peft_config is not None:
             set_seed(args.seed)
-            denoiser.requires_grad_(False).to(_compute_dtype(args))
+            denoiser.requires_grad_(False)
+            _cast(denoiser, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32)
             denoiser = get_peft_model(denoiser, self._complete_peft_config(peft_config))
         else:
-            denoiser.requires_grad_(True).to(torch.float32)
+            denoiser.requires_grad_(True)
+            _cast(denoiser, torch.float32)  # the optimizer's steps are smaller than what half precision resolves
 
         super().__init__(
             model=denoiser,
@@ -443,5 +445,6 @@ def _enable_gradient_checkpointing(denoiser, activation_checkpointing_kwargs=Non
     denoiser.enable_gradient_checkpointing(partial(checkpoint, **kwargs))
 
 
-def _compute_dtype(args: DiffusionConfig) -> torch.dtype:
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+def _cast(denoiser: torch.nn.Module, dtype: torch.dtype) -> None:
+    if denoiser.dtype != dtype:  # diffusers warns of any cast, one that changes nothing included
+        denoiser.to(dtype)

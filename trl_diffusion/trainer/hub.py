@@ -46,10 +46,9 @@ def diffusion_model_card(
     Returns:
         [`~huggingface_hub.ModelCard`]
     """
-    args, pipeline = trainer.args, trainer.backbone.pipeline
-    base_model = pipeline.config.get("_name_or_path") or None
-    if base_model is not None and os.path.isdir(base_model):
-        base_model = None  # a folder of this machine is nobody else's base model
+    pipeline = trainer.backbone.pipeline
+    base_model = _hub_id(pipeline.config.get("_name_or_path"))
+    dataset_name = _hub_id(dataset_name)
     is_lora = isinstance(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False), PeftModel)
     card_data = ModelCardData(
         base_model=base_model,
@@ -78,6 +77,11 @@ def diffusion_model_card(
             for package in ("trl-diffusion", "trl", "diffusers", "transformers", "peft", "torch", "datasets")
         },
     )
+
+
+def _hub_id(name: str | None) -> str | None:
+    """The name, unless it is a folder of this machine, which means nothing to anybody else."""
+    return name if name and not os.path.isdir(name) else None
 
 
 def _hyperparameters(trainer: "DiffusionTrainer") -> dict[str, object]:

@@ -1,0 +1,120 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from tests import tiny
+from trl_diffusion.cli.main import COMMANDS, main
+
+
+def run(*args) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", "import sys; from trl_diffusion.cli import main; sys.exit(main())", *map(str, args)],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.sd_pipeline().save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    tiny.pairs().to_parquet(folder / "data" / "train.parquet")
+    return folder
+
+
+def test_help_lists_every_command_without_importing_torch():
+    """`trl-diffusion --help` names each command, and answers at once."""
+    code = "import sys; from trl_diffusion.cli import main; main(['--help'] if sys.argv[1:] else []); "
+    result = subprocess.run(
+        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_its_flags(command, capsys):
+    """`trl-diffusion COMMAND --help` prints a usage line with the command's name."""
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0
+    assert f"trl-diffusion {command}" in capsys.readouterr().out
+
+
+def test_env_names_versions(capsys):
+    """`trl-diffusion env` prints the versions that a bug report needs."""
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"- {package}: " in out for package in ("trl-diffusion", "trl", "diffusers", "torch"))
+
+
+def test_training_from_yaml_and_flags(folders, tmp_path):
+    """Flags win over the YAML file; the result is a LoRA file with its metadata, and a card."""
+    (tmp_path / "config.yaml").write_text(
+        f"model_name_or_path: {folders / 'model'}\ndataset_name: {folders / 'data'}\nuse_peft: true\nlora_r: 4\n"
+        "lora_alpha: 8\nbeta: 100\nmax_steps: 5\nreport_to: none\nnum_processes: 1\n"
+    )
+    result = run(
+        "instance-dpo", "--config", tmp_path / "config.yaml", "--max_steps", 1, "--output_dir", tmp_path / "out"
+    )
+    assert result.returncode == 0, result.stderr
+    with safe_open(tmp_path / "out" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert '"unet.lora_alpha": 8' in file.metadata()["lora_adapter_metadata"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| beta | 100 |" in card and "| optimizer steps | 1 |" in card
+
+
+def test_a_mistake_is_one_readable_line(capsys):
+    """A ValueError ends a command with status 2 and its message, without a traceback."""
+    assert main(["instance-dpo", "--output_dir", "x", "--w_neg", "2"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("trl-diffusion instance-dpo: error: `w_neg` must be at most 1") and "Traceback" not in error
+    )
+
+
+def test_a_mistake_in_the_data_is_named_by_the_training(folders, tmp_path):
+    """A split that does not exist is an error that lists those that do."""
+    result = run(
+        "instance-dpo", "--model_name_or_path", folders / "model", "--dataset_name", folders / "data",
+        "--dataset_train_split", "validation", "--output_dir", tmp_path, "--report_to", "none",
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "The dataset has no split `validation`; it has train." in result.stderr
+
+
+def test_show_masks_draws_a_picture_a_row(folders, tmp_path, capsys):
+    """`trl-diffusion show-masks` writes one picture for each row, both images side by side."""
+    flags = [
+        "--dataset_name",
+        str(folders / "data"),
+        "--num_rows",
+        "3",
+        "--resolution",
+        "32",
+        "--vae_scale_factor",
+        "4",
+    ]
+    assert main(["show-masks", *flags, "--output_dir", str(tmp_path)]) == 0
+    pictures = sorted(path.name for path in tmp_path.iterdir())
+    assert pictures == ["0000.png", "0001.png", "0002.png"]
+    assert Image.open(tmp_path / "0000.png").width == 2 * (512 + 8) + 8
+    assert "Drew 3 rows" in capsys.readouterr().out

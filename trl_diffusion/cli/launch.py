@@ -1,0 +1,49 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Running a training script through `accelerate launch`, on as many devices as the machine has."""
+
+from types import ModuleType
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+from trl import TrlParser
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+
+def launch(script: ModuleType, parser: TrlParser, flags: list[str]) -> None:
+    """
+    Launches a training script. Flags that it does not know, from the command line or from its YAML file, go to
+    `accelerate launch`; `--accelerate_config` takes a file or the name of a configuration that TRL ships.
+
+    Args:
+        script (`ModuleType`):
+            The script.
+        parser ([`~trl.TrlParser`]):
+            Its parser.
+        flags (`list[str]`):
+            The flags.
+    """
+    *_, from_config, from_flags = parser.parse_args_and_config(
+        flags, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    launch_flags = resolve_accelerate_config_argument(from_config + from_flags)
+    unknown = iter([*from_flags, None])  # an ordered part of `flags`
+    next_unknown, script_flags = next(unknown), []
+    for flag in flags:
+        if flag == next_unknown:
+            next_unknown = next(unknown)
+        else:
+            script_flags.append(flag)
+    # --quiet: a failing script prints its own error, which a traceback of the launcher would only bury
+    launch_command(launch_command_parser().parse_args(["--quiet", *launch_flags, script.__file__, *script_flags]))

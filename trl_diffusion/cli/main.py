@@ -1,0 +1,72 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The console entry: one line a command, and whatever a command needs is imported when it runs."""
+
+import argparse
+import sys
+from importlib import import_module
+
+
+# Each is a script in `trl_diffusion/scripts/` that can also be run alone.
+COMMANDS = {
+    "instance-dpo": "Train with instance-aware preference optimization (IAPO), or with Diffusion-DPO",
+    "show-masks": "Draw the instance masks of a dataset over its images",
+    "quickstart": "Train Diffusion-DPO and IAPO on an embedded world and compare them, in minutes on a CPU",
+    "env": "Print the environment information",
+}
+# These run through `accelerate launch`, which takes the flags that the script does not know.
+TRAINING_COMMANDS = ("instance-dpo",)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs a command.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            The command and its flags. Defaults to the process's.
+
+    Returns:
+        `int`: the exit status.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="trl-diffusion",
+        description="Preference alignment for text-to-image diffusion models. `trl-diffusion COMMAND --help` lists a "
+        "command's flags.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    for name, description in COMMANDS.items():
+        commands.add_parser(name, help=description, add_help=False)
+    command = parser.parse_known_args(argv)[0].command
+    if command is None:
+        parser.print_help()
+        return 0
+
+    flags = argv[argv.index(command) + 1 :]
+    script = import_module(f"..scripts.{command.replace('-', '_')}", package=__package__)
+    script_parser = script.make_parser(prog=f"trl-diffusion {command}")
+    try:
+        if command in TRAINING_COMMANDS:
+            from .launch import launch
+
+            launch(script, script_parser, flags)
+        else:
+            script.main(*script_parser.parse_args_and_config(flags))
+    except ValueError as error:  # a mistake of the user's, see design law 8: no traceback
+        print(f"trl-diffusion {command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0

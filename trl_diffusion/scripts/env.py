@@ -1,0 +1,64 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Prints what to paste into a bug report.
+
+```bash
+trl-diffusion env
+```
+"""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from trl import TrlParser
+
+
+PACKAGES = (
+    "trl-diffusion",
+    "trl",
+    "transformers",
+    "diffusers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "evaluate",
+    "torch",
+    "bitsandbytes",
+    "torchvision",
+)
+
+
+def main() -> None:
+    import torch
+
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    print(f"- Platform: {platform.platform()}")
+    print(f"- Python: {platform.python_version()}")
+    print(f"- Accelerators: {', '.join(devices) or 'none'}")
+    for package in PACKAGES:
+        try:
+            print(f"- {package}: {version(package)}")
+        except PackageNotFoundError:
+            print(f"- {package}: not installed")
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    return TrlParser(prog=prog, description="Print the environment information.")
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

@@ -1,0 +1,120 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Draws the instance masks of a dataset over its images, exactly as training sees them: cropped, resized, and with the masks
+on the latent grid.
+
+```bash
+trl-diffusion show-masks --dataset_name user/pickapic-instance --num_rows 8 --output_dir masks
+```
+"""
+
+from dataclasses import dataclass, field
+
+from trl import ScriptArguments, TrlParser
+
+
+@dataclass
+class ShowMasksArguments(ScriptArguments):
+    """
+    Arguments of `trl-diffusion show-masks`.
+
+    Parameters:
+        output_dir (`str`, *optional*, defaults to `"masks"`):
+            Where the pictures go, one a row.
+        num_rows (`int`, *optional*, defaults to `8`):
+            How many rows to draw, from the first.
+        resolution (`int`, *optional*, defaults to `512`):
+            Width and height in pixels of the training images.
+        vae_scale_factor (`int`, *optional*, defaults to `8`):
+            Pixels a latent cell.
+        center_crop (`bool`, *optional*, defaults to `True`):
+            As in training.
+        random_flip (`bool`, *optional*, defaults to `False`):
+            As in training.
+        seed (`int`, *optional*, defaults to `42`):
+            As in training.
+        w_neg (`float`, *optional*, defaults to `0.0`):
+            As in training.
+        mask_overlap (`str`, *optional*, defaults to `"mean"`):
+            As in training.
+    """
+
+    output_dir: str = field(default="masks", metadata={"help": "Where the pictures go, one a row."})
+    num_rows: int = field(default=8, metadata={"help": "How many rows to draw, from the first."})
+    resolution: int = field(default=512, metadata={"help": "Width and height in pixels of the training images."})
+    vae_scale_factor: int = field(default=8, metadata={"help": "Pixels a latent cell."})
+    center_crop: bool = field(default=True, metadata={"help": "As in training."})
+    random_flip: bool = field(default=False, metadata={"help": "As in training."})
+    seed: int = field(default=42, metadata={"help": "As in training."})
+    w_neg: float = field(default=0.0, metadata={"help": "As in training."})
+    mask_overlap: str = field(default="mean", metadata={"help": "As in training.", "choices": ["mean", "covering"]})
+
+
+def main(args: ShowMasksArguments) -> None:
+    from pathlib import Path
+
+    from trl_diffusion.data.collators import InstancePairCollator
+    from trl_diffusion.data.formats import check_preference, prepare_dataset
+    from trl_diffusion.masks import instance_masks
+    from trl_diffusion.scripts.utils import get_split, load_splits
+    from trl_diffusion.visualization import image_grid, mask_overlay
+
+    dataset = get_split(load_splits(args), args.dataset_train_split, "--dataset_train_split")
+    dataset = prepare_dataset(
+        dataset, "dataset", ("prompt", "chosen", "rejected", "instances"), ("chosen", "rejected")
+    )
+    collate = InstancePairCollator(args.resolution, args.center_crop, args.random_flip, args.seed)
+    size = args.resolution // args.vae_scale_factor
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    for index, row in enumerate(dataset.take(args.num_rows)):
+        batch = collate([row])
+        instances = row["instances"] or []
+        pictures = []
+        for column in ("chosen", "rejected"):
+            mask = instance_masks(
+                batch[f"{column}_boxes"],
+                batch["judged"],
+                batch["conflicts"],
+                size,
+                size,
+                w_neg=args.w_neg,
+                mask_overlap=args.mask_overlap,
+            )
+            pictures.append(
+                mask_overlay(
+                    batch[f"{column}_pixel_values"][0],
+                    mask[0],
+                    batch[f"{column}_boxes"][0],
+                    [instance["label"] for instance in instances],
+                    [check_preference(instance["preference"]) for instance in instances],
+                )
+            )
+        grid = image_grid([pictures], ["chosen", "rejected"], [f"{batch['id'][0]}: {row['prompt']}"], size=512)
+        grid.save(folder / f"{index:04d}.png")
+    print(
+        f"Drew {index + 1} rows to {folder}. Dark cells weigh less, red ones are turned round; boxes are green where"
+    )
+    print("they agree with the label, orange where they contradict it, grey for ties.")
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    return TrlParser((ShowMasksArguments,), prog=prog)
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
