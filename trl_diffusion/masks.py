@@ -88,6 +88,21 @@ def normalize_masks(masks: torch.Tensor) -> torch.Tensor:
     return masks / torch.where(scale > 0, scale, 1.0)
 
 
+def masked_area(masks: torch.Tensor) -> torch.Tensor:
+    """
+    Share of the positions that weigh less than the heaviest of their mask, or nothing at all.
+
+    Args:
+        masks (`torch.Tensor` of shape `(B, h, w)`):
+            Masks, normalised or not.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: shares in [0, 1]; 1 where the whole mask is zero or negative.
+    """
+    heaviest = masks.amax(dim=(1, 2), keepdim=True)
+    return ((masks < 0.999 * heaviest) | (masks <= 0)).float().mean(dim=(1, 2))
+
+
 def _mean_over_instances(boxes, judged, conflicts, height, width, w_neg):
     # M = (1/N) sum_n M_n with M_n = 1 + (w_neg - 1) rho_n [inside b_n]: linear in the boxes' coverage of the cells
     covered_x = _coverage(boxes[..., 0], boxes[..., 2], width)  # (B, N, w)

@@ -70,6 +70,7 @@ class DiffusionConfig(_BaseConfig):
     > - `bf16`: Defaults to `True` on a GPU that has it if `fp16` is not set, instead of `False`.
     > - `learning_rate`: Defaults to `1e-5` instead of `5e-5`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
+    > - `ddp_find_unused_parameters`: Defaults to `False` instead of a search in every step: no denoiser leaves any unused.
     > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`: a loss that is not finite stops the training.
     """
 
@@ -79,6 +80,9 @@ class DiffusionConfig(_BaseConfig):
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate of the optimizer."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Remove columns that the denoiser's forward does not name. Leave it off."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters without gradient in every step."}
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Filter losses that are not finite out of the logs."}

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from ..data.collators import InstancePairCollator
 from ..losses import diffusion_dpo_loss
-from ..masks import instance_masks
+from ..masks import instance_masks, masked_area
 from ..noising import add_noise, per_sample_errors, training_target
 from .diffusion_trainer import DiffusionTrainer
 from .instance_dpo_config import InstanceDPOConfig
@@ -179,8 +179,7 @@ class InstanceDPOTrainer(DiffusionTrainer):
 
         losses = torch.stack(losses).mean(dim=0)
         self.record_losses(losses, ids)
-        # The share of cells whose weight lies below the mask's largest
-        self.record(**{"masks/area": (masks < masks.amax(dim=(1, 2), keepdim=True)).float().mean(dim=(1, 2))})
+        self.record(**{"masks/area": masked_area(masks)})
         return (losses.mean(), {"losses": losses}) if return_outputs else losses.mean()
 
     def masks(self, inputs: dict[str, Any], column: str, size: tuple[int, int]) -> torch.Tensor:
