@@ -64,13 +64,11 @@ def instance_masks(
     """
     boxes, judged = boxes.float(), judged.bool()
     conflicts = judged & conflicts.bool()
-    if mask_overlap == "mean":
-        masks = _mean_over_instances(boxes, judged, conflicts, height, width, w_neg)
-    elif mask_overlap == "covering":
-        masks = _mean_over_covering_instances(boxes, judged, conflicts, height, width, w_neg)
-    else:
+    if mask_overlap not in ("mean", "covering"):
         raise ValueError(f"`mask_overlap` must be 'mean' or 'covering', got {mask_overlap!r}.")
-    return normalize_masks(masks)
+    combine = _mean_over_instances if mask_overlap == "mean" else _mean_over_covering_instances
+    with torch.autocast(boxes.device.type, enabled=False):  # masks are float32
+        return normalize_masks(combine(boxes, judged, conflicts, height, width, w_neg))
 
 
 def normalize_masks(masks: torch.Tensor) -> torch.Tensor:
@@ -85,7 +83,7 @@ def normalize_masks(masks: torch.Tensor) -> torch.Tensor:
         `torch.Tensor` of shape `(B, h, w)`: masks of unit mean absolute value; a mask of zeros stays zero.
     """
     scale = masks.abs().mean(dim=(1, 2), keepdim=True)
-    return masks / torch.where(scale > 0, scale, 1.0)
+    return torch.where(scale > 1e-6, masks / scale, 0.0)  # not what rounding leaves of a mask of zeros
 
 
 def masked_area(masks: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,8 @@
 
 """Pictures for people: labelled grids, and masks laid over the images that they weigh."""
 
+import math
+
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
@@ -86,7 +88,7 @@ def mask_overlay(
         `PIL.Image.Image`: the picture, at least 256 pixels high.
     """
     _, height, width = pixel_values.shape
-    scale = max(1, round(256 / height))
+    scale = math.ceil(256 / height)
     size = (width * scale, height * scale)
     rgb = ((pixel_values.permute(1, 2, 0) / 2 + 0.5) * 255).round().clamp(0, 255).byte()
     image = PIL.Image.fromarray(rgb.numpy()).resize(size, PIL.Image.Resampling.NEAREST)
@@ -113,7 +115,8 @@ def mask_overlay(
 
 
 def _fitting(text: str, font: PIL.ImageFont.ImageFont, width: int) -> str:
-    """Cuts a text, with an ellipsis, so that it is at most `width` pixels wide."""
+    """Puts a text on one line and cuts it, with an ellipsis, so that it is at most `width` pixels wide."""
+    text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

@@ -53,7 +53,7 @@ def test_two_processes_equal_one(tmp_path):
                 "True",
                 "--disable_tqdm",
                 "True",
-                "--gradient_checkpointing",
+                "--activation_checkpointing",
                 "False",
             ],
             check=True,

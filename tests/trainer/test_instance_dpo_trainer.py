@@ -48,7 +48,7 @@ def make_trainer(tmp_path, pipeline, dataset=None, peft_config=None, **kwargs) -
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
     }
     return InstanceDPOTrainer(
         pipeline,
@@ -258,7 +258,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, peft_config):
     ends = []
     for checkpointing in (False, True):
         trainer = make_trainer(
-            tmp_path, tiny.sd_pipeline(), peft_config=peft_config, gradient_checkpointing=checkpointing
+            tmp_path, tiny.sd_pipeline(), peft_config=peft_config, activation_checkpointing=checkpointing
         )
         trainer.train()
         assert trainer.backbone.denoiser.is_gradient_checkpointing == checkpointing
@@ -551,3 +551,12 @@ def test_a_prompt_dataset_is_refused(tmp_path):
     """A dataset without pairs is told which columns are missing."""
     with pytest.raises(ValueError, match="`train_dataset` lacks the columns `chosen`, `rejected`; it has `prompt`"):
         make_trainer(tmp_path, tiny.sd_pipeline(), dataset=Dataset.from_dict({"prompt": ["a cat"]}))
+
+
+def test_checkpointing_is_on_by_default_under_both_of_its_names(tmp_path, recwarn):
+    """As in TRL activations are recomputed unless switched off, by the new name or by the old one."""
+    assert InstanceDPOConfig(str(tmp_path)).activation_checkpointing
+    assert not [warning for warning in recwarn if "gradient_checkpointing" in str(warning.message)]
+    assert not InstanceDPOConfig(str(tmp_path), activation_checkpointing=False).activation_checkpointing
+    with pytest.warns(FutureWarning):
+        assert not InstanceDPOConfig(str(tmp_path), gradient_checkpointing=False).activation_checkpointing

@@ -36,7 +36,7 @@ def make_trainer(tmp_path, peft_config=None, **kwargs) -> InstanceDPOTrainer:
             "logging_steps": 1,
             "report_to": "none",
             "disable_tqdm": True,
-            "gradient_checkpointing": False,
+            "activation_checkpointing": False,
             **kwargs,
         },
     )

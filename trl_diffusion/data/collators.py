@@ -63,7 +63,12 @@ class InstancePairCollator:
         Raises:
             `ValueError`: If a row does not fit; names the row and the column.
         """
-        num_instances = max(len(row.get("instances") or []) for row in rows)
+        if any(row["id"] is None for row in rows):
+            raise ValueError(
+                "A row has no `id`. Every row needs its own, or none: without the column, rows are numbered. Remove it "
+                'with `dataset.remove_columns("id")`, or fill it.'
+            )
+        num_instances = max(len(_instances(row)) for row in rows)
         batch = {}
         for column in ("chosen", "rejected"):
             images = [self._prepare(row, column) for row in rows]
@@ -89,7 +94,7 @@ class InstancePairCollator:
                 "drop the row with `dataset.filter`."
             ) from error
         boxes = []
-        for index, instance in enumerate(row.get("instances") or []):
+        for index, instance in enumerate(_instances(row)):
             try:
                 boxes.append(check_box(instance.get(f"{column}_box"), *image.size))
             except ValueError as error:
@@ -106,9 +111,16 @@ class InstancePairCollator:
         )
 
 
+def _instances(row: dict[str, Any]) -> list[dict[str, Any]]:
+    instances = row.get("instances") or []
+    if not all(isinstance(instance, dict) for instance in instances):
+        raise ValueError(f"`instances` of the row with id {row['id']!r} must be a list of objects, got {instances}.")
+    return instances
+
+
 def _preferences(row: dict[str, Any]) -> list[str]:
     preferences = []
-    for index, instance in enumerate(row.get("instances") or []):
+    for index, instance in enumerate(_instances(row)):
         try:
             preferences.append(check_preference(instance.get("preference")))
         except ValueError as error:

@@ -20,6 +20,7 @@ from typing import Any
 
 import PIL.Image
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
+from datasets.utils.file_utils import xopen
 
 
 PREFERENCES = ("chosen", "rejected", "tie")
@@ -81,38 +82,45 @@ def prepare_dataset(
             f"`{name}` must be a `datasets.Dataset` or `datasets.IterableDataset`, got `{type(dataset).__name__}`. If it "
             'is a `DatasetDict`, pass one of its splits, such as `dataset["train"]`.'
         )
+    if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom"):
+        dataset = dataset.with_format(None)  # rows as Python objects; a transform of the user's stays
     present = dataset.column_names
     if present is None:  # a stream whose columns are not declared
         present = list(next(iter(dataset), {}))
+    if not present or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise ValueError(f"`{name}` has no rows.")
     if missing := [column for column in columns if column not in present]:
         raise ValueError(
             f"`{name}` lacks the column{'s' if len(missing) > 1 else ''} {_quoted(missing)}; it has {_quoted(present)}. "
             f"Needed are {_quoted(columns)}: rename columns with `dataset.rename_columns`, or build them as described in "
             "docs/source/dataset_formats.md."
         )
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError(f"`{name}` has no rows.")
     features = dataset.features or {}
-    if "instances" in features and not isinstance(features["instances"], List):
-        raise ValueError(
-            f"The column `instances` of `{name}` must be a list of instances, got {features['instances']}. See "
-            "`trl_diffusion.instance_pair_features()` for its type."
-        )
+    _check_instances_feature(features.get("instances"), name)
     for column in image_columns:
         if isinstance(features.get(column), Image):
             dataset = dataset.cast_column(column, Image(decode=False))
-    if "instances" in features:
-        preference = features["instances"].feature.get("preference")
-        if isinstance(preference, ClassLabel) and tuple(preference.names) != PREFERENCES:
-            raise ValueError(
-                f"The labels of `instances.preference` of `{name}` must be {_quoted(PREFERENCES)} in this order, got "
-                f"{_quoted(preference.names)}. Store the names as strings, or cast to `ClassLabel(names={list(PREFERENCES)})`."
-            )
     if "id" in present:
         return dataset
     if isinstance(dataset, Dataset):
         return dataset.add_column("id", [str(index) for index in range(len(dataset))])
     return dataset.map(lambda _, index: {"id": str(index)}, with_indices=True)
+
+
+def _check_instances_feature(feature: Any, name: str) -> None:
+    if feature in (None, Value("null"), List(Value("null"))):  # unknown, or no row has any
+        return
+    if not isinstance(feature, List) or not isinstance(feature.feature, dict):
+        raise ValueError(
+            f"The column `instances` of `{name}` must be a list of instances, got {feature}. See "
+            "`trl_diffusion.instance_pair_features()` for its type."
+        )
+    preference = feature.feature.get("preference")
+    if isinstance(preference, ClassLabel) and tuple(preference.names) != PREFERENCES:
+        raise ValueError(
+            f"The labels of `instances.preference` of `{name}` must be {_quoted(PREFERENCES)} in this order, got "
+            f"{_quoted(preference.names)}. Store the names as strings, or cast to `ClassLabel(names={list(PREFERENCES)})`."
+        )
 
 
 def open_image(value: Any) -> PIL.Image.Image:
@@ -138,7 +146,8 @@ def open_image(value: Any) -> PIL.Image.Image:
     elif isinstance(value, bytes):
         image = PIL.Image.open(io.BytesIO(value))
     elif isinstance(value, str):
-        image = PIL.Image.open(value)
+        with xopen(value, "rb") as file:  # a path on disk, in an archive or on the Hub
+            image = PIL.Image.open(io.BytesIO(file.read()))
     else:
         raise ValueError(f"expected an image, its bytes or a path, got {type(value).__name__}")
     image.load()

@@ -140,7 +140,7 @@ def train(pipeline, pairs, args: QuickstartArguments, settings: dict) -> None:
             max_steps=args.max_steps,
             save_strategy="no",
             report_to="none",
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             bf16=False,
             dataloader_pin_memory=False,
             **TRAINING,

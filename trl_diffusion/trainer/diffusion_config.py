@@ -66,7 +66,7 @@ class DiffusionConfig(_BaseConfig):
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `logging_steps`: Defaults to `10` instead of `500`.
-    > - `gradient_checkpointing`: Defaults to `True` instead of `False`.
+    > - `activation_checkpointing` (`gradient_checkpointing` in older versions): Defaults to `True` instead of `False`.
     > - `bf16`: Defaults to `True` on a GPU that has it if `fp16` is not set, instead of `False`.
     > - `learning_rate`: Defaults to `1e-5` instead of `5e-5`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
@@ -78,6 +78,9 @@ class DiffusionConfig(_BaseConfig):
 
     # Parameters whose default values are overridden from TrainingArguments
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate of the optimizer."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Older name of `activation_checkpointing`.", "nargs": "?", "const": True}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Remove columns that the denoiser's forward does not name. Leave it off."}
     )
@@ -132,6 +135,8 @@ class DiffusionConfig(_BaseConfig):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True  # as in TRL, under the name that transformers does not warn of
         super().__post_init__()
 
         if self.resolution is not None and self.resolution <= 0:

@@ -1,0 +1,211 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Imports go one way, and nothing heavy is imported before it is used."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trl_diffusion
+
+
+PACKAGE = Path(trl_diffusion.__file__).parent
+MATHEMATICS = ["boxes", "masks", "noising", "inversion", "losses", "criteria"]  # each may import those before it
+OPTIONAL = {"ray", "vllm", "gradio", "wandb", "trackio", "bitsandbytes", "deepspeed", "tensorboard"}
+# What nothing but itself, `scripts`, `cli` and `quickstart` may import
+APPLICATIONS = ["scripts", "cli", "quickstart"]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(("trl_diffusion", *(part for part in parts if part != "__init__")))
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(source: str, module: str, is_package: bool = False) -> list[tuple[str, bool]]:
+    """All modules that a source imports, by absolute name, and whether that happens when the module is imported."""
+    found = []
+
+    def visit(node: ast.AST, at_import: bool):
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, at_import) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parts = parts[: len(parts) + is_package - node.level]
+                base = ".".join([*parts, base] if base else parts)
+            # `from .. import masks` imports a module, `from ..masks import f` a function of it
+            found.extend(
+                (f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base, at_import)
+                for alias in node.names
+            )
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.body:
+                visit(child, False)
+            for child in node.orelse:
+                visit(child, at_import)
+        else:
+            inside_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            for child in ast.iter_child_nodes(node):
+                visit(child, at_import and not inside_function)
+
+    visit(ast.parse(source), True)
+    return found
+
+
+def imports_of(module: str) -> list[tuple[str, bool]]:
+    path = MODULES[module]
+    return imports(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+
+
+def room(module: str) -> str:
+    """The part of the package that a module belongs to; the package itself is the empty string."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def internal_rooms(module: str) -> set[str]:
+    """The other parts of the package that a module imports, inside of functions and for type checkers too."""
+    names = [name for name, _ in imports_of(module) if name.split(".")[0] == "trl_diffusion"]
+    return {room(name) for name in names} - {room(module)}
+
+
+def modules_of(*rooms: str) -> list[str]:
+    return [module for module in MODULES if room(module) in rooms]
+
+
+def test_the_reader_of_imports():
+    """Imports are seen relative and absolute, at the top and inside of functions, classes, `try` and type checks."""
+    source = """
+import torch
+from . import masks
+from ..losses import diffusion_dpo_loss
+try:
+    import ray.data
+except ImportError:
+    pass
+if TYPE_CHECKING:
+    import gradio
+else:
+    import wandb
+class A:
+    import vllm
+    def f(self):
+        from .. import trainer
+        import trackio
+"""
+    assert imports(source, "trl_diffusion.data.x") == [
+        ("torch", True),
+        ("trl_diffusion.data", True),
+        ("trl_diffusion.losses", True),
+        ("ray.data", True),
+        ("gradio", False),
+        ("wandb", True),
+        ("vllm", True),
+        ("trl_diffusion.trainer", False),
+        ("trackio", False),
+    ]
+    assert imports("from .base import Backbone", "trl_diffusion.backbones", True) == [
+        ("trl_diffusion.backbones.base", True)
+    ]
+    assert imports("from ..noising import add_noise", "trl_diffusion.backbones", True) == [
+        ("trl_diffusion.noising", True)
+    ]
+
+
+def test_all_modules_are_seen():
+    """The checks below do not pass for want of files."""
+    assert {"boxes", "masks", "noising", "losses", "backbones", "data", "trainer"} <= {room(m) for m in MODULES}
+
+
+@pytest.mark.parametrize("module", modules_of(*MATHEMATICS))
+def test_mathematics_imports_torch_and_itself_downwards(module):
+    """The mathematics needs torch, the standard library, and what comes before it."""
+    names = {name.split(".")[0] for name, _ in imports_of(module)} - {"trl_diffusion"}
+    # The attribute tree is read from YAML
+    assert names <= {"torch", *(["yaml"] if room(module) == "criteria" else []), *sys.stdlib_module_names}
+    assert internal_rooms(module) <= set(MATHEMATICS[: MATHEMATICS.index(room(module))])
+
+
+@pytest.mark.parametrize("module", modules_of("backbones", "data"))
+def test_backbones_and_data_import_the_mathematics(module):
+    """Of this package, backbones and data import the mathematics and themselves."""
+    assert internal_rooms(module) <= set(MATHEMATICS)
+
+
+@pytest.mark.parametrize("module", modules_of("trainer"))
+def test_trainers_import_what_lies_below(module):
+    """Trainers import neither annotation nor metrics nor the applications, nor anything by way of the package itself."""
+    assert not internal_rooms(module) & {"", "annotation", "metrics", *APPLICATIONS}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) not in ("", "trainer", *APPLICATIONS)])
+def test_nothing_below_imports_trainers(module):
+    """Trainers and applications are imported by applications alone: annotation and metrics keep away from trainers."""
+    assert not internal_rooms(module) & {"", "trainer", *APPLICATIONS}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_optional_packages_are_imported_where_they_are_used(module):
+    """Packages that not everybody has are imported inside of functions, and torchvision nowhere."""
+    at_import = {name.split(".")[0] for name, at_import in imports_of(module) if at_import}
+    assert not at_import & OPTIONAL
+    assert "torchvision" not in {name.split(".")[0] for name, _ in imports_of(module)}
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    """`import trl_diffusion`, its version and its `dir` load no torch, transformers, diffusers or datasets."""
+    code = """
+import sys
+import trl_diffusion
+assert trl_diffusion.__version__
+assert set(trl_diffusion.__all__) <= set(dir(trl_diffusion))
+print([name for name in ("torch", "transformers", "diffusers", "datasets", "peft", "trl") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", trl_diffusion.__all__)
+def test_public_names_import(name):
+    """Every public name is there, and is what its own module calls so."""
+    value = getattr(trl_diffusion, name)
+    assert value.__module__.startswith("trl_diffusion.")
+    assert getattr(importlib.import_module(value.__module__), name) is value
+
+
+def test_public_names_are_known_to_type_checkers():
+    """The names imported for type checkers are those that exist, from the modules that they are loaded from."""
+    declared = {}
+    for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            declared.update({alias.name: node.module for alias in node.names})
+    assert sorted(declared) == list(trl_diffusion.__all__)
+    for name, module in declared.items():
+        assert hasattr(importlib.import_module(f"trl_diffusion.{module}"), name)
+
+
+def test_unknown_names_are_refused():
+    """A name that does not exist is an AttributeError that repeats it."""
+    name = "NoSuchTrainer"
+    with pytest.raises(AttributeError, match="'NoSuchTrainer'"):
+        getattr(trl_diffusion, name)

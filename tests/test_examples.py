@@ -1,0 +1,89 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset
+
+from tests import tiny
+from trl_diffusion.scripts.instance_dpo import make_parser
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(script: str, *args) -> str:
+    command = [sys.executable, str(EXAMPLES / "scripts" / script), *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_configuration(path, tmp_path):
+    """Every key of a shipped YAML file is a field of the script's dataclasses or a flag of `accelerate launch`."""
+    config = tmp_path / path.name
+    config.write_text(path.read_text() + "use_cpu: true\n")  # bf16 on no GPU is refused otherwise
+    *_, model_args, remaining = make_parser().parse_args_and_config(
+        ["--config", str(config)], return_remaining_strings=True
+    )
+    assert model_args.model_name_or_path
+    assert set(remaining[::2]) <= {"--num_processes"}
+
+
+def test_a_folder_of_ones_own_format_trains(tmp_path):
+    """pairs_from_jsonl.py makes the columns with the images' bytes unchanged, and instance_dpo.py trains on them."""
+    (tmp_path / "images").mkdir()
+    lines = []
+    for index, row in enumerate(tiny.pairs(4)):
+        for column in ("chosen", "rejected"):
+            row[column].save(tmp_path / "images" / f"{index}_{column}.jpg")
+        lines.append(
+            {
+                "id": row["id"],
+                "prompt": row["prompt"],
+                "chosen": f"images/{index}_chosen.jpg",
+                "rejected": f"images/{index}_rejected.jpg",
+                "licence": "of no interest",
+                "instances": [
+                    {
+                        "label": instance["label"],
+                        "box_chosen": instance["chosen_box"],
+                        "box_rejected": instance["rejected_box"],
+                        "better": ["chosen", "rejected", "tie"][instance["preference"]],
+                        "why": "drawn by eye",
+                    }
+                    for instance in row["instances"]
+                ],
+            }
+        )
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    out = run("pairs_from_jsonl.py", "--input_dir", tmp_path, "--output_dir", tmp_path / "dataset")
+    assert "Wrote 4 pairs with 8 instances" in out
+
+    dataset = load_dataset(str(tmp_path / "dataset"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert dataset["instances"] == tiny.pairs(4)["instances"]
+    table = dataset.with_format("arrow")[:]
+    assert table["chosen"][2]["bytes"].as_py() == (tmp_path / "images" / "2_chosen.jpg").read_bytes()
+
+    tiny.sd_pipeline().save_pretrained(tmp_path / "model")
+    run(
+        "instance_dpo.py", "--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "dataset",
+        "--output_dir", tmp_path / "out", "--use_peft", "--max_steps", 1, "--report_to", "none",
+    )  # fmt: skip
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()

@@ -1,0 +1,93 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import math
+import resource
+import time
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from tests import tiny
+from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
+
+
+def sd15_pipeline() -> StableDiffusionPipeline:
+    """The architecture of Stable Diffusion 1.5, with random weights and a small vocabulary."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.model_max_length = 77
+    text_config = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+        scheduler=tiny.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peft_config", [LoraConfig(r=64, lora_alpha=64), None], ids=["lora", "full"])
+def test_one_step_at_the_size_of_stable_diffusion_15(tmp_path, peft_config):
+    """Two optimizer steps on a 512x512 pair: ln 2 and margin 0 at first, then a policy that has moved."""
+    torch.manual_seed(0)
+    pipeline = sd15_pipeline()
+    assert round(sum(p.numel() for p in pipeline.unet.parameters()) / 1e6) == 860
+    trainer = InstanceDPOTrainer(
+        pipeline,
+        args=InstanceDPOConfig(
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=1,
+            learning_rate=1e-5,
+            optim="adafactor",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=tiny.pairs(2),
+        peft_config=peft_config,
+    )
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    first, second = trainer.state.log_history[:2]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"\n{seconds / 2:.0f} s a step, peak {peak:.1f} GiB, first {first}, second {second}")
+    assert trainer.resolution == 512
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["rewards/margins"] == 0
+    assert second["rewards/margins"] != 0 and math.isfinite(second["grad_norm"])
