@@ -45,22 +45,18 @@ class SampleImagesCallback(TrainerCallback):
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
         self.base_images = None
-        self.last_step = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._sample(args, state)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % args.sample_steps == 0:
+        # The last step here and not at the end of training, when trackers have finished their runs
+        if state.global_step % args.sample_steps == 0 or state.global_step == state.max_steps:
             self._sample(args, state)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self._sample(args, state)
-
     def _sample(self, args, state):
-        if not state.is_world_process_zero or state.global_step == self.last_step:
+        if not state.is_world_process_zero:
             return
-        self.last_step = state.global_step
         policy = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
         if self.base_images is None:
             with self.trainer.reference(policy) as base:
@@ -99,7 +95,7 @@ class SampleImagesCallback(TrainerCallback):
         if "trackio" in args.report_to:
             import trackio
 
-            trackio.log({"samples": trackio.Image(grid)}, step=state.global_step)
+            trackio.log({"samples": trackio.Image(grid), "train/global_step": state.global_step})
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_image("samples", np.asarray(grid), state.global_step, dataformats="HWC")
