@@ -153,18 +153,20 @@ class TestAccepted:
         numbers = tiny.pairs(2).remove_columns("id").add_column("id", [70, 71])
         assert collate(prepare(numbers))["id"] == ["70", "71"]
 
-    @pytest.mark.parametrize("kind", ["map", "stream", "generator"])
-    def test_missing_ids_are_row_numbers(self, kind):
-        """Rows without an id get their number as one, in a dataset, a stream, and a stream of undeclared columns."""
-        rows = [row(), row(), row()]
-        dataset = Dataset.from_list(rows)
-        if kind == "stream":
-            dataset = dataset.to_iterable_dataset()
-        if kind == "generator":
-            dataset = IterableDataset.from_generator(lambda: iter(rows))
-        prepared = prepare(dataset)
+    def test_missing_ids_are_row_numbers(self):
+        """Rows of a dataset without an id get their number as one."""
+        prepared = prepare(Dataset.from_list([row(), row(), row()]))
         assert [example["id"] for example in prepared] == ["0", "1", "2"]
         assert collate(prepared)["chosen_pixel_values"].shape == (3, 3, 16, 16)
+
+    @pytest.mark.parametrize("declared", [False, True])
+    def test_a_stream_must_have_ids(self, declared):
+        """Processes and workers that share a stream would each count its rows from 0, so it is refused without ids."""
+        rows = [row(), row(), row()]
+        stream = Dataset.from_list(rows).to_iterable_dataset() if declared else None
+        stream = stream or IterableDataset.from_generator(lambda: iter(rows))
+        with pytest.raises(ValueError, match="`train_dataset` is a stream without the column `id`.*`dataset.map`"):
+            prepare(stream)
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_images_stay_undecoded(self, stream):

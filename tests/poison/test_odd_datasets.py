@@ -61,7 +61,7 @@ def test_images_in_an_archive_are_read(tmp_path, streaming):
     """An ImageFolder in a zip file gives paths into the archive, which are opened."""
     buffer = io.BytesIO()
     tiny.image(0, 8, 8).save(buffer, "PNG")
-    metadata = {"prompt": "x", "chosen_file_name": "a.png", "rejected_file_name": "a.png"}
+    metadata = {"id": "x", "prompt": "x", "chosen_file_name": "a.png", "rejected_file_name": "a.png"}
     with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
         archive.writestr("a.png", buffer.getvalue())
         archive.writestr("metadata.jsonl", json.dumps(metadata))

@@ -211,6 +211,14 @@ def test_another_reference_is_the_one_compared_to(tmp_path):
     assert swapped.evaluate()["eval_errors/chosen"] == pytest.approx(metrics["eval_errors/ref_chosen"], abs=1e-6)
 
 
+@pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
+def test_the_model_cannot_be_its_own_reference(tmp_path, peft_config):
+    """A reference that shares its weights with the policy would never differ from it."""
+    pipeline, args = tiny.sd_pipeline(), InstanceDPOConfig(str(tmp_path), report_to="none")
+    with pytest.raises(ValueError, match="`ref_model` is the pipeline that is trained"):
+        InstanceDPOTrainer(pipeline, pipeline, args, peft_config=peft_config)
+
+
 # ---- Equivalent runs ----
 
 

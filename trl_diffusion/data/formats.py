@@ -59,7 +59,7 @@ def prepare_dataset(
 ) -> Dataset | IterableDataset:
     """
     Checks a dataset's columns, leaves its images undecoded (so that an unreadable one can be named, and its EXIF
-    orientation seen), and gives every row an `id` where it has none.
+    orientation seen), and numbers the rows of a dataset in memory that has no `id`.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -75,7 +75,8 @@ def prepare_dataset(
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]
 
     Raises:
-        `ValueError`: If a column is missing, if the dataset is empty, or if the `preference` labels are others.
+        `ValueError`: If a column is missing (for a stream, `id` too), if the dataset is empty, or if `instances` has
+            another type or other labels.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(
@@ -102,9 +103,12 @@ def prepare_dataset(
             dataset = dataset.cast_column(column, Image(decode=False))
     if "id" in present:
         return dataset
-    if isinstance(dataset, Dataset):
-        return dataset.add_column("id", [str(index) for index in range(len(dataset))])
-    return dataset.map(lambda _, index: {"id": str(index)}, with_indices=True)
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"`{name}` is a stream without the column `id`. Noise, crops and flips follow from a row's id, and the rows of "
+            "a stream cannot be numbered, since its shards are read side by side: add an `id` column with `dataset.map`."
+        )
+    return dataset.add_column("id", [str(index) for index in range(len(dataset))])
 
 
 def _check_instances_feature(feature: Any, name: str) -> None:

@@ -60,7 +60,8 @@ def main(script_args, training_args, model_args) -> None:
         eval_dataset=get_split(splits, script_args.dataset_test_split, "--dataset_test_split") if evaluates else None,
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint  # a folder, or "true" for the last checkpoint of `output_dir`
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.accelerator.print("Training completed.")
 
     trainer.save_model(training_args.output_dir)

@@ -25,7 +25,6 @@ loss. How often each model then draws A and B without a defect, and what the pro
 """
 
 import json
-import shutil
 import time
 from dataclasses import dataclass, field
 from importlib import resources
@@ -45,11 +44,11 @@ class QuickstartArguments:
             Where `results.json`, `samples.png` and `report.md` go.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the pairs, of the training and of the samples.
-        num_pairs (`int`, *optional*, defaults to `512`):
+        num_pairs (`int`, *optional*, defaults to `1024`):
             Preference pairs to train on.
         max_steps (`int`, *optional*, defaults to `60`):
             Optimizer steps of each training.
-        num_samples (`int`, *optional*, defaults to `768`):
+        num_samples (`int`, *optional*, defaults to `1024`):
             Images that each model draws.
     """
 
@@ -57,9 +56,9 @@ class QuickstartArguments:
         default="quickstart", metadata={"help": "Where `results.json`, `samples.png` and `report.md` go."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the pairs, of the training and of the samples."})
-    num_pairs: int = field(default=512, metadata={"help": "Preference pairs to train on."})
+    num_pairs: int = field(default=1024, metadata={"help": "Preference pairs to train on."})
     max_steps: int = field(default=60, metadata={"help": "Optimizer steps of each training."})
-    num_samples: int = field(default=768, metadata={"help": "Images that each model draws."})
+    num_samples: int = field(default=1024, metadata={"help": "Images that each model draws."})
 
 
 # name: what the pictures call it, what InstanceDPOConfig is given
@@ -69,12 +68,12 @@ ARMS = {
     "iapo_covering": ("IAPO, covering", {"w_neg": 0.0, "mask_overlap": "covering"}),
 }
 TRAINING = {
-    "beta": 5000.0,
+    "beta": 2000.0,
     "learning_rate": 5e-5,
     "lr_scheduler_type": "constant",
     "per_device_train_batch_size": 32,
 }
-SAMPLING = {"num_inference_steps": 15, "guidance_scale": 2.0, "batch_size": 256}
+SAMPLING = {"num_inference_steps": 10, "guidance_scale": 1.0, "batch_size": 256}
 PACKAGES = ("trl-diffusion", "trl", "transformers", "diffusers", "torch")
 
 
@@ -131,11 +130,10 @@ def train(pipeline, pairs, args: QuickstartArguments, settings: dict) -> None:
     """Trains all weights of the pipeline's denoiser, in place."""
     from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
 
-    work = Path(args.output_dir) / "training"
     trainer = InstanceDPOTrainer(
         pipeline,
         args=InstanceDPOConfig(
-            output_dir=str(work),
+            output_dir=args.output_dir,
             seed=args.seed,
             max_steps=args.max_steps,
             save_strategy="no",
@@ -149,7 +147,6 @@ def train(pipeline, pairs, args: QuickstartArguments, settings: dict) -> None:
         train_dataset=pairs,
     )
     trainer.train()
-    shutil.rmtree(work)
 
 
 def draw(pipeline, prompts: list[str], seed: int) -> list:

@@ -72,6 +72,8 @@ def main(args: ShowMasksArguments) -> None:
     from trl_diffusion.scripts.utils import get_split, load_splits
     from trl_diffusion.visualization import image_grid, mask_overlay
 
+    if args.num_rows < 1:
+        raise ValueError(f"`--num_rows` must be at least 1, got {args.num_rows}.")
     dataset = get_split(load_splits(args), args.dataset_train_split, "--dataset_train_split")
     dataset = prepare_dataset(
         dataset, "dataset", ("prompt", "chosen", "rejected", "instances"), ("chosen", "rejected")

@@ -179,8 +179,16 @@ class DiffusionTrainer(_BaseTrainer):
         Args:
             ref_model (`str`, [`~diffusers.DiffusionPipeline`] or `None`):
                 The reference, or `None` for the policy as it is now.
+
+        Raises:
+            `ValueError`: If `ref_model` is the pipeline that is trained.
         """
         if ref_model is not None:
+            if ref_model is self.backbone.pipeline:
+                raise ValueError(
+                    "`ref_model` is the pipeline that is trained, and would move with it. Leave `ref_model` out: the "
+                    "reference then is the model before training."
+                )
             denoiser = load_backbone(ref_model, **(self.args.model_init_kwargs or {})).denoiser
         elif not isinstance(self.model, PeftModel):
             denoiser = copy.deepcopy(self.model)

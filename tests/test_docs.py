@@ -1,0 +1,348 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the documentation says is there: its Python runs, its flags parse, its links, names, metrics and messages exist."""
+
+import ast
+import dataclasses
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import datasets
+import diffusers
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from PIL import Image
+
+import trl_diffusion
+from tests import tiny
+from trl_diffusion import InstanceDPOConfig
+from trl_diffusion.cli.main import COMMANDS, TRAINING_COMMANDS
+from trl_diffusion.data.collators import InstancePairCollator
+from trl_diffusion.data.formats import prepare_dataset
+
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs" / "source"
+# The log holds commands of past commits, which need not run today.
+PAGES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "log.md")
+COLUMNS = ("prompt", "chosen", "rejected")
+
+
+def read(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", read(page), re.DOTALL | re.MULTILINE)
+
+
+def prose(page: str) -> str:
+    """The page without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", read(page), flags=re.DOTALL | re.MULTILINE)
+
+
+def section(page: str, heading: str) -> str:
+    """What stands between a heading and the next of its level or above, without code blocks."""
+    level = re.search(rf"^(#+) {heading}$", prose(page), re.MULTILINE)[1]
+    found = re.search(rf"^{level} {heading}$(.*?)(?=^#{{1,{len(level)}}} |\Z)", prose(page), re.DOTALL | re.MULTILINE)
+    return found[1]
+
+
+def parsers(command: str) -> list:
+    """The parsers that read the flags of a command: its own, and the launcher's for a training command."""
+    script = importlib.import_module(f"trl_diffusion.scripts.{command.replace('-', '_')}")
+    own = script.make_parser(prog=command)
+    own.add_argument("--config")
+    launcher = launch_command_parser()
+    launcher.add_argument("--accelerate_config")
+    return [own, launcher] if command in TRAINING_COMMANDS else [own]
+
+
+def flags_of(command: str) -> set[str]:
+    return {flag for parser in parsers(command) for action in parser._actions for flag in action.option_strings}
+
+
+# ---- Python ----
+
+
+@pytest.fixture
+def tiny_hub(tmp_path, monkeypatch):
+    """The Hub holds tiny pipelines and pairs, a training is one step, and everything is written to an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    load_dataset, load_pipeline = datasets.load_dataset, diffusers.DiffusionPipeline.from_pretrained
+    post_init, uploads = InstanceDPOConfig.__post_init__, []
+
+    def load_tiny_dataset(path, *args, split, streaming=False, **kwargs):
+        if path == "imagefolder":
+            return load_dataset(path, *args, split=split, cache_dir=str(tmp_path / "cache"), **kwargs)
+        return tiny.pairs(4).to_iterable_dataset() if streaming else tiny.pairs(4)
+
+    def from_pretrained(cls, name, **kwargs):
+        if Path(name).is_dir():
+            return load_pipeline(name)
+        return tiny.sdxl_pipeline() if "xl" in name else tiny.sd_pipeline()
+
+    def shortened(config):
+        post_init(config)  # with the page's own values, which it checks
+        config.max_steps, config.per_device_train_batch_size, config.gradient_accumulation_steps = 1, 2, 1
+        config.report_to, config.disable_tqdm, config.resolution, config.num_inference_steps = [], True, None, 2
+
+    class Api:
+        def create_repo(self, name, **kwargs):
+            return type("Repo", (), {"repo_id": f"user/{name}"})()
+
+        def upload_folder(self, folder_path, **kwargs):
+            uploads.append(Path(folder_path).name)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_tiny_dataset)
+    for loader in (diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image):
+        monkeypatch.setattr(loader, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda pipeline, *args: pipeline)
+    monkeypatch.setattr("transformers.trainer.hf_api", Api)
+    monkeypatch.setattr(InstanceDPOConfig, "__post_init__", shortened)
+    return uploads
+
+
+def run(page: str) -> dict:
+    """Runs the Python of a page from top to bottom, as a notebook; tracebacks show the page and its line."""
+    scope = {}
+    for block in re.finditer(r"^```python\n(.*?)^```$", read(page), re.DOTALL | re.MULTILINE):
+        line = read(page)[: block.start(1)].count("\n")
+        exec(compile("\n" * line + block[1], DOCS / page, "exec"), scope)
+    return scope
+
+
+def test_python_of_quickstart(tiny_hub):
+    """The page trains the embedded pipeline, and the oracle judges what it draws."""
+    scope = run("quickstart.md")
+    assert len(scope["findings"]) == 8 and all(len(found) == 2 for found in scope["findings"])
+
+
+def test_python_of_dataset_formats(tiny_hub):
+    """The page's folder of images loads with its ids and its conflict, and its stream is one."""
+    scope = run("dataset_formats.md")
+    dataset = prepare_dataset(scope["dataset"], "dataset", COLUMNS, COLUMNS[1:])
+    batch = InstancePairCollator(32)(list(dataset))
+    assert batch["id"] == ["001", "002"]
+    assert batch["judged"].tolist() == batch["conflicts"].tolist() == [[True], [False]]
+    assert isinstance(scope["stream"], datasets.IterableDataset)
+
+
+def test_python_of_instance_dpo_trainer(tiny_hub, tmp_path):
+    """The page trains, resumes, saves, loads, draws and pushes; its masks have the weights that its comments say."""
+    scope = run("instance_dpo_trainer.md")
+    for name, inside, outside in (("mean_mask", 4 / 7, 8 / 7), ("covering_mask", 0, 4 / 3)):
+        rows = [[inside] * 2 + [outside] * 2] * 2 + [[outside] * 4] * 2
+        assert scope[name].flatten().tolist() == pytest.approx([weight for row in rows for weight in row])
+    assert scope["image"].size == (32, 32) and len(scope["images"]) == 2
+    assert tiny_hub == ["sd15-iapo-lora"]
+    assert (tmp_path / "sd15-iapo-lora" / "samples" / "step-000001.png").exists()
+    assert (tmp_path / "sd15-iapo" / "unet").is_dir()
+
+    # Every metric is in the page's table, and nothing else is
+    table = section("instance_dpo_trainer.md", "Logged metrics")
+    documented = set(re.findall(r"`((?:rewards|errors|masks)/\w+)`", table))
+    trainer = scope["InstanceDPOTrainer"](tiny.sd_pipeline(), train_dataset=tiny.pairs(2), eval_dataset=tiny.pairs(2))
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry if "/" in name}
+    assert logged == documented
+    assert {name.removeprefix("eval_") for name in trainer.evaluate() if "/" in name} == documented
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_names_exist(page):
+    """Every Python block compiles, also on a page that is not run, and imports only names that this package has."""
+    for code in blocks(page, "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "trl_diffusion":
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "InstanceDPOConfig":
+                assert {kw.arg for kw in node.keywords} <= {f.name for f in dataclasses.fields(InstanceDPOConfig)}
+
+
+def test_every_page_with_python_is_run():
+    """A new page with Python needs a test above."""
+    assert {page for page in PAGES if blocks(page, "python")} == {
+        "dataset_formats.md",
+        "instance_dpo_trainer.md",
+        "quickstart.md",
+    }
+
+
+# ---- Commands ----
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """The lines of the bash blocks, continued lines joined."""
+    return [
+        (page, line)
+        for page in PAGES
+        for block in blocks(page, "bash")
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+
+
+@pytest.mark.parametrize(("page", "line"), command_lines())
+def test_command_lines(page, line, tmp_path):
+    """Every flag of a printed command is the command's or the launcher's, and every file that it names is there."""
+    program, *words = shlex.split(line)
+    for word in words:
+        if word.startswith("examples/") or word in ("constraints.txt", "trl_diffusion/scripts/instance_dpo.py"):
+            assert (ROOT / word).is_file()
+    if Path(program).name == "trl-diffusion":
+        command, *words = words
+        own, *launcher = parsers(command)
+        _, remaining = own.parse_known_args(words)
+        for parser in launcher:
+            _, script = parser.parse_known_args([*remaining, "script.py"])
+            remaining = [] if script == [] else script
+        assert remaining == []
+    elif program == "python":
+        script, *words = words
+        source = (ROOT / script).read_text(encoding="utf-8")
+        assert all(f'"{word}"' in source for word in words if word.startswith("--"))
+    elif program == "accelerate":
+        namespace = launch_command_parser().parse_args(words[1:])
+        assert importlib.import_module("trl_diffusion.scripts.instance_dpo").make_parser()
+        assert namespace.training_script_args[::2] == ["--config"]
+    else:
+        assert program in ("python3", ".venv/bin/pip")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_in_the_text(page):
+    """Every flag that a text or a table names belongs to a command, under whose heading it stands where it has one."""
+    known = set().union(*(flags_of(command) for command in COMMANDS))
+    assert set(re.findall(r"`(--[\w-]+)", prose(page))) <= known
+    for command in COMMANDS:
+        if page == "cli.md":
+            assert set(re.findall(r"`(--[\w-]+)", section(page, command))) <= flags_of(command)
+    if page == "quickstart.md":
+        assert set(re.findall(r"`(--[\w-]+)", prose(page))) <= flags_of("quickstart")
+
+
+@pytest.mark.parametrize(
+    ("page", "heading", "command"), [("quickstart.md", "Flags", "quickstart"), ("cli.md", "show-masks", "show-masks")]
+)
+def test_defaults_in_the_tables(page, heading, command):
+    """The defaults beside the flags in a table are the command's."""
+    defaults = {flag: action.default for action in parsers(command)[0]._actions for flag in action.option_strings}
+    rows = re.findall(r"^\| (`--[^|]+) \| ([^|\s][^|]*) \|", section(page, heading), re.MULTILINE)
+    assert rows
+    for flags, values in rows:
+        expected = [str(defaults[flag]) for flag in re.findall(r"`(--\w+)`", flags)]
+        assert values.replace("`", "").split(", ") == expected
+
+
+def test_every_command_has_its_section():
+    """The page of the command line describes the commands that exist, and the index names them."""
+    assert set(re.findall(r"^## ([a-z-]+)$", prose("cli.md"), re.MULTILINE)) == set(COMMANDS)
+    assert set(re.findall(r"^\| `trl-diffusion ([a-z-]+)`", prose("index.md"), re.MULTILINE)) == set(COMMANDS)
+
+
+def test_yaml_examples():
+    """Every key of a YAML example is a flag of `instance-dpo` or of the launcher, or `env`."""
+    for block in [block for page in PAGES for block in blocks(page, "yaml")]:
+        assert {f"--{key}" for key in yaml.safe_load(block)} - {"--env"} <= flags_of("instance-dpo")
+
+
+# ---- Structure ----
+
+
+def anchors(path: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page):
+    """Every relative link leads to a file of the repository, and its anchor to a heading there."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if not target.startswith("https://"):
+            name, _, anchor = target.partition("#")
+            path = (DOCS / name).resolve() if name else DOCS / page
+            assert path.exists() and path.is_relative_to(ROOT), target
+            assert not anchor or anchor in anchors(path), target
+
+
+def test_table_of_contents():
+    """The table of contents lists every page once, and no other."""
+    sections = yaml.safe_load((DOCS / "_toctree.yml").read_text(encoding="utf-8"))
+    listed = [entry["local"] for part in sections for entry in part["sections"]]
+    assert sorted(listed) == sorted(path.stem for path in DOCS.glob("*.md"))
+    assert all(entry["title"] for part in sections for entry in (part, *part["sections"]))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_autodoc(page):
+    """Every documented object, and every method listed below one, exists and has a docstring of its own or inherited."""
+    for name, methods in re.findall(r"^\[\[autodoc\]\] (\S+)\n((?: +- \w+\n)*)", read(page), re.MULTILINE):
+        module, _, attribute = name.rpartition(".")
+        documented = getattr(importlib.import_module(f"trl_diffusion.{module}".rstrip(".")), attribute)
+        assert documented.__doc__
+        assert all(callable(getattr(documented, method)) for method in re.findall(r"- (\w+)", methods))
+    if page == "instance_dpo_trainer.md":
+        public = set(re.findall(r"^\[\[autodoc\]\] (\w+)$", read(page), re.MULTILINE))
+        assert {"InstanceDPOTrainer", "InstanceDPOConfig"} <= public <= set(trl_diffusion.__all__)
+
+
+# ---- Messages ----
+
+
+def test_error_tables(tmp_path):
+    """Each message in the tables of errors is how the message for that mistake starts."""
+    instance = {"label": "x", "chosen_box": [0, 0, 9, 9], "rejected_box": [0, 0, 9, 9], "preference": "chosen"}
+    row = {
+        "id": "001",
+        "prompt": "a cat",
+        "chosen": Image.new("RGB", (16, 16)),
+        "rejected": Image.new("RGB", (16, 16)),
+    }
+    pairs = tiny.pairs(1)
+    named = trl_diffusion.instance_pair_features()
+    named["instances"].feature["preference"] = datasets.ClassLabel(names=["tie", "chosen", "rejected"])
+    of_datasets = [
+        pairs.remove_columns("chosen"),
+        datasets.DatasetDict({"train": pairs}),
+        pairs.select([]),
+        datasets.Dataset.from_list([{**row, "instances": "none"}]),
+        datasets.Dataset.from_list([{**row, "instances": []}], features=named),
+    ]
+    of_rows = [
+        row | {"chosen": str(tmp_path / "missing.png")},
+        row | {"instances": [instance | {"chosen_box": [0, 0, 99, 9]}]},
+        row | {"instances": [instance | {"preference": "better"}]},
+        row | {"id": None},
+        row | {"prompt": None},
+    ]
+    messages = []
+    for dataset in of_datasets:
+        with pytest.raises(ValueError) as error:
+            prepare_dataset(dataset, "train_dataset", COLUMNS, COLUMNS[1:])
+        messages.append(str(error.value))
+    for broken in of_rows:
+        with pytest.raises(ValueError) as error:
+            InstancePairCollator(16)([broken])
+        messages.append(str(error.value))
+    lines = re.findall(r"^\| .+? \| (.+) \|$", section("dataset_formats.md", "Errors"), re.MULTILINE)
+    starts = [line.removesuffix("...").strip() for line in lines if not line.startswith("the message")]
+    assert len(starts) == len(messages)
+    for start, message in zip(starts, messages):
+        assert message.startswith(start)
