@@ -26,9 +26,11 @@ loss. How often each model then draws A and B without a defect, and what the pro
 
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 from trl import TrlParser
@@ -78,35 +80,26 @@ PACKAGES = ("trl-diffusion", "trl", "transformers", "diffusers", "torch")
 
 
 def main(args: QuickstartArguments) -> None:
-    start = time.perf_counter()
-
-    import torch
-
-    from trl_diffusion.quickstart.world import evaluation_prompts, preference_dataset
+    from trl_diffusion.quickstart.world import evaluation_prompts
     from trl_diffusion.visualization import image_grid
 
-    # The tensors are small: more threads would mostly wait for one another, and with one the numbers repeat.
-    torch.set_num_threads(1)
+    start = time.perf_counter()
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = preference_dataset(args.num_pairs, seed=args.seed)
-    prompts = evaluation_prompts(args.num_samples, seed=args.seed)
+    print(
+        f"Drawing {args.num_samples} images with the base and with {len(ARMS)} models that are trained first.",
+        flush=True,
+    )
+    # Two processes of one thread each: the tensors are small, and more threads would mostly wait for one another.
+    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
+        runs = {name: pool.submit(run_arm, name, args) for name in ("base", *ARMS)}
+        scores, pictures = zip(*(run.result() for run in runs.values()), strict=True)
 
-    results, pictures = {}, {}
-    for name in ("base", *ARMS):
-        print(f"{name}: drawing {args.num_samples} images" if name == "base" else f"{name}: training")
-        pipeline = load_base()
-        if name in ARMS:
-            train(pipeline, pairs, args, ARMS[name][1])
-        images = draw(pipeline, prompts, args.seed)
-        results[name] = score(images, prompts)
-        pictures[name] = images[:8]
-        print(f"{name}: {results[name]}")
-
+    prompts = evaluation_prompts(args.num_samples, seed=args.seed)[: len(pictures[0])]
     columns = ["base", *(title for title, _ in ARMS.values())]
-    grid = image_grid([list(row) for row in zip(*pictures.values(), strict=True)], columns, prompts[:8], size=160)
+    grid = image_grid([list(row) for row in zip(*pictures, strict=True)], columns, prompts, size=160)
     grid.save(folder / "samples.png")
-    results |= {
+    results = dict(zip(runs, scores, strict=True)) | {
         "seed": args.seed,
         "seconds": round(time.perf_counter() - start, 1),
         "versions": {package: version(package) for package in PACKAGES},
@@ -114,6 +107,29 @@ def main(args: QuickstartArguments) -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (folder / "report.md").write_text(report(results, args))
     print(f"Done in {results['seconds']:.0f} seconds: look at {folder / 'samples.png'} and {folder / 'report.md'}.")
+
+
+def run_arm(name: str, args: QuickstartArguments) -> tuple[dict[str, float], list]:
+    """Trains the base as an arm does (or not), draws, and counts: the scores and the first images."""
+    import torch
+
+    from trl_diffusion.quickstart.world import evaluation_prompts, preference_dataset
+
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    pipeline = load_base()
+    if name in ARMS:
+        train(pipeline, preference_dataset(args.num_pairs, seed=args.seed), args, ARMS[name][1])
+    trained = time.perf_counter()
+    prompts = evaluation_prompts(args.num_samples, seed=args.seed)
+    images = draw(pipeline, prompts, args.seed)
+    scores = score(images, prompts)
+    shares = ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if key != "n")
+    print(
+        f"{name}: trained in {trained - start:.0f} s, drawn in {time.perf_counter() - trained:.0f} s: {shares}",
+        flush=True,
+    )
+    return scores, images[:8]
 
 
 def load_base():
@@ -138,6 +154,8 @@ def train(pipeline, pairs, args: QuickstartArguments, settings: dict) -> None:
             max_steps=args.max_steps,
             save_strategy="no",
             report_to="none",
+            disable_tqdm=True,
+            logging_steps=20,
             activation_checkpointing=False,
             bf16=False,
             dataloader_pin_memory=False,

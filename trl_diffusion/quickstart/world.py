@@ -1,0 +1,438 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""An embedded world of coloured shapes, with an oracle that knows how well each shape is drawn.
+
+A scene is 32x32 pixels and holds two shapes: A, large and on the left, and B, smaller and on the right. A prompt names
+them in that order: "a red circle and a blue square". A *defective* shape has a bite taken out of its outline. The
+prompt never mentions defects, so a model trained on a mixture of clean and defective shapes draws both kinds, and
+preference training can be measured by how often each shape comes out clean.
+"""
+
+import io
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SIZE = 32  # pixels, both ways
+BACKGROUND = (244, 242, 238)
+COLORS = {"red": (214, 40, 44), "green": (36, 150, 72), "blue": (46, 84, 214), "yellow": (246, 192, 20)}
+AREA = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # of a box of side 1
+KINDS = tuple(AREA)
+DEPARTURES = np.array(list(COLORS.values()), dtype=np.float32) - np.array(BACKGROUND, dtype=np.float32)
+LABELS = ("A", "B")
+PROMPT = re.compile(rf"a ({'|'.join(COLORS)}) ({'|'.join(KINDS)}) and a ({'|'.join(COLORS)}) ({'|'.join(KINDS)})")
+
+BITE_AREA = 0.2  # share of a shape's area that a bite removes
+MATCH_QUALITY = 0.7  # below this nothing recognisable is drawn
+CLEAN_QUALITY = 0.9  # a bite costs at least BITE_AREA of the quality; a good drawing loses less than half as much
+TIE_MARGIN = 0.02  # difference in quality below which two drawings are equally good
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one of the two shapes of a scene lives: pixels, the range of its side, its centre's jitter."""
+
+    columns: tuple[int, int]
+    center: tuple[float, float]
+    side: tuple[float, float]
+    jitter: tuple[float, float]
+
+
+PLACES = (
+    Place(columns=(0, 18), center=(9.0, 16.0), side=(14.0, 15.5), jitter=(0.6, 2.0)),
+    Place(columns=(18, 32), center=(25.0, 16.0), side=(11.0, 12.5), jitter=(0.6, 2.0)),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape of a scene.
+
+    Args:
+        kind (`str`):
+            One of `KINDS`.
+        color (`str`):
+            One of `COLORS`.
+        box (`tuple[float, float, float, float]`):
+            `[x_min, y_min, x_max, y_max]` in pixels, of the whole shape, whether or not a bite is missing.
+        defective (`bool`):
+            Whether a bite is taken out of the outline.
+        bite_at (`float`, *optional*, defaults to `0.0`):
+            Where on the outline the bite is, as a fraction in `[0, 1)` of the way round. Means nothing if the shape is
+            not defective.
+    """
+
+    kind: str
+    color: str
+    box: tuple[float, float, float, float]
+    defective: bool
+    bite_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Two shapes: A (large, left), then B (smaller, right)."""
+
+    shapes: tuple[Shape, Shape]
+
+    @property
+    def prompt(self) -> str:
+        a, b = self.shapes
+        return f"a {a.color} {a.kind} and a {b.color} {b.kind}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the oracle sees in the place of one shape.
+
+    Args:
+        match (`bool`):
+            Whether the colour and the kind that the prompt names are drawn here.
+        clean (`bool`):
+            Whether a shape is drawn here without defect, of whatever colour and kind.
+        quality (`float`):
+            Agreement with the best-fitting whole shape, at most 1; higher is better drawn.
+        box (`tuple[float, float, float, float]` or `None`):
+            `[x_min, y_min, x_max, y_max]` of that shape in pixels; `None` where nothing recognisable is drawn.
+    """
+
+    match: bool
+    clean: bool
+    quality: float
+    box: tuple[float, float, float, float] | None
+
+
+def parse_prompt(prompt: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """
+    Read what a prompt names.
+
+    Args:
+        prompt (`str`):
+            Such as `"a red circle and a blue square"`.
+
+    Returns:
+        `tuple`: `((color, kind), (color, kind))` of A and B.
+
+    Raises:
+        `ValueError`: If the prompt does not have that form.
+    """
+    found = PROMPT.fullmatch(prompt)
+    if found is None:
+        raise ValueError(f"not a prompt of this world: {prompt!r}; it reads like 'a red circle and a blue square'")
+    return (found[1], found[2]), (found[3], found[4])
+
+
+# ----- drawing -----
+
+
+def bite_center(kind: str, box: tuple[float, float, float, float], at: float) -> tuple[float, float]:
+    """The point of the outline where a bite is taken; on a polygon it stays near the middle of an edge."""
+    x_min, y_min, x_max, y_max = box
+    if kind == "circle":
+        radius, angle = (x_max - x_min) / 2, 2 * np.pi * at
+        return (x_min + x_max) / 2 + radius * np.cos(angle), (y_min + y_max) / 2 + radius * np.sin(angle)
+    if kind == "square":
+        corners = [(x_min, y_min), (x_max, y_min), (x_max, y_max), (x_min, y_max)]
+    else:
+        corners = [((x_min + x_max) / 2, y_min), (x_max, y_max), (x_min, y_max)]
+    edge, along = int(at * len(corners)), 0.35 + 0.3 * (at * len(corners) % 1)
+    (x0, y0), (x1, y1) = corners[edge], corners[(edge + 1) % len(corners)]
+    return x0 + along * (x1 - x0), y0 + along * (y1 - y0)
+
+
+def coverage(shape: Shape) -> np.ndarray:
+    """The share of each pixel that the shape covers, `(SIZE, SIZE)`, from 4x4 points a pixel."""
+    points = (np.arange(4 * SIZE) + 0.5) / 4
+    x, y = points[None, :], points[:, None]
+    x_min, y_min, x_max, y_max = shape.box
+    u, v = (x - x_min) / (x_max - x_min), (y - y_min) / (y_max - y_min)  # 0 to 1 within the box
+    if shape.kind == "circle":
+        inside = (u - 0.5) ** 2 + (v - 0.5) ** 2 <= 0.25
+    elif shape.kind == "square":
+        inside = (abs(u - 0.5) <= 0.5) & (abs(v - 0.5) <= 0.5)
+    else:  # a triangle standing on its base
+        inside = (abs(u - 0.5) <= v / 2) & (v <= 1)
+    if shape.defective:
+        # Centred on the outline, about half of the disc lies inside: pi r^2 / 2 = BITE_AREA of the shape.
+        radius = (x_max - x_min) * np.sqrt(2 * BITE_AREA * AREA[shape.kind] / np.pi)
+        bite_x, bite_y = bite_center(shape.kind, shape.box, shape.bite_at)
+        inside = inside & ((x - bite_x) ** 2 + (y - bite_y) ** 2 > radius**2)
+    return inside.reshape(SIZE, 4, SIZE, 4).mean((1, 3))
+
+
+def render(scene: Scene) -> Image.Image:
+    """Draw a scene, antialiased, as a `SIZE`x`SIZE` RGB image."""
+    background = np.array(BACKGROUND, dtype=float)
+    pixels = np.tile(background, (SIZE, SIZE, 1))
+    for shape in scene.shapes:
+        pixels += coverage(shape)[..., None] * (np.array(COLORS[shape.color]) - background)
+    return Image.fromarray(np.round(pixels).astype(np.uint8))
+
+
+def sample_box(place: Place, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    side = rng.uniform(*place.side)
+    x, y = (center + rng.uniform(-jitter, jitter) for center, jitter in zip(place.center, place.jitter, strict=True))
+    return (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
+
+
+def sample_scene(
+    rng: np.random.Generator, prompt: str | None = None, defective: tuple[bool, bool] | None = None
+) -> Scene:
+    """
+    Draw a random scene.
+
+    Args:
+        rng (`np.random.Generator`):
+            Source of all randomness.
+        prompt (`str`, *optional*):
+            What the scene shows. If left out, colours and kinds are uniform.
+        defective (`tuple[bool, bool]`, *optional*):
+            Which of A and B are defective. If left out, each is with probability one half.
+
+    Returns:
+        `Scene`: A scene whose `prompt` is the one asked for.
+    """
+    named = sample_named(rng) if prompt is None else parse_prompt(prompt)
+    flags = rng.random(2) < 0.5 if defective is None else defective
+    shapes = tuple(
+        Shape(kind, color, sample_box(place, rng), bool(flag), float(rng.random()))
+        for (color, kind), place, flag in zip(named, PLACES, flags, strict=True)
+    )
+    return Scene(shapes)
+
+
+def sample_named(rng: np.random.Generator) -> tuple[tuple[str, str], tuple[str, str]]:
+    a, b = ((str(rng.choice(list(COLORS))), str(rng.choice(KINDS))) for _ in LABELS)
+    return a, b
+
+
+# ----- the oracle -----
+
+
+@lru_cache
+def templates(
+    place: Place,
+) -> tuple[np.ndarray, np.ndarray, list[tuple[str, tuple[float, float, float, float]]]]:
+    """
+    Every whole shape that may stand in a place, on a grid of half a pixel.
+
+    Returns:
+        `tuple`: coverages `(templates, pixels of the place)`, their squares, and the `(kind, box)` of each.
+    """
+    margin = 1.0  # models draw a little beyond the places they were trained on
+    x_offsets, y_offsets = (np.arange(-(j + margin), j + margin + 0.01, 0.5) for j in place.jitter)
+    sides = np.arange(place.side[0] - margin, place.side[1] + margin + 0.01, 0.5)
+    (x0, y0), masks, drawn = place.center, [], []
+    for kind, side, x, y in product(KINDS, sides, x0 + x_offsets, y0 + y_offsets):
+        box = (float(x - side / 2), float(y - side / 2), float(x + side / 2), float(y + side / 2))
+        masks.append(coverage(Shape(kind, "red", box, False))[:, slice(*place.columns)].ravel())
+        drawn.append((kind, box))
+    masks = np.array(masks, dtype=np.float32)
+    return masks, masks**2, drawn
+
+
+def best_fit(departure: np.ndarray, seen: np.ndarray, place: Place) -> tuple[float, int, int]:
+    """
+    Find the whole shape whose rendering comes closest to what is drawn.
+
+    The measure is the intersection over union, generalised from sets to colours. With `p` the image's departure from
+    the background, `c` a colour's, and `m` a template's coverage, it is `<p, mc> / (|p|^2 + |mc|^2 - <p, mc>)`: 1
+    where the rendering is exact, 1 - f where a fraction f of the shape is missing, near 0 for texture. Missing pieces,
+    smears, wrong shades and anything else drawn in the place all lower it.
+
+    Args:
+        departure (`np.ndarray` of shape `(pixels, 3)`):
+            The image minus the background.
+        seen (`np.ndarray` of shape `(pixels,)`):
+            1 where to look, 0 elsewhere.
+        place (`Place`):
+            Where these pixels are.
+
+    Returns:
+        `tuple`: `(quality, template, color)`, the last two as indices.
+    """
+    masks, squares, _ = templates(place)
+    departure = departure * seen[:, None]
+    # (templates, colours). A product for each colour: on a matrix this thin the threads of BLAS wait for each other.
+    overlap = np.stack([masks @ projection for projection in DEPARTURES @ departure.T], axis=1)
+    drawn, whole = (departure**2).sum(), (squares @ seen)[:, None] * (DEPARTURES**2).sum(1)
+    quality = overlap / (drawn + whole - overlap)
+    template, color = np.unravel_index(quality.argmax(), quality.shape)
+    return float(quality[template, color]), int(template), int(color)
+
+
+def look_past_bite(departure: np.ndarray, place: Place, template: int, color: int) -> np.ndarray:
+    """
+    Which pixels to look at again to see what shape a defective one was before the bite.
+
+    A whole shape fitted to a bitten one gives way at the bite, so its box is off by a pixel or so. What it still
+    misses lies in the bite: a second fit that ignores a disc around there finds the box.
+
+    Returns:
+        `np.ndarray`: 1 where to look, 0 in the disc, `(pixels,)`.
+    """
+    mask, tint = templates(place)[0][template], DEPARTURES[color]
+    missing = np.clip(mask - departure @ tint / (tint @ tint), 0, 1) ** 2
+    y, x = np.mgrid[:SIZE, slice(*place.columns)].reshape(2, -1)
+    bite_x, bite_y = (missing * x).sum() / missing.sum(), (missing * y).sum() / missing.sum()
+    distance = np.hypot(x - bite_x, y - bite_y)
+    return (distance > 0.4 * np.mean(place.side)).astype(np.float32)
+
+
+def inspect_image(image: Image.Image, prompt: str) -> list[Finding]:
+    """
+    Judge an image, rendered or generated, against its prompt.
+
+    Args:
+        image (`PIL.Image.Image`):
+            `SIZE`x`SIZE` pixels.
+        prompt (`str`):
+            A prompt of this world.
+
+    Returns:
+        `list[Finding]`: What is seen of A, then of B.
+
+    Raises:
+        `ValueError`: If the image has another size, or the prompt does not have this world's form.
+    """
+    if image.size != (SIZE, SIZE):
+        raise ValueError(f"the oracle reads images of {SIZE}x{SIZE} pixels, not {image.size[0]}x{image.size[1]}")
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) - np.array(BACKGROUND, dtype=np.float32)
+    findings = []
+    for named, place in zip(parse_prompt(prompt), PLACES, strict=True):
+        departure = pixels[:, slice(*place.columns)].reshape(-1, 3)
+        everywhere = np.ones(len(departure), dtype=np.float32)
+        quality, template, color = best_fit(departure, everywhere, place)
+        if quality < MATCH_QUALITY:
+            findings.append(Finding(match=False, clean=False, quality=quality, box=None))
+            continue
+        clean = quality >= CLEAN_QUALITY
+        if not clean:
+            past_bite = look_past_bite(departure, place, template, color)
+            _, template, color = best_fit(departure, past_bite, place)
+        kind, box = templates(place)[-1][template]
+        findings.append(Finding((list(COLORS)[color], kind) == named, clean, quality, box))
+    return findings
+
+
+def judge(first_image: Image.Image, second_image: Image.Image, prompt: str) -> list[str]:
+    """
+    Compare two images of one prompt, shape by shape.
+
+    Args:
+        first_image (`PIL.Image.Image`), second_image (`PIL.Image.Image`):
+            `SIZE`x`SIZE` pixels each.
+        prompt (`str`):
+            A prompt of this world.
+
+    Returns:
+        `list[str]`: For A, then B: `"first"` or `"second"`, whichever is drawn better, or `"tie"`.
+    """
+    verdicts = []
+    for first, second in zip(inspect_image(first_image, prompt), inspect_image(second_image, prompt), strict=True):
+        if abs(first.quality - second.quality) < TIE_MARGIN:
+            verdicts.append("tie")
+        else:
+            verdicts.append("first" if first.quality > second.quality else "second")
+    return verdicts
+
+
+# ----- the data -----
+
+
+def evaluation_prompts(n: int, seed: int) -> list[str]:
+    """
+    Draw prompts of the world, uniformly over colours and kinds.
+
+    Args:
+        n (`int`):
+            How many.
+        seed (`int`):
+            The same seed gives the same prompts.
+
+    Returns:
+        `list[str]`: The prompts.
+    """
+    rng = np.random.default_rng(seed)
+    return [sample_scene(rng).prompt for _ in range(n)]
+
+
+def preference_dataset(num_pairs: int, seed: int, conflict_rate: float = 0.46) -> "Dataset":
+    """
+    Draw preference pairs whose image-level label and instance labels disagree at a known rate.
+
+    Both images of a pair show the same prompt. Shape A decides which image is chosen: it is clean there and defective
+    in the rejected one. Shape B follows, except in the conflicts, where the *rejected* image has the clean B.
+
+    Args:
+        num_pairs (`int`):
+            Number of rows.
+        seed (`int`):
+            The same seed gives the same rows.
+        conflict_rate (`float`, *optional*, defaults to `0.46`):
+            Share of the pairs in which B contradicts the label, met exactly up to rounding. The default is the rate at
+            which the instance pairs of Pick-a-Pic v2 do.
+
+    Returns:
+        `datasets.Dataset`: Columns `id`, `prompt`, `chosen`, `rejected` (PNG) and `instances`, A then B, with boxes as
+        `[x_min, y_min, x_max, y_max]` in pixels.
+    """
+    from datasets import Dataset
+
+    from ..data.formats import instance_pair_features
+
+    rng = np.random.default_rng(seed)
+    conflicts = set(rng.permutation(num_pairs)[: round(conflict_rate * num_pairs)].tolist())
+    rows = []
+    for i in range(num_pairs):
+        conflict = i in conflicts
+        chosen = sample_scene(rng, defective=(False, conflict))
+        rejected = sample_scene(rng, chosen.prompt, defective=(True, not conflict))
+        instances = [
+            {
+                "label": f"{better.color} {better.kind}",
+                "chosen_box": better.box,
+                "rejected_box": worse.box,
+                "preference": preference,
+            }
+            for better, worse, preference in zip(
+                chosen.shapes, rejected.shapes, ["chosen", "rejected" if conflict else "chosen"], strict=True
+            )
+        ]
+        rows.append(
+            {
+                "id": f"world-{seed}-{i:05d}",
+                "prompt": chosen.prompt,
+                "chosen": {"bytes": png_bytes(render(chosen)), "path": None},
+                "rejected": {"bytes": png_bytes(render(rejected)), "path": None},
+                "instances": instances,
+            }
+        )
+    return Dataset.from_list(rows, features=instance_pair_features())
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
