@@ -22,7 +22,7 @@ from datasets import ClassLabel, Image, List, Value
 from diffusers import StableDiffusionPipeline
 from PIL import Image as PILImage
 
-from trl_diffusion.quickstart import world
+from trl_diffusion.quickstart import make_base_pipeline, world
 from trl_diffusion.quickstart.world import (
     COLORS,
     KINDS,
@@ -258,3 +258,17 @@ class TestBasePipeline:
             error = (pipeline.unet(noisy, timesteps, prompt_embeds).sample - noise).square().mean().item()
         assert posterior.std.max() < 1e-3
         assert error < 0.1
+
+
+def test_the_script_that_makes_the_pipeline_runs_and_repeats_itself(tmp_path, monkeypatch):
+    """The same seed and step counts give the same weights; the folder is a pipeline that draws."""
+    weights = []
+    for name in ("first", "second"):
+        flags = ["--num_scenes", "64", "--num_vae_steps", "3", "--num_steps", "3", "--num_samples", "0"]
+        monkeypatch.setattr("sys.argv", ["make_base_pipeline", "--output_dir", str(tmp_path / name), *flags])
+        make_base_pipeline.main()
+        pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / name, local_files_only=True)
+        weights.append([*pipeline.unet.parameters(), *pipeline.vae.parameters(), *pipeline.text_encoder.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*weights, strict=True))
+    assert pipeline("a red circle and a blue square", num_inference_steps=1).images[0].size == (32, 32)
+    assert pipeline.unet.config == StableDiffusionPipeline.from_pretrained(BASE_PIPELINE).unet.config

@@ -46,9 +46,9 @@ class QuickstartArguments:
             Where `results.json`, `samples.png` and `report.md` go.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the pairs, of the training and of the samples.
-        num_pairs (`int`, *optional*, defaults to `1024`):
+        num_pairs (`int`, *optional*, defaults to `2048`):
             Preference pairs to train on.
-        max_steps (`int`, *optional*, defaults to `60`):
+        max_steps (`int`, *optional*, defaults to `110`):
             Optimizer steps of each training.
         num_samples (`int`, *optional*, defaults to `1024`):
             Images that each model draws.
@@ -58,8 +58,8 @@ class QuickstartArguments:
         default="quickstart", metadata={"help": "Where `results.json`, `samples.png` and `report.md` go."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the pairs, of the training and of the samples."})
-    num_pairs: int = field(default=1024, metadata={"help": "Preference pairs to train on."})
-    max_steps: int = field(default=60, metadata={"help": "Optimizer steps of each training."})
+    num_pairs: int = field(default=2048, metadata={"help": "Preference pairs to train on."})
+    max_steps: int = field(default=110, metadata={"help": "Optimizer steps of each training."})
     num_samples: int = field(default=1024, metadata={"help": "Images that each model draws."})
 
 
@@ -71,8 +71,9 @@ ARMS = {
 }
 TRAINING = {
     "beta": 2000.0,
-    "learning_rate": 5e-5,
-    "lr_scheduler_type": "constant",
+    "learning_rate": 3e-5,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 5,
     "per_device_train_batch_size": 32,
 }
 SAMPLING = {"num_inference_steps": 10, "guidance_scale": 1.0, "batch_size": 256}
