@@ -63,7 +63,9 @@ def to_row(line: dict, folder: Path) -> dict:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    parser.add_argument("--input_dir", type=Path, required=True, help="Folder with the images and the JSON lines file.")
+    parser.add_argument(
+        "--input_dir", type=Path, required=True, help="Folder with the images and the JSON lines file."
+    )
     parser.add_argument("--file_name", default="pairs.jsonl", help="Name of the JSON lines file.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the dataset.")
     args = parser.parse_args()

@@ -42,7 +42,9 @@ def test_it_writes_results_pictures_and_a_report(tmp_path):
         assert set(results[name]) == {"clean_a", "clean_b", "match_a", "match_b", "n"}
         assert results[name]["n"] == 16
         assert all(0 <= results[name][key] <= 1 for key in results[name] if key != "n")
-    assert results["seed"] == 0 and results["seconds"] > 0 and {"trl", "diffusers", "torch"} <= set(results["versions"])
+    assert (
+        results["seed"] == 0 and results["seconds"] > 0 and {"trl", "diffusers", "torch"} <= set(results["versions"])
+    )
     assert Image.open(tmp_path / "samples.png").width == 8 + 4 * (160 + 8)
     report = (tmp_path / "report.md").read_text()
     assert f"| IAPO | {results['iapo']['clean_a']:.3f} | {results['iapo']['clean_b']:.3f} |" in report

@@ -71,12 +71,12 @@ ARMS = {
 }
 TRAINING = {
     "beta": 2000.0,
-    "learning_rate": 3e-5,
+    "learning_rate": 2.5e-5,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 5,
     "per_device_train_batch_size": 32,
 }
-SAMPLING = {"num_inference_steps": 10, "guidance_scale": 1.0, "batch_size": 256}
+SAMPLING = {"num_inference_steps": 10, "guidance_scale": 2.0, "batch_size": 256}
 PACKAGES = ("trl-diffusion", "trl", "transformers", "diffusers", "torch")
 
 
