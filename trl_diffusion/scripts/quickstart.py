@@ -71,7 +71,7 @@ ARMS = {
 }
 TRAINING = {
     "beta": 2000.0,
-    "learning_rate": 2.5e-5,
+    "learning_rate": 3e-5,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 5,
     "per_device_train_batch_size": 32,
