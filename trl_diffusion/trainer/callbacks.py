@@ -50,7 +50,7 @@ class SampleImagesCallback(TrainerCallback):
         self._sample(args, state)
 
     def on_step_end(self, args, state, control, **kwargs):
-        # The last step here and not at the end of training, when trackers have finished their runs
+        # The last step here and not at the end of training, when tensorboard's writer is closed
         if state.global_step % args.sample_steps == 0 or state.global_step == state.max_steps:
             self._sample(args, state)
 
