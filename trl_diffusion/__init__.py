@@ -20,9 +20,14 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from .data.formats import instance_pair_features
-    from .sampling import sample_images
+    from .criteria import Criteria
+    from .data.formats import attribute_features, instance_pair_features
+    from .sampling import negative_preference_guidance, sample_images
+    from .trainer.attribute_sft_config import AttributeSFTConfig
+    from .trainer.attribute_sft_trainer import AttributeSFTTrainer
     from .trainer.callbacks import SampleImagesCallback
+    from .trainer.complex_po_config import ComplexPOConfig
+    from .trainer.complex_po_trainer import ComplexPOTrainer
     from .trainer.diffusion_config import DiffusionConfig
     from .trainer.diffusion_trainer import DiffusionTrainer
     from .trainer.instance_dpo_config import InstanceDPOConfig
@@ -33,13 +38,20 @@ __version__ = version("trl-diffusion")
 
 # Imported when first used: `import trl_diffusion` alone loads no torch.
 _MODULES = {
+    "AttributeSFTConfig": "trainer.attribute_sft_config",
+    "AttributeSFTTrainer": "trainer.attribute_sft_trainer",
+    "ComplexPOConfig": "trainer.complex_po_config",
+    "ComplexPOTrainer": "trainer.complex_po_trainer",
+    "Criteria": "criteria",
     "DiffusionConfig": "trainer.diffusion_config",
     "DiffusionTrainer": "trainer.diffusion_trainer",
     "InstanceDPOConfig": "trainer.instance_dpo_config",
     "InstanceDPOTrainer": "trainer.instance_dpo_trainer",
     "ModelConfig": "trainer.model_config",
     "SampleImagesCallback": "trainer.callbacks",
+    "attribute_features": "data.formats",
     "instance_pair_features": "data.formats",
+    "negative_preference_guidance": "sampling",
     "sample_images": "sampling",
 }
 

@@ -183,6 +183,45 @@ def per_sample_errors(
     return squared_errors.flatten(1).mean(dim=1)
 
 
+def timestep_weights(
+    timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, weighting: str, prediction_type: str
+) -> torch.Tensor:
+    """
+    Weights `omega(lambda_t)` of the timesteps, as functions of the signal-to-noise ratio `SNR = a_t^2 / s_t^2`, the
+    exponential of `lambda_t`. They are given as weights of errors of the noise,
+
+        constant   1
+        min_snr    min(SNR, 5) / SNR          (arXiv:2303.09556)
+        sigmoid    sigma(-lambda_t) = 1 / (1 + SNR)      (arXiv:2303.00848)
+
+    and multiplied by `SNR / (1 + SNR)` where the model predicts the velocity, whose squared error is larger by the inverse
+    of this; but `constant` is 1 for every model.
+
+    Args:
+        timesteps (`torch.Tensor` of shape `(B,)`):
+            Integer timesteps.
+        alphas_cumprod (`torch.Tensor` of shape `(T,)`):
+            The noise schedule, in float32.
+        weighting (`str`):
+            `"constant"`, `"min_snr"` or `"sigmoid"`.
+        prediction_type (`str`):
+            The noise scheduler's `prediction_type`: `"epsilon"` or `"v_prediction"`.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: float32 weights in [0, 1].
+    """
+    alphas_cumprod = alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
+    if weighting == "constant":
+        return torch.ones_like(alphas_cumprod)
+    if weighting == "min_snr":
+        weights = (5 * (1 - alphas_cumprod) / alphas_cumprod).clamp(max=1)
+    elif weighting == "sigmoid":
+        weights = 1 - alphas_cumprod
+    else:
+        raise ValueError(f"`weighting` must be 'constant', 'min_snr' or 'sigmoid', got {weighting!r}.")
+    return weights * alphas_cumprod if prediction_type == "v_prediction" else weights
+
+
 def _signal_and_noise(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, ndim: int):
     """`a_t` and `s_t` of each sample, shaped to multiply tensors of `ndim` dimensions."""
     alphas_cumprod = alphas_cumprod.to(timesteps.device, torch.float32)[timesteps].view(-1, *[1] * (ndim - 1))

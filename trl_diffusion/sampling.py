@@ -14,11 +14,13 @@
 
 """Drawing pictures from fixed noise, so that models are compared on the same terms."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
+from peft.tuners.lora import LoraLayer
 
 from .noising import keyed_generator
 
@@ -63,6 +65,98 @@ def sample_images(
             guidance_scale=guidance_scale,
         ).images
     return images
+
+
+@contextmanager
+def negative_preference_guidance(
+    pipeline: DiffusionPipeline, positive: str | dict[str, float] | None, negative: str | dict[str, float]
+) -> Iterator[None]:
+    """
+    Lets a pipeline draw with another model in the unconditional branch of classifier-free guidance than in the conditional
+    one (Diffusion-NPO, arXiv:2505.11245): guidance then leads away from what a model with the reversed preference draws.
+
+    Within the context, calls of the pipeline that use guidance run their denoiser once for each branch, each with its own
+    adapters. Afterwards the pipeline is as it was.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            A pipeline with a `unet`, such as Stable Diffusion or SDXL, with the adapters loaded by `load_lora_weights`.
+        positive (`str`, `dict[str, float]` or `None`):
+            The adapter of the conditional branch, or several with their weights, or `None` for the denoiser's own
+            weights.
+        negative (`str` or `dict[str, float]`):
+            The adapter of the unconditional branch, trained with `reverse_preference=True`, or several with their weights,
+            such as `{"aligned": 0.5, "reversed": 1.0}`.
+
+    Raises:
+        `ValueError`: If the pipeline has no such adapter; names those that it has.
+
+    Example:
+
+    ```python
+    pipeline.load_lora_weights("user/sdxl-cpo", adapter_name="aligned")
+    pipeline.load_lora_weights("user/sdxl-cpo-reversed", adapter_name="reversed")
+    with negative_preference_guidance(pipeline, positive="aligned", negative="reversed"):
+        image = pipeline("a harbor at dusk").images[0]
+    ```
+    """
+    denoiser = pipeline.unet
+    layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
+    known = sorted({name for layer in layers for name in layer.lora_A})
+    branches = [_adapter_weights(adapters, known) for adapters in (negative, positive)]
+    before = [(layer, layer.active_adapters, layer.disable_adapters, dict(layer.scaling)) for layer in layers]
+    forward = denoiser.forward
+
+    def switch(weights: dict[str, float]) -> None:
+        if weights:
+            denoiser.enable_lora()
+            denoiser.set_adapters(list(weights), list(weights.values()))
+        else:
+            denoiser.disable_lora()
+
+    def guided(sample: torch.Tensor, *args, **kwargs):
+        if not pipeline.do_classifier_free_guidance:
+            switch(branches[1])
+            return forward(sample, *args, **kwargs)
+        predictions = []
+        for branch, weights in enumerate(branches):  # diffusers puts the unconditional rows first
+            switch(weights)
+            inputs = _branch((sample, args, kwargs), branch, len(sample))
+            predictions.append(forward(inputs[0], *inputs[1], **inputs[2]))
+        if isinstance(predictions[0], tuple):
+            return tuple(map(torch.cat, zip(*predictions, strict=True)))
+        return type(predictions[0])(torch.cat([prediction.sample for prediction in predictions]))
+
+    denoiser.forward = guided
+    try:
+        yield
+    finally:
+        del denoiser.forward
+        for layer, active, disabled, scaling in before:
+            layer.enable_adapters(not disabled)
+            layer.set_adapter(active)
+            layer.scaling.update(scaling)
+
+
+def _adapter_weights(adapters: str | dict[str, float] | None, known: list[str]) -> dict[str, float]:
+    weights = {} if adapters is None else {adapters: 1.0} if isinstance(adapters, str) else adapters
+    if unknown := [name for name in weights if name not in known]:
+        raise ValueError(
+            f"The pipeline has no adapter {unknown[0]!r}; it has {', '.join(map(repr, known)) or 'none'}. Load it with "
+            f"`pipeline.load_lora_weights(..., adapter_name={unknown[0]!r})`."
+        )
+    return weights
+
+
+def _branch(value, branch: int, rows: int):
+    """One half of whatever has a row for each row of the doubled batch."""
+    if isinstance(value, torch.Tensor):
+        return value.chunk(2)[branch] if value.ndim and len(value) == rows else value
+    if isinstance(value, dict):
+        return {key: _branch(item, branch, rows) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_branch(item, branch, rows) for item in value)
+    return value
 
 
 def _progress(pipeline: DiffusionPipeline, batches: Iterable[int]) -> Iterable[int]:

@@ -441,20 +441,36 @@ def test_a_folder_of_parquet_and_a_folder_of_weights_train(tmp_path):
     assert losses(trainer) == losses(in_memory)
 
 
-def test_prompt_dropout_replaces_prompts_by_the_empty_one(tmp_path, monkeypatch):
+def test_prompt_dropout_replaces_prompts_by_the_empty_one(tmp_path):
     """Each prompt is dropped with the given probability, in training only."""
     trainer = make_trainer(tmp_path, tiny.sd_pipeline(), prompt_dropout=0.25)
-    seen = []
-    monkeypatch.setattr(trainer.backbone, "encode_prompts", lambda prompts: seen.extend(prompts) or {})
     ids = [f"row-{index}" for index in range(2000)]
     trainer.model.train()
-    trainer.encode_prompts(["a cat"] * 2000, ids)
+    seen = trainer.drop_prompts(["a cat"] * 2000, ids)
     assert seen.count("") + seen.count("a cat") == 2000
     assert 0.2 < seen.count("") / 2000 < 0.3
     trainer.model.eval()
-    seen.clear()
-    trainer.encode_prompts(["a cat"] * 2000, ids)
-    assert seen == ["a cat"] * 2000
+    assert trainer.drop_prompts(["a cat"] * 2000, ids) == ["a cat"] * 2000
+
+
+def test_reversed_preference_negates_the_margin(tmp_path):
+    """On the same masked errors, the loss is -log sigma(-margin) where it was -log sigma(margin)."""
+    kwargs = {"peft_config": lora()}
+    reversed_trainer = make_trainer(tmp_path, tiny.sd_pipeline(), reverse_preference=True, **kwargs)
+    batch = reversed_trainer.data_collator(list(tiny.pairs(4)))
+    plain_trainer = make_trainer(tmp_path, tiny.sd_pipeline(), **kwargs)
+    for trainer in (reversed_trainer, plain_trainer):
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+        trainer.model.train()
+    loss, reversed_outputs = reversed_trainer.compute_loss(reversed_trainer.model, batch, return_outputs=True)
+    loss, plain_outputs = plain_trainer.compute_loss(plain_trainer.model, batch, return_outputs=True)
+    # sigma(m) + sigma(-m) = 1
+    total = (-reversed_outputs["losses"]).exp() + (-plain_outputs["losses"]).exp()
+    torch.testing.assert_close(total, torch.ones(4))
+    assert (plain_outputs["losses"] - reversed_outputs["losses"]).abs().min() > 1e-3
 
 
 @pytest.mark.parametrize("w_neg", [0.0, -1.0])

@@ -37,6 +37,8 @@ class Backbone(ABC):
             Name of the pipeline's component that is trained.
         encoder_names (`tuple[str, ...]`):
             Names of the frozen components that training needs.
+        tokenizer_names (`tuple[str, ...]`):
+            Names of the tokenizers that read a prompt.
         lora_target_modules (`tuple[str, ...]`):
             Module names that a LoRA targets if its configuration names none: the attention projections.
         alphas_cumprod (`torch.Tensor` of shape `(T,)`):
@@ -48,6 +50,7 @@ class Backbone(ABC):
     pipeline_class: type[DiffusionPipeline]
     denoiser_name: str
     encoder_names: tuple[str, ...]
+    tokenizer_names: tuple[str, ...]
     lora_target_modules: tuple[str, ...]
 
     def __init__(self, pipeline: DiffusionPipeline):
@@ -77,6 +80,22 @@ class Backbone(ABC):
             getattr(self.pipeline, name).to(device)
         self.alphas_cumprod = self.alphas_cumprod.to(device)
         self.device = device
+
+    def fits(self, prompt: str) -> bool:
+        """
+        Whether the text encoders see the whole of a prompt, and not only its first 77 tokens.
+
+        Args:
+            prompt (`str`):
+                The prompt.
+
+        Returns:
+            `bool`
+        """
+        tokenizers = [getattr(self.pipeline, name) for name in self.tokenizer_names]
+        return all(
+            len(tokenizer(prompt, verbose=False).input_ids) <= tokenizer.model_max_length for tokenizer in tokenizers
+        )
 
     @contextmanager
     def drawing_with(self, denoiser: torch.nn.Module) -> Iterator[DiffusionPipeline]:

@@ -28,6 +28,7 @@ class StableDiffusionBackbone(Backbone):
     pipeline_class = StableDiffusionPipeline
     denoiser_name = "unet"
     encoder_names = ("vae", "text_encoder")
+    tokenizer_names = ("tokenizer",)
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

@@ -28,6 +28,7 @@ class StableDiffusionXLBackbone(Backbone):
     pipeline_class = StableDiffusionXLPipeline
     denoiser_name = "unet"
     encoder_names = ("vae", "text_encoder", "text_encoder_2")
+    tokenizer_names = ("tokenizer", "tokenizer_2")
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

@@ -22,12 +22,14 @@ from importlib import import_module
 # Each is a script in `trl_diffusion/scripts/` that can also be run alone.
 COMMANDS = {
     "instance-dpo": "Train with instance-aware preference optimization (IAPO), or with Diffusion-DPO",
+    "attribute-sft": "Train the expert of complex preference optimization (CPO) on images with attributes",
+    "complex-po": "Train with complex preference optimization (CPO), asking an expert",
     "show-masks": "Draw the instance masks of a dataset over its images",
     "quickstart": "Train Diffusion-DPO and IAPO on an embedded world and compare them, in minutes on a CPU",
     "env": "Print the environment information",
 }
 # These run through `accelerate launch`, which takes the flags that the script does not know.
-TRAINING_COMMANDS = ("instance-dpo",)
+TRAINING_COMMANDS = ("instance-dpo", "attribute-sft", "complex-po")
 
 
 def main(argv: list[str] | None = None) -> int:

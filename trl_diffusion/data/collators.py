@@ -20,8 +20,9 @@ from typing import Any
 import PIL.Image
 import torch
 
+from ..criteria import Criteria
 from ..noising import keyed_generator
-from .formats import check_box, check_preference, open_image
+from .formats import check_attributes, check_box, check_preference, open_image
 from .transforms import TrainingImage, prepare_image
 
 
@@ -63,11 +64,7 @@ class InstancePairCollator:
         Raises:
             `ValueError`: If a row does not fit; names the row and the column.
         """
-        if any(row["id"] is None for row in rows):
-            raise ValueError(
-                "A row has no `id`. Every row needs its own, or none: without the column, rows are numbered. Remove it "
-                'with `dataset.remove_columns("id")`, or fill it.'
-            )
+        ids = _ids(rows)
         num_instances = max(len(_instances(row)) for row in rows)
         batch = {}
         for column in ("chosen", "rejected"):
@@ -81,18 +78,12 @@ class InstancePairCollator:
         for key, counted in (("judged", ("chosen", "rejected")), ("conflicts", ("rejected",))):
             flags = [torch.tensor([name in counted for name in row], dtype=torch.bool) for row in preferences]
             batch[key] = torch.stack([_pad(row, num_instances) for row in flags])
-        batch["id"] = [str(row["id"]) for row in rows]
+        batch["id"] = ids
         batch["prompt"] = [_prompt(row) for row in rows]
         return batch
 
     def _prepare(self, row: dict[str, Any], column: str) -> TrainingImage:
-        try:
-            image = open_image(row[column])
-        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"The image in column `{column}` of the row with id {row['id']!r} cannot be read: {error}. Replace it, or "
-                "drop the row with `dataset.filter`."
-            ) from error
+        image = _open_image(row, column)
         boxes = []
         for index, instance in enumerate(_instances(row)):
             try:
@@ -109,6 +100,89 @@ class InstancePairCollator:
             center_crop=self.center_crop,
             random_flip=self.random_flip,
         )
+
+
+@dataclass
+class AttributeCollator:
+    """
+    Collates rows with the columns `id`, `prompt`, `image`, `positive_attributes` and `negative_attributes`.
+
+    Crops and flips are drawn for each image from (seed, row id), so that a row looks the same in every epoch, in every
+    process and after a resume.
+
+    Args:
+        resolution (`int`):
+            Width and height in pixels of the training images.
+        criteria ([`Criteria`]):
+            The tree of the attributes.
+        center_crop (`bool`, *optional*, defaults to `True`):
+            Crop the middle; else crop anywhere.
+        random_flip (`bool`, *optional*, defaults to `False`):
+            Flip left to right half of the time.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of crops and flips.
+    """
+
+    resolution: int
+    criteria: Criteria
+    center_crop: bool = True
+    random_flip: bool = False
+    seed: int = 0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """
+        Args:
+            rows (`list[dict]` of length `B`):
+                The rows.
+
+        Returns:
+            `dict`: `pixel_values` `(B, 3, H, W)` in [-1, 1]; `original_sizes` and `crop_top_lefts` `(B, 2)`; `id` and
+            `prompt`, lists of `B` strings; `positive_attributes` and `negative_attributes`, lists of `B` lists of ids.
+
+        Raises:
+            `ValueError`: If a row does not fit; names the row and the column.
+        """
+        ids = _ids(rows)
+        images = [self._prepare(row) for row in rows]
+        positive, negative = zip(*(check_attributes(row, self.criteria) for row in rows), strict=True)
+        return {
+            "id": ids,
+            "prompt": [_prompt(row) for row in rows],
+            "pixel_values": torch.stack([image.pixel_values for image in images]),
+            "original_sizes": torch.tensor([image.original_size for image in images]),
+            "crop_top_lefts": torch.tensor([image.crop_top_left for image in images]),
+            "positive_attributes": list(positive),
+            "negative_attributes": list(negative),
+        }
+
+    def _prepare(self, row: dict[str, Any]) -> TrainingImage:
+        return prepare_image(
+            _open_image(row, "image"),
+            torch.empty(0, 4),
+            self.resolution,
+            keyed_generator(self.seed, str(row["id"]), "image", "augmentation"),
+            center_crop=self.center_crop,
+            random_flip=self.random_flip,
+        )
+
+
+def _ids(rows: list[dict[str, Any]]) -> list[str]:
+    if any(row["id"] is None for row in rows):
+        raise ValueError(
+            "A row has no `id`. Every row needs its own, or none: without the column, rows are numbered. Remove it with "
+            '`dataset.remove_columns("id")`, or fill it.'
+        )
+    return [str(row["id"]) for row in rows]
+
+
+def _open_image(row: dict[str, Any], column: str) -> PIL.Image.Image:
+    try:
+        return open_image(row[column])
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"The image in column `{column}` of the row with id {row['id']!r} cannot be read: {error}. Replace it, or "
+            "drop the row with `dataset.filter`."
+        ) from error
 
 
 def _instances(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -22,8 +22,11 @@ import PIL.Image
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 from datasets.utils.file_utils import xopen
 
+from ..criteria import Criteria
+
 
 PREFERENCES = ("chosen", "rejected", "tie")
+ATTRIBUTE_COLUMNS = ("positive_attributes", "negative_attributes")
 
 
 def instance_pair_features() -> Features:
@@ -50,6 +53,30 @@ def instance_pair_features() -> Features:
             "chosen": Image(),
             "rejected": Image(),
             "instances": List(instance),
+        }
+    )
+
+
+def attribute_features(criteria: Criteria | None = None) -> Features:
+    """
+    The columns of [`AttributeSFTTrainer`] and [`ComplexPOTrainer`]: an image, and which attributes of the criteria it has
+    in their positive and which in their negative form. Both columns hold ids of attributes.
+
+    Args:
+        criteria ([`Criteria`], *optional*):
+            The tree. If given, the columns are [`~datasets.ClassLabel`] of its ids; else they are strings.
+
+    Returns:
+        [`~datasets.Features`]
+    """
+    attribute = ClassLabel(names=[leaf.id for leaf in criteria.attributes]) if criteria else Value("string")
+    return Features(
+        {
+            "id": Value("string"),
+            "prompt": Value("string"),
+            "image": Image(),
+            "positive_attributes": List(attribute),
+            "negative_attributes": List(attribute),
         }
     )
 
@@ -212,5 +239,91 @@ def check_preference(preference: Any) -> str:
     raise ValueError(f"{preference!r} is none of {_quoted(PREFERENCES)}")
 
 
+def check_attribute_columns(
+    dataset: Dataset | IterableDataset, name: str, criteria: Criteria, allow_none: bool
+) -> None:
+    """
+    Checks the attributes of a dataset against the criteria: the type of the columns, and, unless the dataset is a stream,
+    every row.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The dataset.
+        name (`str`):
+            What the user calls it, for messages.
+        criteria ([`Criteria`]):
+            The tree.
+        allow_none (`bool`):
+            Whether a row may be without any attribute.
+
+    Raises:
+        `ValueError`: If a column has other labels than the tree, or a row does not fit, see [`check_attributes`]; rows
+            without any attribute are named together.
+    """
+    ids = [attribute.id for attribute in criteria.attributes]
+    for column in ATTRIBUTE_COLUMNS:
+        feature = (dataset.features or {}).get(column)
+        label = getattr(feature, "feature", None)
+        if isinstance(label, ClassLabel) and label.names != ids:
+            raise ValueError(
+                f"The labels of `{column}` of `{name}` are not the attributes of the criteria {criteria.name!r} in their "
+                "order. Name the tree that the dataset was annotated with as `criteria`, or store ids as strings."
+            )
+    if isinstance(dataset, IterableDataset):
+        return
+    without = []
+    for row in dataset.with_format(None).select_columns(["id", *ATTRIBUTE_COLUMNS]):
+        if not any(check_attributes(row, criteria)) and not allow_none:
+            without.append(str(row["id"]))
+    if without:
+        raise ValueError(
+            f"{len(without)} of the {len(dataset)} rows of `{name}` have neither positive nor negative attributes, so "
+            f"that there is nothing to learn from them: the rows with id {_shortened(without)}. Drop them with "
+            '`dataset.filter(lambda row: row["positive_attributes"] or row["negative_attributes"])`.'
+        )
+
+
+def check_attributes(row: dict[str, Any], criteria: Criteria) -> tuple[list[str], list[str]]:
+    """
+    Reads the attributes of a row.
+
+    Args:
+        row (`dict`):
+            A row with `id`, `positive_attributes` and `negative_attributes`, which hold ids of attributes or their
+            indices as a [`~datasets.ClassLabel`] stores them.
+        criteria ([`Criteria`]):
+            The tree.
+
+    Returns:
+        `tuple[list[str], list[str]]`: the ids of the positive and of the negative attributes.
+
+    Raises:
+        `ValueError`: If an attribute is not in the tree (names the nearest), or is given twice, as positive and as
+            negative or within one column.
+    """
+    ids = []
+    for column in ATTRIBUTE_COLUMNS:
+        attributes = row[column] or []
+        if not isinstance(attributes, list | tuple):
+            raise ValueError(f"`{column}` of the row with id {row['id']!r} must be a list of ids, got {attributes!r}.")
+        try:
+            ids.append([criteria.find(attribute).id for attribute in attributes])
+        except ValueError as error:
+            raise ValueError(f"`{column}` of the row with id {row['id']!r}: {error}.") from error
+        if twice := {attribute for attribute in ids[-1] if ids[-1].count(attribute) > 1}:
+            raise ValueError(f"`{column}` of the row with id {row['id']!r} has {_quoted(sorted(twice))} twice.")
+    if both := sorted(set(ids[0]) & set(ids[1])):
+        raise ValueError(
+            f"The row with id {row['id']!r} has {_quoted(both)} as positive and as negative at once. An attribute of one "
+            "image is one or the other, or in neither column."
+        )
+    return ids[0], ids[1]
+
+
 def _quoted(names) -> str:
     return ", ".join(f"`{name}`" for name in names)
+
+
+def _shortened(ids: list[str], maximum: int = 20) -> str:
+    more = len(ids) - maximum
+    return ", ".join(ids[:maximum]) + (f" and {more} more" if more > 0 else "")

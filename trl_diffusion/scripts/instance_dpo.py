@@ -41,36 +41,18 @@ from trl import TrlParser
 
 def main(script_args, training_args, model_args) -> None:
     from trl_diffusion import InstanceDPOTrainer
-    from trl_diffusion.scripts.utils import get_peft_config, get_split, load_splits
+    from trl_diffusion.scripts.utils import get_datasets, get_model, get_peft_config, run_training
 
-    if not model_args.model_name_or_path:
-        raise ValueError("`--model_name_or_path` is missing: name a diffusers pipeline of the Hub, or its folder.")
-    model_init_kwargs = {"revision": model_args.model_revision, "variant": model_args.variant}
-    training_args.model_init_kwargs = {
-        **{name: value for name, value in model_init_kwargs.items() if value is not None},
-        **(training_args.model_init_kwargs or {}),
-    }
-    splits = load_splits(script_args)
-    evaluates = training_args.eval_strategy != "no"
-
+    model = get_model(model_args, training_args)
+    train_dataset, eval_dataset = get_datasets(script_args, training_args)
     trainer = InstanceDPOTrainer(
-        model=model_args.model_name_or_path,
+        model=model,
         args=training_args,
-        train_dataset=get_split(splits, script_args.dataset_train_split, "--dataset_train_split"),
-        eval_dataset=get_split(splits, script_args.dataset_test_split, "--dataset_test_split") if evaluates else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args),
     )
-    resume = training_args.resume_from_checkpoint  # a folder, or "true" for the last checkpoint of `output_dir`
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    trainer.accelerator.print("Training completed.")
-
-    trainer.save_model(training_args.output_dir)
-    trainer.create_model_card(dataset_name=script_args.dataset_name)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
-    trainer.end()
+    run_training(trainer, script_args.dataset_name)
 
 
 def make_parser(prog: str | None = None) -> TrlParser:

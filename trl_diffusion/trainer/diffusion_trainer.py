@@ -29,7 +29,7 @@ from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback, set_seed
 from trl.trainer.base_trainer import _BaseTrainer
@@ -41,9 +41,9 @@ from ..noising import fixed_timesteps, keyed_generator, keyed_noise, keyed_times
 from .callbacks import NonFiniteLossCallback, SampleImagesCallback
 from .diffusion_config import DiffusionConfig
 from .hub import diffusion_model_card
+from .lora import LORA_WEIGHTS_NAME, read_lora
 
 
-LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 NUM_EVAL_TIMESTEPS = 8
 
 
@@ -96,14 +96,13 @@ class DiffusionTrainer(_BaseTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
         if train_dataset is not None:
-            train_dataset = prepare_dataset(train_dataset, "train_dataset", self.columns, self.image_columns)
+            train_dataset = self._prepare_dataset(train_dataset, "train_dataset")
         if isinstance(eval_dataset, dict):
             eval_dataset = {
-                name: prepare_dataset(split, f"eval_dataset[{name!r}]", self.columns, self.image_columns)
-                for name, split in eval_dataset.items()
+                name: self._prepare_dataset(split, f"eval_dataset[{name!r}]") for name, split in eval_dataset.items()
             }
         elif eval_dataset is not None:
-            eval_dataset = prepare_dataset(eval_dataset, "eval_dataset", self.columns, self.image_columns)
+            eval_dataset = self._prepare_dataset(eval_dataset, "eval_dataset")
         if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is None:
             # The main process cannot cut batches that hold strings for the others: each reads the stream itself.
             args.accelerator_config.dispatch_batches = False
@@ -123,6 +122,12 @@ class DiffusionTrainer(_BaseTrainer):
             )
 
         denoiser = self.backbone.denoiser
+        if any(isinstance(module, BaseTunerLayer) for module in denoiser.modules()):
+            raise ValueError(
+                "The pipeline's denoiser carries adapters already, from `load_lora_weights` or from a trainer before this "
+                "one. Load the pipeline again, or merge them first with `pipeline.fuse_lora(); "
+                "pipeline.unload_lora_weights()`."
+            )
         # Trackers ask models for a transformers config, and the Trainer for activation checkpointing.
         denoiser._internal_dict = _TrackableConfig(denoiser.config)
         denoiser.activation_checkpointing_enable = partial(_enable_gradient_checkpointing, denoiser)
@@ -168,6 +173,9 @@ class DiffusionTrainer(_BaseTrainer):
         if peft_config.target_modules is None:
             peft_config.target_modules = list(self.backbone.lora_target_modules)
         return peft_config
+
+    def _prepare_dataset(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+        return prepare_dataset(dataset, name, self.columns, self.image_columns)
 
     # ---- The reference ----
 
@@ -247,10 +255,9 @@ class DiffusionTrainer(_BaseTrainer):
             mean, std = self.backbone.encode_images(pixel_values)
         return mean + std * keyed_noise([self._key(row_id, column) for row_id in ids], mean.shape[1:], mean.device)
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: list[str], ids: list[str]) -> dict[str, torch.Tensor]:
+    def drop_prompts(self, prompts: list[str], ids: list[str]) -> list[str]:
         """
-        Encodes prompts, after dropping each with the probability `args.prompt_dropout` in training.
+        Replaces each prompt by the empty one with the probability `args.prompt_dropout` in training.
 
         Args:
             prompts (`list[str]` of length `B`):
@@ -259,13 +266,25 @@ class DiffusionTrainer(_BaseTrainer):
                 Ids of the rows.
 
         Returns:
+            `list[str]` of length `B`.
+        """
+        if not self.model.training or self.args.prompt_dropout == 0:
+            return prompts
+        draws = [torch.rand((), generator=keyed_generator(*self._key(row_id), "prompt")) for row_id in ids]
+        return ["" if u < self.args.prompt_dropout else prompt for u, prompt in zip(draws, prompts, strict=True)]
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """
+        Encodes prompts.
+
+        Args:
+            prompts (`list[str]` of length `B`):
+                The prompts.
+
+        Returns:
             `dict[str, torch.Tensor]`: text conditions whose first dimension is `B`.
         """
-        if self.model.training and self.args.prompt_dropout > 0:
-            draws = [torch.rand((), generator=keyed_generator(*self._key(row_id), "prompt")) for row_id in ids]
-            prompts = [
-                "" if u < self.args.prompt_dropout else prompt for u, prompt in zip(draws, prompts, strict=True)
-            ]
         with self.accelerator.autocast():
             return self.backbone.encode_prompts(prompts)
 
@@ -304,7 +323,7 @@ class DiffusionTrainer(_BaseTrainer):
 
         Args:
             **values (`torch.Tensor` of shape `(B,)`):
-                Values by metric.
+                Values by metric, of those samples of the batch that have one.
         """
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, value in values.items():
@@ -331,7 +350,8 @@ class DiffusionTrainer(_BaseTrainer):
         for name, values in self._metrics[mode].items():
             values = torch.cat(values).double()
             total, count = self.accelerator.reduce(torch.stack([values.sum(), values.new_tensor(len(values))]))
-            metrics[name] = (total / count).item()
+            if count > 0:
+                metrics[name] = (total / count).item()
         self._metrics[mode].clear()
         return metrics
 
@@ -378,8 +398,7 @@ class DiffusionTrainer(_BaseTrainer):
                 f"resume {'with' if not is_lora else 'without'} `peft_config`, as it was trained, or name another."
             )
         if is_lora:
-            weights = load_file(folder / LORA_WEIGHTS_NAME)
-            weights = {f"base_model.model.{key.removeprefix(f'{name}.')}": value for key, value in weights.items()}
+            weights, _ = read_lora(folder)
             unexpected = set_peft_model_state_dict(model, weights).unexpected_keys
             if unexpected or set(weights) != set(get_peft_model_state_dict(model)):
                 raise ValueError(f"The LoRA in {folder} targets other modules than `peft_config`.")

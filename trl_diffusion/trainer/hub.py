@@ -93,7 +93,9 @@ def _hyperparameters(trainer: "DiffusionTrainer") -> dict[str, object]:
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "warmup_steps": args.warmup_steps,
-        "pairs per optimizer step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        f"{trainer._unit} per optimizer step": args.train_batch_size
+        * args.gradient_accumulation_steps
+        * args.world_size,
         "optimizer steps": trainer.state.global_step,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "resolution": trainer.resolution,

@@ -37,6 +37,9 @@ class InstanceDPOConfig(DiffusionConfig):
         mask_overlap (`str`, *optional*, defaults to `"mean"`):
             How the instances of an image combine into its mask. `"mean"` averages over all of them, as in the paper;
             `"covering"` (ours) averages, at each position, over the instances that cover it.
+        reverse_preference (`bool`, *optional*, defaults to `False`):
+            Train towards the rejected images, instances included, which gives the model for
+            [`negative_preference_guidance`] (Diffusion-NPO). In the logs, chosen then means rejected.
     """
 
     beta: float = field(
@@ -60,6 +63,10 @@ class InstanceDPOConfig(DiffusionConfig):
             "cover the position.",
             "choices": ["mean", "covering"],
         },
+    )
+    reverse_preference: bool = field(
+        default=False,
+        metadata={"help": "Train towards the rejected images, for the unconditional branch of guidance."},
     )
 
     def __post_init__(self):

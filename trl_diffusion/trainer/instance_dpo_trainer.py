@@ -86,6 +86,7 @@ class InstanceDPOTrainer(DiffusionTrainer):
 
     _tag_names = ["trl-diffusion", "text-to-image", "iapo", "diffusion-dpo"]
     _name = "IAPO"
+    _unit = "pairs"
     _paper = {
         "title": "Instance-Aware Preference Optimization",
         "venue": "CVPR 2026",
@@ -158,8 +159,14 @@ class InstanceDPOTrainer(DiffusionTrainer):
             model_pred = self.backbone.predict(model, noisy_latents, timesteps, conditions)
 
             # d = mean(M . (eps - e(x_t, t, c))^2)
-            chosen_errors, rejected_errors = per_sample_errors(model_pred, target, masks).chunk(2)
-            ref_chosen_errors, ref_rejected_errors = per_sample_errors(ref_pred, target, masks).chunk(2)
+            errors = list(per_sample_errors(model_pred, target, masks).chunk(2))
+            ref_errors = list(per_sample_errors(ref_pred, target, masks).chunk(2))
+            if args.reverse_preference:
+                # Every label turns round, an instance's as well as its image's: the masks stay
+                errors.reverse()
+                ref_errors.reverse()
+            chosen_errors, rejected_errors = errors
+            ref_chosen_errors, ref_rejected_errors = ref_errors
             loss, chosen_rewards, rejected_rewards = diffusion_dpo_loss(
                 chosen_errors, rejected_errors, ref_chosen_errors, ref_rejected_errors, args.beta
             )
@@ -208,7 +215,7 @@ class InstanceDPOTrainer(DiffusionTrainer):
 
     def _conditions(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Text conditions, encoded once a pair, and image conditions, each image's own: first dimension 2B."""
-        text = self.encode_prompts(inputs["prompt"], inputs["id"])
+        text = self.encode_prompts(self.drop_prompts(inputs["prompt"], inputs["id"]))
         conditions = {name: torch.cat([value, value]) for name, value in text.items()}
         original_sizes, crop_top_lefts = (
             torch.cat([inputs[f"{column}_{what}"] for column in self.image_columns])

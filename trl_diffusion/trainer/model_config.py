@@ -28,7 +28,7 @@ class ModelConfig:
         variant (`str`, *optional*):
             Variant of the weight files, such as `"fp16"`.
         use_peft (`bool`, *optional*, defaults to `False`):
-            Train a LoRA instead of all weights.
+            Train a LoRA instead of all weights. The commands of CPO set it to `True`.
         lora_r (`int`, *optional*, defaults to `64`):
             Rank of the LoRA.
         lora_alpha (`int`, *optional*, defaults to `64`):

@@ -1,0 +1,365 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The attribute tree of complex preference optimisation (CPO, arXiv 2601.04300): load, validate, walk, render.
+
+A tree is a YAML file. Its keys are ids, unique in the whole tree; a node with a `positive` and a `negative` form is a leaf,
+an attribute; every other node groups what is below it:
+
+    name: still_life
+    levels: [dimension, attribute]
+    tree:
+      light:
+        shadow_edges:
+          positive: soft shadow edges
+          negative: cut out shadows
+          definition: Whether cast shadows lose their edge with distance from the object.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import resources
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import yaml
+
+
+FORMS = ("positive", "negative")
+LEAF_KEYS = (*FORMS, "definition")
+ID = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """
+    A leaf of the tree: one quality of an image, in its positive and its negative form.
+
+    Args:
+        id (`str`):
+            Stable id, unique in the tree.
+        path (`tuple[str, ...]`):
+            Ids of the nodes above it, from the dimension down.
+        positive (`str`):
+            What a prompt says of an image that has the quality.
+        negative (`str`):
+            What a prompt says of an image that has its opposite.
+        definition (`str`):
+            What an annotator looks at.
+    """
+
+    id: str
+    path: tuple[str, ...]
+    positive: str
+    negative: str
+    definition: str
+
+    @property
+    def dimension(self) -> str:
+        """The root that the attribute is under."""
+        return (*self.path, self.id)[0]
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """
+    A tree of attributes.
+
+    Args:
+        name (`str`):
+            Name of the tree.
+        levels (`tuple[str, ...]`):
+            What each level is called, from the dimensions down to the attributes.
+        attributes (`tuple[Attribute, ...]`):
+            The leaves, in the order of the file.
+    """
+
+    name: str
+    levels: tuple[str, ...]
+    attributes: tuple[Attribute, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "_by_id", {attribute.id: attribute for attribute in self.attributes})
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> "Criteria":
+        """
+        Reads a tree.
+
+        Args:
+            name_or_path (`str` or `Path`):
+                A YAML file, or the name of a tree that the package ships: `"painting"`.
+
+        Returns:
+            [`Criteria`]
+
+        Raises:
+            `ValueError`: If there is no such file or tree, or if the tree is not valid; names file, line and node.
+        """
+        path = Path(name_or_path)
+        if path.is_file():
+            return parse_criteria(path.read_text(encoding="utf-8"), str(name_or_path))
+        shipped = resources.files("trl_diffusion").joinpath("criteria_trees")
+        names = sorted(file.name.removesuffix(".yaml") for file in shipped.iterdir() if file.name.endswith(".yaml"))
+        if str(name_or_path) not in names:
+            raise ValueError(
+                f"There is no file {str(name_or_path)!r}, and no shipped tree of criteria of that name; shipped: "
+                f"{', '.join(names)}."
+            )
+        name = f"{name_or_path}.yaml"
+        return parse_criteria(shipped.joinpath(name).read_text(encoding="utf-8"), name)
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """Ids of the roots, in the order of the file."""
+        return tuple(self.counts())
+
+    def counts(self) -> dict[str, int]:
+        """How many attributes each dimension has."""
+        counts = {}
+        for attribute in self.attributes:
+            counts[attribute.dimension] = counts.get(attribute.dimension, 0) + 1
+        return counts
+
+    def select(self, dimension: str) -> tuple[Attribute, ...]:
+        """
+        The attributes of one dimension.
+
+        Args:
+            dimension (`str`):
+                Id of a root.
+
+        Returns:
+            `tuple[Attribute, ...]`: in the order of the file.
+
+        Raises:
+            `ValueError`: If there is no such dimension; names those that there are.
+        """
+        if dimension not in self.dimensions:
+            raise ValueError(
+                f"The criteria {self.name!r} have no dimension {dimension!r}; they have {', '.join(self.dimensions)}."
+            )
+        return tuple(attribute for attribute in self.attributes if attribute.dimension == dimension)
+
+    def walk(self) -> Iterator[tuple[int, str, Attribute | None]]:
+        """
+        Walks the tree depth first.
+
+        Yields:
+            `tuple[int, str, Attribute | None]`: depth (0 for a dimension), id, and the attribute where the node is one.
+        """
+        previous: tuple[str, ...] = ()
+        for attribute in self.attributes:
+            for depth, node in enumerate(attribute.path):
+                if previous[: depth + 1] != attribute.path[: depth + 1]:
+                    yield depth, node, None
+            yield len(attribute.path), attribute.id, attribute
+            previous = attribute.path
+
+    def find(self, attribute: str | int) -> Attribute:
+        """
+        Looks an attribute up.
+
+        Args:
+            attribute (`str` or `int`):
+                Its id, or its index in `attributes`, as a [`~datasets.ClassLabel`] stores it.
+
+        Returns:
+            [`Attribute`]
+
+        Raises:
+            `ValueError`: If the tree has no such attribute; names the nearest that it has.
+        """
+        if isinstance(attribute, str) and attribute in self._by_id:
+            return self._by_id[attribute]
+        if isinstance(attribute, int) and not isinstance(attribute, bool) and 0 <= attribute < len(self.attributes):
+            return self.attributes[attribute]
+        names = {name: leaf.id for leaf in self.attributes for name in (leaf.positive, leaf.negative, leaf.id)}
+        nearest = get_close_matches(str(attribute), names, n=1, cutoff=0)
+        raise ValueError(
+            f"{attribute!r} is no attribute of the criteria {self.name!r}; the nearest is {names[nearest[0]]!r}. Columns "
+            "hold the ids of attributes, not their forms"
+        )
+
+
+# ----- rendering -----
+
+
+def choose_attributes(attributes: Sequence[tuple[Attribute, str]], maximum: int) -> list[tuple[Attribute, str]]:
+    """
+    Chooses attributes, spread over the dimensions: the first of each dimension, then the second of each, and so on. More
+    are chosen by a larger maximum, never others.
+
+    Args:
+        attributes (`Sequence[tuple[Attribute, str]]`):
+            Attributes, each with `"positive"` or `"negative"`, the form that it takes.
+        maximum (`int`):
+            How many to choose at most.
+
+    Returns:
+        `list[tuple[Attribute, str]]`: the chosen ones, in the order in which they were given.
+    """
+    by_dimension = {}
+    for index, (attribute, _) in enumerate(attributes):
+        by_dimension.setdefault(attribute.dimension, []).append(index)
+    turns = chain.from_iterable(zip_longest(*by_dimension.values()))
+    chosen = [index for index in turns if index is not None][:maximum]
+    return [attributes[index] for index in sorted(chosen)]
+
+
+def render_prompt(
+    prompt: str,
+    attributes: Sequence[tuple[Attribute, str]],
+    separator: str = ", ",
+    maximum: int | None = None,
+    fits: Callable[[str], bool] = lambda prompt: True,
+) -> tuple[str, int]:
+    """
+    Joins a prompt with attributes, such as "a harbor, soft shadow edges, lopsided masses".
+
+    Args:
+        prompt (`str`):
+            The prompt; may be empty.
+        attributes (`Sequence[tuple[Attribute, str]]`):
+            Attributes in the order to write them, each with the form that it takes, `"positive"` or `"negative"`.
+        separator (`str`, *optional*, defaults to `", "`):
+            What stands between.
+        maximum (`int`, *optional*):
+            How many attributes to write at most.
+        fits (`Callable[[str], bool]`, *optional*):
+            Whether the text encoders see the whole of a prompt. Where they do not, fewer attributes are written, chosen by
+            [`criteria.choose_attributes`].
+
+    Returns:
+        `tuple[str, int]`: the prompt, and the number of attributes that it had to leave out.
+    """
+
+    def render(number: int) -> str:
+        forms = [getattr(attribute, form) for attribute, form in choose_attributes(attributes, number)]
+        return separator.join([prompt, *forms] if prompt else forms)
+
+    number = len(attributes) if maximum is None else min(maximum, len(attributes))
+    if not fits(render(number)):
+        number = max(0, bisect_left(range(number), True, key=lambda count: not fits(render(count))) - 1)
+    return render(number), len(attributes) - number
+
+
+# ----- parsing -----
+
+
+def parse_criteria(text: str, source: str) -> Criteria:
+    """
+    Reads a tree from YAML.
+
+    Args:
+        text (`str`):
+            The YAML.
+        source (`str`):
+            Name of the file, for messages.
+
+    Returns:
+        [`Criteria`]
+
+    Raises:
+        `ValueError`: If the tree is not valid; names file, line and node.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{source}{line}: this is not YAML: {error.problem}.") from error
+    return _Parser(source).parse(root)
+
+
+class _Parser:
+    """From YAML nodes, which know their lines, to a tree."""
+
+    def __init__(self, source: str):
+        self.source = source
+        self.lines: dict[str, int] = {}  # of the ids seen so far
+
+    def parse(self, root: yaml.Node | None) -> Criteria:
+        entries = {key.value: value for key, value in self.entries(root, "", "the file")}
+        if missing := [key for key in ("name", "levels", "tree") if key not in entries]:
+            self.fail(root, "", f"`{missing[0]}` is missing; a tree has `name`, `levels` and `tree`")
+        if unknown := set(entries) - {"name", "levels", "tree"}:
+            self.fail(root, "", f"`{min(unknown)}` is not known here; a tree has `name`, `levels` and `tree`")
+        levels = entries["levels"]
+        if not isinstance(levels, yaml.SequenceNode) or not levels.value:
+            self.fail(levels, "levels", "must be a list of the levels' names, from the dimensions to the attributes")
+        self.levels = tuple(self.string(level, "levels") for level in levels.value)
+        name = self.string(entries["name"], "name")
+        return Criteria(name, self.levels, tuple(self.walk(entries["tree"], ())))
+
+    def walk(self, node: yaml.Node, path: tuple[str, ...]) -> Iterator[Attribute]:
+        where = ".".join(path) or "tree"
+        entries = self.entries(node, where, "every node")
+        if not entries:
+            self.fail(node, where, "is empty: it needs nodes below it, or the forms of an attribute")
+        if any(key.value in LEAF_KEYS for key, _ in entries):
+            yield self.leaf(node, path, {key.value: value for key, value in entries})
+            return
+        if len(path) == len(self.levels):
+            self.fail(node, where, f"is an attribute's place, level {len(path)} ({self.levels[-1]}), but has no forms")
+        for key, value in entries:
+            if not ID.fullmatch(key.value):
+                self.fail(key, where, f"{key.value!r} is no id: use lower case letters, digits and underscores")
+            if key.value in self.lines:
+                self.fail(key, where, f"the id {key.value!r} is taken, in line {self.lines[key.value]}")
+            self.lines[key.value] = key.start_mark.line + 1
+            yield from self.walk(value, (*path, key.value))
+
+    def leaf(self, node: yaml.Node, path: tuple[str, ...], entries: dict[str, yaml.Node]) -> Attribute:
+        where = ".".join(path) or "tree"
+        if len(path) != len(self.levels):
+            self.fail(
+                node,
+                where,
+                f"has the forms of an attribute at level {len(path)}, but attributes are at level {len(self.levels)} "
+                f"({self.levels[-1]})",
+            )
+        for key in LEAF_KEYS:
+            if key not in entries:
+                self.fail(node, where, f"lacks `{key}`")
+        if unknown := set(entries) - set(LEAF_KEYS):
+            self.fail(node, where, f"`{min(unknown)}` is not known here; an attribute has {', '.join(LEAF_KEYS)}")
+        positive, negative, definition = (self.string(entries[key], f"{where}.{key}") for key in LEAF_KEYS)
+        if positive == negative:
+            self.fail(node, where, f"has one form twice: {positive!r}")
+        return Attribute(path[-1], path[:-1], positive, negative, definition)
+
+    def entries(self, node: yaml.Node | None, where: str, what: str) -> list[tuple[yaml.Node, yaml.Node]]:
+        if not isinstance(node, yaml.MappingNode):
+            empty = node is None or node.value == ""
+            self.fail(node, where, "is empty" if empty else f"{what} must be a mapping")
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self.fail(key, where, "has a key that is no text")
+        keys = [key.value for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                self.fail(node.value[index][0], where, f"the id {key!r} is taken, by a node beside it")
+        return node.value
+
+    def string(self, node: yaml.Node, where: str) -> str:
+        if not isinstance(node, yaml.ScalarNode) or not node.value.strip():
+            self.fail(node, where, "must be a text that is not empty")
+        return node.value.strip()
+
+    def fail(self, node: yaml.Node | None, where: str, what: str):
+        line = node.start_mark.line + 1 if node is not None else 1
+        raise ValueError(f"{self.source}, line {line}{f', node `{where}`' if where else ''}: {what}.")

@@ -1,0 +1,254 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the two stages of complex preference optimisation share: prompts with attributes, and the expert between them."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.logging import get_logger
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+from ..backbones.base import Backbone
+from ..criteria import Criteria, render_prompt
+from .lora import read_lora
+
+
+if TYPE_CHECKING:
+    from .attribute_sft_config import AttributeSFTConfig
+    from .complex_po_config import ComplexPOConfig
+    from .diffusion_trainer import DiffusionTrainer
+
+logger = get_logger(__name__)
+
+DEFAULT_PEFT_CONFIG = LoraConfig(r=64, lora_alpha=64)
+EXPERT_FILE_NAME = "attribute_expert.json"
+NUM_FINGERPRINTS = 64
+
+
+class AttributePrompts:
+    """
+    Joins prompts with attributes as `args` says, and says so where the text encoders cannot take them all.
+
+    Args:
+        criteria ([`Criteria`]):
+            The tree.
+        args ([`AttributeSFTConfig`] or [`ComplexPOConfig`]):
+            `attribute_order`, `attribute_separator` and `max_attributes` are read.
+        backbone ([`backbones.base.Backbone`]):
+            Knows which prompts fit.
+    """
+
+    def __init__(self, criteria: Criteria, args: "AttributeSFTConfig | ComplexPOConfig", backbone: Backbone):
+        self.criteria = criteria
+        self.args = args
+        self.backbone = backbone
+        self.places = {attribute.id: place for place, attribute in enumerate(criteria.attributes)}
+        self.warned = False
+
+    def __call__(self, prompt: str, positive: list[str], negative: list[str]) -> tuple[str, int]:
+        """
+        Args:
+            prompt (`str`):
+                The prompt.
+            positive (`list[str]`):
+                Ids of the attributes to write in their positive form.
+            negative (`list[str]`):
+                Ids of the attributes to write in their negative form.
+
+        Returns:
+            `tuple[str, int]`: the prompt with attributes, and the number of those that it had to leave out.
+        """
+        args = self.args
+        forms = [(name, "positive") for name in positive] + [(name, "negative") for name in negative]
+        if args.attribute_order == "tree":
+            forms.sort(key=lambda item: self.places[item[0]])
+        attributes = [(self.criteria.find(name), form) for name, form in forms]
+        text, left_out = render_prompt(
+            prompt, attributes, args.attribute_separator, args.max_attributes, self.backbone.fits
+        )
+        asked_to_leave_out = max(0, len(forms) - args.max_attributes) if args.max_attributes is not None else 0
+        if left_out > asked_to_leave_out and not self.warned:
+            self.warned = True
+            logger.warning(
+                f"The text encoders do not take all attributes of a row: of {len(forms)}, {left_out} are left out of "
+                f"{text!r}. The rest is spread over the dimensions of the criteria. `attributes/left_out` in the logs is "
+                "how many a row leaves out on average; this is said once."
+            )
+        return text, left_out
+
+
+# ----- the expert -----
+
+
+def base_fingerprint(denoiser: torch.nn.Module) -> list[float]:
+    """
+    Some numbers by which to tell one set of base weights from another, whatever precision they are held in.
+
+    Args:
+        denoiser (`torch.nn.Module`):
+            The base, with or without adapters.
+
+    Returns:
+        `list[float]`: single weights from tensors spread over the model.
+    """
+    weights = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): weight
+        for name, weight in denoiser.named_parameters()
+        if "lora_" not in name and weight.ndim > 1
+    }
+    names = sorted(weights)
+    names = names[:: max(1, len(names) // NUM_FINGERPRINTS)]
+    picked = torch.stack([weights[name].detach().flatten()[weights[name].numel() // 2].float() for name in names])
+    return [float(f"{value:.5g}") for value in picked.tolist()]
+
+
+def describe_expert(trainer: "DiffusionTrainer", criteria: Criteria) -> dict[str, Any]:
+    """
+    What an expert was trained on, and how it wants to be asked. It is saved beside the expert's weights.
+
+    Args:
+        trainer ([`AttributeSFTTrainer`] or [`ComplexPOTrainer`]):
+            Its `args` and its base are described.
+        criteria ([`Criteria`]):
+            The tree.
+
+    Returns:
+        `dict[str, Any]`
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    args = trainer.args
+    return {
+        "criteria": criteria.name,
+        "attributes": [attribute.id for attribute in criteria.attributes],
+        "attribute_order": args.attribute_order,
+        "attribute_separator": args.attribute_separator,
+        "base_fingerprint": base_fingerprint(model),
+    }
+
+
+def read_expert(expert: "str | Path | DiffusionTrainer") -> tuple[dict, LoraConfig, dict | None]:
+    """
+    Reads an expert.
+
+    Args:
+        expert (`str`, `Path` or [`AttributeSFTTrainer`]):
+            A folder, a Hub id, or a trained trainer.
+
+    Returns:
+        `tuple[dict, LoraConfig, dict | None]`: weights and configuration of its LoRA, and what
+        [`trainer.attributes.describe_expert`] said of it, or `None` for a LoRA that another library trained.
+
+    Raises:
+        `ValueError`: If it is no LoRA.
+    """
+    if not isinstance(expert, str | Path):
+        model = expert.accelerator.unwrap_model(expert.model, keep_torch_compile=False)
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                "`expert` was trained with all its weights. Expert, reference and policy are adapters on one base: train "
+                "the expert with a `peft_config`."
+            )
+        weights = {name: weight.detach().clone() for name, weight in get_peft_model_state_dict(model).items()}
+        return weights, model.peft_config["default"], describe_expert(expert, expert.criteria)
+    try:
+        weights, config = read_lora(expert)
+    except ValueError as error:
+        raise ValueError(f"`expert` cannot be read: {error}") from error
+    path = Path(expert) / EXPERT_FILE_NAME
+    if not Path(expert).is_dir():
+        try:
+            path = Path(hf_hub_download(str(expert), EXPERT_FILE_NAME))
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return weights, config, None
+    return weights, config, json.loads(path.read_text()) if path.exists() else None
+
+
+def check_expert(described: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+    """
+    Checks that an expert fits the training that asks it.
+
+    Args:
+        described (`dict` or `None`):
+            What is known of the expert, see [`trainer.attributes.describe_expert`].
+        wanted (`dict`):
+            The same of the trainer that asks it.
+
+    Raises:
+        `ValueError`: If it was trained on other criteria or another base, or reads prompts of another form.
+    """
+    if described is None:
+        logger.warning(
+            f"`expert` comes without {EXPERT_FILE_NAME}, so that its base and its criteria cannot be compared to those "
+            "of this training."
+        )
+        return
+    if described["attributes"] != wanted["attributes"]:
+        other = sorted(set(described["attributes"]) ^ set(wanted["attributes"]))
+        raise ValueError(
+            f"`expert` was trained on the criteria {described['criteria']!r}, and `criteria` names another tree, "
+            f"{wanted['criteria']!r}"
+            + (
+                f": only one of them has {', '.join(repr(name) for name in other[:5])}."
+                if other
+                else ", ordered otherwise."
+            )
+        )
+    for name in ("attribute_order", "attribute_separator"):
+        if described[name] != wanted[name]:
+            raise ValueError(
+                f"`expert` was trained with `{name}={described[name]!r}`, and would not understand prompts with "
+                f"`{name}={wanted[name]!r}`. Train with the expert's."
+            )
+    theirs, ours = torch.tensor(described["base_fingerprint"]), torch.tensor(wanted["base_fingerprint"])
+    # Half precision changes a weight by 0.4 % at most, a conversion between its kinds by as much again.
+    if theirs.shape != ours.shape or ((theirs - ours).abs() > 0.01 * ours.abs() + 1e-6).float().mean() > 0.1:
+        raise ValueError(
+            "`expert` was trained on another base than `model`. A LoRA means nothing on weights that it was not trained "
+            "on: name the expert's base as `model`, or train the expert again on this one."
+        )
+
+
+def add_expert(model: PeftModel, weights: dict[str, torch.Tensor], config: LoraConfig) -> None:
+    """
+    Adds an expert to a model as its frozen adapter `"expert"`.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The policy; its own adapter stays the active one.
+        weights (`dict[str, torch.Tensor]`):
+            The expert's LoRA.
+        config ([`~peft.LoraConfig`]):
+            Its configuration.
+
+    Raises:
+        `ValueError`: If the LoRA does not fit the model.
+    """
+    try:
+        model.add_adapter("expert", config)
+        unexpected = set_peft_model_state_dict(model, weights, adapter_name="expert").unexpected_keys
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"`expert` was trained on another base than `model`, and does not fit it: {error}") from error
+    if unexpected or set(weights) != set(get_peft_model_state_dict(model, adapter_name="expert")):
+        raise ValueError(
+            "`expert` was trained on another base than `model`: its LoRA adapts modules that `model` lacks."
+        )
+    model.set_adapter("default")
+    for name, parameter in model.named_parameters():
+        if ".expert." in name:
+            parameter.requires_grad_(False)

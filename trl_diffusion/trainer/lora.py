@@ -1,0 +1,87 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""LoRA files, as diffusers writes them."""
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig
+from safetensors import safe_open
+
+
+LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+
+
+def find_lora(name_or_path: str | Path) -> Path:
+    """
+    Finds a LoRA file.
+
+    Args:
+        name_or_path (`str` or `Path`):
+            A folder with `pytorch_lora_weights.safetensors`, or the Hub id of a repository that has it.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        `ValueError`: If there is none.
+    """
+    if Path(name_or_path).is_dir():
+        if (Path(name_or_path) / LORA_WEIGHTS_NAME).exists():
+            return Path(name_or_path) / LORA_WEIGHTS_NAME
+        raise ValueError(f"The folder {name_or_path} holds no LoRA ({LORA_WEIGHTS_NAME}).")
+    try:
+        return Path(hf_hub_download(str(name_or_path), LORA_WEIGHTS_NAME))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"{name_or_path} is no folder, and the Hub gave no {LORA_WEIGHTS_NAME} of that name: {error}"
+        ) from error
+
+
+def read_lora(name_or_path: str | Path) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """
+    Reads a denoiser's LoRA and its configuration, which `save_lora_weights` of diffusers writes into the file's header.
+
+    Args:
+        name_or_path (`str` or `Path`):
+            A folder or a Hub id, see [`trainer.lora.find_lora`].
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], LoraConfig]`: the weights, by the names that a [`~peft.PeftModel`] gives them, and
+        the configuration.
+
+    Raises:
+        `ValueError`: If the file adapts more than the denoiser, or does not hold its configuration.
+    """
+    path = find_lora(name_or_path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    denoiser_name, *others = {key.split(".")[0] for key in weights}
+    if others:
+        raise ValueError(
+            f"The LoRA {path} adapts more than a denoiser: {', '.join(sorted([denoiser_name, *others]))}."
+        )
+    if not header:
+        raise ValueError(
+            f"The LoRA {path} does not hold its configuration, without which its strength is unknown. Save it again with "
+            f"`pipeline.save_lora_weights(..., {denoiser_name}_lora_adapter_metadata=config.to_dict())`."
+        )
+    prefix = f"{denoiser_name}."
+    config = LoraConfig(**{key.removeprefix(prefix): value for key, value in header.items()})
+    return {f"base_model.model.{key.removeprefix(prefix)}": value for key, value in weights.items()}, config
