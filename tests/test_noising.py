@@ -24,6 +24,7 @@ from trl_diffusion.noising import (
     keyed_noise,
     keyed_timesteps,
     per_sample_errors,
+    timestep_weights,
     training_target,
 )
 
@@ -243,3 +244,28 @@ def test_gradient_of_errors_reaches_a_bfloat16_prediction():
     per_sample_errors(model_pred, torch.ones(1, 1, 2, 2)).sum().backward()
     assert model_pred.grad.dtype == torch.bfloat16
     assert model_pred.grad.flatten().tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_timestep_weights_are_their_formulas_of_the_snr(prediction_type):
+    """min(SNR, 5) / SNR and 1 / (1 + SNR) on errors of the noise, times SNR / (1 + SNR) on those of the velocity."""
+    alphas_cumprod = DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod
+    timesteps = torch.arange(0, 1000, 37)
+    snr = (alphas_cumprod / (1 - alphas_cumprod))[timesteps].double()
+    on_velocity = snr / (1 + snr) if prediction_type == "v_prediction" else 1.0
+    for weighting, on_noise in (("min_snr", snr.clamp(max=5) / snr), ("sigmoid", 1 / (1 + snr))):
+        weights = timestep_weights(timesteps, alphas_cumprod, weighting, prediction_type)
+        assert weights.dtype == torch.float32 and weights.min() >= 0 and weights.max() <= 1
+        torch.testing.assert_close(weights.double(), on_noise * on_velocity, atol=1e-5, rtol=1e-4)
+    assert (timestep_weights(timesteps, alphas_cumprod, "constant", prediction_type) == 1).all()
+
+
+def test_timestep_weights_at_zero_terminal_snr():
+    """Where no signal is left, weights are finite."""
+    alphas_cumprod = torch.tensor([0.9, 0.5, 0.0])
+    for weighting in ("constant", "min_snr", "sigmoid"):
+        for prediction_type in ("epsilon", "v_prediction"):
+            weights = timestep_weights(torch.arange(3), alphas_cumprod, weighting, prediction_type)
+            assert weights.isfinite().all()
+    with pytest.raises(ValueError, match="'constant', 'min_snr' or 'sigmoid'"):
+        timestep_weights(torch.arange(3), alphas_cumprod, "snr", "epsilon")

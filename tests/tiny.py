@@ -27,7 +27,7 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from trl_diffusion import instance_pair_features
+from trl_diffusion import attribute_features, instance_pair_features
 
 
 WORDS = ["a", "red", "blue", "circle", "square", "and", "cat", "dog"]
@@ -174,3 +174,31 @@ def pairs(num_rows: int = 8, with_instances: bool = True) -> Dataset:
     if not with_instances:
         del features["instances"]
     return Dataset.from_list(rows, features=features)
+
+
+CRITERIA = """
+name: tiny
+levels: [dimension, attribute]
+tree:
+  color:
+    hue: {positive: red, negative: blue, definition: Whether it is red.}
+  drawing:
+    kind: {positive: circle, negative: square, definition: Whether it is round.}
+    pet: {positive: cat, negative: dog, definition: Whether it purrs.}
+"""
+
+
+def paintings(num_rows: int = 8) -> Dataset:
+    """Random images with attributes of both kinds, of one kind, and with an attribute that says nothing."""
+    kinds = [(["hue"], ["kind", "pet"]), (["hue", "kind"], []), ([], ["kind"]), (["pet", "kind"], ["hue"])]
+    rows = [
+        {
+            "id": f"row-{index}",
+            "prompt": "a and a" if index % 2 else "a",
+            "image": image(index, *[(40, 32), (32, 48), (64, 64)][index % 3]),
+            "positive_attributes": kinds[index % 4][0],
+            "negative_attributes": kinds[index % 4][1],
+        }
+        for index in range(num_rows)
+    ]
+    return Dataset.from_list(rows, features=attribute_features())

@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from ..criteria import Criteria
+from ..criteria import Criteria, render_prompt
 from ..data.collators import AttributeCollator
 from ..data.formats import check_attribute_columns
 from ..noising import add_noise, keyed_generator, per_sample_errors, training_target
@@ -87,12 +87,13 @@ class AttributeSFTTrainer(DiffusionTrainer):
     _name = "attribute SFT, stage 1 of CPO"
     _unit = "images"
     _paper = {
-        "title": "Complex Preference Optimization",
+        "title": "Beyond Binary Preference: Aligning Diffusion Models to Fine-grained Criteria by Decoupling Attributes",
         "id": "2601.04300",
         "citation": """\
-@article{meng2026cpo,
-    title  = {{Complex Preference Optimization}},
-    author = {Meng and others},
+@article{meng2026beyond,
+    title  = {{Beyond Binary Preference: Aligning Diffusion Models to Fine-grained Criteria by Decoupling Attributes}},
+    author = {Meng, Chenye and Li, Zejian and Liu, Zhongni and Li, Yize and Xie, Changle and Jia, Kaixin and Yang, Ling and
+              Deng, Huanghuang and Ding, Shiying and Zhang, Shengyuan and Li, Jiayi and Sun, Lingyun},
     year   = {2026},
     eprint = {arXiv:2601.04300},
 }""",
@@ -191,6 +192,11 @@ class AttributeSFTTrainer(DiffusionTrainer):
             left_out.append(missing)
         self.record(**{"attributes/left_out": torch.tensor(left_out, device=self.accelerator.device)})
         return prompts
+
+    @property
+    def _example_prompt(self) -> str:
+        attributes = [(attribute, "positive") for attribute in self.criteria.attributes]
+        return render_prompt(super()._example_prompt, attributes, self.args.attribute_separator, maximum=2)[0]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

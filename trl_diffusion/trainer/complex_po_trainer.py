@@ -236,9 +236,14 @@ class ComplexPOTrainer(DiffusionTrainer):
         args = self.args
         plain = self.drop_prompts(inputs["prompt"], inputs["id"])
         chosen, rejected, sides, left_out = [], [], [], []
-        for prompt, positive, negative in zip(
-            plain, inputs["positive_attributes"], inputs["negative_attributes"], strict=True
+        for row_id, prompt, positive, negative in zip(
+            inputs["id"], plain, inputs["positive_attributes"], inputs["negative_attributes"], strict=True
         ):
+            if not positive and not negative:  # of a stream: a dataset in memory is checked before
+                raise ValueError(
+                    f"The row with id {row_id!r} has neither positive nor negative attributes, so that there is nothing "
+                    "to learn from it. Drop such rows with `dataset.filter`."
+                )
             if args.attribute_targets == "paired":
                 positive = negative = [*positive, *negative]
             asked = [(positive, []), ([], negative)]

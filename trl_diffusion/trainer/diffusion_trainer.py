@@ -29,7 +29,6 @@ from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback, set_seed
 from trl.trainer.base_trainer import _BaseTrainer
@@ -80,6 +79,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     loss_is_scaled_for_ga = False  # every loss here is a mean over its batch
     _tag_names = ["trl-diffusion", "text-to-image"]
+    _example_prompt = "a red bicycle leaning on a stone wall"
 
     columns: tuple[str, ...]
     image_columns: tuple[str, ...]
@@ -122,12 +122,6 @@ class DiffusionTrainer(_BaseTrainer):
             )
 
         denoiser = self.backbone.denoiser
-        if any(isinstance(module, BaseTunerLayer) for module in denoiser.modules()):
-            raise ValueError(
-                "The pipeline's denoiser carries adapters already, from `load_lora_weights` or from a trainer before this "
-                "one. Load the pipeline again, or merge them first with `pipeline.fuse_lora(); "
-                "pipeline.unload_lora_weights()`."
-            )
         # Trackers ask models for a transformers config, and the Trainer for activation checkpointing.
         denoiser._internal_dict = _TrackableConfig(denoiser.config)
         denoiser.activation_checkpointing_enable = partial(_enable_gradient_checkpointing, denoiser)

@@ -67,6 +67,8 @@ def diffusion_model_card(
         base_model=base_model,
         dataset_name=dataset_name,
         is_lora=is_lora,
+        is_reversed=getattr(trainer.args, "reverse_preference", False),
+        example_prompt=trainer._example_prompt,
         method=trainer._name,
         paper=trainer._paper,
         hyperparameters=_hyperparameters(trainer),

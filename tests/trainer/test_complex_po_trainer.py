@@ -1,0 +1,626 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from tests import tiny
+from trl_diffusion import (
+    AttributeSFTConfig,
+    AttributeSFTTrainer,
+    ComplexPOConfig,
+    ComplexPOTrainer,
+    attribute_features,
+)
+from trl_diffusion.noising import keyed_noise, keyed_timesteps, timestep_weights
+
+
+PIPELINES = {
+    "sd": tiny.sd_pipeline,
+    "sd_v": lambda: tiny.sd_pipeline("v_prediction"),
+    "sdxl": tiny.sdxl_pipeline,
+}
+FAST = {
+    "per_device_train_batch_size": 2,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "activation_checkpointing": False,
+}
+
+
+def lora(r: int = 4, alpha: int = 4) -> LoraConfig:
+    return LoraConfig(r=r, lora_alpha=alpha)
+
+
+@pytest.fixture(scope="module")
+def criteria(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("criteria") / "tiny.yaml"
+    path.write_text(tiny.CRITERIA)
+    return str(path)
+
+
+def train_expert(folder, pipeline, criteria, **kwargs) -> AttributeSFTTrainer:
+    """An expert whose predictions differ well from the base's."""
+    peft_config = kwargs.pop("peft_config", lora(8, 16))
+    args = AttributeSFTConfig(str(folder), criteria=criteria, learning_rate=0.05, **{**FAST, **kwargs})
+    trainer = AttributeSFTTrainer(pipeline, args, train_dataset=tiny.paintings(), peft_config=peft_config)
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory, criteria) -> dict[str, str]:
+    """A folder with an expert for each family."""
+    folders = {family: tmp_path_factory.mktemp(f"expert_{family}") for family in PIPELINES}
+    for family, folder in folders.items():
+        train_expert(folder, PIPELINES[family](), criteria)
+    return {family: str(folder) for family, folder in folders.items()}
+
+
+def make_trainer(tmp_path, pipeline, expert, criteria, dataset=None, **kwargs) -> ComplexPOTrainer:
+    trainer_kwargs = {"peft_config": kwargs.pop("peft_config", lora())}
+    trainer_kwargs |= {name: kwargs.pop(name) for name in ("eval_dataset",) if name in kwargs}
+    args = {"output_dir": str(tmp_path), "criteria": criteria, "learning_rate": 1e-3, **FAST, **kwargs}
+    return ComplexPOTrainer(
+        pipeline,
+        expert,
+        args=ComplexPOConfig(**args),
+        train_dataset=tiny.paintings() if dataset is None else dataset,
+        **trainer_kwargs,
+    )
+
+
+def move(trainer: ComplexPOTrainer) -> None:
+    """Lets the policy differ from the reference."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B.default" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def max_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def logged(trainer: ComplexPOTrainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# ---- The objective ----
+
+
+@pytest.mark.parametrize("loss_type", ["stabilized", "unstabilized"])
+@pytest.mark.parametrize("family", PIPELINES)
+def test_before_the_first_step_the_loss_is_ln_2(tmp_path, family, loss_type, experts, criteria):
+    """Policy equals reference before training: to the rounding of one forward against another."""
+    trainer = make_trainer(
+        tmp_path, PIPELINES[family](), experts[family], criteria, loss_type=loss_type, eval_dataset=tiny.paintings(4)
+    )
+    metrics = trainer.evaluate()
+    trainer.train()
+    for loss, margins in (
+        (metrics["eval_loss"], metrics["eval_rewards/margins"]),
+        (logged(trainer, "loss")[0], logged(trainer, "rewards/margins")[0]),
+    ):
+        assert loss == pytest.approx(math.log(2), abs=1e-4) and margins == pytest.approx(0, abs=1e-4)
+    assert abs(logged(trainer, "rewards/margins")[1]) > 1e-3
+    assert logged(trainer, "drift")[0] < 1e-9 < logged(trainer, "drift")[1]
+
+
+CASES = [
+    {"loss_type": "stabilized"},
+    {"loss_type": "unstabilized", "timestep_weighting": "min_snr"},
+    {"attribute_targets": "paired", "target_strength": 1.5, "reflection_weight": 0.5},
+    {"policy_condition": "positive", "timestep_weighting": "sigmoid"},
+    {"reverse_preference": True, "attribute_targets": "paired", "loss_type": "unstabilized", "target_strength": 2.0},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
+@pytest.mark.parametrize("family", PIPELINES)
+def test_adapters_on_one_base_equal_three_separate_models(tmp_path, family, case, experts, criteria):
+    """Targets, reference and loss = three pipelines of diffusers and the published formula, written out."""
+    trainer = make_trainer(tmp_path, PIPELINES[family](), experts[family], criteria, beta=500.0, **case)
+    move(trainer)
+    trainer.save_model(str(tmp_path / "policy"))
+    trainer.model.train()
+    rows = [tiny.paintings(4)[0], tiny.paintings(4)[3]]  # attributes of both kinds
+    batch = trainer.data_collator(rows)
+    _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+
+    policy, expert, reference = (PIPELINES[family]() for _ in range(3))
+    policy.load_lora_weights(str(tmp_path / "policy"))
+    expert.load_lora_weights(experts[family])
+    if case.get("attribute_targets") == "paired":
+        positive = ["a, red, circle, cat", "a and a, red, circle, cat"]
+        negative = ["a, blue, square, dog", "a and a, blue, square, dog"]
+    else:
+        positive, negative = ["a, red", "a and a, circle, cat"], ["a, square, dog", "a and a, blue"]
+    if case.get("reverse_preference"):
+        positive, negative = negative, positive
+    plain = ["a", "a and a"]
+    condition = positive if case.get("policy_condition") == "positive" else plain
+
+    ids = batch["id"]
+    keys = [(42, 0, row_id, "") for row_id in ids]
+    timesteps, noise = keyed_timesteps(keys, 0, 1000), keyed_noise(keys, (4, 8, 8))
+    posterior = reference.vae.encode(batch["pixel_values"]).latent_dist
+    sampled = keyed_noise([(42, 0, row_id, "image") for row_id in ids], (4, 8, 8))
+    latents = (posterior.mean + posterior.std * sampled) * reference.vae.config.scaling_factor
+    noisy = trainer.backbone.noise_scheduler.add_noise(latents, noise, timesteps)
+
+    @torch.no_grad()
+    def predict(pipeline, prompts):
+        added = {}
+        if family == "sdxl":
+            embeds, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+            time_ids = torch.tensor([[32, 40, 0, 4, 32, 32], [32, 40, 0, 4, 32, 32]]).float()
+            added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
+        else:
+            embeds, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
+        return pipeline.unet(noisy, timesteps, embeds, **added).sample
+
+    strength = case.get("target_strength", 1.0)
+    e_plain = predict(expert, plain)
+    z_w, z_l = (e_plain + strength * (predict(expert, prompts) - e_plain) for prompts in (positive, negative))
+    e, e_ref = predict(policy, condition), predict(reference, condition)
+
+    frozen, _ = trainer._conditions(trainer.prompts(batch), batch)
+    for ours, separate in zip(
+        trainer.frozen_predictions(trainer.model, noisy, timesteps, frozen), (z_w, z_l, e_ref), strict=True
+    ):
+        assert (ours - separate).abs().max() <= 1e-5
+    assert (z_w - z_l).abs().max() > 1e-2 and (z_w - e_ref).abs().max() > 1e-2
+
+    def squared(target, prediction):
+        return (target - prediction).pow(2).mean(dim=[1, 2, 3])
+
+    omega = timestep_weights(
+        timesteps,
+        trainer.backbone.alphas_cumprod,
+        case.get("timestep_weighting", "constant"),
+        "v_prediction" if family == "sd_v" else "epsilon",
+    )
+    win = squared(z_w, e) - squared(z_w, e_ref)
+    if case.get("loss_type") == "unstabilized":
+        lose = -(squared(z_l, e) - squared(z_l, e_ref))
+    else:
+        z_t = e_ref + case.get("reflection_weight", 1.0) * (e_ref - z_l)
+        lose = squared(z_t, e) - squared(z_t, e_ref)
+    expected = -torch.nn.functional.logsigmoid(-0.5 * 500.0 * omega * (win + lose))
+    assert (expected - math.log(2)).abs().max() > 1e-3
+    torch.testing.assert_close(outputs["losses"].detach(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_of_one_kind_trains_on_the_term_it_has(tmp_path, experts, criteria):
+    """Without negatives the loss is that of z_w alone; metrics average over the rows that have them."""
+    trainer = make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, beta=50.0)
+    move(trainer)
+    trainer.model.train()
+    rows = tiny.paintings(4)
+    batch = trainer.data_collator([rows[1], rows[2]])  # positive only, negative only
+    _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    for name in ("rewards/chosen", "errors/chosen", "errors/ref_chosen", "grad_norms/chosen", "rewards/rejected"):
+        assert metrics[name].shape == (1,)
+    margins = torch.cat([metrics["rewards/chosen"], -metrics["rewards/rejected"]])
+    torch.testing.assert_close(metrics["rewards/margins"], margins)
+    torch.testing.assert_close(outputs["losses"].detach(), -torch.nn.functional.logsigmoid(margins))
+    expected = -25.0 * (metrics["errors/chosen"] - metrics["errors/ref_chosen"])
+    torch.testing.assert_close(metrics["rewards/chosen"], expected)
+
+
+def test_a_window_without_negatives_logs_what_there_is(tmp_path, experts, criteria):
+    """No average over nothing."""
+    dataset = tiny.paintings(8).filter(lambda row: not row["negative_attributes"])
+    trainer = make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, dataset=dataset)
+    trainer.train()
+    assert logged(trainer, "rewards/chosen") and not logged(trainer, "rewards/rejected")
+    assert all(math.isfinite(value) for entry in trainer.state.log_history for value in entry.values())
+
+
+@pytest.mark.parametrize("loss_type", ["stabilized", "unstabilized"])
+def test_logged_gradient_norms_are_those_of_autograd(tmp_path, loss_type, experts, criteria, monkeypatch):
+    """Norm of what each term contributes to the gradient of a sample's loss with respect to its prediction."""
+    trainer = make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, beta=50.0, loss_type=loss_type)
+    move(trainer)
+    trainer.model.train()
+    predictions, predict = [], trainer.backbone.predict
+    monkeypatch.setattr(
+        trainer.backbone, "predict", lambda *args: predictions.append(predict(*args)) or predictions[-1]
+    )
+    terms = {}
+    for index, kind in ((1, "chosen"), (2, "rejected")):  # rows with one term only: its gradient is the whole one
+        row = tiny.paintings(4)[index]
+        _, outputs = trainer.compute_loss(trainer.model, trainer.data_collator([row]), return_outputs=True)
+        gradient = torch.autograd.grad(outputs["losses"].sum(), predictions[-1])[0]
+        terms[kind] = gradient.norm().item()
+    for kind, norm in terms.items():
+        assert torch.cat(trainer._metrics["train"][f"grad_norms/{kind}"]).item() == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_unstabilised_loss_drifts_and_the_trainer_says_so(tmp_path, experts, criteria, caplog):
+    """At one learning rate, one leaves the region of the targets while accuracies read 1, the other stays."""
+    drifts = {}
+    for loss_type in ("stabilized", "unstabilized"):
+        caplog.clear()
+        trainer = make_trainer(
+            tmp_path,
+            tiny.sd_pipeline(),
+            experts["sd"],
+            criteria,
+            loss_type=loss_type,
+            attribute_targets="paired",
+            per_device_train_batch_size=8,
+            learning_rate=2e-2,
+            beta=50.0,
+            max_steps=40,
+        )
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        drifts[loss_type] = logged(trainer, "drift")
+        assert ("has left the region" in caplog.text) == (loss_type == "unstabilized")
+    assert caplog.text.count("has left the region") == 1
+    assert max(drifts["stabilized"]) < 1 < drifts["unstabilized"][-1]
+    assert logged(trainer, "rewards/accuracies")[-1] >= 0.75
+
+
+# ---- What it costs, and what may move ----
+
+
+@pytest.mark.parametrize("strength, rows", [(1.0, 3), (1.5, 4)])
+def test_a_step_is_two_forwards_on_one_base(tmp_path, strength, rows, experts, criteria):
+    """Expert and reference share one forward without gradient; in memory is one base and two adapters."""
+    pipeline = tiny.sd_pipeline()
+    base_size = sum(parameter.numel() for parameter in pipeline.unet.parameters())
+    trainer = make_trainer(tmp_path, pipeline, experts["sd"], criteria, target_strength=strength)
+    calls = []
+    trainer.backbone.denoiser.register_forward_pre_hook(
+        lambda module, args: calls.append((len(args[0]), torch.is_grad_enabled()))
+    )
+    trainer.train()
+    assert calls == [(rows * 2, False), (2, True)] * 3
+
+    size = sum(parameter.numel() for parameter in trainer.model.parameters())
+    adapters = {
+        name: sum(parameter.numel() for key, parameter in trainer.model.named_parameters() if f".{name}." in key)
+        for name in ("default", "expert")
+    }
+    assert trainer.ref_model is None and size == base_size + adapters["default"] + adapters["expert"]
+    assert adapters["expert"] == 2 * adapters["default"] > 0  # ranks 8 and 4
+
+
+def test_only_the_policys_adapter_moves(tmp_path, experts, criteria):
+    """Base, expert, VAE and text encoder stay as they were, and get no gradient."""
+    trainer = make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, learning_rate=0.01)
+    pipeline = trainer.backbone.pipeline
+    before = weights(trainer.model)
+    others = [weights(pipeline.vae), weights(pipeline.text_encoder)]
+    trainer.train()
+    moved = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
+    assert moved and all("lora_" in name and ".default." in name for name in moved)
+    assert (
+        max_difference(weights(pipeline.vae), others[0])
+        == max_difference(weights(pipeline.text_encoder), others[1])
+        == 0
+    )
+    trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trainable and all(".default." in name for name in trainable)
+
+
+# ---- Equivalent runs ----
+
+
+def test_gradient_accumulation_equals_a_larger_batch(tmp_path, experts, criteria):
+    """8 images at once, or one at a time and accumulated: the same weights."""
+    ends = []
+    for batch_size in (8, 1):
+        trainer = make_trainer(
+            tmp_path,
+            tiny.sd_pipeline(),
+            experts["sd"],
+            criteria,
+            dataset=tiny.paintings(16),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=8 // batch_size,
+            max_steps=4,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            beta=200.0,
+            prompt_dropout=0.3,
+        )
+        start = weights(trainer.model)
+        trainer.train()
+        ends.append(weights(trainer.model))
+    assert max_difference(ends[0], ends[1]) <= 1e-4
+    assert max_difference(ends[0], start) > 1e-2
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, experts, criteria):
+    """Stopped in the middle of an epoch and resumed: the same weights and losses, bit for bit."""
+    settings = {"expert": experts["sd"], "criteria": criteria, "dataset": tiny.paintings(10), "max_steps": 6}
+    settings |= {"random_flip": True, "prompt_dropout": 0.3, "center_crop": False, "attribute_targets": "paired"}
+    whole = make_trainer(tmp_path / "whole", tiny.sd_pipeline(), **settings)
+    whole.train()
+    make_trainer(tmp_path / "cut", tiny.sd_pipeline(), save_strategy="steps", save_steps=3, **settings).train()
+    resumed = make_trainer(tmp_path / "cut", tiny.sd_pipeline(), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    assert max_difference(weights(whole.model), weights(resumed.model)) == 0
+    assert logged(whole, "loss")[3:] == logged(resumed, "loss")[3:]
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, experts, criteria):
+    """Recomputed activations, which mix no adapters, give the same weights."""
+    ends = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, activation_checkpointing=checkpointing
+        )
+        trainer.train()
+        assert trainer.backbone.denoiser.is_gradient_checkpointing == checkpointing
+        ends.append(weights(trainer.model))
+    assert max_difference(*ends) == 0
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("alpha", [4, 8])
+def test_a_saved_lora_reloads_in_diffusers_with_difference_0(tmp_path, family, alpha, experts, criteria):
+    """The file holds the policy alone, and gives its predictions, without the expert."""
+    trainer = make_trainer(
+        tmp_path, PIPELINES[family](), experts[family], criteria, peft_config=lora(4, alpha), learning_rate=0.05
+    )
+    trainer.train()
+    trainer.save_model()
+    assert not any("expert" in key for key in load_file(tmp_path / "pytorch_lora_weights.safetensors"))
+    pipeline = PIPELINES[family]()
+    pipeline.load_lora_weights(str(tmp_path))
+    generator = torch.Generator().manual_seed(0)
+    width = 16 if family == "sd" else 32
+    inputs = {
+        "sample": torch.randn(1, 4, 8, 8, generator=generator),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 12, width, generator=generator),
+    }
+    if family == "sdxl":
+        time_ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(1, 16, generator=generator), "time_ids": time_ids}
+    trainer.model.eval()
+    pipeline.unet.eval()
+    with torch.no_grad():
+        assert torch.equal(pipeline.unet(**inputs).sample, trainer.model(**inputs).sample)
+
+
+def test_it_trains_under_bf16_autocast(tmp_path, experts, criteria):
+    """Errors are float32, and the first loss is ln 2 but for the rounding of the two forwards."""
+    trainer = make_trainer(
+        tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, bf16=True, use_cpu=True, beta=10.0, learning_rate=1e-2
+    )
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-2)
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, trainer.data_collator([tiny.paintings()[0]]))
+    assert all(
+        values[-1].dtype == torch.float32
+        for name, values in trainer._metrics["train"].items()
+        if name != "attributes/left_out"
+    )
+
+
+# ---- What the expert is asked ----
+
+
+def test_prompts_of_the_expert(tmp_path, experts, criteria):
+    """Present attributes by kind, or all of them in both forms; the dropped prompt leaves the attributes."""
+    row = {**tiny.paintings(4)[3], "prompt": "a"}  # positive: pet, kind; negative: hue
+    expected = {
+        ("present", False): ("a, circle, cat", "a, blue"),
+        ("present", True): ("a, blue", "a, circle, cat"),
+        ("paired", False): ("a, red, circle, cat", "a, blue, square, dog"),
+        ("paired", True): ("a, blue, square, dog", "a, red, circle, cat"),
+    }
+    for (targets, reverse), prompts in expected.items():
+        trainer = make_trainer(
+            tmp_path,
+            tiny.sd_pipeline(),
+            experts["sd"],
+            criteria,
+            attribute_targets=targets,
+            reverse_preference=reverse,
+            prompt_dropout=0.5,
+        )
+        batch = trainer.data_collator([row])
+        trainer.model.eval()
+        asked = trainer.prompts(batch)
+        assert (asked.plain, asked.chosen, asked.rejected) == (["a"], [prompts[0]], [prompts[1]])
+    trainer.model.train()
+    seen = {trainer.prompts({**batch, "id": [f"row-{index}"]}).chosen[0] for index in range(20)}
+    assert seen == {"a, blue, square, dog", "blue, square, dog"}
+
+
+@pytest.mark.parametrize("index, sides", [(0, (1, 1)), (1, (1, 0)), (2, (0, 1))])
+def test_sides_of_a_row(tmp_path, index, sides, experts, criteria):
+    """Present targets have the sides that the row has, paired ones both."""
+    for targets, expected in (("present", sides), ("paired", (1, 1))):
+        trainer = make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, attribute_targets=targets)
+        asked = trainer.prompts(trainer.data_collator([tiny.paintings(4)[index]]))
+        assert (asked.has_chosen.item(), asked.has_rejected.item()) == expected
+        trainer = make_trainer(
+            tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, attribute_targets=targets, reverse_preference=True
+        )
+        asked = trainer.prompts(trainer.data_collator([tiny.paintings(4)[index]]))
+        assert (asked.has_rejected.item(), asked.has_chosen.item()) == expected
+
+
+# ---- The expert, given in every way, and wrongly ----
+
+
+def test_a_trained_trainer_is_an_expert_also_on_its_own_pipeline(tmp_path, criteria):
+    """Given as a trainer, with the pipeline it trained or another: as from its folder; the base is itself again."""
+    pipeline = tiny.sd_pipeline()
+    base = weights(pipeline.unet)
+    trainer = train_expert(tmp_path / "expert", pipeline, criteria)
+    ends = []
+    for model, expert in (
+        (tiny.sd_pipeline(), str(tmp_path / "expert")),
+        (tiny.sd_pipeline(), trainer),
+        (pipeline, trainer),
+    ):
+        policy = make_trainer(tmp_path / "policy", model, expert, criteria)
+        policy.train()
+        ends.append(weights(policy.model))
+    assert max_difference(ends[0], ends[1]) == max_difference(ends[0], ends[2]) == 0
+    stripped = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): value
+        for name, value in ends[2].items()
+        if "lora_" not in name
+    }
+    assert max_difference(base, stripped) == 0
+
+
+def test_an_expert_of_another_base_is_refused(tmp_path, experts, criteria):
+    """Other weights of the same architecture, and another architecture."""
+    with pytest.raises(ValueError, match="trained on another base than `model`"):
+        make_trainer(tmp_path, tiny.sd_pipeline(seed=1), experts["sd"], criteria)
+    with pytest.raises(ValueError, match="trained on another base than `model`"):
+        make_trainer(tmp_path, tiny.sd_pipeline(), experts["sdxl"], criteria)
+
+
+def test_an_expert_without_description_must_fit_by_its_shapes(tmp_path, experts, criteria, caplog):
+    """A LoRA from elsewhere is taken with a warning, and refused where it does not fit."""
+    for family in ("sd", "sdxl"):
+        (tmp_path / family).mkdir()
+        source = f"{experts[family]}/pytorch_lora_weights.safetensors"
+        (tmp_path / family / "pytorch_lora_weights.safetensors").write_bytes(open(source, "rb").read())
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path / "out", tiny.sd_pipeline(), str(tmp_path / "sd"), criteria)
+    assert "without attribute_expert.json" in caplog.text
+    with pytest.raises(ValueError, match="trained on another base than `model`"):
+        make_trainer(tmp_path / "out", tiny.sd_pipeline(), str(tmp_path / "sdxl"), criteria)
+
+
+def test_the_bases_precision_does_not_matter(tmp_path, experts, criteria):
+    """An expert trained in float32 fits the same base held in bfloat16."""
+    trainer = make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, bf16=True, use_cpu=True)
+    assert next(trainer.backbone.denoiser.parameters()).dtype == torch.bfloat16
+
+
+def test_an_expert_of_other_criteria_or_other_prompts_is_refused(tmp_path, experts, criteria):
+    """It would be asked what it never learned."""
+    other = tmp_path / "other.yaml"
+    other.write_text(tiny.CRITERIA.replace("pet:", "animal:"))
+    dataset = tiny.paintings(2).map(lambda row: {"positive_attributes": ["hue"], "negative_attributes": []})
+    with pytest.raises(ValueError, match="only one of them has 'animal', 'pet'"):
+        make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], str(other), dataset=dataset)
+    with pytest.raises(ValueError, match=r"trained with `attribute_separator=', '`"):
+        make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, attribute_separator="; ")
+    with pytest.raises(ValueError, match="trained with `attribute_order='tree'`"):
+        make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, attribute_order="given")
+
+
+def test_only_a_lora_is_an_expert(tmp_path, criteria):
+    """All weights are no adapter; nor is an empty folder; nor can the policy be without one."""
+    trainer = train_expert(tmp_path / "full", tiny.sd_pipeline(), criteria, peft_config=None)
+    with pytest.raises(ValueError, match="train the expert with a `peft_config`"):
+        make_trainer(tmp_path, tiny.sd_pipeline(), trainer, criteria)
+    with pytest.raises(ValueError, match="`expert` cannot be read: .*holds no LoRA"):
+        make_trainer(tmp_path, tiny.sd_pipeline(), str(tmp_path / "full"), criteria)
+    with pytest.raises(ValueError, match="`peft_config` cannot be `None`"):
+        make_trainer(tmp_path, tiny.sd_pipeline(), str(tmp_path / "full"), criteria, peft_config=None)
+
+
+# ---- Bad data ----
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"positive_attributes": [], "negative_attributes": []}, r"1 of the 4 rows of `train_dataset` .* id row-2\."),
+        ({"positive_attributes": ["hues"]}, "'hues' is no attribute of the criteria 'tiny'; the nearest is 'hue'"),
+        (
+            {"positive_attributes": ["hue"], "negative_attributes": ["hue"]},
+            "`hue` as positive and as negative at once",
+        ),
+    ],
+    ids=["none", "unknown", "both"],
+)
+def test_bad_rows_are_named_at_start_up(tmp_path, columns, message, experts, criteria):
+    """Before the model has seen a batch."""
+    rows = list(tiny.paintings(4))
+    rows[2] = {**rows[2], **columns}
+    dataset = Dataset.from_list(rows, features=attribute_features())
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, dataset=dataset)
+
+
+def test_a_stream_is_checked_as_it_comes(tmp_path, experts, criteria):
+    """A row without attributes stops the training at its batch."""
+    rows = [
+        *tiny.paintings(2),
+        {**tiny.paintings(1)[0], "id": "bare", "positive_attributes": [], "negative_attributes": []},
+    ]
+    dataset = Dataset.from_list(rows, features=attribute_features()).to_iterable_dataset()
+    trainer = make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, dataset=dataset)
+    with pytest.raises(ValueError, match="'bare'.*neither positive nor negative"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"beta": 0.0}, "`beta` must be positive"),
+        ({"target_strength": -1.0}, "`target_strength` must be positive"),
+        ({"reflection_weight": -0.5}, "`reflection_weight` must not be negative"),
+        ({"loss_type": "hinge"}, "`loss_type` must be 'stabilized' or 'unstabilized'"),
+        ({"attribute_targets": "all"}, "`attribute_targets` must be 'present' or 'paired'"),
+        ({"timestep_weighting": "snr"}, "`timestep_weighting` must be 'constant', 'min_snr' or 'sigmoid'"),
+        ({"policy_condition": "negative"}, "`policy_condition` must be"),
+        ({"attribute_order": "random"}, "`attribute_order` must be"),
+        ({"max_attributes": 0}, "`max_attributes` must be at least 1"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(tmp_path, settings, message):
+    """The message names the field and what it may be."""
+    with pytest.raises(ValueError, match=message):
+        ComplexPOConfig(str(tmp_path), **settings)
+
+
+def test_the_card_of_a_reversed_model_says_what_it_is_for(tmp_path, experts, criteria):
+    """Its code draws with the reversed adapter where guidance subtracts."""
+    trainer = make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, reverse_preference=True)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert 'negative_preference_guidance(pipeline, positive=None, negative="reversed")' in card
+    assert "| attribute_targets | present |" in card
+    code = card.split("```python")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert json.dumps(trainer.args.to_dict())  # trackers write it
