@@ -13,15 +13,17 @@
 # limitations under the License.
 
 import json
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from datasets import load_dataset
 
 from tests import tiny
-from trl_diffusion.scripts.instance_dpo import make_parser
+from trl_diffusion.cli.main import TRAINING_COMMANDS
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -36,13 +38,17 @@ def run(script: str, *args) -> str:
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("configs/*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_a_configuration(path, tmp_path):
-    """Every key of a shipped YAML file is a field of the script's dataclasses or a flag of `accelerate launch`."""
+    """Every key of a shipped YAML file is a field of the dataclasses of its command, or a flag of `accelerate launch`."""
+    command, flags = re.search(r"trl-diffusion (\S+) --config (.*)", path.read_text()).groups()
+    assert command in TRAINING_COMMANDS and flags.startswith(f"examples/configs/{path.name} ")
     config = tmp_path / path.name
     config.write_text(path.read_text() + "use_cpu: true\n")  # bf16 on no GPU is refused otherwise
-    *_, model_args, remaining = make_parser().parse_args_and_config(
-        ["--config", str(config)], return_remaining_strings=True
+    script = import_module(f"trl_diffusion.scripts.{command.replace('-', '_')}")
+    script_args, _, model_args, remaining = script.make_parser().parse_args_and_config(
+        ["--config", str(config), *flags.split()[1:]], return_remaining_strings=True
     )
-    assert model_args.model_name_or_path
+    assert model_args.model_name_or_path and script_args.dataset_name
+    assert model_args.use_peft or command == "instance-dpo"
     assert set(remaining[::2]) <= {"--num_processes"}
 
 
@@ -87,3 +93,18 @@ def test_a_folder_of_ones_own_format_trains(tmp_path):
         "--output_dir", tmp_path / "out", "--use_peft", "--max_steps", 1, "--report_to", "none",
     )  # fmt: skip
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_both_stages_of_cpo_in_one_script(tmp_path):
+    """complex_po.py trains an expert, then the model that it teaches."""
+    (tmp_path / "criteria.yaml").write_text(tiny.CRITERIA)
+    (tmp_path / "data").mkdir()
+    tiny.paintings(4).to_parquet(tmp_path / "data" / "train.parquet")
+    tiny.sd_pipeline().save_pretrained(tmp_path / "model")
+    run(
+        "complex_po.py", "--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "data",
+        "--criteria", tmp_path / "criteria.yaml", "--expert_dir", tmp_path / "expert", "--expert_epochs", 1,
+        "--output_dir", tmp_path / "out", "--max_steps", 1, "--lora_r", 4, "--report_to", "none",
+    )  # fmt: skip
+    for folder in ("expert", "out"):
+        assert (tmp_path / folder / "pytorch_lora_weights.safetensors").exists()

@@ -82,6 +82,24 @@ def test_training_from_yaml_and_flags(folders, tmp_path):
     assert "| beta | 100 |" in card and "| optimizer steps | 1 |" in card
 
 
+def test_both_stages_of_cpo(folders, tmp_path):
+    """`attribute-sft` saves an expert that `complex-po` takes; both train a LoRA without being asked to."""
+    (tmp_path / "criteria.yaml").write_text(tiny.CRITERIA)
+    (tmp_path / "data").mkdir()
+    tiny.paintings(4).to_parquet(tmp_path / "data" / "train.parquet")
+    flags = ["--model_name_or_path", folders / "model", "--dataset_name", tmp_path / "data", "--max_steps", 1]
+    flags += ["--criteria", tmp_path / "criteria.yaml", "--lora_r", 4, "--report_to", "none", "--num_processes", 1]
+    result = run("attribute-sft", *flags, "--output_dir", tmp_path / "expert")
+    assert result.returncode == 0, result.stderr
+    result = run("complex-po", *flags, "--output_dir", tmp_path / "out")
+    assert result.returncode != 0 and "`--expert` is missing" in result.stderr
+    result = run("complex-po", *flags, "--expert", tmp_path / "expert", "--output_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    with safe_open(tmp_path / "out" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert '"unet.r": 4' in file.metadata()["lora_adapter_metadata"]
+    assert "| loss_type | stabilized |" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_mistake_is_one_readable_line(capsys):
     """A ValueError ends a command with status 2 and its message, without a traceback."""
     assert main(["instance-dpo", "--output_dir", "x", "--w_neg", "2"]) == 2
