@@ -25,6 +25,7 @@ COMMANDS = {
     "attribute-sft": "Train the expert of complex preference optimization (CPO) on images with attributes",
     "complex-po": "Train with complex preference optimization (CPO), asking an expert",
     "show-masks": "Draw the instance masks of a dataset over its images",
+    "show-criteria": "Print a tree of criteria, and draw it",
     "quickstart": "Train Diffusion-DPO and IAPO on an embedded world and compare them, in minutes on a CPU",
     "env": "Print the environment information",
 }

@@ -1,0 +1,87 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Prints a tree of criteria, and draws it as one picture.
+
+```bash
+trl-diffusion show-criteria --criteria painting --dimension composition --output criteria.png
+```
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import TrlParser
+
+from trl_diffusion.criteria import Criteria
+from trl_diffusion.criteria_picture import criteria_picture
+
+
+@dataclass
+class ShowCriteriaArguments:
+    """
+    Arguments of `trl-diffusion show-criteria`.
+
+    Parameters:
+        criteria (`str`, *optional*, defaults to `"painting"`):
+            Tree of criteria: a YAML file, or the name of one that the package ships.
+        dimension (`str`, *optional*):
+            Dimension to show. By default all of them are shown.
+        output (`str`, *optional*):
+            Where the picture goes, such as `"criteria.png"`. By default none is drawn.
+    """
+
+    criteria: str = field(
+        default="painting",
+        metadata={"help": "Tree of criteria: a YAML file, or the name of one that the package ships."},
+    )
+    dimension: str | None = field(
+        default=None, metadata={"help": "Dimension to show. By default all of them are shown."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "Where the picture goes, such as 'criteria.png'. By default none is drawn."}
+    )
+
+
+def main(args: ShowCriteriaArguments) -> None:
+    criteria = Criteria.load(args.criteria)
+    if args.dimension is not None:
+        criteria = Criteria(criteria.name, criteria.levels, criteria.select(args.dimension))
+    print(tree_text(criteria))
+    if args.output is not None:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        criteria_picture(criteria).save(args.output)
+        print(f"Drew the tree to {args.output}.")
+
+
+def tree_text(criteria: Criteria) -> str:
+    """The tree in indented lines, an attribute with its two forms, and at the end how many each dimension has."""
+    lines = []
+    for depth, node, attribute in criteria.walk():
+        forms = "" if attribute is None else f": {attribute.positive} | {attribute.negative}"
+        lines.append("  " * depth + node + forms)
+    lines += ["", f"Attributes of {criteria.name}:"]
+    counts = criteria.counts() | {"total": len(criteria.attributes)}
+    width = max(map(len, counts))
+    lines += [f"  {dimension:{width}} {count:4}" for dimension, count in counts.items()]
+    return "\n".join(lines)
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    return TrlParser((ShowCriteriaArguments,), prog=prog)
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
