@@ -16,24 +16,36 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import diffusers
 import pytest
+import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
 import trl_diffusion
 from tests import tiny
-from trl_diffusion import InstanceDPOConfig
+from trl_diffusion import (
+    AttributeSFTConfig,
+    AttributeSFTTrainer,
+    ComplexPOConfig,
+    ComplexPOTrainer,
+    Criteria,
+    InstanceDPOConfig,
+    attribute_features,
+)
 from trl_diffusion.cli.main import COMMANDS, TRAINING_COMMANDS
-from trl_diffusion.data.collators import InstancePairCollator
-from trl_diffusion.data.formats import prepare_dataset
+from trl_diffusion.criteria import parse_criteria
+from trl_diffusion.data.collators import AttributeCollator, InstancePairCollator
+from trl_diffusion.data.formats import check_attribute_columns, prepare_dataset
 
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +53,7 @@ DOCS = ROOT / "docs" / "source"
 # The log holds commands of past commits, which need not run today.
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "log.md")
 COLUMNS = ("prompt", "chosen", "rejected")
+CONFIGS = (InstanceDPOConfig, AttributeSFTConfig, ComplexPOConfig)
 
 
 def read(page: str) -> str:
@@ -80,27 +93,65 @@ def flags_of(command: str) -> set[str]:
 # ---- Python ----
 
 
+@functools.cache
+def painting() -> Criteria:
+    """The shipped tree."""
+    return Criteria.load("painting")
+
+
+def paintings(num_rows: int) -> datasets.Dataset:
+    """Tiny paintings with attributes of the shipped tree, which the pages use."""
+    ids = [painting().select(dimension)[0].id for dimension in painting().dimensions]
+    shipped = dict(zip(("hue", "kind", "pet"), ids))
+
+    def rename(row):
+        return {name: [shipped[attribute] for attribute in row[name]] for name in row if name.endswith("_attributes")}
+
+    return tiny.paintings(num_rows).map(rename)
+
+
 @pytest.fixture
 def tiny_hub(tmp_path, monkeypatch):
-    """The Hub holds tiny pipelines and pairs, a training is one step, and everything is written to an empty folder."""
-    monkeypatch.chdir(tmp_path)
+    """
+    The Hub holds tiny pipelines, pairs, paintings and an expert; a training is one step; everything is written to an empty
+    folder.
+    """
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
     load_dataset, load_pipeline = datasets.load_dataset, diffusers.DiffusionPipeline.from_pretrained
-    post_init, uploads = InstanceDPOConfig.__post_init__, []
+    uploads = []
 
     def load_tiny_dataset(path, *args, split, streaming=False, **kwargs):
         if path == "imagefolder":
             return load_dataset(path, *args, split=split, cache_dir=str(tmp_path / "cache"), **kwargs)
-        return tiny.pairs(4).to_iterable_dataset() if streaming else tiny.pairs(4)
+        dataset = paintings(4) if "painting" in path else tiny.pairs(4)
+        return dataset.to_iterable_dataset() if streaming else dataset
 
     def from_pretrained(cls, name, **kwargs):
         if Path(name).is_dir():
             return load_pipeline(name)
         return tiny.sdxl_pipeline() if "xl" in name else tiny.sd_pipeline()
 
-    def shortened(config):
-        post_init(config)  # with the page's own values, which it checks
-        config.max_steps, config.per_device_train_batch_size, config.gradient_accumulation_steps = 1, 2, 1
-        config.report_to, config.disable_tqdm, config.resolution, config.num_inference_steps = [], True, None, 2
+    def shorten(config_class):
+        post_init = config_class.__post_init__
+
+        def shortened(config):
+            post_init(config)  # with the page's own values, which it checks
+            config.max_steps, config.per_device_train_batch_size, config.gradient_accumulation_steps = 1, 2, 1
+            config.report_to, config.disable_tqdm, config.resolution, config.num_inference_steps = [], True, None, 2
+
+        monkeypatch.setattr(config_class, "__post_init__", shortened)
+
+    def download(repository, file):
+        """The only repository with files of its own is the expert's, which is trained when it is asked for."""
+        assert repository == "user/painting-expert"
+        if not (tmp_path / "expert").exists():
+            args = AttributeSFTConfig(str(tmp_path / "expert"))
+            expert = AttributeSFTTrainer(tiny.sdxl_pipeline(), args=args, train_dataset=paintings(4))
+            expert.train()
+            expert.save_model()
+        return str(tmp_path / "expert" / file)
 
     class Api:
         def create_repo(self, name, **kwargs):
@@ -114,7 +165,10 @@ def tiny_hub(tmp_path, monkeypatch):
         monkeypatch.setattr(loader, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda pipeline, *args: pipeline)
     monkeypatch.setattr("transformers.trainer.hf_api", Api)
-    monkeypatch.setattr(InstanceDPOConfig, "__post_init__", shortened)
+    monkeypatch.setattr("trl_diffusion.trainer.lora.hf_hub_download", download)
+    monkeypatch.setattr("trl_diffusion.trainer.attributes.hf_hub_download", download)
+    for config_class in CONFIGS:
+        shorten(config_class)
     return uploads
 
 
@@ -134,7 +188,7 @@ def test_python_of_quickstart(tiny_hub):
 
 
 def test_python_of_dataset_formats(tiny_hub):
-    """The page's folder of images loads with its ids and its conflict, and its stream is one."""
+    """The page's folders of images load with their ids, conflicts and attributes, and its stream is one."""
     scope = run("dataset_formats.md")
     dataset = prepare_dataset(scope["dataset"], "dataset", COLUMNS, COLUMNS[1:])
     batch = InstancePairCollator(32)(list(dataset))
@@ -142,8 +196,16 @@ def test_python_of_dataset_formats(tiny_hub):
     assert batch["judged"].tolist() == batch["conflicts"].tolist() == [[True], [False]]
     assert isinstance(scope["stream"], datasets.IterableDataset)
 
+    for name in ("paintings", "labelled_paintings", "paintings_of_folder"):
+        dataset = prepare_dataset(scope[name], name, AttributeSFTTrainer.columns, AttributeSFTTrainer.image_columns)
+        check_attribute_columns(dataset, name, painting(), allow_none=False)
+        batch = AttributeCollator(32, painting())(list(dataset))
+        assert batch["id"] == ["harbor-001", "harbor-002"]
+        assert batch["positive_attributes"] == [["weight_balance", "base_stability"], ["weight_balance"]]
+        assert batch["negative_attributes"] == [["core_shadow"], []]
 
-def test_python_of_instance_dpo_trainer(tiny_hub, tmp_path):
+
+def test_python_of_instance_dpo_trainer(tiny_hub):
     """The page trains, resumes, saves, loads, draws and pushes; its masks have the weights that its comments say."""
     scope = run("instance_dpo_trainer.md")
     for name, inside, outside in (("mean_mask", 4 / 7, 8 / 7), ("covering_mask", 0, 4 / 3)):
@@ -151,17 +213,86 @@ def test_python_of_instance_dpo_trainer(tiny_hub, tmp_path):
         assert scope[name].flatten().tolist() == pytest.approx([weight for row in rows for weight in row])
     assert scope["image"].size == (32, 32) and len(scope["images"]) == 2
     assert tiny_hub == ["sd15-iapo-lora"]
-    assert (tmp_path / "sd15-iapo-lora" / "samples" / "step-000001.png").exists()
-    assert (tmp_path / "sd15-iapo" / "unet").is_dir()
-
-    # Every metric is in the page's table, and nothing else is
-    table = section("instance_dpo_trainer.md", "Logged metrics")
-    documented = set(re.findall(r"`((?:rewards|errors|masks)/\w+)`", table))
+    assert Path("sd15-iapo-lora", "samples", "step-000001.png").exists()
+    assert Path("sd15-iapo", "unet").is_dir()
     trainer = scope["InstanceDPOTrainer"](tiny.sd_pipeline(), train_dataset=tiny.pairs(2), eval_dataset=tiny.pairs(2))
+    check_metrics(trainer, "instance_dpo_trainer.md")
+
+
+def check_metrics(trainer, page: str):
+    """Every metric is in the page's table, and nothing else is."""
+    documented = set()
+    for names in re.findall(r"^\| (`[^|]+) \|", section(page, "Logged metrics"), re.MULTILINE):
+        documented |= set(re.findall(r"`([\w/]+)`", names))
+    trainer.args.logging_steps = 1
     trainer.train()
-    logged = {name for entry in trainer.state.log_history for name in entry if "/" in name}
-    assert logged == documented
-    assert {name.removeprefix("eval_") for name in trainer.evaluate() if "/" in name} == documented
+    keys = {name for entry in trainer.state.log_history[:-1] for name in entry}  # the last one sums the training up
+    assert keys - {"grad_norm", "learning_rate", "epoch", "step"} == documented
+    other = r"eval_(runtime|.*_per_second|model_preparation_time)|epoch"
+    evaluated = {name for name in trainer.evaluate() if not re.fullmatch(other, name)}
+    assert evaluated == {f"eval_{name}" for name in documented}
+
+
+def test_python_of_criteria(tiny_hub):
+    """The page's attributes and prompts are those that its comments show, and its own tree loads."""
+    (tree,) = blocks("criteria.md", "yaml")
+    Path("still_life.yaml").write_text(tree)
+    scope = run("criteria.md")
+    comments = re.findall(r"^print\(\w+\)  # (.*)$", "".join(blocks("criteria.md", "python")), re.MULTILINE)
+    assert [scope["prompt"], scope["short_prompt"]] == comments and scope["left_out"] == 1
+    attribute = scope["attribute"]
+    assert f"print(attribute.path)  # {attribute.path}".replace("'", '"') in read("criteria.md")
+    table = section("criteria.md", "The tree of paintings")
+    levels = re.findall(r"^\| \d \| (\w+) \| `(\w+)`", table, re.MULTILINE)
+    assert levels == list(zip(scope["criteria"].levels, (*attribute.path, attribute.id), strict=True))
+    assert f"`core_shadow`: {attribute.positive}, or {attribute.negative} |" in table
+    assert [leaf.id for leaf in scope["still_life"].attributes] == ["shadow_edges", "glass_light", "overlap"]
+
+
+def test_python_of_attribute_sft_trainer(tiny_hub, capsys):
+    """The page trains and saves an expert, shows a prompt, and draws with it; the prompt that it explains is right."""
+    scope = run("attribute_sft_trainer.md")
+    page = read("attribute_sft_trainer.md")
+    saved = {path.name for path in Path("painting-expert").iterdir()}
+    for name in ("pytorch_lora_weights.safetensors", "attribute_expert.json"):
+        assert name in saved and f"- `{name}`" in page
+    assert Path("positive.png").exists() and Path("negative.png").exists()
+    assert "['a" in capsys.readouterr().out
+
+    expert = scope["expert"]
+    expert.backbone.fits = lambda prompt: True  # unlike the 12 tokens of the tiny encoders
+    row = {"id": ["0"], "prompt": ["a harbor at dusk"], "negative_attributes": [["core_shadow"]]}
+    prompts = expert.prompts_with_attributes({**row, "positive_attributes": [["base_stability", "weight_balance"]]})
+    assert f"```\n{prompts[0]}\n```" in page
+    trainer = AttributeSFTTrainer(tiny.sd_pipeline(), train_dataset=paintings(4), eval_dataset=paintings(4))
+    check_metrics(trainer, "attribute_sft_trainer.md")
+
+
+def test_python_of_complex_po_trainer(tiny_hub):
+    """The page trains on experts given in three ways, saves, draws with both adapters, and pushes; its minimum is one."""
+    scope = run("complex_po_trainer.md")
+    assert tiny_hub == ["sdxl-cpo-paired"]
+    assert Path("sdxl-cpo", "samples", "step-000001.png").exists()
+    assert scope["image"].size == scope["mixed_image"].size == scope["base_image"].size == (32, 32)
+    assert len(scope["images"]) == 2
+
+    # The minimum, the largest margin, and what the reflection adds to the loss that it replaces
+    z_w, z_l, z_t, ref_pred = (scope[name] for name in ("z_w", "z_l", "z_t", "ref_pred"))
+    assert scope["minimum"].grad.abs().max() < 1e-6
+    margin = scope["chosen_rewards"] - scope["rejected_rewards"]
+    torch.testing.assert_close(margin, 2.0 * (z_w - z_l).pow(2).mean(dim=(1, 2, 3)) / 4)
+    pred = torch.randn(1, 4, 64, 64)
+
+    def moved(target):
+        return (target - pred).pow(2).mean() - (target - ref_pred).pow(2).mean()
+
+    difference = (moved(z_w) + moved(z_t)) - (moved(z_w) - moved(z_l))
+    torch.testing.assert_close(difference, 2 * (pred - ref_pred).pow(2).mean())
+
+    trainer = ComplexPOTrainer(
+        tiny.sdxl_pipeline(), "user/painting-expert", train_dataset=paintings(4), eval_dataset=paintings(4)
+    )
+    check_metrics(trainer, "complex_po_trainer.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -172,13 +303,17 @@ def test_python_names_exist(page):
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "trl_diffusion":
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "InstanceDPOConfig":
-                assert {kw.arg for kw in node.keywords} <= {f.name for f in dataclasses.fields(InstanceDPOConfig)}
+            for config in CONFIGS:
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == config.__name__:
+                    assert {kw.arg for kw in node.keywords} <= {f.name for f in dataclasses.fields(config)}
 
 
 def test_every_page_with_python_is_run():
     """A new page with Python needs a test above."""
     assert {page for page in PAGES if blocks(page, "python")} == {
+        "attribute_sft_trainer.md",
+        "complex_po_trainer.md",
+        "criteria.md",
         "dataset_formats.md",
         "instance_dpo_trainer.md",
         "quickstart.md",
@@ -238,7 +373,12 @@ def test_flags_in_the_text(page):
 
 
 @pytest.mark.parametrize(
-    ("page", "heading", "command"), [("quickstart.md", "Flags", "quickstart"), ("cli.md", "show-masks", "show-masks")]
+    ("page", "heading", "command"),
+    [
+        ("quickstart.md", "Flags", "quickstart"),
+        ("cli.md", "show-masks", "show-masks"),
+        ("cli.md", "show-criteria", "show-criteria"),
+    ],
 )
 def test_defaults_in_the_tables(page, heading, command):
     """The defaults beside the flags in a table are the command's."""
@@ -257,9 +397,14 @@ def test_every_command_has_its_section():
 
 
 def test_yaml_examples():
-    """Every key of a YAML example is a flag of `instance-dpo` or of the launcher, or `env`."""
-    for block in [block for page in PAGES for block in blocks(page, "yaml")]:
-        assert {f"--{key}" for key in yaml.safe_load(block)} - {"--env"} <= flags_of("instance-dpo")
+    """A YAML example is a tree of criteria, or every key of it is a flag of `instance-dpo` or of the launcher, or `env`."""
+    for page in PAGES:
+        for block in blocks(page, "yaml"):
+            keys = set(yaml.safe_load(block))
+            if "tree" in keys:
+                assert parse_criteria(block, page).attributes
+            else:
+                assert {f"--{key}" for key in keys} - {"--env"} <= flags_of("instance-dpo")
 
 
 # ---- Structure ----
@@ -298,9 +443,24 @@ def test_autodoc(page):
         documented = getattr(importlib.import_module(f"trl_diffusion.{module}".rstrip(".")), attribute)
         assert documented.__doc__
         assert all(callable(getattr(documented, method)) for method in re.findall(r"- (\w+)", methods))
-    if page == "instance_dpo_trainer.md":
-        public = set(re.findall(r"^\[\[autodoc\]\] (\w+)$", read(page), re.MULTILINE))
-        assert {"InstanceDPOTrainer", "InstanceDPOConfig"} <= public <= set(trl_diffusion.__all__)
+
+
+def documented_names(page: str) -> set[str]:
+    """The public names that a page documents."""
+    return set(re.findall(r"^\[\[autodoc\]\] (\w+)$", read(page), re.MULTILINE))
+
+
+def test_every_public_name_is_documented():
+    """Each trainer and its configuration on a page of theirs, and every other name on one page, once."""
+    for page, name in (
+        ("instance_dpo_trainer.md", "InstanceDPO"),
+        ("attribute_sft_trainer.md", "AttributeSFT"),
+        ("complex_po_trainer.md", "ComplexPO"),
+    ):
+        assert {f"{name}Trainer", f"{name}Config"} <= documented_names(page)
+    # Not for users: what the trainers derive from, and the flags of the scripts
+    names = [name for page in PAGES for name in documented_names(page)]
+    assert sorted(names) == sorted(set(trl_diffusion.__all__) - {"DiffusionTrainer", "ModelConfig"})
 
 
 # ---- Messages ----
@@ -341,8 +501,64 @@ def test_error_tables(tmp_path):
         with pytest.raises(ValueError) as error:
             InstancePairCollator(16)([broken])
         messages.append(str(error.value))
-    lines = re.findall(r"^\| .+? \| (.+) \|$", section("dataset_formats.md", "Errors"), re.MULTILINE)
+    messages += attribute_errors()
+    check_messages("dataset_formats.md", messages)
+
+
+def check_messages(page: str, messages: list[str]):
+    """The messages start as the tables of the page say, in their order."""
+    lines = re.findall(r"^\| .+? \| (.+) \|$", section(page, "Errors"), re.MULTILINE)
     starts = [line.removesuffix("...").strip() for line in lines if not line.startswith("the message")]
     assert len(starts) == len(messages)
     for start, message in zip(starts, messages):
         assert message.startswith(start)
+
+
+def attribute_errors() -> list[str]:
+    """The messages for each mistake in attributes."""
+    criteria = painting()
+    row = {**paintings(1)[0], "id": "001", "positive_attributes": ["core_shadow"], "negative_attributes": []}
+    reversed_tree = Criteria(criteria.name, criteria.levels, criteria.attributes[::-1])
+    bare = [{**row, "positive_attributes": []}, {**row, "id": "002"}]
+    of_datasets = [
+        ([row], attribute_features(reversed_tree)),
+        ([{**row, "negative_attributes": ["vague shadow boundaries"]}], None),
+        ([{**row, "negative_attributes": ["core_shadow"]}], None),
+        ([{**row, "positive_attributes": ["core_shadow", "core_shadow"]}], None),
+        ([{**row, "positive_attributes": "core_shadow"}], None),
+        (bare, attribute_features()),
+    ]
+    messages = []
+    for rows, features in of_datasets:
+        dataset = datasets.Dataset.from_list(rows, features=features)
+        with pytest.raises(ValueError) as error:
+            check_attribute_columns(dataset, "train_dataset", criteria, allow_none=False)
+        messages.append(str(error.value))
+    inputs = {"id": ["001"], "prompt": ["a"], "positive_attributes": [[]], "negative_attributes": [[]]}
+    with pytest.raises(ValueError) as error:
+        ComplexPOTrainer.prompts(SimpleNamespace(args=None, drop_prompts=lambda prompts, ids: prompts), inputs)
+    return [*messages, str(error.value)]
+
+
+def test_errors_of_trees():
+    """Each message in the table of the page on criteria is how the message for that mistake in its example starts."""
+    (tree,) = blocks("criteria.md", "yaml")
+    shadow_edges = re.search(r"    shadow_edges:\n(.*?\n)    glass_light:", tree, re.DOTALL)[1]
+    definition = shadow_edges.splitlines(keepends=True)[-1]
+    changes = [
+        ("    shadow_edges:", "    shadow_edges: {"),
+        ("levels: [dimension, attribute]\n", ""),
+        (definition, ""),
+        (definition, f"{definition}      note: of no use\n"),
+        ("negative: cut out shadows", "negative: soft shadow edges"),
+        (f"    shadow_edges:\n{shadow_edges}", shadow_edges.replace("      ", "    ")),
+        ("    overlap:", "    shadow_edges:"),
+        ("  light:", "  Light:"),
+    ]
+    messages = []
+    for before, after in changes:
+        assert tree.count(before) == 1
+        with pytest.raises(ValueError) as error:
+            parse_criteria(tree.replace(before, after), "still_life.yaml")
+        messages.append(str(error.value))
+    check_messages("criteria.md", messages)

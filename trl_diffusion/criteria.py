@@ -112,7 +112,11 @@ class Criteria:
         """
         path = Path(name_or_path)
         if path.is_file():
-            return parse_criteria(path.read_text(encoding="utf-8"), str(name_or_path))
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{name_or_path}: this is not UTF-8: {error}. Save the file as UTF-8.") from error
+            return parse_criteria(text, str(name_or_path))
         shipped = resources.files("trl_diffusion").joinpath("criteria_trees")
         names = sorted(file.name.removesuffix(".yaml") for file in shipped.iterdir() if file.name.endswith(".yaml"))
         if str(name_or_path) not in names:
@@ -188,11 +192,16 @@ class Criteria:
             return self._by_id[attribute]
         if isinstance(attribute, int) and not isinstance(attribute, bool) and 0 <= attribute < len(self.attributes):
             return self.attributes[attribute]
+        if not isinstance(attribute, str):
+            raise ValueError(
+                f"{attribute!r} is no attribute of the criteria {self.name!r}: expected an id, or an index from 0 to {len(self.attributes) - 1} (-1 and "
+                "`None` are missing labels)"
+            )
         names = {name: leaf.id for leaf in self.attributes for name in (leaf.positive, leaf.negative, leaf.id)}
-        nearest = get_close_matches(str(attribute), names, n=1, cutoff=0)
+        nearest = get_close_matches(attribute, names, n=1, cutoff=0)[0]
+        form = f" (a column holds its id, not its form {nearest!r})" if nearest != names[nearest] else ""
         raise ValueError(
-            f"{attribute!r} is no attribute of the criteria {self.name!r}; the nearest is {names[nearest[0]]!r}. Columns "
-            "hold the ids of attributes, not their forms"
+            f"{attribute!r} is no attribute of the criteria {self.name!r}; the nearest is {names[nearest]!r}{form}"
         )
 
 
@@ -282,6 +291,11 @@ def parse_criteria(text: str, source: str) -> Criteria:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{source}{line}: this is not YAML: {error.problem}.") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(
+            f"{source}, line {line}: this is not YAML: it has the character {chr(error.character)!r}."
+        ) from error
     return _Parser(source).parse(root)
 
 
@@ -293,11 +307,14 @@ class _Parser:
         self.lines: dict[str, int] = {}  # of the ids seen so far
 
     def parse(self, root: yaml.Node | None) -> Criteria:
-        entries = {key.value: value for key, value in self.entries(root, "", "the file")}
+        pairs = self.entries(root, "", "the file")
+        entries, keys = {key.value: value for key, value in pairs}, {key.value: key for key, _ in pairs}
         if missing := [key for key in ("name", "levels", "tree") if key not in entries]:
             self.fail(root, "", f"`{missing[0]}` is missing; a tree has `name`, `levels` and `tree`")
         if unknown := set(entries) - {"name", "levels", "tree"}:
-            self.fail(root, "", f"`{min(unknown)}` is not known here; a tree has `name`, `levels` and `tree`")
+            self.fail(
+                keys[min(unknown)], "", f"`{min(unknown)}` is not known here; a tree has `name`, `levels` and `tree`"
+            )
         levels = entries["levels"]
         if not isinstance(levels, yaml.SequenceNode) or not levels.value:
             self.fail(levels, "levels", "must be a list of the levels' names, from the dimensions to the attributes")
@@ -310,8 +327,13 @@ class _Parser:
         entries = self.entries(node, where, "every node")
         if not entries:
             self.fail(node, where, "is empty: it needs nodes below it, or the forms of an attribute")
+        for key, value in entries:
+            if key.value in LEAF_KEYS and isinstance(value, yaml.MappingNode):
+                self.fail(
+                    key, where, f"{key.value!r} is no id: an attribute's parts are called {', '.join(LEAF_KEYS)}"
+                )
         if any(key.value in LEAF_KEYS for key, _ in entries):
-            yield self.leaf(node, path, {key.value: value for key, value in entries})
+            yield self.leaf(node, path, entries)
             return
         if len(path) == len(self.levels):
             self.fail(node, where, f"is an attribute's place, level {len(path)} ({self.levels[-1]}), but has no forms")
@@ -323,7 +345,8 @@ class _Parser:
             self.lines[key.value] = key.start_mark.line + 1
             yield from self.walk(value, (*path, key.value))
 
-    def leaf(self, node: yaml.Node, path: tuple[str, ...], entries: dict[str, yaml.Node]) -> Attribute:
+    def leaf(self, node: yaml.Node, path: tuple[str, ...], pairs: list[tuple[yaml.Node, yaml.Node]]) -> Attribute:
+        entries, keys = {key.value: value for key, value in pairs}, {key.value: key for key, _ in pairs}
         where = ".".join(path) or "tree"
         if len(path) != len(self.levels):
             self.fail(
@@ -336,9 +359,13 @@ class _Parser:
             if key not in entries:
                 self.fail(node, where, f"lacks `{key}`")
         if unknown := set(entries) - set(LEAF_KEYS):
-            self.fail(node, where, f"`{min(unknown)}` is not known here; an attribute has {', '.join(LEAF_KEYS)}")
+            self.fail(
+                keys[min(unknown)],
+                where,
+                f"`{min(unknown)}` is not known here; an attribute has {', '.join(LEAF_KEYS)}",
+            )
         positive, negative, definition = (self.string(entries[key], f"{where}.{key}") for key in LEAF_KEYS)
-        if positive == negative:
+        if positive.lower() == negative.lower():
             self.fail(node, where, f"has one form twice: {positive!r}")
         return Attribute(path[-1], path[:-1], positive, negative, definition)
 
@@ -349,14 +376,15 @@ class _Parser:
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self.fail(key, where, "has a key that is no text")
-        keys = [key.value for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                self.fail(node.value[index][0], where, f"the id {key!r} is taken, by a node beside it")
+        lines = {}
+        for key, _ in node.value:
+            if key.value in lines:
+                self.fail(key, where, f"{key.value!r} is taken, in line {lines[key.value]}")
+            lines[key.value] = key.start_mark.line + 1
         return node.value
 
     def string(self, node: yaml.Node, where: str) -> str:
-        if not isinstance(node, yaml.ScalarNode) or not node.value.strip():
+        if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null") or not node.value.strip():
             self.fail(node, where, "must be a text that is not empty")
         return node.value.strip()
 

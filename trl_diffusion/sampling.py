@@ -56,14 +56,18 @@ def sample_images(
         `list[PIL.Image.Image]`: the images, in the order of the prompts.
     """
     images = []
-    for start in _progress(pipeline, range(0, len(prompts), batch_size)):
-        batch = prompts[start : start + batch_size]
-        images += pipeline(
-            batch,
-            generator=[keyed_generator(seed, start + index, "sample") for index in range(len(batch))],
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-        ).images
+    bar = getattr(pipeline, "_progress_bar_config", {})
+    try:
+        for start in _progress(pipeline, range(0, len(prompts), batch_size)):
+            batch = prompts[start : start + batch_size]
+            images += pipeline(
+                batch,
+                generator=[keyed_generator(seed, start + index, "sample") for index in range(len(batch))],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+            ).images
+    finally:
+        pipeline.set_progress_bar_config(**bar)
     return images
 
 
@@ -104,8 +108,15 @@ def negative_preference_guidance(
     layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
     known = sorted({name for layer in layers for name in layer.lora_A})
     branches = [_adapter_weights(adapters, known) for adapters in (negative, positive)]
+    if any(layer.merged_adapters for layer in layers):
+        raise ValueError(
+            "The pipeline has adapters that are fused into its weights, where they cannot be switched. Call "
+            "`pipeline.unfuse_lora()` before."
+        )
     before = [(layer, layer.active_adapters, layer.disable_adapters, dict(layer.scaling)) for layer in layers]
-    forward = denoiser.forward
+    trainable = [(weight, weight.requires_grad) for layer in layers for weight in layer.parameters()]
+    replaced = vars(denoiser).get("forward")  # a hook of accelerate's, or a context around this one
+    forward = getattr(replaced, "unguided", denoiser.forward)
 
     def switch(weights: dict[str, float]) -> None:
         if weights:
@@ -127,15 +138,20 @@ def negative_preference_guidance(
             return tuple(map(torch.cat, zip(*predictions, strict=True)))
         return type(predictions[0])(torch.cat([prediction.sample for prediction in predictions]))
 
+    guided.unguided = forward
     denoiser.forward = guided
     try:
         yield
     finally:
         del denoiser.forward
+        if replaced is not None:
+            denoiser.forward = replaced
         for layer, active, disabled, scaling in before:
             layer.enable_adapters(not disabled)
             layer.set_adapter(active)
             layer.scaling.update(scaling)
+        for weight, requires_grad in trainable:
+            weight.requires_grad_(requires_grad)
 
 
 def _adapter_weights(adapters: str | dict[str, float] | None, known: list[str]) -> dict[str, float]:

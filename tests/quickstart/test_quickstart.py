@@ -18,7 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_diffusion.scripts.quickstart import ARMS, QuickstartArguments, load_base, main, run_arm
+from trl_diffusion.quickstart import cpo, iapo
+from trl_diffusion.quickstart.drawing import load_pipeline
+from trl_diffusion.quickstart.iapo import ARMS
+from trl_diffusion.scripts.quickstart import QuickstartArguments, main
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +32,12 @@ def threads():
     torch.set_num_threads(before)
 
 
+SMALL = {"num_pairs": 64, "num_paintings": 64, "max_steps": 2, "num_samples": 16}
+CPO_ARMS = ["base", "sft", "cpo", "cpo_stabilised", "cpo_paired"]
+
+
 def small(output_dir, **changes) -> QuickstartArguments:
-    return QuickstartArguments(str(output_dir), **{"num_pairs": 64, "max_steps": 2, "num_samples": 16, **changes})
+    return QuickstartArguments(str(output_dir), **{**SMALL, **changes})
 
 
 def test_it_writes_results_pictures_and_a_report(tmp_path):
@@ -42,36 +49,46 @@ def test_it_writes_results_pictures_and_a_report(tmp_path):
         assert set(results[name]) == {"clean_a", "clean_b", "match_a", "match_b", "n"}
         assert results[name]["n"] == 16
         assert all(0 <= results[name][key] <= 1 for key in results[name] if key != "n")
+    assert list(results["cpo"]) == CPO_ARMS
+    for scores in results["cpo"].values():
+        assert list(scores) == ["negatives", "positives", "match", "n"] and scores["n"] == 16
+        assert scores["negatives"] + scores["positives"] == 4 and 0 <= scores["match"] <= 1
     assert (
         results["seed"] == 0 and results["seconds"] > 0 and {"trl", "diffusers", "torch"} <= set(results["versions"])
     )
     assert Image.open(tmp_path / "samples.png").width == 8 + 4 * (160 + 8)
+    assert Image.open(tmp_path / "paintings.png").width == 8 + 5 * (160 + 8)
     report = (tmp_path / "report.md").read_text()
+    paired = results["cpo"]["cpo_paired"]
+    assert f"| CPO-S, paired | {paired['negatives']:.2f} | {paired['match']:.3f} |" in report
     assert f"| IAPO | {results['iapo']['clean_a']:.3f} | {results['iapo']['clean_b']:.3f} |" in report
 
 
-def test_it_repeats_itself_and_every_arm_trains(tmp_path):
+@pytest.mark.parametrize("half, arms", [(iapo, ("iapo", "dpo")), (cpo, ("cpo_paired", "cpo_stabilised"))])
+def test_it_repeats_itself_and_every_arm_trains(tmp_path, half, arms):
     """The same seed draws the same images, bit for bit; another arm or another seed draws others."""
     images = {}
-    for key, name, seed in (("once", "iapo", 0), ("twice", "iapo", 0), ("dpo", "dpo", 0), ("seed", "iapo", 1)):
-        images[key] = [image.tobytes() for image in run_arm(name, small(tmp_path, seed=seed))[1]]
+    for key, name, seed in (("once", arms[0], 0), ("twice", arms[0], 0), ("other", arms[1], 0), ("seed", arms[0], 1)):
+        images[key] = [image.tobytes() for image in half.run_arm(name, small(tmp_path, seed=seed))[1]]
     assert images["once"] == images["twice"]
-    assert images["once"] != images["dpo"] and images["once"] != images["seed"]
+    assert images["once"] != images["other"] and images["once"] != images["seed"]
 
 
-def test_training_leaves_the_shipped_pipeline_alone(tmp_path):
+@pytest.mark.parametrize("half, arm", [(iapo, "dpo"), (cpo, "sft")])
+def test_training_leaves_the_shipped_pipeline_alone(tmp_path, half, arm):
     """What comes with the package is read and never written."""
-    before = load_base().unet.state_dict()
-    run_arm("dpo", small(tmp_path))
-    assert all(torch.equal(value, before[name]) for name, value in load_base().unet.state_dict().items())
+    before = load_pipeline(half.BASE).unet.state_dict()
+    half.run_arm(arm, small(tmp_path))
+    assert all(torch.equal(value, before[name]) for name, value in load_pipeline(half.BASE).unet.state_dict().items())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [4, 5, 6])
-def test_instances_help(tmp_path, seed):
+def test_instances_and_attributes_help(tmp_path, seed):
     """
     On every seed: IAPO draws B clean more often than Diffusion-DPO and A as often, the covering masks more often still, and
-    the images still show what the prompt names.
+    the images still show what the prompt names. CPO-S takes qualities away that are negative, with paired targets more of
+    them, and the images still show what the prompt names.
     """
     main(QuickstartArguments(str(tmp_path), seed=seed))
     results = json.loads((tmp_path / "results.json").read_text())
@@ -81,3 +98,9 @@ def test_instances_help(tmp_path, seed):
     assert iapo["match_a"] >= base["match_a"] - 0.03
     assert covering["clean_b"] >= iapo["clean_b"] + 0.04
     assert base["match_b"] >= 0.75
+    negatives, match = (
+        {name: scores[key] for name, scores in results["cpo"].items()} for key in ("negatives", "match")
+    )
+    assert negatives["cpo_paired"] <= negatives["base"] - 0.8
+    assert negatives["cpo_stabilised"] <= negatives["base"] - 0.3
+    assert min(match["cpo_paired"], match["cpo_stabilised"]) >= match["base"] - 0.05

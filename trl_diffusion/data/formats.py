@@ -110,7 +110,7 @@ def prepare_dataset(
             f"`{name}` must be a `datasets.Dataset` or `datasets.IterableDataset`, got `{type(dataset).__name__}`. If it "
             'is a `DatasetDict`, pass one of its splits, such as `dataset["train"]`.'
         )
-    if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom"):
+    if isinstance(dataset, IterableDataset) or dataset.format["type"] not in (None, "custom"):
         dataset = dataset.with_format(None)  # rows as Python objects; a transform of the user's stays
     present = dataset.column_names
     if present is None:  # a stream whose columns are not declared
@@ -243,8 +243,8 @@ def check_attribute_columns(
     dataset: Dataset | IterableDataset, name: str, criteria: Criteria, allow_none: bool
 ) -> None:
     """
-    Checks the attributes of a dataset against the criteria: the type of the columns, and, unless the dataset is a stream,
-    every row.
+    Checks the attributes of a dataset against the criteria: the type of the columns, and every row, unless the dataset is
+    a stream or has a transform of the user's, whose rows are checked as they come.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -269,10 +269,10 @@ def check_attribute_columns(
                 f"The labels of `{column}` of `{name}` are not the attributes of the criteria {criteria.name!r} in their "
                 "order. Name the tree that the dataset was annotated with as `criteria`, or store ids as strings."
             )
-    if isinstance(dataset, IterableDataset):
+    if isinstance(dataset, IterableDataset) or dataset.format["type"] == "custom":
         return
     without = []
-    for row in dataset.with_format(None).select_columns(["id", *ATTRIBUTE_COLUMNS]):
+    for row in dataset.select_columns(["id", *ATTRIBUTE_COLUMNS]):
         if not any(check_attributes(row, criteria)) and not allow_none:
             without.append(str(row["id"]))
     if without:
@@ -303,7 +303,7 @@ def check_attributes(row: dict[str, Any], criteria: Criteria) -> tuple[list[str]
     """
     ids = []
     for column in ATTRIBUTE_COLUMNS:
-        attributes = row[column] or []
+        attributes = row[column] if row[column] is not None else []
         if not isinstance(attributes, list | tuple):
             raise ValueError(f"`{column}` of the row with id {row['id']!r} must be a list of ids, got {attributes!r}.")
         try:

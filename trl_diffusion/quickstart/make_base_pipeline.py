@@ -13,16 +13,20 @@
 # limitations under the License.
 
 
-"""Make the quickstart's base model: a Stable Diffusion pipeline of 2.7 million parameters, trained from scratch.
+"""Make a base model of the quickstart: a Stable Diffusion pipeline of 2.7 million parameters, trained from scratch.
 
     python -m trl_diffusion.quickstart.make_base_pipeline --output_dir base_pipeline
+    python -m trl_diffusion.quickstart.make_base_pipeline --world paintings --output_dir painting_base
 
-It learns the embedded world of `world.py` in about half an hour on one core of a CPU. Half of the shapes it sees are
-defective and no prompt says which, so it draws clean shapes about half of the time: that is what preference training
-then improves. The same seed gives the same weights on one machine.
+It learns an embedded world, that of `world.py` or of `paintings.py`, in about half an hour on one core of a CPU. Half
+of the shapes of `world.py` are defective, each quality of `paintings.py` is negative half of the time, and no prompt
+says which, so it draws clean shapes or good qualities about half of the time: that is what preference training then
+improves. The same seed gives the same weights on one machine.
 """
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +35,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.training_utils import EMAModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from trl_diffusion.quickstart import paintings
 from trl_diffusion.quickstart.world import (
     COLORS,
     KINDS,
     SIZE,
-    Scene,
     evaluation_prompts,
     inspect_image,
     render,
@@ -43,23 +47,116 @@ from trl_diffusion.quickstart.world import (
 )
 
 
+# ----- the worlds -----
+
+
+@dataclass(frozen=True)
+class World:
+    """What a base model of a world is made of.
+
+    Args:
+        words (`list[str]`):
+            The words of its prompts.
+        silent_words (`list[str]`):
+            Words that are tokens too, although no caption of the base's training has them.
+        max_length (`int`):
+            Tokens of the longest prompt.
+        sample (`Callable`):
+            Draws a scene, which has a `prompt`, from a `np.random.Generator`.
+        render (`Callable`):
+            Makes an image of a scene.
+        evaluation_prompts (`Callable`):
+            Draws so many prompts from a seed.
+        score (`Callable`):
+            Says of images and their prompts how well they are drawn.
+        num_scenes (`int`), num_vae_steps (`int`), num_steps (`int`):
+            How much training is enough.
+    """
+
+    words: list[str]
+    silent_words: list[str]
+    max_length: int
+    sample: Callable
+    render: Callable
+    evaluation_prompts: Callable
+    score: Callable
+    num_scenes: int
+    num_vae_steps: int
+    num_steps: int
+
+
+def score_scenes(images: list, prompts: list[str]) -> dict[str, float]:
+    """How often A and B match the prompt and are clean."""
+    findings = [inspect_image(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    return {
+        f"{law}_{name}": float(np.mean([getattr(finding[i], law) for finding in findings]))
+        for law in ("match", "clean")
+        for i, name in enumerate("ab")
+    }
+
+
+def score_paintings(images: list, prompts: list[str]) -> dict[str, float]:
+    """How often the prompt is matched, how many negatives an image has, and how often it has each."""
+    findings = [paintings.inspect_painting(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    return {
+        "match": float(np.mean([finding.match for finding in findings])),
+        "negatives": float(np.mean([len(finding.negative_attributes) for finding in findings])),
+    } | {
+        negative: float(np.mean([attribute in finding.negative_attributes for finding in findings]))
+        for attribute, (_, negative) in paintings.ATTRIBUTES.items()
+    }
+
+
+WORLDS = {
+    "scenes": World(
+        words=["a", "and", *COLORS, *KINDS],
+        silent_words=[],
+        max_length=10,
+        sample=sample_scene,
+        render=render,
+        evaluation_prompts=evaluation_prompts,
+        score=score_scenes,
+        num_scenes=30_000,
+        num_vae_steps=2000,
+        num_steps=4500,
+    ),
+    "paintings": World(
+        words=["a", *COLORS, *KINDS],
+        silent_words=[",", *(word for pair in paintings.ATTRIBUTES.values() for word in pair)],
+        max_length=16,
+        sample=paintings.sample_painting,
+        render=paintings.render,
+        evaluation_prompts=paintings.evaluation_prompts,
+        score=score_paintings,
+        num_scenes=20_000,
+        num_vae_steps=1500,
+        num_steps=4000,
+    ),
+}
+
+
 # ----- the parts -----
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the world is one token."""
+def make_tokenizer(words: list[str], max_length: int) -> CLIPTokenizer:
+    """A CLIP tokenizer in which each of the words is one token."""
     # Byte-pair merges build each word letter by letter from its start. Longer words first: "green" must have become
     # "gr" + ... before the merge of "r" and "e", which starts "red", can touch it.
-    words = sorted(["a", "and", *COLORS, *KINDS], key=len, reverse=True)
+    words = sorted(words, key=len, reverse=True)
     letters, merges = set(), []
     for word in words:
         symbols = [*word[:-1], word[-1] + "</w>"]
         letters.update(symbols)
-        merges += [("".join(symbols[:i]), symbols[i]) for i in range(1, len(symbols))]
+        while len(symbols) > 1:
+            first, second, *rest = symbols
+            if rest[:2] == [first, second]:  # "vivid": a merge takes place wherever it can
+                rest = [first + second, *rest[2:]]
+            merges.append((first, second))
+            symbols = [first + second, *rest]
     merges = list(dict.fromkeys(merges))
     tokens = ["<|startoftext|>", "<|endoftext|>", *sorted(letters), *("".join(merge) for merge in merges)]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=10)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
     assert all(len(tokenizer(word).input_ids) == 3 for word in words)  # start, word, end
     return tokenizer
 
@@ -122,7 +219,7 @@ def make_scheduler() -> DDIMScheduler:
 # ----- training -----
 
 
-def pixels_of(scenes: list[Scene]) -> torch.Tensor:
+def pixels_of(scenes: list, render: Callable) -> torch.Tensor:
     """Renderings in [-1, 1], `(scenes, 3, SIZE, SIZE)`."""
     pixels = np.stack([np.asarray(render(scene)) for scene in scenes])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -200,51 +297,80 @@ def train_denoiser(
     average.copy_to(parameters)
 
 
+@torch.no_grad()
+def scale_silent_words(
+    text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, words: list[str], silent_words: list[str]
+):
+    """
+    Give the embeddings of words that no caption has a hundred times the mean length of those that training has shaped.
+
+    The layers of the trained encoder write what they know of the prompt into every position. Beside that, a random
+    embedding of the usual length is hardly seen, and an adapter that learns these words later could not tell them apart.
+    With this length, what the encoder says of such a word is the word, and its states differ as red and blue do.
+    """
+    table = text_encoder.get_input_embeddings().weight
+    known, silent = (
+        tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in each]) for each in (words, silent_words)
+    )
+    table[silent] *= 100 * table[known].norm(dim=1).mean() / table[silent].norm(dim=1, keepdim=True)
+
+
 # ----- measuring -----
 
 
-def measure(pipeline: StableDiffusionPipeline, num_samples: int, seed: int) -> dict[str, float]:
-    """Sample as the quickstart does and report how often A and B match the prompt and are clean."""
+def measure(
+    pipeline: StableDiffusionPipeline, world: World, num_samples: int, seed: int, guidance_scale: float = 2.0
+) -> dict[str, float]:
+    """Sample as the quickstart does and report what the world's oracle finds."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    prompts, findings = evaluation_prompts(num_samples, seed), []
+    prompts, images = world.evaluation_prompts(num_samples, seed), []
     for start in range(0, num_samples, 128):
         batch = prompts[start : start + 128]
-        images = pipeline(batch, num_inference_steps=10, guidance_scale=2.0, generator=generator).images
-        findings += [inspect_image(image, prompt) for image, prompt in zip(images, batch, strict=True)]
-    return {
-        f"{law}_{name}": float(np.mean([getattr(finding[i], law) for finding in findings]))
-        for law in ("match", "clean")
-        for i, name in enumerate("ab")
-    }
+        images += pipeline(batch, num_inference_steps=10, guidance_scale=guidance_scale, generator=generator).images
+    return world.score(images, prompts)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=WORLDS, default="scenes", help="What to learn.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the pipeline.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the weights and of the training data.")
-    parser.add_argument("--num_scenes", type=int, default=30_000, help="Training images, rendered once.")
-    parser.add_argument("--num_vae_steps", type=int, default=2000, help="Training steps of the VAE, of 32 images.")
-    parser.add_argument("--num_steps", type=int, default=4500, help="Training steps of the UNet, of 64 images.")
+    parser.add_argument(
+        "--num_scenes", type=int, help="Training images, rendered once; by default what the world needs."
+    )
+    parser.add_argument(
+        "--num_vae_steps", type=int, help="Training steps of the VAE, of 32 images; by default what the world needs."
+    )
+    parser.add_argument(
+        "--num_steps", type=int, help="Training steps of the UNet, of 64 images; by default what the world needs."
+    )
     parser.add_argument("--num_samples", type=int, default=768, help="Samples to measure; 0 for none.")
     args = parser.parse_args()
+    world = WORLDS[args.world]
+    num_scenes = args.num_scenes or world.num_scenes
+    num_vae_steps = args.num_vae_steps or world.num_vae_steps
+    num_steps = args.num_steps or world.num_steps
 
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
 
-    scenes = [sample_scene(rng) for _ in range(args.num_scenes)]
-    pixels = pixels_of(scenes)
+    scenes = [world.sample(rng) for _ in range(num_scenes)]
+    pixels = pixels_of(scenes, world.render)
 
     vae = make_vae()
-    train_vae(vae, pixels, args.num_vae_steps, 32, rng)
+    train_vae(vae, pixels, num_vae_steps, 32, rng)
     vae.requires_grad_(False)
     latents = latents_of(vae, pixels)
     print(f"vae  latents: std {latents.std():.3f}, largest {latents.abs().max():.1f}", flush=True)
 
-    tokenizer, scheduler, unet = make_tokenizer(), make_scheduler(), make_unet()
+    tokenizer = make_tokenizer([*world.words, *world.silent_words], world.max_length)
+    scheduler, unet = make_scheduler(), make_unet()
     text_encoder = make_text_encoder(tokenizer)
     tokens = tokenizer(["", *(scene.prompt for scene in scenes)], padding="max_length", return_tensors="pt").input_ids
-    train_denoiser(unet, text_encoder, scheduler, latents, tokens[1:], tokens[0], args.num_steps, 64, rng)
+    train_denoiser(unet, text_encoder, scheduler, latents, tokens[1:], tokens[0], num_steps, 64, rng)
+    if world.silent_words:
+        scale_silent_words(text_encoder, tokenizer, world.words, world.silent_words)
 
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -262,7 +388,7 @@ def main():
     pipeline.save_pretrained(args.output_dir)
     if args.num_samples:
         pipeline = StableDiffusionPipeline.from_pretrained(args.output_dir)  # measured as others will load it
-        print(measure(pipeline, args.num_samples, args.seed + 1))
+        print(measure(pipeline, world, args.num_samples, args.seed + 1))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ trl-diffusion complex-po \
     --model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
     --expert user/painting-expert \
     --dataset_name user/painting-attributes \
-    --learning_rate 1e-4 \
+    --learning_rate 1e-5 \
     --num_train_epochs 1 \
     --output_dir sdxl-cpo
 ```

@@ -136,6 +136,27 @@ class AttributeSFTTrainer(DiffusionTrainer):
                 seed=args.seed,
             )
         self.attribute_prompts = AttributePrompts(self.criteria, args, self.backbone)
+        self.is_taken = False
+        if args.sample_prompts:
+            self.set_reference(None)  # what the samples are drawn beside
+
+    def train(self, *args, **kwargs):
+        self._check_not_taken()
+        return super().train(*args, **kwargs)
+
+    def take_adapter(self) -> None:
+        """
+        Takes the LoRA out of the pipeline, which then is the base that it was before. This trainer is of no use afterwards.
+        """
+        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).unload()
+        self.is_taken = True
+
+    def _check_not_taken(self) -> None:
+        if self.is_taken:
+            raise ValueError(
+                "This trainer's LoRA was taken out of its pipeline, which a `ComplexPOTrainer` trains now. Save an expert "
+                "before it is handed over, or load another pipeline for the `ComplexPOTrainer`."
+            )
 
     def _prepare_dataset(self, dataset, name: str) -> Dataset | IterableDataset:
         dataset = super()._prepare_dataset(dataset, name)
@@ -199,6 +220,7 @@ class AttributeSFTTrainer(DiffusionTrainer):
         return render_prompt(super()._example_prompt, attributes, self.args.attribute_separator, maximum=2)[0]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self._check_not_taken()
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             path = Path(output_dir or self.args.output_dir) / EXPERT_FILE_NAME

@@ -135,7 +135,7 @@ def describe_expert(trainer: "DiffusionTrainer", criteria: Criteria) -> dict[str
     args = trainer.args
     return {
         "criteria": criteria.name,
-        "attributes": [attribute.id for attribute in criteria.attributes],
+        "attributes": {leaf.id: [leaf.positive, leaf.negative] for leaf in criteria.attributes},
         "attribute_order": args.attribute_order,
         "attribute_separator": args.attribute_separator,
         "base_fingerprint": base_fingerprint(model),
@@ -198,16 +198,22 @@ def check_expert(described: dict[str, Any] | None, wanted: dict[str, Any]) -> No
             "of this training."
         )
         return
-    if described["attributes"] != wanted["attributes"]:
-        other = sorted(set(described["attributes"]) ^ set(wanted["attributes"]))
+    theirs, ours = described["attributes"], wanted["attributes"]
+    if list(theirs) != list(ours):
+        other = sorted(set(theirs) ^ set(ours))
+        what = (
+            f"only one of them has {', '.join(map(repr, other[:5]))}"
+            if other
+            else "their attributes are in another order"
+        )
         raise ValueError(
             f"`expert` was trained on the criteria {described['criteria']!r}, and `criteria` names another tree, "
-            f"{wanted['criteria']!r}"
-            + (
-                f": only one of them has {', '.join(repr(name) for name in other[:5])}."
-                if other
-                else ", ordered otherwise."
-            )
+            f"{wanted['criteria']!r}: {what}."
+        )
+    if reworded := [name for name in ours if theirs[name] != ours[name]]:
+        raise ValueError(
+            f"`expert` was trained on other words: {reworded[0]!r} had the forms {theirs[reworded[0]]}, and has "
+            f"{ours[reworded[0]]} in `criteria`. Name the tree that it was trained on."
         )
     for name in ("attribute_order", "attribute_separator"):
         if described[name] != wanted[name]:
@@ -215,9 +221,9 @@ def check_expert(described: dict[str, Any] | None, wanted: dict[str, Any]) -> No
                 f"`expert` was trained with `{name}={described[name]!r}`, and would not understand prompts with "
                 f"`{name}={wanted[name]!r}`. Train with the expert's."
             )
-    theirs, ours = torch.tensor(described["base_fingerprint"]), torch.tensor(wanted["base_fingerprint"])
+    their_base, base = torch.tensor(described["base_fingerprint"]), torch.tensor(wanted["base_fingerprint"])
     # Half precision changes a weight by 0.4 % at most, a conversion between its kinds by as much again.
-    if theirs.shape != ours.shape or ((theirs - ours).abs() > 0.01 * ours.abs() + 1e-6).float().mean() > 0.1:
+    if their_base.shape != base.shape or ((their_base - base).abs() > 0.01 * base.abs() + 1e-6).float().mean() > 0.1:
         raise ValueError(
             "`expert` was trained on another base than `model`. A LoRA means nothing on weights that it was not trained "
             "on: name the expert's base as `model`, or train the expert again on this one."
@@ -239,6 +245,10 @@ def add_expert(model: PeftModel, weights: dict[str, torch.Tensor], config: LoraC
     Raises:
         `ValueError`: If the LoRA does not fit the model.
     """
+    if config.use_dora:
+        raise ValueError(
+            "`expert` is a DoRA, which cannot share a batch with other adapters. Train it as a plain LoRA."
+        )
     try:
         model.add_adapter("expert", config)
         unexpected = set_peft_model_state_dict(model, weights, adapter_name="expert").unexpected_keys

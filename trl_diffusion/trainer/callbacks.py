@@ -122,7 +122,6 @@ class NonFiniteLossCallback(TrainerCallback):
             rows = [row_id for row_id, ok in zip(ids, finite.tolist(), strict=True) if not ok]
             raise ValueError(
                 f"The loss is not finite at step {state.global_step + 1}, for the rows with id {', '.join(rows[:20])}"
-                f"{' and others' if len(rows) > 20 else ''}. The optimizer has not stepped. Look at these rows "
-                "(`trl-diffusion show-masks` draws them); where they are fine, lower `learning_rate`, or train with "
-                "`bf16=True` instead of `fp16=True`."
+                f"{' and others' if len(rows) > 20 else ''}. The optimizer has not stepped. Look at these rows; where they "
+                "are fine, lower `learning_rate`, or train with `bf16=True` instead of `fp16=True`."
             )

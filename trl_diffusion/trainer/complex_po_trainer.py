@@ -45,6 +45,8 @@ from .diffusion_trainer import DiffusionTrainer
 
 logger = get_logger(__name__)
 
+MAX_DRIFT = 1.5
+
 
 class ComplexPOTrainer(DiffusionTrainer):
     """
@@ -66,7 +68,7 @@ class ComplexPOTrainer(DiffusionTrainer):
             It is the reference too, and must be the base that the expert was trained on.
         expert (`str` or [`AttributeSFTTrainer`]):
             The expert: a folder or a Hub id with its LoRA, or the trainer that trained it. Where that trainer holds the
-            very pipeline given as `model`, its LoRA is taken out of it, and it cannot train on.
+            very pipeline given as `model`, its LoRA is taken out of it, and it can neither train nor save any more.
         args ([`ComplexPOConfig`], *optional*):
             Configuration of the training. If left out, a default one whose output directory is named after the model.
         data_collator (`Callable`, *optional*):
@@ -135,7 +137,7 @@ class ComplexPOTrainer(DiffusionTrainer):
         self.criteria = Criteria.load(args.criteria)
         expert_weights, expert_config, expert_description = read_expert(expert)
         if isinstance(expert, AttributeSFTTrainer) and expert.backbone.pipeline is model:
-            expert.accelerator.unwrap_model(expert.model, keep_torch_compile=False).unload()
+            expert.take_adapter()
         super().__init__(
             model=model,
             args=args,
@@ -200,7 +202,8 @@ class ComplexPOTrainer(DiffusionTrainer):
             slope = args.beta * weights * (1 - (-loss.detach()).exp()) / model_pred[0].numel() ** 0.5
             rejected_errors = per_sample_errors(model_pred, rejected_target)
             ref_rejected_errors = per_sample_errors(ref_pred, rejected_target)
-            reach = (per_sample_errors(ref_pred, chosen_target) + ref_rejected_errors).clamp(min=1e-12)
+            # At the minimum of the stabilised loss at most 1, and at most 1/2 where a row has both terms
+            drift = per_sample_errors(model_pred, ref_pred) / (ref_chosen_errors + ref_second_errors).clamp(min=1e-12)
             has_chosen, has_rejected = prompts.has_chosen.bool(), prompts.has_rejected.bool()
             self.record(
                 **{
@@ -214,7 +217,8 @@ class ComplexPOTrainer(DiffusionTrainer):
                     "errors/ref_rejected": ref_rejected_errors[has_rejected],
                     "grad_norms/chosen": (slope * chosen_errors.sqrt())[has_chosen],
                     "grad_norms/rejected": (slope * second_errors.sqrt())[has_rejected],
-                    "drift": per_sample_errors(model_pred, ref_pred) / reach,
+                    "targets/distance": per_sample_errors(chosen_target, rejected_target)[has_chosen & has_rejected],
+                    "drift": drift,
                 }
             )
 
@@ -263,7 +267,8 @@ class ComplexPOTrainer(DiffusionTrainer):
 
     def _conditions(self, prompts: "ComplexPrompts", inputs: dict[str, Any]):
         """Conditions of the rows of the frozen forward, see `frozen_predictions`, and the policy's, its last `B` rows."""
-        policy = prompts.plain if self.args.policy_condition == "prompt" else prompts.chosen
+        positive = prompts.rejected if self.args.reverse_preference else prompts.chosen
+        policy = prompts.plain if self.args.policy_condition == "prompt" else positive
         expert = [prompts.chosen, prompts.rejected] + ([prompts.plain] if self.args.target_strength != 1 else [])
         rows = len(expert) + 1
         frozen = self.encode_prompts(sum(expert, []) + policy) | self.backbone.image_conditions(
@@ -320,11 +325,11 @@ class ComplexPOTrainer(DiffusionTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
-        if logs.get("drift", 0) > 1 and not self.warned_of_drift:
+        if logs.get("drift", 0) > MAX_DRIFT and not self.warned_of_drift:
             self.warned_of_drift = True
             logger.warning(
-                f"The policy's predictions are {logs['drift'] ** 0.5:.1f} times as far from the reference's as the "
-                "expert's targets are: it has left the region that they describe, as the unstabilised loss does once its "
+                f"The policy's predictions are {logs['drift'] ** 0.5:.1f} times as far from the reference's as its targets "
+                "are: it has left the region that they describe, as the unstabilised loss does once its "
                 "term without bound takes over. Rewards and accuracies look fine meanwhile, and the images decay. Lower "
                 "`learning_rate` or `max_steps`, raise `beta`, or train with `loss_type='stabilized'`."
             )

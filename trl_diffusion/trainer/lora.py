@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -45,6 +45,8 @@ def find_lora(name_or_path: str | Path) -> Path:
         if (Path(name_or_path) / LORA_WEIGHTS_NAME).exists():
             return Path(name_or_path) / LORA_WEIGHTS_NAME
         raise ValueError(f"The folder {name_or_path} holds no LoRA ({LORA_WEIGHTS_NAME}).")
+    if Path(name_or_path).is_file():
+        raise ValueError(f"{name_or_path} is a file: name its folder.")
     try:
         return Path(hf_hub_download(str(name_or_path), LORA_WEIGHTS_NAME))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
@@ -69,11 +71,18 @@ def read_lora(name_or_path: str | Path) -> tuple[dict[str, torch.Tensor], LoraCo
         `ValueError`: If the file adapts more than the denoiser, or does not hold its configuration.
     """
     path = find_lora(name_or_path)
-    with safe_open(path, framework="pt") as file:
-        header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"The LoRA {path} cannot be read: {error}. Download it again.") from error
     denoiser_name, *others = {key.split(".")[0] for key in weights}
-    if others:
+    if any(name.startswith("lora_") for name in (denoiser_name, *others)):
+        raise ValueError(
+            f"The LoRA {path} has the names of another library. Load it into a pipeline and save it with diffusers."
+        )
+    if others or denoiser_name.startswith("text_encoder"):
         raise ValueError(
             f"The LoRA {path} adapts more than a denoiser: {', '.join(sorted([denoiser_name, *others]))}."
         )
@@ -83,5 +92,10 @@ def read_lora(name_or_path: str | Path) -> tuple[dict[str, torch.Tensor], LoraCo
             f"`pipeline.save_lora_weights(..., {denoiser_name}_lora_adapter_metadata=config.to_dict())`."
         )
     prefix = f"{denoiser_name}."
-    config = LoraConfig(**{key.removeprefix(prefix): value for key, value in header.items()})
+    try:
+        config = LoraConfig(**{key.removeprefix(prefix): value for key, value in header.items()})
+    except TypeError as error:
+        raise ValueError(
+            f"The configuration of the LoRA {path} is of another version of peft: {error}. Update peft."
+        ) from error
     return {f"base_model.model.{key.removeprefix(prefix)}": value for key, value in weights.items()}, config

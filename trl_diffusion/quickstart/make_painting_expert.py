@@ -1,0 +1,106 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Make the quickstart's expert: a LoRA on the base of the tiny paintings that draws their four qualities as they are named.
+
+    python -m trl_diffusion.quickstart.make_painting_expert --output_dir painting_expert
+
+It is trained as any expert, by `AttributeSFTTrainer`, on paintings with their attributes, in about a quarter of an hour
+on one core of a CPU. The same seed gives the same weights on one machine.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from peft import LoraConfig
+
+from trl_diffusion import AttributeSFTConfig, AttributeSFTTrainer, Criteria
+from trl_diffusion.criteria import render_prompt
+from trl_diffusion.quickstart.cpo import BASE, CRITERIA, TARGET_MODULES
+from trl_diffusion.quickstart.drawing import draw, load_pipeline
+from trl_diffusion.quickstart.paintings import evaluation_prompts, inspect_painting, painting_dataset
+from trl_diffusion.trainer.attributes import EXPERT_FILE_NAME
+from trl_diffusion.trainer.lora import LORA_WEIGHTS_NAME
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the expert.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the paintings and of the training.")
+    parser.add_argument("--num_paintings", type=int, default=12_000, help="Training images, rendered once.")
+    parser.add_argument("--max_steps", type=int, default=900, help="Optimizer steps, of 64 images.")
+    parser.add_argument("--learning_rate", type=float, default=4e-3, help="Its peak.")
+    parser.add_argument("--num_samples", type=int, default=512, help="Samples to measure; 0 for none.")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    pipeline = load_pipeline(BASE)
+    with TemporaryDirectory() as folder:
+        trainer = AttributeSFTTrainer(
+            pipeline,
+            args=AttributeSFTConfig(
+                folder,
+                criteria=CRITERIA,
+                attribute_dropout=0.2,
+                prompt_dropout=0.1,
+                timestep_range=[250, 1000],  # below, the qualities are decided
+                seed=args.seed,
+                max_steps=args.max_steps,
+                per_device_train_batch_size=64,
+                learning_rate=args.learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=20,
+                logging_steps=50,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                activation_checkpointing=False,
+                bf16=False,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=painting_dataset(args.num_paintings, seed=1_000_000 + args.seed),
+            peft_config=LoraConfig(r=32, lora_alpha=32, target_modules=TARGET_MODULES),
+        )
+        trainer.train()
+        trainer.save_model()
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        for name in (LORA_WEIGHTS_NAME, EXPERT_FILE_NAME):
+            shutil.copy(Path(folder) / name, args.output_dir / name)
+
+    if args.num_samples:
+        pipeline = load_pipeline(BASE)  # measured as others will load it
+        pipeline.load_lora_weights(str(args.output_dir))
+        for form in ("positive", "negative"):
+            print(form, measure(pipeline, form, args.num_samples, args.seed))
+
+
+def measure(pipeline, form: str, num_samples: int, seed: int) -> dict[str, float]:
+    """What the oracle finds in images of prompts with all attributes in one form."""
+    attributes = [(attribute, form) for attribute in Criteria.load(CRITERIA).attributes]
+    prompts = evaluation_prompts(num_samples, seed)
+    asked = [render_prompt(prompt, attributes)[0] for prompt in prompts]
+    images = draw(pipeline, asked, seed)
+    findings = [inspect_painting(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    return {
+        "negatives": float(np.mean([len(finding.negative_attributes) for finding in findings])),
+        "match": float(np.mean([finding.match for finding in findings])),
+    }
+
+
+if __name__ == "__main__":
+    main()
