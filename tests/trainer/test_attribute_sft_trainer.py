@@ -213,7 +213,7 @@ def test_the_expert_is_saved_with_what_it_was_trained_on(tmp_path, criteria):
     fingerprint = described.pop("base_fingerprint")
     assert described == {
         "criteria": "tiny",
-        "attributes": ["hue", "kind", "pet"],
+        "attributes": {"hue": ["red", "blue"], "kind": ["circle", "square"], "pet": ["cat", "dog"]},
         "attribute_order": "tree",
         "attribute_separator": ", ",
     }
@@ -265,6 +265,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, criteria):
     resumed = make_trainer(tmp_path / "cut", tiny.sd_pipeline(), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     assert max_difference(weights(whole.model), weights(resumed.model)) == 0
+
+
+@pytest.mark.parametrize("peft_config", [LoraConfig(r=4), None], ids=["lora", "full"])
+def test_samples_are_drawn_beside_the_base(tmp_path, criteria, peft_config):
+    """Also where all weights are trained: before training the two columns are one."""
+    trainer = make_trainer(
+        tmp_path,
+        tiny.sd_pipeline(),
+        criteria,
+        peft_config=peft_config,
+        sample_prompts=["a, red, cat"],
+        num_inference_steps=2,
+        guidance_scale=2.0,
+    )
+    trainer.train()
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"step-000000.png", "step-000003.png"}
 
 
 def test_the_card_shows_a_prompt_with_attributes(tmp_path, criteria):

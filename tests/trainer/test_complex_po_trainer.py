@@ -141,6 +141,7 @@ CASES = [
     {"attribute_targets": "paired", "target_strength": 1.5, "reflection_weight": 0.5},
     {"policy_condition": "positive", "timestep_weighting": "sigmoid"},
     {"reverse_preference": True, "attribute_targets": "paired", "loss_type": "unstabilized", "target_strength": 2.0},
+    {"reverse_preference": True, "policy_condition": "positive"},
 ]
 
 
@@ -164,10 +165,10 @@ def test_adapters_on_one_base_equal_three_separate_models(tmp_path, family, case
         negative = ["a, blue, square, dog", "a and a, blue, square, dog"]
     else:
         positive, negative = ["a, red", "a and a, circle, cat"], ["a, square, dog", "a and a, blue"]
-    if case.get("reverse_preference"):
-        positive, negative = negative, positive
     plain = ["a", "a and a"]
     condition = positive if case.get("policy_condition") == "positive" else plain
+    if case.get("reverse_preference"):
+        positive, negative = negative, positive
 
     ids = batch["id"]
     keys = [(42, 0, row_id, "") for row_id in ids]
@@ -289,7 +290,7 @@ def test_the_unstabilised_loss_drifts_and_the_trainer_says_so(tmp_path, experts,
         drifts[loss_type] = logged(trainer, "drift")
         assert ("has left the region" in caplog.text) == (loss_type == "unstabilized")
     assert caplog.text.count("has left the region") == 1
-    assert max(drifts["stabilized"]) < 1 < drifts["unstabilized"][-1]
+    assert max(drifts["stabilized"]) < 0.6 and drifts["unstabilized"][-1] > 1.5
     assert logged(trainer, "rewards/accuracies")[-1] >= 0.75
 
 
@@ -504,6 +505,9 @@ def test_a_trained_trainer_is_an_expert_also_on_its_own_pipeline(tmp_path, crite
         if "lora_" not in name
     }
     assert max_difference(base, stripped) == 0
+    for use in (trainer.train, trainer.save_model):  # it holds the policy now, which is no expert
+        with pytest.raises(ValueError, match="LoRA was taken out of its pipeline"):
+            use()
 
 
 def test_an_expert_of_another_base_is_refused(tmp_path, experts, criteria):
@@ -540,6 +544,9 @@ def test_an_expert_of_other_criteria_or_other_prompts_is_refused(tmp_path, exper
     dataset = tiny.paintings(2).map(lambda row: {"positive_attributes": ["hue"], "negative_attributes": []})
     with pytest.raises(ValueError, match="only one of them has 'animal', 'pet'"):
         make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], str(other), dataset=dataset)
+    other.write_text(tiny.CRITERIA.replace("red", "crimson"))
+    with pytest.raises(ValueError, match=r"'hue' had the forms \['red', 'blue'\], and has \['crimson', 'blue'\]"):
+        make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], str(other), dataset=dataset)
     with pytest.raises(ValueError, match=r"trained with `attribute_separator=', '`"):
         make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, attribute_separator="; ")
     with pytest.raises(ValueError, match="trained with `attribute_order='tree'`"):
@@ -553,6 +560,10 @@ def test_only_a_lora_is_an_expert(tmp_path, criteria):
         make_trainer(tmp_path, tiny.sd_pipeline(), trainer, criteria)
     with pytest.raises(ValueError, match="`expert` cannot be read: .*holds no LoRA"):
         make_trainer(tmp_path, tiny.sd_pipeline(), str(tmp_path / "full"), criteria)
+    dora = LoraConfig(r=4, lora_alpha=4, use_dora=True)
+    trainer = train_expert(tmp_path / "dora", tiny.sd_pipeline(), criteria, peft_config=dora)
+    with pytest.raises(ValueError, match="`expert` is a DoRA"):
+        make_trainer(tmp_path, tiny.sd_pipeline(), trainer, criteria)
     with pytest.raises(ValueError, match="`peft_config` cannot be `None`"):
         make_trainer(tmp_path, tiny.sd_pipeline(), str(tmp_path / "full"), criteria, peft_config=None)
 

@@ -26,7 +26,7 @@ COMMANDS = {
     "complex-po": "Train with complex preference optimization (CPO), asking an expert",
     "show-masks": "Draw the instance masks of a dataset over its images",
     "show-criteria": "Print a tree of criteria, and draw it",
-    "quickstart": "Train Diffusion-DPO and IAPO on an embedded world and compare them, in minutes on a CPU",
+    "quickstart": "Train IAPO and CPO on two embedded worlds and compare them with what they improve on, in minutes on a CPU",
     "env": "Print the environment information",
 }
 # These run through `accelerate launch`, which takes the flags that the script does not know.
