@@ -93,7 +93,8 @@ def negative_preference_guidance(
             such as `{"aligned": 0.5, "reversed": 1.0}`.
 
     Raises:
-        `ValueError`: If the pipeline has no such adapter; names those that it has.
+        `ValueError`: If the pipeline has no such adapter; names those that it has. If adapters are fused into its weights,
+            or if it has no `unet`.
 
     Example:
 
@@ -104,6 +105,10 @@ def negative_preference_guidance(
         image = pipeline("a harbor at dusk").images[0]
     ```
     """
+    if getattr(pipeline, "unet", None) is None:
+        raise ValueError(
+            f"A `{type(pipeline).__name__}` has no `unet`: this is for pipelines that call one for both branches."
+        )
     denoiser = pipeline.unet
     layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
     known = sorted({name for layer in layers for name in layer.lora_A})

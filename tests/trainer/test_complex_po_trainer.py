@@ -229,14 +229,14 @@ def test_a_row_of_one_kind_trains_on_the_term_it_has(tmp_path, experts, criteria
     rows = tiny.paintings(4)
     batch = trainer.data_collator([rows[1], rows[2]])  # positive only, negative only
     _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
-    metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
-    for name in ("rewards/chosen", "errors/chosen", "errors/ref_chosen", "grad_norms/chosen", "rewards/rejected"):
-        assert metrics[name].shape == (1,)
-    margins = torch.cat([metrics["rewards/chosen"], -metrics["rewards/rejected"]])
-    torch.testing.assert_close(metrics["rewards/margins"], margins)
+    metrics = trainer._averaged_metrics("train")
+    margins = torch.tensor([metrics["rewards/chosen"], -metrics["rewards/rejected"]])
+    assert margins.abs().min() > 1e-3
+    assert metrics["rewards/margins"] == pytest.approx(margins.mean().item(), rel=1e-5)
     torch.testing.assert_close(outputs["losses"].detach(), -torch.nn.functional.logsigmoid(margins))
     expected = -25.0 * (metrics["errors/chosen"] - metrics["errors/ref_chosen"])
-    torch.testing.assert_close(metrics["rewards/chosen"], expected)
+    assert metrics["rewards/chosen"] == pytest.approx(expected, rel=1e-4)
+    assert "targets/distance" not in metrics  # no row has both
 
 
 def test_a_window_without_negatives_logs_what_there_is(tmp_path, experts, criteria):
@@ -264,12 +264,13 @@ def test_logged_gradient_norms_are_those_of_autograd(tmp_path, loss_type, expert
         _, outputs = trainer.compute_loss(trainer.model, trainer.data_collator([row]), return_outputs=True)
         gradient = torch.autograd.grad(outputs["losses"].sum(), predictions[-1])[0]
         terms[kind] = gradient.norm().item()
+    metrics = trainer._averaged_metrics("train")
     for kind, norm in terms.items():
-        assert torch.cat(trainer._metrics["train"][f"grad_norms/{kind}"]).item() == pytest.approx(norm, rel=1e-4)
+        assert metrics[f"grad_norms/{kind}"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_the_unstabilised_loss_drifts_and_the_trainer_says_so(tmp_path, experts, criteria, caplog):
-    """At one learning rate, one leaves the region of the targets while accuracies read 1, the other stays."""
+    """At one learning rate, one leaves the region of its targets while accuracies look fine, the other stays."""
     drifts = {}
     for loss_type in ("stabilized", "unstabilized"):
         caplog.clear()
@@ -280,18 +281,19 @@ def test_the_unstabilised_loss_drifts_and_the_trainer_says_so(tmp_path, experts,
             criteria,
             loss_type=loss_type,
             attribute_targets="paired",
-            per_device_train_batch_size=8,
-            learning_rate=2e-2,
-            beta=50.0,
-            max_steps=40,
+            per_device_train_batch_size=4,
+            learning_rate=5e-2,
+            beta=10.0,
+            max_steps=20,
+            logging_steps=5,
         )
         with caplog.at_level(logging.WARNING):
             trainer.train()
         drifts[loss_type] = logged(trainer, "drift")
         assert ("has left the region" in caplog.text) == (loss_type == "unstabilized")
     assert caplog.text.count("has left the region") == 1
-    assert max(drifts["stabilized"]) < 0.6 and drifts["unstabilized"][-1] > 1.5
-    assert logged(trainer, "rewards/accuracies")[-1] >= 0.75
+    assert max(drifts["stabilized"]) < 0.1 and drifts["unstabilized"][-1] > 1
+    assert logged(trainer, "rewards/accuracies")[-1] >= 0.7
 
 
 # ---- What it costs, and what may move ----
@@ -428,12 +430,9 @@ def test_it_trains_under_bf16_autocast(tmp_path, experts, criteria):
     trainer.train()
     assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-2)
     trainer.model.train()
-    trainer.compute_loss(trainer.model, trainer.data_collator([tiny.paintings()[0]]))
-    assert all(
-        values[-1].dtype == torch.float32
-        for name, values in trainer._metrics["train"].items()
-        if name != "attributes/left_out"
-    )
+    batch = trainer.data_collator([tiny.paintings()[0]])
+    _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert outputs["losses"].dtype == torch.float32
 
 
 # ---- What the expert is asked ----

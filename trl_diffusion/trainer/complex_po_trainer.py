@@ -45,7 +45,7 @@ from .diffusion_trainer import DiffusionTrainer
 
 logger = get_logger(__name__)
 
-MAX_DRIFT = 1.5
+MAX_DRIFT = 1.0
 
 
 class ComplexPOTrainer(DiffusionTrainer):
@@ -207,20 +207,31 @@ class ComplexPOTrainer(DiffusionTrainer):
             has_chosen, has_rejected = prompts.has_chosen.bool(), prompts.has_rejected.bool()
             self.record(
                 **{
-                    "rewards/chosen": chosen_rewards[has_chosen],
-                    "rewards/rejected": rejected_rewards[has_rejected],
                     "rewards/margins": chosen_rewards - rejected_rewards,
-                    "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
-                    "errors/chosen": chosen_errors[has_chosen],
-                    "errors/rejected": rejected_errors[has_rejected],
-                    "errors/ref_chosen": ref_chosen_errors[has_chosen],
-                    "errors/ref_rejected": ref_rejected_errors[has_rejected],
-                    "grad_norms/chosen": (slope * chosen_errors.sqrt())[has_chosen],
-                    "grad_norms/rejected": (slope * second_errors.sqrt())[has_rejected],
-                    "targets/distance": per_sample_errors(chosen_target, rejected_target)[has_chosen & has_rejected],
+                    "rewards/accuracies": chosen_rewards > rejected_rewards,
                     "drift": drift,
                 }
             )
+            self.record(
+                where=has_chosen,
+                **{
+                    "rewards/chosen": chosen_rewards,
+                    "errors/chosen": chosen_errors,
+                    "errors/ref_chosen": ref_chosen_errors,
+                    "grad_norms/chosen": slope * chosen_errors.sqrt(),
+                },
+            )
+            self.record(
+                where=has_rejected,
+                **{
+                    "rewards/rejected": rejected_rewards,
+                    "errors/rejected": rejected_errors,
+                    "errors/ref_rejected": ref_rejected_errors,
+                    "grad_norms/rejected": slope * second_errors.sqrt(),
+                },
+            )
+            distance = per_sample_errors(chosen_target, rejected_target)
+            self.record(where=has_chosen & has_rejected, **{"targets/distance": distance})
 
         losses = torch.stack(losses).mean(dim=0)
         self.record_losses(losses, ids)

@@ -310,18 +310,21 @@ class DiffusionTrainer(_BaseTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
-    def record(self, **values: torch.Tensor) -> None:
+    def record(self, where: torch.Tensor | None = None, **values: torch.Tensor) -> None:
         """
         Collects per-sample values for the next log, which averages them over all samples and processes. Nothing is
         gathered or moved off the device before.
 
         Args:
+            where (`torch.Tensor` of shape `(B,)`, *optional*):
+                Which of the samples have these values; all if left out.
             **values (`torch.Tensor` of shape `(B,)`):
-                Values by metric, of those samples of the batch that have one.
+                Values by metric.
         """
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, value in values.items():
-            metrics[name].append(value.detach())
+            value = value.detach().float()
+            metrics[name].append((value, torch.ones_like(value, dtype=torch.bool) if where is None else where))
 
     def record_losses(self, losses: torch.Tensor, ids: list[str]) -> None:
         """
@@ -341,9 +344,10 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _averaged_metrics(self, mode: str) -> dict[str, float]:
         metrics = {}
-        for name, values in self._metrics[mode].items():
-            values = torch.cat(values).double()
-            total, count = self.accelerator.reduce(torch.stack([values.sum(), values.new_tensor(len(values))]))
+        for name, recorded in self._metrics[mode].items():
+            values, where = (torch.cat(parts) for parts in zip(*recorded, strict=True))
+            values = torch.where(where, values.double(), 0)
+            total, count = self.accelerator.reduce(torch.stack([values.sum(), where.sum().double()]))
             if count > 0:
                 metrics[name] = (total / count).item()
         self._metrics[mode].clear()

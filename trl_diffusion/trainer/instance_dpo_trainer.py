@@ -176,7 +176,7 @@ class InstanceDPOTrainer(DiffusionTrainer):
                     "rewards/chosen": chosen_rewards,
                     "rewards/rejected": rejected_rewards,
                     "rewards/margins": chosen_rewards - rejected_rewards,
-                    "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+                    "rewards/accuracies": chosen_rewards > rejected_rewards,
                     "errors/chosen": chosen_errors,
                     "errors/rejected": rejected_errors,
                     "errors/ref_chosen": ref_chosen_errors,
