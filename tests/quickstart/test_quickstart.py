@@ -16,11 +16,14 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 
+from trl_diffusion import ComplexPOConfig, ComplexPOTrainer, negative_preference_guidance
 from trl_diffusion.quickstart import cpo, iapo
-from trl_diffusion.quickstart.drawing import load_pipeline
+from trl_diffusion.quickstart.drawing import FAST, draw, load_pipeline, shipped
 from trl_diffusion.quickstart.iapo import ARMS
+from trl_diffusion.quickstart.paintings import evaluation_prompts, painting_dataset
 from trl_diffusion.scripts.quickstart import QuickstartArguments, main
 
 
@@ -104,3 +107,44 @@ def test_instances_and_attributes_help(tmp_path, seed):
     assert negatives["cpo_paired"] <= negatives["base"] - 0.8
     assert negatives["cpo_stabilised"] <= negatives["base"] - 0.3
     assert min(match["cpo_paired"], match["cpo_stabilised"]) >= match["base"] - 0.05
+
+
+@pytest.mark.slow
+def test_a_reversed_adapter_in_the_unconditional_branch_helps(tmp_path):
+    """Guidance away from a model that was trained with the preference reversed draws fewer negatives, aligned or not."""
+    paintings = painting_dataset(2048, seed=21)
+    pipeline, prompts = load_pipeline(cpo.BASE), evaluation_prompts(512, seed=21)
+    for name in ("aligned", "reversed"):
+        trainer = ComplexPOTrainer(
+            load_pipeline(cpo.BASE),
+            expert=shipped(cpo.EXPERT),
+            args=ComplexPOConfig(
+                str(tmp_path / name),
+                seed=21,
+                max_steps=110,
+                criteria=cpo.CRITERIA,
+                beta=cpo.BETA,
+                reverse_preference=name == "reversed",
+                **FAST,
+                **cpo.TRAINING,
+            ),
+            train_dataset=paintings,
+            peft_config=LoraConfig(r=16, lora_alpha=16, target_modules=cpo.TARGET_MODULES),
+        )
+        trainer.train()
+        trainer.save_model()
+
+    scores = {"base": cpo.score(draw(pipeline, prompts, seed=21), prompts)}
+    for name in ("aligned", "reversed"):
+        pipeline.load_lora_weights(str(tmp_path / name), adapter_name=name)
+        pipeline.set_adapters(name)
+        scores[name] = cpo.score(draw(pipeline, prompts, seed=21), prompts)
+    for positive in (None, "aligned"):
+        with negative_preference_guidance(pipeline, positive, "reversed"):
+            scores[f"{positive or 'base'} + NPO"] = cpo.score(draw(pipeline, prompts, seed=21), prompts)
+    print("", *(f"{name}: {score}" for name, score in scores.items()), sep="\n")
+    negatives = {name: score["negatives"] for name, score in scores.items()}
+    assert negatives["reversed"] > negatives["base"] + 0.3
+    assert negatives["base + NPO"] < negatives["base"] - 0.1
+    assert negatives["aligned + NPO"] < negatives["aligned"] - 0.1
+    assert min(score["match"] for score in scores.values()) > 0.95
