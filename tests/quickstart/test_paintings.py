@@ -24,7 +24,7 @@ from PIL import Image as PILImage
 from PIL import ImageFilter
 
 from trl_diffusion.criteria import Criteria
-from trl_diffusion.quickstart import make_base_pipeline, paintings
+from trl_diffusion.quickstart import make_base_pipeline, make_painting_expert, paintings
 from trl_diffusion.quickstart.paintings import (
     ATTRIBUTES,
     Painting,
@@ -37,6 +37,7 @@ from trl_diffusion.quickstart.paintings import (
     sample_painting,
 )
 from trl_diffusion.quickstart.world import BACKGROUND, COLORS, KINDS, SIZE
+from trl_diffusion.trainer.attributes import read_expert
 
 
 FOLDER = Path(paintings.__file__).parent
@@ -271,3 +272,27 @@ def test_the_script_that_makes_the_base_runs_and_repeats_itself(tmp_path, monkey
             name: p.shape for name, p in theirs.named_parameters()
         }
     assert made.tokenizer.get_vocab() == shipped.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(("form", "low", "high"), [("positive", 0.0, 0.7), ("negative", 3.3, 4.0)])
+def test_the_expert_draws_the_qualities_as_they_are_named(form, low, high):
+    """With all attributes positive it draws hardly any negative, with all of them negative nearly nothing else."""
+    pipeline = StableDiffusionPipeline.from_pretrained(PAINTING_BASE, local_files_only=True)
+    pipeline.load_lora_weights(str(PAINTING_BASE.parent / "painting_expert"))
+    scores = make_painting_expert.measure(pipeline, form, num_samples=32, seed=1)
+    assert low <= scores["negatives"] <= high and scores["match"] >= 0.9
+
+
+def test_the_script_that_makes_the_expert_runs(tmp_path, monkeypatch):
+    """At a few steps it writes what the second stage takes: a LoRA, and what it was trained on, as shipped."""
+    flags = ["--num_paintings", "64", "--max_steps", "2", "--num_samples", "0"]
+    monkeypatch.setattr("sys.argv", ["make_painting_expert", "--output_dir", str(tmp_path), *flags])
+    threads = torch.get_num_threads()
+    make_painting_expert.main()
+    torch.set_num_threads(threads)
+    made, _, described = read_expert(tmp_path)
+    shipped, _, shipped_description = read_expert(PAINTING_BASE.parent / "painting_expert")
+    assert described == shipped_description
+    assert {name: weight.shape for name, weight in made.items()} == {
+        name: weight.shape for name, weight in shipped.items()
+    }

@@ -507,6 +507,8 @@ def test_a_trained_trainer_is_an_expert_also_on_its_own_pipeline(tmp_path, crite
     for use in (trainer.train, trainer.save_model):  # it holds the policy now, which is no expert
         with pytest.raises(ValueError, match="LoRA was taken out of its pipeline"):
             use()
+    with pytest.raises(ValueError, match="LoRA was taken out of its pipeline"):
+        make_trainer(tmp_path / "policy", tiny.sd_pipeline(), trainer, criteria)
 
 
 def test_an_expert_of_another_base_is_refused(tmp_path, experts, criteria):

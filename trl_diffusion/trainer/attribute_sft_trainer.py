@@ -141,7 +141,7 @@ class AttributeSFTTrainer(DiffusionTrainer):
             self.set_reference(None)  # what the samples are drawn beside
 
     def train(self, *args, **kwargs):
-        self._check_not_taken()
+        self.check_not_taken()
         return super().train(*args, **kwargs)
 
     def take_adapter(self) -> None:
@@ -151,7 +151,8 @@ class AttributeSFTTrainer(DiffusionTrainer):
         self.accelerator.unwrap_model(self.model, keep_torch_compile=False).unload()
         self.is_taken = True
 
-    def _check_not_taken(self) -> None:
+    def check_not_taken(self) -> None:
+        """Raises a `ValueError` where [`~AttributeSFTTrainer.take_adapter`] was called."""
         if self.is_taken:
             raise ValueError(
                 "This trainer's LoRA was taken out of its pipeline, which a `ComplexPOTrainer` trains now. Save an expert "
@@ -220,7 +221,7 @@ class AttributeSFTTrainer(DiffusionTrainer):
         return render_prompt(super()._example_prompt, attributes, self.args.attribute_separator, maximum=2)[0]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self._check_not_taken()
+        self.check_not_taken()
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             path = Path(output_dir or self.args.output_dir) / EXPERT_FILE_NAME

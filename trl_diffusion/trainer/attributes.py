@@ -155,9 +155,10 @@ def read_expert(expert: "str | Path | DiffusionTrainer") -> tuple[dict, LoraConf
         [`trainer.attributes.describe_expert`] said of it, or `None` for a LoRA that another library trained.
 
     Raises:
-        `ValueError`: If it is no LoRA.
+        `ValueError`: If it is no LoRA, or a trainer whose LoRA was taken out of its pipeline before.
     """
     if not isinstance(expert, str | Path):
+        expert.check_not_taken()
         model = expert.accelerator.unwrap_model(expert.model, keep_torch_compile=False)
         if not isinstance(model, PeftModel):
             raise ValueError(
