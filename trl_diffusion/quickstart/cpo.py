@@ -129,15 +129,15 @@ that comes with the package, was trained with the qualities in its prompts, and 
 {table}
 
 Mean number of negative qualities of {args.num_samples} images per model, of 4, all drawn from the same prompts and noise
-(standard error about {1 / args.num_samples**0.5:.2f}); and the share of images that show the colour and kind that the prompt
-names.
+(standard error about {1 / args.num_samples**0.5:.2f}); and the share of images that show the colour and kind that the
+prompt names.
 
 - **SFT on the best** is fine-tuned on the paintings without negatives, one in 16.
 - **CPO** (`loss_type="unstabilized"`) goes towards the expert's positive prediction and away from its negative one, without
   bound.
 - **CPO-S** (`loss_type="stabilized"`) goes towards the reflection of the negative one instead.
 - **CPO-S, paired** (`attribute_targets="paired"`, `target_strength={strength}`, ours) asks the expert for all qualities in
-  their positive and in their negative form, and for more of them.
+  their positive and in their negative form, and puts its targets {strength:g} times as far apart.
 
 ![The same noise through every model](paintings.png)
 
