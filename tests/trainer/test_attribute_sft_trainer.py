@@ -290,4 +290,5 @@ def test_the_card_shows_a_prompt_with_attributes(tmp_path, criteria):
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "README.md").text
     assert '"a red bicycle leaning on a stone wall, red, circle"' in card
+    assert "| criteria | tiny |" in card and "| attribute_separator | ', ' |" in card  # no path of one's own machine
     assert "arxiv" in card.lower() and "2601.04300" in card and "images per optimizer step | 2" in card

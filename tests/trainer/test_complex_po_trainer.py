@@ -633,6 +633,8 @@ def test_the_card_of_a_reversed_model_says_what_it_is_for(tmp_path, experts, cri
     card = (tmp_path / "README.md").read_text()
     assert 'negative_preference_guidance(pipeline, positive=None, negative="reversed")' in card
     assert "| attribute_targets | present |" in card
+    assert "| criteria | tiny |" in card and "| expert | not published |" in card
+    assert "\n\n## How it was trained\n" in card
     code = card.split("```python")[1].split("```")[0]
     compile(code, "card", "exec")
     assert json.dumps(trainer.args.to_dict())  # trackers write it

@@ -136,6 +136,10 @@ class AttributeSFTTrainer(DiffusionTrainer):
                 seed=args.seed,
             )
         self.attribute_prompts = AttributePrompts(self.criteria, args, self.backbone)
+        self._card_parameters = {
+            "criteria": self.criteria.name,
+            "attribute_separator": repr(args.attribute_separator),
+        }
         self.is_taken = False
         if args.sample_prompts:
             self.set_reference(None)  # what the samples are drawn beside

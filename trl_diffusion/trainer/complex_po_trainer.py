@@ -41,6 +41,7 @@ from .attributes import (
 )
 from .complex_po_config import ComplexPOConfig
 from .diffusion_trainer import DiffusionTrainer
+from .hub import hub_id
 
 
 logger = get_logger(__name__)
@@ -157,6 +158,12 @@ class ComplexPOTrainer(DiffusionTrainer):
                 seed=args.seed,
             )
         self.attribute_prompts = AttributePrompts(self.criteria, args, self.backbone)
+        self._card_parameters = {
+            "expert": (hub_id(str(expert)) if isinstance(expert, str | Path) else expert.hub_model_id)
+            or "not published",
+            "criteria": self.criteria.name,
+            "attribute_separator": repr(args.attribute_separator),
+        }
         check_expert(expert_description, describe_expert(self, self.criteria))
         add_expert(self.model, expert_weights, expert_config)
         self.warned_of_drift = False

@@ -80,6 +80,7 @@ class DiffusionTrainer(_BaseTrainer):
     loss_is_scaled_for_ga = False  # every loss here is a mean over its batch
     _tag_names = ["trl-diffusion", "text-to-image"]
     _example_prompt = "a red bicycle leaning on a stone wall"
+    _card_parameters: dict[str, object] = {}  # what the card says in place of, or beside, what `args` holds
 
     columns: tuple[str, ...]
     image_columns: tuple[str, ...]

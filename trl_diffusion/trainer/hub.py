@@ -47,8 +47,8 @@ def diffusion_model_card(
         [`~huggingface_hub.ModelCard`]
     """
     pipeline = trainer.backbone.pipeline
-    base_model = _hub_id(pipeline.config.get("_name_or_path"))
-    dataset_name = _hub_id(dataset_name)
+    base_model = hub_id(pipeline.config.get("_name_or_path"))
+    dataset_name = hub_id(dataset_name)
     is_lora = isinstance(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False), PeftModel)
     card_data = ModelCardData(
         base_model=base_model,
@@ -81,7 +81,7 @@ def diffusion_model_card(
     )
 
 
-def _hub_id(name: str | None) -> str | None:
+def hub_id(name: str | None) -> str | None:
     """The name, unless it is a folder of this machine, which means nothing to anybody else."""
     return name if name and not os.path.isdir(name) else None
 
@@ -90,17 +90,21 @@ def _hyperparameters(trainer: "DiffusionTrainer") -> dict[str, object]:
     """What somebody needs to repeat the training: the trainer's own parameters, then the optimizer's."""
     args = trainer.args
     own = {name: getattr(args, name) for name in type(args).__annotations__ if not name.startswith("_")}
-    return own | {
-        "learning_rate": args.learning_rate,
-        "optimizer": str(getattr(args.optim, "value", args.optim)),
-        "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "warmup_steps": args.warmup_steps,
-        f"{trainer._unit} per optimizer step": args.train_batch_size
-        * args.gradient_accumulation_steps
-        * args.world_size,
-        "optimizer steps": trainer.state.global_step,
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-        "resolution": trainer.resolution,
-        "prompt_dropout": args.prompt_dropout,
-        "seed": args.seed,
-    }
+    return (
+        own
+        | trainer._card_parameters
+        | {
+            "learning_rate": args.learning_rate,
+            "optimizer": str(getattr(args.optim, "value", args.optim)),
+            "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "warmup_steps": args.warmup_steps,
+            f"{trainer._unit} per optimizer step": args.train_batch_size
+            * args.gradient_accumulation_steps
+            * args.world_size,
+            "optimizer steps": trainer.state.global_step,
+            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+            "resolution": trainer.resolution,
+            "prompt_dropout": args.prompt_dropout,
+            "seed": args.seed,
+        }
+    )
