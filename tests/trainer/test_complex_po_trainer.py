@@ -511,6 +511,18 @@ def test_a_trained_trainer_is_an_expert_also_on_its_own_pipeline(tmp_path, crite
         make_trainer(tmp_path / "policy", tiny.sd_pipeline(), trainer, criteria)
 
 
+def test_a_mistake_in_the_data_does_not_cost_the_expert(tmp_path, criteria):
+    """Its LoRA is taken out of its pipeline only when the rows are fine."""
+    pipeline = tiny.sd_pipeline()
+    trainer = train_expert(tmp_path / "expert", pipeline, criteria)
+    rows = [{**row, "positive_attributes": ["hues"]} for row in tiny.paintings(2)]
+    dataset = Dataset.from_list(rows, features=attribute_features())
+    with pytest.raises(ValueError, match="the nearest is 'hue'"):
+        make_trainer(tmp_path / "policy", pipeline, trainer, criteria, dataset=dataset)
+    trainer.save_model(str(tmp_path / "again"))
+    make_trainer(tmp_path / "policy", pipeline, trainer, criteria)
+
+
 def test_an_expert_of_another_base_is_refused(tmp_path, experts, criteria):
     """Other weights of the same architecture, and another architecture."""
     with pytest.raises(ValueError, match="trained on another base than `model`"):

@@ -138,6 +138,8 @@ class ComplexPOTrainer(DiffusionTrainer):
         self.criteria = Criteria.load(args.criteria)
         expert_weights, expert_config, expert_description = read_expert(expert)
         if isinstance(expert, AttributeSFTTrainer) and expert.backbone.pipeline is model:
+            if train_dataset is not None:
+                self._prepare_dataset(train_dataset, "train_dataset")  # a mistake here must not cost the expert
             expert.take_adapter()
         super().__init__(
             model=model,
