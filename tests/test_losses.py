@@ -201,13 +201,15 @@ def test_swapping_the_targets_negates_the_unstabilised_margin():
 
 @pytest.mark.parametrize("stabilized", [True, False])
 def test_no_gradient_reaches_the_targets(stabilized):
-    """The reflection carries none, to the reference or to z_l."""
+    """The reflection carries none to the reference or to z_l, nor do the rewards; the trainer's targets have none to carry."""
     e_ref, z_w, z_l = (tensor.requires_grad_() for tensor in predictions(5))
     assert not reflected_target(e_ref, z_l, 1.0).requires_grad
-    losses, chosen, rejected = cpo(
-        e_ref.detach().clone().requires_grad_(), e_ref.detach(), z_w.detach(), z_l, stabilized
-    )
+    e = e_ref.detach().clone().requires_grad_()
+    losses, chosen, rejected = cpo(e, e_ref.detach(), z_w.detach(), z_l, stabilized)
     assert losses.requires_grad and not chosen.requires_grad and not rejected.requires_grad
+    if stabilized:
+        to_policy, to_target = torch.autograd.grad(losses.sum(), [e, z_l], allow_unused=True)
+        assert to_policy.abs().max() > 0 and to_target is None
 
 
 @pytest.mark.parametrize("stabilized", [True, False])
