@@ -202,3 +202,14 @@ def paintings(num_rows: int = 8) -> Dataset:
         for index in range(num_rows)
     ]
     return Dataset.from_list(rows, features=attribute_features())
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of a module's weights."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def max_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest difference between two copies of a module's weights."""
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)

@@ -209,6 +209,9 @@ def timestep_weights(
 
     Returns:
         `torch.Tensor` of shape `(B,)`: float32 weights in [0, 1].
+
+    Raises:
+        `ValueError`: If `weighting` is something else.
     """
     alphas_cumprod = alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
     if weighting == "constant":

@@ -23,6 +23,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 
 from tests import tiny
+from tests.tiny import max_difference, weights
 from trl_diffusion import AttributeSFTConfig, AttributeSFTTrainer, attribute_features
 from trl_diffusion.noising import keyed_noise, keyed_timesteps
 
@@ -61,15 +62,6 @@ def make_trainer(tmp_path, pipeline, criteria, dataset=None, **kwargs) -> Attrib
         train_dataset=tiny.paintings() if dataset is None else dataset,
         **trainer_kwargs,
     )
-
-
-def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def max_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 @pytest.mark.parametrize("family", PIPELINES)

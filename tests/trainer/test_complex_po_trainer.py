@@ -23,6 +23,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.tiny import max_difference, weights
 from trl_diffusion import (
     AttributeSFTConfig,
     AttributeSFTTrainer,
@@ -99,15 +100,6 @@ def move(trainer: ComplexPOTrainer) -> None:
         for name, parameter in trainer.model.named_parameters():
             if "lora_B.default" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def max_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 def logged(trainer: ComplexPOTrainer, name: str) -> list[float]:
@@ -199,6 +191,7 @@ def test_adapters_on_one_base_equal_three_separate_models(tmp_path, family, case
         trainer.frozen_predictions(trainer.model, noisy, timesteps, frozen), (z_w, z_l, e_ref), strict=True
     ):
         assert (ours - separate).abs().max() <= 1e-5
+        assert not ours.requires_grad
     assert (z_w - z_l).abs().max() > 1e-2 and (z_w - e_ref).abs().max() > 1e-2
 
     def squared(target, prediction):

@@ -21,6 +21,7 @@ from diffusers import DDPMScheduler, FluxPipeline, StableDiffusionPipeline, Stab
 from peft import LoHaConfig, LoraConfig
 
 from tests import tiny
+from tests.tiny import max_difference, weights
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
 from trl_diffusion.noising import keyed_noise, keyed_timesteps
 
@@ -58,15 +59,6 @@ def make_trainer(tmp_path, pipeline, dataset=None, peft_config=None, **kwargs) -
         eval_dataset=eval_dataset,
         peft_config=peft_config,
     )
-
-
-def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def max_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 def losses(trainer: InstanceDPOTrainer) -> list[float]:

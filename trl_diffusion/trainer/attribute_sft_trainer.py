@@ -128,13 +128,7 @@ class AttributeSFTTrainer(DiffusionTrainer):
             optimizers=optimizers,
         )
         if data_collator is None:
-            self.data_collator = AttributeCollator(
-                resolution=self.resolution,
-                criteria=self.criteria,
-                center_crop=args.center_crop,
-                random_flip=args.random_flip,
-                seed=args.seed,
-            )
+            self.data_collator = AttributeCollator(criteria=self.criteria, **self._collator_settings)
         self.attribute_prompts = AttributePrompts(self.criteria, args, self.backbone)
         self._card_parameters = {
             "criteria": self.criteria.name,

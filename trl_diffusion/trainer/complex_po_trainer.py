@@ -152,13 +152,7 @@ class ComplexPOTrainer(DiffusionTrainer):
             optimizers=optimizers,
         )
         if data_collator is None:
-            self.data_collator = AttributeCollator(
-                resolution=self.resolution,
-                criteria=self.criteria,
-                center_crop=args.center_crop,
-                random_flip=args.random_flip,
-                seed=args.seed,
-            )
+            self.data_collator = AttributeCollator(criteria=self.criteria, **self._collator_settings)
         self.attribute_prompts = AttributePrompts(self.criteria, args, self.backbone)
         self._card_parameters = {
             "expert": (hub_id(str(expert)) if isinstance(expert, str | Path) else expert.hub_model_id)

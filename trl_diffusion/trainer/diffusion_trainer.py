@@ -169,6 +169,16 @@ class DiffusionTrainer(_BaseTrainer):
             peft_config.target_modules = list(self.backbone.lora_target_modules)
         return peft_config
 
+    @property
+    def _collator_settings(self) -> dict[str, Any]:
+        """What every default collator is made with."""
+        return {
+            "resolution": self.resolution,
+            "center_crop": self.args.center_crop,
+            "random_flip": self.args.random_flip,
+            "seed": self.args.seed,
+        }
+
     def _prepare_dataset(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
         return prepare_dataset(dataset, name, self.columns, self.image_columns)
 

@@ -128,12 +128,7 @@ class InstanceDPOTrainer(DiffusionTrainer):
             optimizers=optimizers,
         )
         if data_collator is None:
-            self.data_collator = InstancePairCollator(
-                resolution=self.resolution,
-                center_crop=args.center_crop,
-                random_flip=args.random_flip,
-                seed=args.seed,
-            )
+            self.data_collator = InstancePairCollator(**self._collator_settings)
         self.set_reference(ref_model)
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
