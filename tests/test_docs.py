@@ -199,7 +199,7 @@ def test_python_of_dataset_formats(tiny_hub):
     for name in ("paintings", "labelled_paintings", "paintings_of_folder"):
         dataset = prepare_dataset(scope[name], name, AttributeSFTTrainer.columns, AttributeSFTTrainer.image_columns)
         check_attribute_columns(dataset, name, painting(), allow_none=False)
-        batch = AttributeCollator(32, painting())(list(dataset))
+        batch = AttributeCollator(32, criteria=painting())(list(dataset))
         assert batch["id"] == ["harbor-001", "harbor-002"]
         assert batch["positive_attributes"] == [["weight_balance", "base_stability"], ["weight_balance"]]
         assert batch["negative_attributes"] == [["core_shadow"], []]

@@ -122,6 +122,30 @@ def add_noise(
     return a_t * latents.float() + s_t * noise.float()
 
 
+def explaining_noise(
+    latents: torch.Tensor, noisy_latents: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
+) -> torch.Tensor:
+    """
+    The noise that explains how clean latents became noised ones, `eps = (x_t - a_t x_0) / s_t`: the inverse of
+    [`noising.add_noise`].
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, h, w)`):
+            Clean latents `x_0`.
+        noisy_latents (`torch.Tensor` of shape `(B, C, h, w)`):
+            Noised latents `x_t`.
+        timesteps (`torch.Tensor` of shape `(B,)`):
+            Integer timesteps.
+        alphas_cumprod (`torch.Tensor` of shape `(T,)`):
+            The noise schedule, in float32.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, h, w)`: float32 noise.
+    """
+    a_t, s_t = _signal_and_noise(timesteps, alphas_cumprod, latents.ndim)
+    return (noisy_latents.float() - a_t * latents.float()) / s_t
+
+
 def training_target(
     latents: torch.Tensor,
     noise: torch.Tensor,

@@ -57,7 +57,7 @@ def checked(data, allow_none: bool = False):
 
 
 def collate(data, **kwargs) -> dict:
-    return AttributeCollator(8, CRITERIA, **kwargs)(list(data))
+    return AttributeCollator(8, criteria=CRITERIA, **kwargs)(list(data))
 
 
 def attributes(batch: dict) -> list:
@@ -144,9 +144,9 @@ class TestAccepted:
         assert set(collate(data)) == {
             "id",
             "prompt",
-            "pixel_values",
-            "original_sizes",
-            "crop_top_lefts",
+            "image_pixel_values",
+            "image_original_sizes",
+            "image_crop_top_lefts",
             "positive_attributes",
             "negative_attributes",
         }
@@ -165,7 +165,7 @@ class TestAccepted:
         numbers = collate(checked(dataset(*rows)), center_crop=False)
         strings = collate(checked(dataset(*[{**one, "id": str(one["id"])} for one in rows])), center_crop=False)
         assert numbers["id"] == [str(index) for index in range(8)]
-        assert torch.equal(numbers["pixel_values"], strings["pixel_values"])
+        assert torch.equal(numbers["image_pixel_values"], strings["image_pixel_values"])
 
     @pytest.mark.parametrize("kind", ["numpy", "torch"])
     @pytest.mark.parametrize("labels", [False, True])
@@ -177,7 +177,7 @@ class TestAccepted:
         plain, batch = collate(checked(data)), collate(checked(formatted))
         assert attributes(batch) == attributes(plain)
         assert batch["id"] == plain["id"]
-        assert torch.equal(batch["pixel_values"], plain["pixel_values"])
+        assert torch.equal(batch["image_pixel_values"], plain["image_pixel_values"])
 
     def test_a_transform_of_the_users_is_what_is_checked(self):
         """Where a transform turns a vocabulary of the user's into ids, its result is the rows, at start-up as well."""
@@ -341,19 +341,21 @@ class TestRefused:
 class TestBatch:
     def test_by_hand(self):
         """A 40 x 32 image at resolution 32 loses 4 columns on either side; everything else is as the row has it."""
-        batch = AttributeCollator(32, CRITERIA)([row("x", image=tiny.image(0)), row("y", (), ("hue", "kind"))])
+        batch = AttributeCollator(32, criteria=CRITERIA)(
+            [row("x", image=tiny.image(0)), row("y", (), ("hue", "kind"))]
+        )
         crop = torch.tensor(list(tiny.image(0).crop((4, 0, 36, 32)).tobytes())).reshape(32, 32, 3).permute(2, 0, 1)
-        torch.testing.assert_close(batch["pixel_values"][0], crop / 127.5 - 1)
-        assert batch["pixel_values"].shape == (2, 3, 32, 32)
-        assert batch["pixel_values"].dtype == torch.float32
-        assert batch["original_sizes"].tolist() == [[32, 40]] * 2
-        assert batch["crop_top_lefts"].tolist() == [[0, 4]] * 2
+        torch.testing.assert_close(batch["image_pixel_values"][0], crop / 127.5 - 1)
+        assert batch["image_pixel_values"].shape == (2, 3, 32, 32)
+        assert batch["image_pixel_values"].dtype == torch.float32
+        assert batch["image_original_sizes"].tolist() == [[32, 40]] * 2
+        assert batch["image_crop_top_lefts"].tolist() == [[0, 4]] * 2
         assert (batch["id"], batch["prompt"]) == (["x", "y"], ["a cat", "a cat"])
         assert attributes(batch) == [(["hue"], ["pet"]), ([], ["hue", "kind"])]
 
     def test_same_row_same_augmentation_in_every_batch(self):
         """Crops and flips depend on seed and id alone: not on neighbours, prompt, attributes or torch."""
-        collator = AttributeCollator(8, CRITERIA, center_crop=False, random_flip=True)
+        collator = AttributeCollator(8, criteria=CRITERIA, center_crop=False, random_flip=True)
         rows = [row(str(index), image=half(24, 12)) for index in range(12)]
         together = collator(rows)
         for index in (0, 3, 11):
@@ -361,35 +363,35 @@ class TestBatch:
             np.random.seed(index)
             changed = {**rows[index], "prompt": "a dog", "positive_attributes": [], "negative_attributes": ["kind"]}
             for batch, place in ((collator([rows[index]]), 0), (collator([rows[5], changed]), 1)):
-                for key in ("pixel_values", "crop_top_lefts", "original_sizes"):
+                for key in ("image_pixel_values", "image_crop_top_lefts", "image_original_sizes"):
                     assert torch.equal(batch[key][place], together[key][index])
-        assert len({tuple(crop) for crop in together["crop_top_lefts"].tolist()}) > 3
+        assert len({tuple(crop) for crop in together["image_crop_top_lefts"].tolist()}) > 3
 
     def test_the_global_generator_is_left_alone(self):
         """Collating draws nothing from torch's global generator."""
         state = torch.get_rng_state()
-        AttributeCollator(8, CRITERIA, center_crop=False, random_flip=True)([row()])
+        AttributeCollator(8, criteria=CRITERIA, center_crop=False, random_flip=True)([row()])
         assert torch.equal(torch.get_rng_state(), state)
 
     def test_seed_changes_the_augmentation(self):
         """Another seed draws other crops."""
         rows = [row(str(index), image=half()) for index in range(16)]
-        crops = [collate(rows, center_crop=False, seed=seed)["crop_top_lefts"].tolist() for seed in (0, 1)]
+        crops = [collate(rows, center_crop=False, seed=seed)["image_crop_top_lefts"].tolist() for seed in (0, 1)]
         assert crops[0] != crops[1]
 
     def test_half_of_the_images_are_flipped(self):
         """Of 160, 80 +- 5 standard deviations; and none unless asked for."""
         rows = [row(str(index), image=half(8)) for index in range(160)]
-        flipped = (collate(rows, random_flip=True)["pixel_values"][:, 0, 0, 0] < 0).sum().item()
+        flipped = (collate(rows, random_flip=True)["image_pixel_values"][:, 0, 0, 0] < 0).sum().item()
         assert abs(flipped - 80) < 5 * 40**0.5
-        assert (collate(rows)["pixel_values"][:, 0, 0, 0] > 0).all()
+        assert (collate(rows)["image_pixel_values"][:, 0, 0, 0] > 0).all()
 
     def test_crops_say_where_they_were(self):
         """All five offsets occur, and the pixels are those of the offset."""
         batch = collate([row(str(index), image=half()) for index in range(60)], center_crop=False)
-        lefts = batch["crop_top_lefts"][:, 1].tolist()
+        lefts = batch["image_crop_top_lefts"][:, 1].tolist()
         assert set(lefts) == {0, 1, 2, 3, 4}
-        assert (batch["pixel_values"][:, 0, 0] > 0).sum(dim=1).tolist() == [4 - left for left in lefts]
+        assert (batch["image_pixel_values"][:, 0, 0] > 0).sum(dim=1).tolist() == [4 - left for left in lefts]
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_exif_orientation_survives_a_dataset(self, stream):
@@ -398,8 +400,8 @@ class TestBatch:
         image.getexif()[0x0112] = 6
         data = dataset(row(image={"bytes": png(image), "path": None}), features=attribute_features())
         batch = collate(checked(data.to_iterable_dataset() if stream else data))
-        assert batch["original_sizes"].tolist() == [[24, 16]]
-        white = (batch["pixel_values"][0, 0] > 0).float().mean(dim=1)
+        assert batch["image_original_sizes"].tolist() == [[24, 16]]
+        white = (batch["image_pixel_values"][0, 0] > 0).float().mean(dim=1)
         assert white[0] == 1 and white[-1] == 0, "its white third, at the left as stored, is at the top"
 
 
@@ -440,7 +442,7 @@ class TestTrainers:
             trainer = make(tiny.paintings(4).cast(attribute_features(criteria)))
             batches.append(trainer.data_collator(list(trainer.train_dataset)))
         assert attributes(batches[0]) == attributes(batches[1]) == attributes(collate(tiny.paintings(4)))
-        assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
+        assert torch.equal(batches[0]["image_pixel_values"], batches[1]["image_pixel_values"])
 
     def test_bad_evaluation_rows_are_named(self, make):
         """Each of several datasets to evaluate on is checked, under its own name."""

@@ -30,7 +30,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def prepare(image: Image.Image, boxes, resolution: int, seed: int = 0, **kwargs) -> TrainingImage:
     boxes = torch.tensor(boxes).reshape(-1, 4)
-    return prepare_image(image, boxes, resolution, generator(seed), **kwargs)
+    return prepare_image(image, boxes, (resolution, resolution), generator(seed), **kwargs)
 
 
 def painted(width: int, height: int, box: list[int], orientation: int = 1) -> Image.Image:
@@ -222,7 +222,7 @@ def test_image_of_the_caller_is_left_alone():
     """The image and the boxes that were passed in are not changed."""
     image, boxes = noise_image(24, 16), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     before = image.copy()
-    prepare_image(image, boxes, 8, generator(), center_crop=False, random_flip=True)
+    prepare_image(image, boxes, (8, 8), generator(), center_crop=False, random_flip=True)
     assert image.tobytes() == before.tobytes()
     assert boxes.tolist() == [[1.0, 2.0, 3.0, 4.0]]
 

@@ -78,7 +78,7 @@ def test_the_loss_is_the_squared_error_for_the_prompt_with_attributes(tmp_path, 
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     keys = [(42, 0, row_id, "") for row_id in ids]
     timesteps, noise = keyed_timesteps(keys, 0, 1000), keyed_noise(keys, (4, 8, 8))
-    posterior = pipeline.vae.encode(batch["pixel_values"]).latent_dist
+    posterior = pipeline.vae.encode(batch["image_pixel_values"]).latent_dist
     sampled = keyed_noise([(42, 0, row_id, "image") for row_id in ids], (4, 8, 8))
     latents = (posterior.mean + posterior.std * sampled) * pipeline.vae.config.scaling_factor
     noisy = scheduler.add_noise(latents, noise, timesteps)

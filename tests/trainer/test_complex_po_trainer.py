@@ -165,7 +165,7 @@ def test_adapters_on_one_base_equal_three_separate_models(tmp_path, family, case
     ids = batch["id"]
     keys = [(42, 0, row_id, "") for row_id in ids]
     timesteps, noise = keyed_timesteps(keys, 0, 1000), keyed_noise(keys, (4, 8, 8))
-    posterior = reference.vae.encode(batch["pixel_values"]).latent_dist
+    posterior = reference.vae.encode(batch["image_pixel_values"]).latent_dist
     sampled = keyed_noise([(42, 0, row_id, "image") for row_id in ids], (4, 8, 8))
     latents = (posterior.mean + posterior.std * sampled) * reference.vae.config.scaling_factor
     noisy = trainer.backbone.noise_scheduler.add_noise(latents, noise, timesteps)
@@ -186,7 +186,7 @@ def test_adapters_on_one_base_equal_three_separate_models(tmp_path, family, case
     z_w, z_l = (e_plain + strength * (predict(expert, prompts) - e_plain) for prompts in (positive, negative))
     e, e_ref = predict(policy, condition), predict(reference, condition)
 
-    frozen, _ = trainer._conditions(trainer.prompts(batch), batch)
+    frozen, _ = trainer._conditions(trainer.prompts(batch), batch, noisy)
     for ours, separate in zip(
         trainer.frozen_predictions(trainer.model, noisy, timesteps, frozen), (z_w, z_l, e_ref), strict=True
     ):

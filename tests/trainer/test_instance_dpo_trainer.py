@@ -157,7 +157,8 @@ def test_masks_reach_each_image_of_the_pair(tmp_path):
 def test_sdxl_is_told_each_images_own_size_and_crop(tmp_path):
     """time_ids = (original size, crop top left, target size), each (height, width) and each image's own."""
     trainer = make_trainer(tmp_path, tiny.sdxl_pipeline())
-    conditions = trainer._conditions(trainer.data_collator([tiny.pairs()[0], tiny.pairs()[1]]))
+    batch = trainer.data_collator([tiny.pairs()[0], tiny.pairs()[1]])
+    conditions = trainer._conditions(batch, torch.empty(4, 4, 8, 8))
     assert conditions["time_ids"].tolist() == [
         [32, 40, 0, 4, 32, 32],
         [48, 32, 8, 0, 32, 32],

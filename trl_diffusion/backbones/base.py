@@ -63,6 +63,7 @@ class Backbone(ABC):
         self.alphas_cumprod = self.noise_scheduler.alphas_cumprod
         self.prediction_type = self.noise_scheduler.config.prediction_type
         self.device = torch.device("cpu")
+        self.offloaded: tuple[str, ...] = ()
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -74,12 +75,29 @@ class Backbone(ABC):
         """Width and height in pixels that the denoiser was trained at."""
         return self.denoiser.config.sample_size * self.pipeline.vae_scale_factor
 
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of an image are multiples of, in pixels, so that VAE and denoiser halve them without rest."""
+        return self.pipeline.vae_scale_factor * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+
     def to(self, device: torch.device) -> None:
         """Moves the encoders and the noise schedule to a device; the denoiser is the Trainer's to move."""
         for name in self.encoder_names:
             getattr(self.pipeline, name).to(device)
         self.alphas_cumprod = self.alphas_cumprod.to(device)
         self.device = device
+
+    def offload(self, names: tuple[str, ...]) -> None:
+        """
+        Moves encoders that training needs no longer to the CPU. They are lent the device for drawing.
+
+        Args:
+            names (`tuple[str, ...]`):
+                Names of these encoders.
+        """
+        self.offloaded = names
+        for name in names:
+            getattr(self.pipeline, name).to("cpu")
 
     def fits(self, prompt: str) -> bool:
         """
@@ -111,10 +129,13 @@ class Backbone(ABC):
         """
         own = self.denoiser
         setattr(self.pipeline, self.denoiser_name, denoiser)
+        for name in self.offloaded:
+            getattr(self.pipeline, name).to(self.device)
         try:
             yield self.pipeline
         finally:
             setattr(self.pipeline, self.denoiser_name, own)
+            self.offload(self.offloaded)
 
     def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """

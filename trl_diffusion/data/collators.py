@@ -14,7 +14,8 @@
 
 """From rows of a dataset to a batch of tensors."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import PIL.Image
@@ -22,17 +23,20 @@ import torch
 
 from ..criteria import Criteria
 from ..noising import keyed_generator
-from .formats import check_attributes, check_box, check_preference, open_image
-from .transforms import TrainingImage, prepare_image
+from .buckets import nearest_bucket
+from .caching import is_precomputed, read_example
+from .formats import check_attributes, check_box, check_preference, image_size, open_image
+from .transforms import prepare_image
 
 
 @dataclass
-class InstancePairCollator:
+class ImageCollator:
     """
-    Collates rows with the columns `id`, `prompt`, `chosen`, `rejected` and, where present, `instances`.
+    Base class of the collators. A row becomes an example, the tensors of that row; examples are padded and stacked. A row
+    that was precomputed is an example already, without pixels.
 
     Crops and flips are drawn for each image from (seed, row id), so that a row looks the same in every epoch, in every
-    process and after a resume. Each image of a pair has its own.
+    process and after a resume. Each image of a row has its own.
 
     Args:
         resolution (`int`):
@@ -43,47 +47,92 @@ class InstancePairCollator:
             Flip left to right half of the time.
         seed (`int`, *optional*, defaults to `0`):
             Seed of crops and flips.
+        buckets (`list[tuple[int, int]]`, *optional*):
+            Sizes (height, width) in pixels to use in place of the one that `resolution` gives; a row takes the one nearest
+            to its images in shape, see [`data.buckets.nearest_bucket`]. A batch must hold rows of one bucket.
     """
 
     resolution: int
     center_crop: bool = True
     random_flip: bool = False
     seed: int = 0
+    buckets: list[tuple[int, int]] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        examples = [read_example(row) if is_precomputed(row) else self.prepare(row) for row in rows]
+        return {name: _batch([example[name] for example in examples]) for name in examples[0]}
+
+    def size(self, row: dict[str, Any]) -> tuple[int, int]:
         """
+        The size that a row is trained at.
+
         Args:
-            rows (`list[dict]` of length `B`):
-                The rows.
+            row (`dict`):
+                A row of the dataset.
 
         Returns:
-            `dict`: `chosen_pixel_values` and `rejected_pixel_values` `(B, 3, H, W)` in [-1, 1]; for both images also
-            `*_boxes` `(B, N, 4)` (unit boxes, zeros as padding), `*_original_sizes` and `*_crop_top_lefts` `(B, 2)`;
-            `judged` and `conflicts` `(B, N)`, bool; `id` and `prompt`, lists of `B` strings.
+            `tuple[int, int]`: height and width in pixels.
+        """
+        if self.buckets is None:
+            return self.resolution, self.resolution
+        return nearest_bucket([_read(row, column, image_size) for column in self.image_columns], self.buckets)
+
+    def _prepare_image(self, image: PIL.Image.Image, boxes: list, row: dict[str, Any], column: str) -> dict[str, Any]:
+        prepared = prepare_image(
+            image,
+            torch.tensor(boxes).reshape(-1, 4),
+            self.size(row),
+            keyed_generator(self.seed, str(row["id"]), column, "augmentation"),
+            center_crop=self.center_crop,
+            random_flip=self.random_flip,
+        )
+        return {
+            f"{column}_pixel_values": prepared.pixel_values,
+            f"{column}_original_sizes": torch.tensor(prepared.original_size),
+            f"{column}_crop_top_lefts": torch.tensor(prepared.crop_top_left),
+            f"{column}_boxes": prepared.boxes,
+        }
+
+
+@dataclass
+class InstancePairCollator(ImageCollator):
+    """
+    Collates rows with the columns `id`, `prompt`, `chosen`, `rejected` and, where present, `instances`, to a batch with
+    `chosen_pixel_values` and `rejected_pixel_values` `(B, 3, H, W)` in [-1, 1] (where the row was precomputed,
+    `*_latents_mean` and `*_latents_std` `(B, C, h, w)` in their place); for both images also `*_boxes` `(B, N, 4)` (unit
+    boxes, zeros as padding), `*_original_sizes` and `*_crop_top_lefts` `(B, 2)`; `judged` and `conflicts` `(B, N)`, bool;
+    `id` and `prompt`, lists of `B` strings. See [`data.collators.ImageCollator`] for its arguments.
+    """
+
+    image_columns = ("chosen", "rejected")
+
+    def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
+        """
+        Prepares one row.
+
+        Args:
+            row (`dict`):
+                The row.
+
+        Returns:
+            `dict`: what the batch holds, of this row.
 
         Raises:
-            `ValueError`: If a row does not fit; names the row and the column.
+            `ValueError`: If the row does not fit; names the row and the column.
         """
-        ids = _ids(rows)
-        num_instances = max(len(_instances(row)) for row in rows)
-        batch = {}
-        for column in ("chosen", "rejected"):
-            images = [self._prepare(row, column) for row in rows]
-            batch[f"{column}_pixel_values"] = torch.stack([image.pixel_values for image in images])
-            batch[f"{column}_boxes"] = torch.stack([_pad(image.boxes, num_instances) for image in images])
-            batch[f"{column}_original_sizes"] = torch.tensor([image.original_size for image in images])
-            batch[f"{column}_crop_top_lefts"] = torch.tensor([image.crop_top_left for image in images])
+        example = {"id": _id(row), "prompt": _prompt(row)}
+        for column in self.image_columns:
+            image = _read(row, column, open_image)
+            example |= self._prepare_image(image, self._boxes(row, column, image), row, column)
+        preferences = _preferences(row)
+        judged = [preference != "tie" for preference in preferences]
+        conflicts = [preference == "rejected" for preference in preferences]
+        return example | {
+            "judged": torch.tensor(judged, dtype=torch.bool),
+            "conflicts": torch.tensor(conflicts, dtype=torch.bool),
+        }
 
-        preferences = [_preferences(row) for row in rows]
-        for key, counted in (("judged", ("chosen", "rejected")), ("conflicts", ("rejected",))):
-            flags = [torch.tensor([name in counted for name in row], dtype=torch.bool) for row in preferences]
-            batch[key] = torch.stack([_pad(row, num_instances) for row in flags])
-        batch["id"] = ids
-        batch["prompt"] = [_prompt(row) for row in rows]
-        return batch
-
-    def _prepare(self, row: dict[str, Any], column: str) -> TrainingImage:
-        image = _open_image(row, column)
+    def _boxes(self, row: dict[str, Any], column: str, image: PIL.Image.Image) -> list[list[float]]:
         boxes = []
         for index, instance in enumerate(_instances(row)):
             try:
@@ -92,92 +141,70 @@ class InstancePairCollator:
                 raise ValueError(
                     f"`instances[{index}].{column}_box` of the row with id {row['id']!r} is not a box: {error}."
                 ) from error
-        return prepare_image(
-            image,
-            torch.tensor(boxes).reshape(-1, 4),
-            self.resolution,
-            keyed_generator(self.seed, str(row["id"]), column, "augmentation"),
-            center_crop=self.center_crop,
-            random_flip=self.random_flip,
-        )
+        return boxes
 
 
 @dataclass
-class AttributeCollator:
+class AttributeCollator(ImageCollator):
     """
-    Collates rows with the columns `id`, `prompt`, `image`, `positive_attributes` and `negative_attributes`.
-
-    Crops and flips are drawn for each image from (seed, row id), so that a row looks the same in every epoch, in every
-    process and after a resume.
+    Collates rows with the columns `id`, `prompt`, `image`, `positive_attributes` and `negative_attributes`, to a batch with
+    `image_pixel_values` `(B, 3, H, W)` in [-1, 1] (where the row was precomputed, `image_latents_mean` and
+    `image_latents_std` `(B, C, h, w)` in their place), `image_original_sizes` and `image_crop_top_lefts` `(B, 2)`; `id` and
+    `prompt`, lists of `B` strings; `positive_attributes` and `negative_attributes`, lists of `B` lists of ids. See
+    [`data.collators.ImageCollator`] for its other arguments.
 
     Args:
-        resolution (`int`):
-            Width and height in pixels of the training images.
         criteria ([`Criteria`]):
             The tree of the attributes.
-        center_crop (`bool`, *optional*, defaults to `True`):
-            Crop the middle; else crop anywhere.
-        random_flip (`bool`, *optional*, defaults to `False`):
-            Flip left to right half of the time.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of crops and flips.
     """
 
-    resolution: int
-    criteria: Criteria
-    center_crop: bool = True
-    random_flip: bool = False
-    seed: int = 0
+    criteria: Criteria = field(kw_only=True)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    image_columns = ("image",)
+
+    def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
         """
+        Prepares one row.
+
         Args:
-            rows (`list[dict]` of length `B`):
-                The rows.
+            row (`dict`):
+                The row.
 
         Returns:
-            `dict`: `pixel_values` `(B, 3, H, W)` in [-1, 1]; `original_sizes` and `crop_top_lefts` `(B, 2)`; `id` and
-            `prompt`, lists of `B` strings; `positive_attributes` and `negative_attributes`, lists of `B` lists of ids.
+            `dict`: what the batch holds, of this row.
 
         Raises:
-            `ValueError`: If a row does not fit; names the row and the column.
+            `ValueError`: If the row does not fit; names the row and the column.
         """
-        ids = _ids(rows)
-        images = [self._prepare(row) for row in rows]
-        positive, negative = zip(*(check_attributes(row, self.criteria) for row in rows), strict=True)
-        return {
-            "id": ids,
-            "prompt": [_prompt(row) for row in rows],
-            "pixel_values": torch.stack([image.pixel_values for image in images]),
-            "original_sizes": torch.tensor([image.original_size for image in images]),
-            "crop_top_lefts": torch.tensor([image.crop_top_left for image in images]),
-            "positive_attributes": list(positive),
-            "negative_attributes": list(negative),
+        row_id, (positive, negative) = _id(row), check_attributes(row, self.criteria)
+        image = self._prepare_image(_read(row, "image", open_image), [], row, "image")
+        del image["image_boxes"]
+        return {"id": row_id, "prompt": _prompt(row), **image} | {
+            "positive_attributes": positive,
+            "negative_attributes": negative,
         }
 
-    def _prepare(self, row: dict[str, Any]) -> TrainingImage:
-        return prepare_image(
-            _open_image(row, "image"),
-            torch.empty(0, 4),
-            self.resolution,
-            keyed_generator(self.seed, str(row["id"]), "image", "augmentation"),
-            center_crop=self.center_crop,
-            random_flip=self.random_flip,
-        )
+
+def _batch(values: list) -> torch.Tensor | list:
+    """Tensors padded with zeros along their first dimension and stacked; anything else as a list."""
+    if not isinstance(values[0], torch.Tensor):
+        return values
+    length = max(len(value) for value in values)
+    return torch.stack([_pad(value, length) for value in values])
 
 
-def _ids(rows: list[dict[str, Any]]) -> list[str]:
-    if any(row["id"] is None for row in rows):
+def _id(row: dict[str, Any]) -> str:
+    if row["id"] is None:
         raise ValueError(
             "A row has no `id`. Every row needs its own, or none: without the column, rows are numbered. Remove it with "
             '`dataset.remove_columns("id")`, or fill it.'
         )
-    return [str(row["id"]) for row in rows]
+    return str(row["id"])
 
 
-def _open_image(row: dict[str, Any], column: str) -> PIL.Image.Image:
+def _read(row: dict[str, Any], column: str, read: Callable):
     try:
-        return open_image(row[column])
+        return read(row[column])
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(
             f"The image in column `{column}` of the row with id {row['id']!r} cannot be read: {error}. Replace it, or "

@@ -170,19 +170,42 @@ def open_image(value: Any) -> PIL.Image.Image:
         `ValueError`: If the value holds no image.
         `OSError`: If the file is missing or is not a readable image.
     """
+    image = _open_lazily(value)
+    image.load()
+    return image
+
+
+def image_size(value: Any) -> tuple[int, int]:
+    """
+    The size of an image of a dataset once it is upright, from its header where the format allows it.
+
+    Args:
+        value (`PIL.Image.Image`, `bytes`, `str` or `dict`):
+            As [`data.formats.open_image`] takes it.
+
+    Returns:
+        `tuple[int, int]`: height and width in pixels.
+
+    Raises:
+        `ValueError`: If the value holds no image.
+        `OSError`: If the file is missing or is not a readable image.
+    """
+    image = _open_lazily(value)
+    turned = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return image.size if turned else (image.height, image.width)
+
+
+def _open_lazily(value: Any) -> PIL.Image.Image:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, PIL.Image.Image):
-        image = value
-    elif isinstance(value, bytes):
-        image = PIL.Image.open(io.BytesIO(value))
-    elif isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return PIL.Image.open(io.BytesIO(value))
+    if isinstance(value, str):
         with xopen(value, "rb") as file:  # a path on disk, in an archive or on the Hub
-            image = PIL.Image.open(io.BytesIO(file.read()))
-    else:
-        raise ValueError(f"expected an image, its bytes or a path, got {type(value).__name__}")
-    image.load()
-    return image
+            return PIL.Image.open(io.BytesIO(file.read()))
+    raise ValueError(f"expected an image, its bytes or a path, got {type(value).__name__}")
 
 
 def check_box(box: Any, width: int, height: int) -> list[float]:

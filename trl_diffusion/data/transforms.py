@@ -29,7 +29,7 @@ class TrainingImage(NamedTuple):
     An image as training sees it.
 
     Attributes:
-        pixel_values (`torch.Tensor` of shape `(3, resolution, resolution)`):
+        pixel_values (`torch.Tensor` of shape `(3, H, W)`):
             float32 in [-1, 1].
         boxes (`torch.Tensor` of shape `(N, 4)`):
             Unit boxes of `pixel_values`; area 0 where the crop cut a box away.
@@ -48,22 +48,21 @@ class TrainingImage(NamedTuple):
 def prepare_image(
     image: PIL.Image.Image,
     boxes: torch.Tensor,
-    resolution: int,
+    size: tuple[int, int],
     generator: torch.Generator,
     center_crop: bool = True,
     random_flip: bool = False,
 ) -> TrainingImage:
     """
-    Turns an image upright, resizes its shorter side to `resolution`, flips it (or not), crops it to a square, and takes
-    its boxes along.
+    Turns an image upright, resizes it until it just covers `size`, flips it (or not), crops it, and takes its boxes along.
 
     Args:
         image (`PIL.Image.Image`):
             The image as stored.
         boxes (`torch.Tensor` of shape `(N, 4)`):
             Boxes `[x_min, y_min, x_max, y_max]` in pixels of the stored image.
-        resolution (`int`):
-            Width and height in pixels of the result.
+        size (`tuple[int, int]`):
+            (height, width) in pixels of the result.
         generator (`torch.Generator`):
             Decides on crop and flip.
         center_crop (`bool`, *optional*, defaults to `True`):
@@ -79,18 +78,19 @@ def prepare_image(
     image = PIL.ImageOps.exif_transpose(image).convert("RGB")
     original_size = (image.height, image.width)
 
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    crop_height, crop_width = size
+    scale = max(crop_height / image.height, crop_width / image.width)
+    height, width = max(crop_height, round(image.height * scale)), max(crop_width, round(image.width * scale))
     image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
 
     if random_flip and torch.rand((), generator=generator) < 0.5:
         image, boxes = PIL.ImageOps.mirror(image), flip_boxes(boxes)
 
-    left, top = (width - resolution) // 2, (height - resolution) // 2
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
     if not center_crop:
-        left = int(torch.randint(width - resolution + 1, (), generator=generator))
-        top = int(torch.randint(height - resolution + 1, (), generator=generator))
-    right, bottom = left + resolution, top + resolution
+        left = int(torch.randint(width - crop_width + 1, (), generator=generator))
+        top = int(torch.randint(height - crop_height + 1, (), generator=generator))
+    right, bottom = left + crop_width, top + crop_height
     image = image.crop((left, top, right, bottom))
     boxes = crop_boxes(boxes, (left / width, top / height, right / width, bottom / height))
 

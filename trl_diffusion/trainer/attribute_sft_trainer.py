@@ -137,6 +137,16 @@ class AttributeSFTTrainer(DiffusionTrainer):
         self.is_taken = False
         if args.sample_prompts:
             self.set_reference(None)  # what the samples are drawn beside
+        if args.precompute:
+            self.precompute()
+
+    @property
+    def has_fixed_prompts(self) -> bool:
+        return self.args.attribute_dropout == 0
+
+    def prompts_of(self, row: dict[str, Any]) -> list[str]:
+        prompt, _ = self.attribute_prompts(row["prompt"], row["positive_attributes"], row["negative_attributes"])
+        return super().prompts_of({"prompt": prompt})
 
     def train(self, *args, **kwargs):
         self.check_not_taken()
@@ -164,11 +174,9 @@ class AttributeSFTTrainer(DiffusionTrainer):
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         ids = inputs["id"]
-        latents = self.encode_images(inputs["pixel_values"], ids, "image")
+        latents = self.sample_latents(inputs)
         prompts = self.drop_prompts(self.prompts_with_attributes(inputs), ids)
-        conditions = self.encode_prompts(prompts) | self.backbone.image_conditions(
-            inputs["original_sizes"], inputs["crop_top_lefts"], tuple(inputs["pixel_values"].shape[2:])
-        )
+        conditions = self.encode_prompts(prompts) | self.image_conditions(inputs, latents)
 
         losses = []
         for timesteps, noise in self.noise_draws(ids, latents.shape[1:]):

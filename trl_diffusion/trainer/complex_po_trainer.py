@@ -163,6 +163,8 @@ class ComplexPOTrainer(DiffusionTrainer):
         check_expert(expert_description, describe_expert(self, self.criteria))
         add_expert(self.model, expert_weights, expert_config)
         self.warned_of_drift = False
+        if args.precompute:
+            self.precompute()
 
     def _prepare_dataset(self, dataset, name: str) -> Dataset | IterableDataset:
         dataset = super()._prepare_dataset(dataset, name)
@@ -172,9 +174,9 @@ class ComplexPOTrainer(DiffusionTrainer):
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         args, ids = self.args, inputs["id"]
         stabilized = args.loss_type == "stabilized"
-        latents = self.encode_images(inputs["pixel_values"], ids, "image")
+        latents = self.sample_latents(inputs)
         prompts = self.prompts(inputs)
-        frozen_conditions, policy_conditions = self._conditions(prompts, inputs)
+        frozen_conditions, policy_conditions = self._conditions(prompts, inputs, latents)
 
         losses = []
         for timesteps, noise in self.noise_draws(ids, latents.shape[1:]):
@@ -251,7 +253,6 @@ class ComplexPOTrainer(DiffusionTrainer):
         Returns:
             [`trainer.complex_po_trainer.ComplexPrompts`]
         """
-        args = self.args
         plain = self.drop_prompts(inputs["prompt"], inputs["id"])
         chosen, rejected, sides, left_out = [], [], [], []
         for row_id, prompt, positive, negative in zip(
@@ -262,11 +263,7 @@ class ComplexPOTrainer(DiffusionTrainer):
                     f"The row with id {row_id!r} has neither positive nor negative attributes, so that there is nothing "
                     "to learn from it. Drop such rows with `dataset.filter`."
                 )
-            if args.attribute_targets == "paired":
-                positive = negative = [*positive, *negative]
-            asked = [(positive, []), ([], negative)]
-            if args.reverse_preference:
-                asked.reverse()
+            asked = self._asked(positive, negative)
             (chosen_text, chosen_left_out), (rejected_text, rejected_left_out) = (
                 self.attribute_prompts(prompt, *attributes) for attributes in asked
             )
@@ -279,17 +276,31 @@ class ComplexPOTrainer(DiffusionTrainer):
         has_chosen, has_rejected = torch.tensor(sides, dtype=torch.float32, device=device).T
         return ComplexPrompts(plain, chosen, rejected, has_chosen, has_rejected)
 
-    def _conditions(self, prompts: "ComplexPrompts", inputs: dict[str, Any]):
+    def _asked(self, positive: list[str], negative: list[str]) -> list[tuple[list[str], list[str]]]:
+        """The (positive, negative) attributes that the expert is asked for what to go to, and for what to leave."""
+        if self.args.attribute_targets == "paired":
+            positive = negative = [*positive, *negative]
+        asked = [(positive, []), ([], negative)]
+        return asked[::-1] if self.args.reverse_preference else asked
+
+    def prompts_of(self, row: dict[str, Any]) -> list[str]:
+        asked = [([], []), *self._asked(row["positive_attributes"], row["negative_attributes"])]
+        return [
+            self.attribute_prompts(prompt, *attributes)[0]
+            for prompt in super().prompts_of(row)
+            for attributes in asked
+        ]
+
+    def _conditions(self, prompts: "ComplexPrompts", inputs: dict[str, Any], latents: torch.Tensor):
         """Conditions of the rows of the frozen forward, see `frozen_predictions`, and the policy's, its last `B` rows."""
         positive = prompts.rejected if self.args.reverse_preference else prompts.chosen
         policy = prompts.plain if self.args.policy_condition == "prompt" else positive
         expert = [prompts.chosen, prompts.rejected] + ([prompts.plain] if self.args.target_strength != 1 else [])
-        rows = len(expert) + 1
-        frozen = self.encode_prompts(sum(expert, []) + policy) | self.backbone.image_conditions(
-            inputs["original_sizes"].repeat(rows, 1),
-            inputs["crop_top_lefts"].repeat(rows, 1),
-            tuple(inputs["pixel_values"].shape[2:]),
-        )
+        image_conditions = {
+            name: value.repeat(len(expert) + 1, *[1] * (value.ndim - 1))
+            for name, value in self.image_conditions(inputs, latents).items()
+        }
+        frozen = self.encode_prompts(sum(expert, []) + policy) | image_conditions
         return frozen, {name: condition[-len(policy) :] for name, condition in frozen.items()}
 
     @torch.no_grad()

@@ -15,6 +15,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
@@ -44,8 +45,20 @@ class DiffusionConfig(_BaseConfig):
         prompt_dropout (`float`, *optional*, defaults to `0.0`):
             Probability of replacing a prompt by the empty one, which trains the branch that classifier-free guidance
             subtracts.
+        aspect_ratio_buckets (`bool`, *optional*, defaults to `False`):
+            Train images at their own shape instead of as squares: at the nearest of several sizes with about as many pixels
+            as `resolution` squared, see [`data.buckets.bucket_sizes`]. A batch holds one size; both images of a pair share
+            theirs. In each epoch, rows that fill no batch of their size are left out. Not for streams.
+        precompute (`bool`, *optional*, defaults to `False`):
+            Before the training, encode each image and each prompt once, and keep the results in Arrow files. The encoders
+            leave the GPU then. Pays where rows are trained on more than once, in epochs or in several runs. Not for streams.
+        precompute_dir (`str`, *optional*):
+            Folder of these files. Defaults to one in the cache of `datasets`.
 
         > Parameters that control the training
+
+        channels_last (`bool`, *optional*, defaults to `False`):
+            Lay the denoiser and the VAE out with the channels last, which convolutions in half precision prefer on a GPU.
 
         timestep_range (`list[int]`, *optional*):
             The timesteps to train on, as `[low, high]` with `high` excluded. Defaults to all.
@@ -69,6 +82,7 @@ class DiffusionConfig(_BaseConfig):
     > - `activation_checkpointing` (`gradient_checkpointing` in older versions): Defaults to `True` instead of `False`.
     > - `bf16`: Defaults to `True` on a GPU that has it if `fp16` is not set, instead of `False`.
     > - `learning_rate`: Defaults to `1e-5` instead of `5e-5`.
+    > - `dataloader_num_workers`: Defaults to `4` where there is a GPU, instead of `0`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of a search in every step: no denoiser leaves any unused.
     > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`: a loss that is not finite stops the training.
@@ -80,6 +94,9 @@ class DiffusionConfig(_BaseConfig):
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate of the optimizer."})
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Older name of `activation_checkpointing`.", "nargs": "?", "const": True}
+    )
+    dataloader_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that read images ahead; 4 where there is a GPU, else 0."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Remove columns that the denoiser's forward does not name. Leave it off."}
@@ -117,7 +134,26 @@ class DiffusionConfig(_BaseConfig):
         default=0.0, metadata={"help": "Probability of replacing a prompt by the empty one."}
     )
 
+    aspect_ratio_buckets: bool = field(
+        default=False,
+        metadata={
+            "help": "Train images at the nearest of several shapes instead of as squares. A batch holds one shape."
+        },
+    )
+    precompute: bool = field(
+        default=False,
+        metadata={
+            "help": "Before the training, encode each image and each prompt once and keep the results in Arrow files."
+        },
+    )
+    precompute_dir: str | None = field(
+        default=None, metadata={"help": "Folder of these files. Defaults to one in the cache of `datasets`."}
+    )
+
     # Parameters that control the training
+    channels_last: bool = field(
+        default=False, metadata={"help": "Lay the denoiser and the VAE out with the channels last."}
+    )
     timestep_range: list[int] | None = field(
         default=None,
         metadata={"help": "The timesteps to train on, as `low high` with `high` excluded. Defaults to all."},
@@ -137,7 +173,10 @@ class DiffusionConfig(_BaseConfig):
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True  # as in TRL, under the name that transformers does not warn of
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 4 if torch.cuda.is_available() and not self.use_cpu else 0
         super().__post_init__()
+        self.accelerator_config.non_blocking = True  # batches are pinned, see `dataloader_pin_memory`
 
         if self.resolution is not None and self.resolution <= 0:
             raise ValueError(f"`resolution` must be a positive number of pixels, got {self.resolution}.")

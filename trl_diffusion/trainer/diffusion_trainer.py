@@ -16,6 +16,7 @@
 
 import copy
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import AutocastKwargs
 from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -35,13 +38,19 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..backbones import load_backbone
+from ..data.buckets import BucketSampler, bucket_sizes
+from ..data.caching import TensorTable
+from ..data.collators import ImageCollator
 from ..data.formats import prepare_dataset
 from ..noising import fixed_timesteps, keyed_generator, keyed_noise, keyed_timesteps
 from .callbacks import NonFiniteLossCallback, SampleImagesCallback
 from .diffusion_config import DiffusionConfig
 from .hub import diffusion_model_card
 from .lora import LORA_WEIGHTS_NAME, read_lora
+from .precompute import precompute_images, precompute_prompts
 
+
+logger = get_logger(__name__)
 
 NUM_EVAL_TIMESTEPS = 8
 
@@ -104,6 +113,11 @@ class DiffusionTrainer(_BaseTrainer):
             }
         elif eval_dataset is not None:
             eval_dataset = self._prepare_dataset(eval_dataset, "eval_dataset")
+        if isinstance(train_dataset, IterableDataset) and args.aspect_ratio_buckets:
+            raise ValueError(
+                "`train_dataset` is a stream, whose rows cannot be sorted by size. Load it without `streaming=True`, or train "
+                "without `aspect_ratio_buckets`."
+            )
         if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is None:
             # The main process cannot cut batches that hold strings for the others: each reads the stream itself.
             args.accelerator_config.dispatch_batches = False
@@ -151,7 +165,11 @@ class DiffusionTrainer(_BaseTrainer):
                 "loads. Train on several GPUs with `accelerate launch --multi_gpu`, or a LoRA by `peft_config`."
             )
         self.backbone.to(self.accelerator.device)
+        if args.channels_last:
+            for module in (denoiser, self.backbone.pipeline.vae):
+                module.to(memory_format=torch.channels_last)
         self.ref_model = None
+        self.prompt_table: TensorTable | None = None
         self.losses_since_step: list[tuple[list[str], torch.Tensor]] = []
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self.add_callback(NonFiniteLossCallback(self))
@@ -177,10 +195,116 @@ class DiffusionTrainer(_BaseTrainer):
             "center_crop": self.args.center_crop,
             "random_flip": self.args.random_flip,
             "seed": self.args.seed,
+            "buckets": bucket_sizes(self.resolution, self.backbone.size_multiple)
+            if self.args.aspect_ratio_buckets
+            else None,
         }
 
     def _prepare_dataset(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
         return prepare_dataset(dataset, name, self.columns, self.image_columns)
+
+    # ---- Data ----
+
+    def precompute(self) -> None:
+        """
+        Encodes the images and prompts of the datasets once, into Arrow files, or finds them there; the encoders then leave
+        the accelerator. Trainers call it at the end of their `__init__` where `args.precompute` is set.
+
+        Raises:
+            `ValueError`: If a dataset is a stream or has an id twice, if the collator is not the trainer's own, or if the
+                disk has not the room.
+        """
+        if not isinstance(self.data_collator, ImageCollator):
+            raise ValueError(
+                "`precompute` needs the trainer's own collator, whose work it does beforehand. Leave out `data_collator`, or "
+                "train without `precompute`."
+            )
+        self.model.train()
+        if self.train_dataset is not None:
+            args = self.args
+            used = args.max_steps * self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+            if not isinstance(self.train_dataset, IterableDataset) and 0 < used < len(self.train_dataset):
+                logger.warning(
+                    f"The {args.max_steps} steps of this training use {used:,} of the {len(self.train_dataset):,} rows of "
+                    "`train_dataset`, and all of them are precomputed. Pass those rows only: "
+                    f"`dataset.shuffle(seed=0).select(range({used}))`."
+                )
+            self.train_dataset = precompute_images(self, self.train_dataset, "train_dataset")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {
+                name: precompute_images(self, split, f"eval_dataset {name}")
+                for name, split in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = precompute_images(self, self.eval_dataset, "eval_dataset")
+        offloaded = ("vae",)
+        if self.has_fixed_prompts:
+            evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            rows = [dataset for dataset in (self.train_dataset, *evaluated) if dataset is not None]
+            self.prompt_table = precompute_prompts(self, rows)
+            offloaded = self.backbone.encoder_names
+        self.backbone.offload(offloaded)
+
+    @property
+    def has_fixed_prompts(self) -> bool:
+        """Whether a row is trained with the same prompts in every step."""
+        return True
+
+    def prompts_of(self, row: dict[str, Any]) -> list[str]:
+        """
+        Every prompt that a row can be trained with.
+
+        Args:
+            row (`dict`):
+                A row of a dataset.
+
+        Returns:
+            `list[str]`
+        """
+        return [row["prompt"], ""] if self.args.prompt_dropout > 0 else [row["prompt"]]
+
+    @property
+    def num_epochs(self) -> int:
+        """How many epochs the training begins."""
+        args = self.args
+        rows = len(self._get_train_sampler())
+        batches = rows / (self._train_batch_size * args.world_size)
+        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        steps = math.ceil(batches / args.gradient_accumulation_steps)
+        return math.ceil(args.max_steps / max(1, steps)) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.args.aspect_ratio_buckets:
+            return super()._get_train_sampler(train_dataset)
+        sampler = BucketSampler(self._training_sizes(dataset), self._train_batch_size, self.args.seed)
+        if len(sampler) == 0:
+            raise ValueError(
+                f"No size has the {self._train_batch_size} rows of a batch. Lower `per_device_train_batch_size`, or train "
+                "without `aspect_ratio_buckets`."
+            )
+        if left_out := len(dataset) - len(sampler):
+            logger.warning(
+                f"{left_out} of {len(dataset)} rows are left out of each epoch, other ones each time: of their size there "
+                f"are not {self._train_batch_size} more for a batch."
+            )
+        return sampler
+
+    def _training_sizes(self, dataset: Dataset) -> list[list[int]]:
+        """The size of each row, of which a batch has one."""
+        if "training_size" not in dataset.column_names:
+            dataset = dataset.map(
+                lambda row: {"training_size": self.data_collator.size(row)},
+                remove_columns=[name for name in dataset.column_names if name != "training_size"],
+                new_fingerprint=Hasher.hash((dataset._fingerprint, self.data_collator.buckets)),
+                desc="Reading the sizes of images",
+            )
+        return dataset["training_size"][:]
+
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
+        if self.args.aspect_ratio_buckets and not is_training:
+            batch_size = 1  # an evaluation takes every row, in order
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
 
     # ---- The reference ----
 
@@ -235,30 +359,71 @@ class DiffusionTrainer(_BaseTrainer):
 
     # ---- What every step needs ----
 
+    @property
+    def _moment(self) -> int | str:
+        """What a row's randomness depends on besides seed and row: the global step in training, nothing in evaluation."""
+        return self.state.global_step if self.model.training else "eval"
+
     def _key(self, row_id: str, column: str = "") -> tuple:
-        """The key of a row's randomness: of the global step in training, fixed in evaluation."""
-        moment = self.state.global_step if self.model.training else "eval"
-        return (self.args.seed, moment, row_id, column)
+        return (self.args.seed, self._moment, row_id, column)
 
     @torch.no_grad()
-    def encode_images(self, pixel_values: torch.Tensor, ids: list[str], column: str) -> torch.Tensor:
+    def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Encodes images to latents, sampled from the VAE's posterior with keyed noise.
+        Encodes images to the moments of the VAE's posterior.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
                 Images in [-1, 1].
-            ids (`list[str]` of length `B`):
-                Ids of the rows.
-            column (`str`):
-                The column that the images come from.
 
         Returns:
-            `torch.Tensor` of shape `(B, C, h, w)`: float32 latents in the denoiser's scale.
+            `tuple[torch.Tensor, torch.Tensor]`, each of shape `(B, C, h, w)`: float32 mean and standard deviation.
         """
         with self.accelerator.autocast(AutocastKwargs(enabled=not self.backbone.pipeline.vae.config.force_upcast)):
-            mean, std = self.backbone.encode_images(pixel_values)
-        return mean + std * keyed_noise([self._key(row_id, column) for row_id in ids], mean.shape[1:], mean.device)
+            return self.backbone.encode_images(pixel_values)
+
+    def sample_latents(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """
+        Samples latents of a batch's images from the VAE's posterior with keyed noise. The posterior is encoded here, all
+        images in one batch, unless it was [precomputed](DiffusionConfig).
+
+        Args:
+            inputs (`dict`):
+                A batch of the collator.
+
+        Returns:
+            `torch.Tensor` of shape `(n * B, C, h, w)` for `n` image columns, one column after the other: float32 latents
+            in the denoiser's scale.
+        """
+        columns = self.image_columns
+        if f"{columns[0]}_latents_mean" in inputs:
+            mean, std = (
+                torch.cat([inputs[f"{column}_latents_{what}"] for column in columns]) for what in ("mean", "std")
+            )
+        else:
+            mean, std = self.encode_images(torch.cat([inputs[f"{column}_pixel_values"] for column in columns]))
+        keys = [self._key(row_id, column) for column in columns for row_id in inputs["id"]]
+        return mean + std * keyed_noise(keys, mean.shape[1:], mean.device)
+
+    def image_conditions(self, inputs: dict[str, Any], latents: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        The denoiser's conditions that describe how each image was made.
+
+        Args:
+            inputs (`dict`):
+                A batch of the collator.
+            latents (`torch.Tensor` of shape `(n * B, C, h, w)`):
+                The latents of its images.
+
+        Returns:
+            `dict[str, torch.Tensor]`: tensors whose first dimension is `n * B`; empty where the model has none.
+        """
+        original_sizes, crop_top_lefts = (
+            torch.cat([inputs[f"{column}_{what}"] for column in self.image_columns])
+            for what in ("original_sizes", "crop_top_lefts")
+        )
+        height, width = (side * self.backbone.pipeline.vae_scale_factor for side in latents.shape[2:])
+        return self.backbone.image_conditions(original_sizes, crop_top_lefts, (height, width))
 
     def drop_prompts(self, prompts: list[str], ids: list[str]) -> list[str]:
         """
@@ -281,7 +446,7 @@ class DiffusionTrainer(_BaseTrainer):
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """
-        Encodes prompts.
+        Encodes prompts, each once however often it occurs, or looks them up where they were precomputed.
 
         Args:
             prompts (`list[str]` of length `B`):
@@ -290,8 +455,36 @@ class DiffusionTrainer(_BaseTrainer):
         Returns:
             `dict[str, torch.Tensor]`: text conditions whose first dimension is `B`.
         """
+        device = self.accelerator.device
+        if self.prompt_table is not None:
+            conditions = self.prompt_table[prompts]
+            return {name: value.to(device, non_blocking=True) for name, value in conditions.items()}
+        different = list(dict.fromkeys(prompts))
         with self.accelerator.autocast():
-            return self.backbone.encode_prompts(prompts)
+            conditions = self.backbone.encode_prompts(different)
+        if len(different) == len(prompts):
+            return conditions
+        places = torch.tensor([different.index(prompt) for prompt in prompts]).to(device, non_blocking=True)
+        return {name: value[places] for name, value in conditions.items()}
+
+    def timestep_draws(self, ids: list[str]) -> Iterator[tuple[torch.Tensor, list[tuple]]]:
+        """
+        Draws timesteps for the rows of a batch: once in training, 8 fixed ones in evaluation.
+
+        Args:
+            ids (`list[str]` of length `B`):
+                Ids of the rows.
+
+        Yields:
+            `tuple[torch.Tensor, list[tuple]]`: timesteps `(B,)`, on the CPU, and the keys of the noise that belongs to
+            them.
+        """
+        keys = [self._key(row_id) for row_id in ids]
+        if self.model.training:
+            yield keyed_timesteps(keys, *self.timestep_range), keys
+        else:
+            for timestep in fixed_timesteps(*self.timestep_range, NUM_EVAL_TIMESTEPS):
+                yield torch.full((len(ids),), timestep), [(*key, timestep) for key in keys]
 
     def noise_draws(self, ids: list[str], shape: tuple[int, ...]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """
@@ -307,13 +500,8 @@ class DiffusionTrainer(_BaseTrainer):
             `tuple[torch.Tensor, torch.Tensor]`: timesteps `(B,)` and noise `(B, *shape)`.
         """
         device = self.accelerator.device
-        if self.model.training:
-            keys = [self._key(row_id) for row_id in ids]
-            yield keyed_timesteps(keys, *self.timestep_range, device), keyed_noise(keys, shape, device)
-        else:
-            for timestep in fixed_timesteps(*self.timestep_range, NUM_EVAL_TIMESTEPS):
-                timesteps = torch.full((len(ids),), timestep, device=device)
-                yield timesteps, keyed_noise([(*self._key(row_id), timestep) for row_id in ids], shape, device)
+        for timesteps, keys in self.timestep_draws(ids):
+            yield timesteps.to(device, non_blocking=True), keyed_noise(keys, shape, device)
 
     # ---- Loss and metrics ----
 

@@ -37,6 +37,16 @@ class InstanceDPOConfig(DiffusionConfig):
         mask_overlap (`str`, *optional*, defaults to `"mean"`):
             How the instances of an image combine into its mask. `"mean"` averages over all of them, as in the paper;
             `"covering"` (ours) averages, at each position, over the instances that cover it.
+        noise_source (`str`, *optional*, defaults to `"random"`):
+            Where the noise of a noised image comes from. `"random"` draws it, the same for both images of a pair.
+            `"inversion"` carries each image to its timestep by DDIM inversion, with its prompt and without guidance, and
+            takes the noise that explains the result, as InPO and, for SDXL, IAPO do.
+        inversion_steps (`int`, *optional*, defaults to `10`):
+            The most steps of an inversion, which is what the last timestep takes; earlier ones take fewer.
+        inversion_model (`str`, *optional*, defaults to `"reference"`):
+            Who inverts: `"reference"`, whose results can be precomputed, or `"policy"`, as in InPO's published run.
+        inversion_eta (`float`, *optional*, defaults to `0.0`):
+            Weight of a random term after each step of an inversion; 0.1 in InPO's published run. 0 is deterministic.
         reverse_preference (`bool`, *optional*, defaults to `False`):
             Train towards the rejected images, instances included, which gives the model for
             [`negative_preference_guidance`] (Diffusion-NPO). In the logs, chosen then means rejected.
@@ -64,6 +74,26 @@ class InstanceDPOConfig(DiffusionConfig):
             "choices": ["mean", "covering"],
         },
     )
+    noise_source: str = field(
+        default="random",
+        metadata={
+            "help": "Where the noise of a noised image comes from: drawn, or from DDIM inversion of the image.",
+            "choices": ["random", "inversion"],
+        },
+    )
+    inversion_steps: int = field(
+        default=10, metadata={"help": "The most steps of an inversion, which is what the last timestep takes."}
+    )
+    inversion_model: str = field(
+        default="reference",
+        metadata={
+            "help": "Who inverts: the reference, whose results can be precomputed, or the policy.",
+            "choices": ["reference", "policy"],
+        },
+    )
+    inversion_eta: float = field(
+        default=0.0, metadata={"help": "Weight of a random term after each step of an inversion."}
+    )
     reverse_preference: bool = field(
         default=False,
         metadata={"help": "Train towards the rejected images, for the unconditional branch of guidance."},
@@ -80,3 +110,11 @@ class InstanceDPOConfig(DiffusionConfig):
             )
         if self.mask_overlap not in ("mean", "covering"):
             raise ValueError(f"`mask_overlap` must be 'mean' or 'covering', got {self.mask_overlap!r}.")
+        if self.noise_source not in ("random", "inversion"):
+            raise ValueError(f"`noise_source` must be 'random' or 'inversion', got {self.noise_source!r}.")
+        if self.inversion_model not in ("reference", "policy"):
+            raise ValueError(f"`inversion_model` must be 'reference' or 'policy', got {self.inversion_model!r}.")
+        if self.inversion_steps < 1:
+            raise ValueError(f"`inversion_steps` must be at least 1, got {self.inversion_steps}.")
+        if self.inversion_eta < 0:
+            raise ValueError(f"`inversion_eta` must not be negative, got {self.inversion_eta}.")

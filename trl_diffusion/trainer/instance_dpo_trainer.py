@@ -14,8 +14,10 @@
 
 """IAPO: Instance-Aware Preference Optimization (CVPR 2026). Without instances, Diffusion-DPO (arXiv:2311.12908)."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -23,12 +25,15 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from ..data.caching import TensorTable
 from ..data.collators import InstancePairCollator
+from ..inversion import ddim_inversion
 from ..losses import diffusion_dpo_loss
 from ..masks import instance_masks, masked_area
-from ..noising import add_noise, per_sample_errors, training_target
+from ..noising import add_noise, explaining_noise, keyed_noise, per_sample_errors, training_target
 from .diffusion_trainer import DiffusionTrainer
 from .instance_dpo_config import InstanceDPOConfig
+from .precompute import precompute_by_id, weights_fingerprint
 
 
 class InstanceDPOTrainer(DiffusionTrainer):
@@ -130,27 +135,29 @@ class InstanceDPOTrainer(DiffusionTrainer):
         if data_collator is None:
             self.data_collator = InstancePairCollator(**self._collator_settings)
         self.set_reference(ref_model)
+        self.draw_tables: list[TensorTable] = []
+        if args.precompute:
+            self.precompute()
+
+    @property
+    def _moment(self) -> int | str:
+        # With inversion the epoch takes the step's place: a row's draws are then known before the training.
+        if self.args.noise_source == "inversion" and self.model.training:
+            return f"epoch {int(self.state.epoch or 0)}"
+        return super()._moment
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         args, ids = self.args, inputs["id"]
 
         # One batch for both images: (2B, ...), chosen then rejected
-        latents = torch.cat(
-            [self.encode_images(inputs[f"{column}_pixel_values"], ids, column) for column in self.image_columns]
-        )
+        latents = self.sample_latents(inputs)
         masks = torch.cat([self.masks(inputs, column, latents.shape[2:]) for column in self.image_columns])
-        conditions = self._conditions(inputs)
+        conditions = self._conditions(inputs, latents)
 
         losses = []
-        for timesteps, noise in self.noise_draws(ids, latents.shape[1:]):
-            # Timestep and noise are shared by the pair
-            timesteps, noise = timesteps.repeat(2), noise.repeat(2, 1, 1, 1)
-            alphas_cumprod = self.backbone.alphas_cumprod
-            noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
-            target = training_target(latents, noise, timesteps, alphas_cumprod, self.backbone.prediction_type)
-
-            with self.reference(model) as ref_model:
-                ref_pred = self.backbone.predict(ref_model, noisy_latents, timesteps, conditions)
+        for timesteps, noisy_latents, noise, ref_pred in self.noised_pairs(model, latents, conditions, ids):
+            alphas_cumprod, prediction_type = self.backbone.alphas_cumprod, self.backbone.prediction_type
+            target = training_target(latents, noise, timesteps, alphas_cumprod, prediction_type)
             model_pred = self.backbone.predict(model, noisy_latents, timesteps, conditions)
 
             # d = mean(M . (eps - e(x_t, t, c))^2)
@@ -184,6 +191,135 @@ class InstanceDPOTrainer(DiffusionTrainer):
         self.record(**{"masks/area": masked_area(masks)})
         return (losses.mean(), {"losses": losses}) if return_outputs else losses.mean()
 
+    def noised_pairs(
+        self,
+        model: torch.nn.Module,
+        latents: torch.Tensor,
+        conditions: dict[str, torch.Tensor],
+        ids: list[str],
+    ) -> Iterator["NoisedPairs"]:
+        """
+        What a step needs before the policy is asked, all of it without gradient: noised images, by random noise or by
+        inversion, and the reference's predictions for them. Once in training, at 8 fixed timesteps in evaluation.
+
+        Args:
+            model (`torch.nn.Module`):
+                The policy, wrapped or not.
+            latents (`torch.Tensor` of shape `(2B, C, h, w)`):
+                Clean latents, chosen then rejected.
+            conditions (`dict[str, torch.Tensor]`):
+                Conditions of the `2B` rows.
+            ids (`list[str]` of length `B`):
+                Ids of the rows.
+
+        Yields:
+            [`trainer.instance_dpo_trainer.NoisedPairs`]
+        """
+        alphas_cumprod = self.backbone.alphas_cumprod
+        if self.draw_tables and self.model.training:
+            by_row = self.draw_tables[int(self.state.epoch or 0)][ids]
+            timesteps, noisy_latents, ref_pred = (
+                by_row[name].transpose(0, 1).flatten(0, 1).to(latents.device, non_blocking=True)
+                for name in ("timesteps", "noisy_latents", "ref_pred")
+            )
+            noise = explaining_noise(latents, noisy_latents, timesteps, alphas_cumprod)
+            yield NoisedPairs(timesteps, noisy_latents, noise, ref_pred)
+            return
+        for timesteps, keys in self.timestep_draws(ids):
+            # The pair shares its timestep, and its noise where that is random
+            timesteps_on_cpu = timesteps.repeat(2)
+            timesteps = timesteps_on_cpu.to(latents.device, non_blocking=True)
+            if self.args.noise_source == "inversion":
+                keys = [(*key, column) for column in self.image_columns for key in keys]
+                noisy_latents = self.invert(model, latents, timesteps_on_cpu, conditions, keys)
+                noise = explaining_noise(latents, noisy_latents, timesteps, alphas_cumprod)
+            else:
+                noise = keyed_noise(keys, latents.shape[1:], latents.device).repeat(2, 1, 1, 1)
+                noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
+            with self.reference(model) as ref_model:
+                ref_pred = self.backbone.predict(ref_model, noisy_latents, timesteps, conditions)
+            yield NoisedPairs(timesteps, noisy_latents, noise, ref_pred)
+
+    def precompute(self) -> None:
+        """
+        Encodes images and prompts; where the reference inverts, also noises each pair for each epoch and keeps the
+        reference's predictions, so that a training step asks the policy alone.
+        """
+        super().precompute()
+        args = self.args
+        if args.noise_source != "inversion" or args.inversion_model != "reference" or self.train_dataset is None:
+            return
+        reference = self.model if self.ref_model is None else self.ref_model
+        depends_on = (
+            weights_fingerprint(self.accelerator.unwrap_model(reference, keep_torch_compile=False)),
+            self.prompt_table.dataset._fingerprint,
+            self.backbone.alphas_cumprod.tolist(),
+            self.backbone.prediction_type,
+            self.timestep_range,
+            (args.seed, args.prompt_dropout, args.inversion_steps, args.inversion_eta),
+        )
+
+        @torch.no_grad()
+        def noise(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+            latents = self.sample_latents(inputs)
+            with self.accelerator.autocast():
+                pairs = next(self.noised_pairs(self.model, latents, self._conditions(inputs, latents), inputs["id"]))
+            by_row = {name: value.unflatten(0, (2, -1)).transpose(0, 1) for name, value in pairs._asdict().items()}
+            del by_row["noise"]  # follows from the others
+            return by_row
+
+        tables = []
+        for epoch in range(self.num_epochs):
+            self.state.epoch = epoch
+            tables.append(
+                precompute_by_id(
+                    self, self.train_dataset, noise, f"inversions of epoch {epoch + 1}", (depends_on, epoch)
+                )
+            )
+        self.state.epoch = 0
+        self.draw_tables = tables
+
+    def invert(
+        self,
+        model: torch.nn.Module,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditions: dict[str, torch.Tensor],
+        keys: list[tuple],
+    ) -> torch.Tensor:
+        """
+        Noised latents by DDIM inversion, with the prompt and without guidance, see [`inversion.ddim_inversion`].
+
+        Args:
+            model (`torch.nn.Module`):
+                The policy, wrapped or not.
+            latents (`torch.Tensor` of shape `(2B, C, h, w)`):
+                Clean latents.
+            timesteps (`torch.Tensor` of shape `(2B,)`):
+                Where each arrives, on the CPU.
+            conditions (`dict[str, torch.Tensor]`):
+                Conditions of the `2B` rows.
+            keys (`list[tuple]` of length `2B`):
+                Keys of the random term.
+
+        Returns:
+            `torch.Tensor` of shape `(2B, C, h, w)`: float32.
+        """
+        by_reference = self.args.inversion_model == "reference"
+        with self.reference(model) if by_reference else nullcontext(model) as denoiser:
+            return ddim_inversion(
+                lambda noisy_latents, timesteps, rows: self.backbone.predict(
+                    denoiser, noisy_latents, timesteps, {name: value[rows] for name, value in conditions.items()}
+                ),
+                latents,
+                timesteps,
+                self.backbone.alphas_cumprod,
+                self.backbone.prediction_type,
+                self.args.inversion_steps,
+                self.args.inversion_eta,
+                keys,
+            )
+
     def masks(self, inputs: dict[str, Any], column: str, size: tuple[int, int]) -> torch.Tensor:
         """
         The instance masks of one image of each pair.
@@ -208,13 +344,29 @@ class InstanceDPOTrainer(DiffusionTrainer):
             mask_overlap=self.args.mask_overlap,
         )
 
-    def _conditions(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _conditions(self, inputs: dict[str, Any], latents: torch.Tensor) -> dict[str, torch.Tensor]:
         """Text conditions, encoded once a pair, and image conditions, each image's own: first dimension 2B."""
         text = self.encode_prompts(self.drop_prompts(inputs["prompt"], inputs["id"]))
         conditions = {name: torch.cat([value, value]) for name, value in text.items()}
-        original_sizes, crop_top_lefts = (
-            torch.cat([inputs[f"{column}_{what}"] for column in self.image_columns])
-            for what in ("original_sizes", "crop_top_lefts")
-        )
-        target_size = tuple(inputs["chosen_pixel_values"].shape[2:])
-        return conditions | self.backbone.image_conditions(original_sizes, crop_top_lefts, target_size)
+        return conditions | self.image_conditions(inputs, latents)
+
+
+class NoisedPairs(NamedTuple):
+    """
+    Noised images of a batch of pairs, chosen then rejected, and what the reference makes of them.
+
+    Attributes:
+        timesteps (`torch.Tensor` of shape `(2B,)`):
+            Timesteps.
+        noisy_latents (`torch.Tensor` of shape `(2B, C, h, w)`):
+            `x_t`, float32.
+        noise (`torch.Tensor` of shape `(2B, C, h, w)`):
+            The noise in them, float32.
+        ref_pred (`torch.Tensor` of shape `(2B, C, h, w)`):
+            The reference's prediction.
+    """
+
+    timesteps: torch.Tensor
+    noisy_latents: torch.Tensor
+    noise: torch.Tensor
+    ref_pred: torch.Tensor

@@ -1,0 +1,99 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Aspect ratio buckets (arXiv:2307.01952, section 2.3): images of many shapes in batches of one shape each."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+
+def bucket_sizes(resolution: int, multiple: int) -> list[tuple[int, int]]:
+    """
+    The sizes that images are trained at: of about as many pixels as a square of the resolution and not more, between twice
+    as high as wide and twice as wide as high.
+
+    Args:
+        resolution (`int`):
+            Width and height in pixels of the square.
+        multiple (`int`):
+            What every side is a multiple of.
+
+    Returns:
+        `list[tuple[int, int]]`: (height, width) in pixels, from high to wide.
+    """
+    sizes = set()
+    for long in range(resolution, 2 * resolution, multiple):
+        short = resolution**2 // long // multiple * multiple
+        if short > 0 and long <= 2 * short:
+            sizes |= {(long, short), (short, long)}
+    return sorted(sizes, reverse=True)
+
+
+def nearest_bucket(sizes: list[tuple[int, int]], buckets: list[tuple[int, int]]) -> tuple[int, int]:
+    """
+    The bucket whose shape is nearest to some images, in the logarithm of height over width.
+
+    Args:
+        sizes (`list[tuple[int, int]]`):
+            (height, width) in pixels of the images that share a bucket; the mean of their shapes counts.
+        buckets (`list[tuple[int, int]]`):
+            The buckets.
+
+    Returns:
+        `tuple[int, int]`: one of the buckets.
+    """
+    shape = sum(math.log(height / width) for height, width in sizes) / len(sizes)
+    return min(buckets, key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - shape))
+
+
+class BucketSampler(torch.utils.data.Sampler):
+    """
+    Shuffles rows so that every run of `batch_size` of them is of one bucket. In each epoch a bucket leaves out the rows that
+    do not fill a batch; they are others in the next.
+
+    Args:
+        buckets (`list`):
+            The bucket of each row.
+        batch_size (`int`):
+            Rows in a batch.
+        seed (`int`):
+            Seed of the shuffling.
+    """
+
+    def __init__(self, buckets: list, batch_size: int, seed: int):
+        self.rows = defaultdict(list)
+        for row, bucket in enumerate(buckets):
+            self.rows[tuple(bucket)].append(row)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffles anew."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(len(rows) // self.batch_size * self.batch_size for rows in self.rows.values())
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        batches = []
+        for rows in self.rows.values():
+            shuffled = [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]
+            batches += zip(*[iter(shuffled)] * self.batch_size)
+        for place in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[place]

@@ -1,0 +1,178 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Tensors that are computed once and kept in Arrow files."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, Value, concatenate_datasets
+from safetensors import torch as safetensors
+
+
+TENSORS = "tensors"  # the column that holds a row's tensors, in the format of safetensors
+ROWS_PER_FILE = 1000
+
+
+def is_precomputed(row: dict[str, Any]) -> bool:
+    """Whether a row comes from [`data.caching.precompute_dataset`]."""
+    return TENSORS in row
+
+
+def write_example(example: dict[str, Any]) -> dict[str, Any]:
+    """
+    Packs an example's tensors into one column.
+
+    Args:
+        example (`dict`):
+            Tensors and other values by name.
+
+    Returns:
+        `dict`: the other values, and `tensors`, `bytes`.
+    """
+    tensors = {name: value.cpu().contiguous() for name, value in example.items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in example.items() if name not in tensors} | {
+        TENSORS: safetensors.save(tensors)
+    }
+
+
+def read_example(row: dict[str, Any]) -> dict[str, Any]:
+    """
+    Unpacks what [`data.caching.write_example`] packed.
+
+    Args:
+        row (`dict`):
+            A row.
+
+    Returns:
+        `dict`: the example.
+    """
+    return {name: value for name, value in row.items() if name != TENSORS} | safetensors.load(row[TENSORS])
+
+
+def precompute_dataset(
+    dataset: Dataset,
+    encode: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    features: Features,
+    name: str,
+    fingerprint: str,
+    folder: Path,
+    batch_size: int,
+    process_index: int = 0,
+    num_processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = print,
+) -> Dataset:
+    """
+    Encodes a dataset into Arrow files of 1000 rows, and loads those that are there already: an interrupted run goes on with
+    the file that it was at. Processes share the files among themselves.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The rows.
+        encode (`Callable`):
+            From rows to as many examples.
+        features ([`~datasets.Features`]):
+            Columns of the examples besides their tensors.
+        name (`str`):
+            What the files hold, for their names and messages.
+        fingerprint (`str`):
+            Hash of everything that the examples depend on.
+        folder (`Path`):
+            Where the files go.
+        batch_size (`int`):
+            Rows that are encoded at once.
+        process_index (`int`, *optional*, defaults to `0`):
+            Which process this is.
+        num_processes (`int`, *optional*, defaults to `1`):
+            How many there are.
+        wait (`Callable`, *optional*):
+            Waits for all processes.
+        say (`Callable`, *optional*):
+            Prints a message.
+
+    Returns:
+        [`~datasets.Dataset`]: the examples, memory-mapped, with `tensors` as one column.
+
+    Raises:
+        `ValueError`: If the disk has not the room for it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    features = Features({**features, TENSORS: Value("large_binary")})
+    starts = range(0, len(dataset), ROWS_PER_FILE)
+    files = {
+        start: folder / f"{name.replace(' ', '-')}-{fingerprint}-{start // ROWS_PER_FILE:05d}.arrow"
+        for start in starts
+    }
+    missing = [start for start in starts if not files[start].exists()]
+    wait()
+    if missing:
+        rows = sum(min(ROWS_PER_FILE, len(dataset) - start) for start in missing)
+        size = rows * len(write_example(encode([dataset[missing[0]]])[0])[TENSORS])
+        free = shutil.disk_usage(folder).free
+        say(f"Precomputing {name}: {rows:,} of {len(dataset):,} rows are missing, {size / 1e9:.2f} GB, in {folder}.")
+        if size > free:
+            raise ValueError(
+                f"Precomputing {name} needs {size / 1e9:.2f} GB, and the disk of {folder} has {free / 1e9:.2f} GB left. "
+                "Name a folder on another disk as `precompute_dir`, train on fewer rows, or without `precompute`."
+            )
+    else:
+        say(f"Precomputed before: {name}, {len(dataset):,} rows in {folder}.")
+
+    def encode_batch(batch: dict[str, list]) -> dict[str, list]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        examples = [write_example(example) for example in encode(rows)]
+        return {column: [example[column] for example in examples] for column in features}
+
+    for index, start in enumerate(starts):
+        if index % num_processes == process_index:
+            part = dataset.select(range(start, min(start + ROWS_PER_FILE, len(dataset))))
+            part.map(
+                encode_batch,
+                batched=True,
+                batch_size=batch_size,
+                remove_columns=part.column_names,
+                features=features,
+                cache_file_name=str(files[start]),
+                load_from_cache_file=True,
+                new_fingerprint=f"{fingerprint}-{start}",
+                writer_batch_size=100,
+                desc=f"Precomputing {name}, file {index + 1} of {len(starts)}",
+            )
+    wait()
+    return concatenate_datasets([Dataset.from_file(str(files[start])) for start in starts])
+
+
+class TensorTable:
+    """
+    Precomputed tensors that are looked up by a key.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            What [`data.caching.precompute_dataset`] returned.
+        key (`str`):
+            The column of the key, whose values differ.
+    """
+
+    def __init__(self, dataset: Dataset, key: str):
+        self.dataset = dataset
+        self.places = {value: place for place, value in enumerate(dataset[key])}
+
+    def __getitem__(self, keys: list[str]) -> dict[str, torch.Tensor]:
+        rows = self.dataset[[self.places[key] for key in keys]][TENSORS]
+        examples = [safetensors.load(row) for row in rows]
+        return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}

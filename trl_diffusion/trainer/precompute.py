@@ -1,0 +1,209 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Encoding images and prompts once, before the training."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.fingerprint import Hasher
+
+from ..data.caching import TensorTable, precompute_dataset
+
+
+if TYPE_CHECKING:
+    from .diffusion_trainer import DiffusionTrainer
+
+logger = get_logger(__name__)
+
+FORMAT_VERSION = 1  # of the files; another one is another file
+NUM_FINGERPRINTS = 16
+
+
+def weights_fingerprint(module: torch.nn.Module) -> str:
+    """
+    A hash by which to tell a module's weights from others: of its tensors' names, types and shapes, and of some of their
+    elements. Adapters of peft do not count.
+
+    Args:
+        module (`torch.nn.Module`):
+            The module.
+
+    Returns:
+        `str`
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in module.state_dict().items():
+        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if "lora_" not in name:
+            some = weight.detach().flatten()[:: max(1, weight.numel() // NUM_FINGERPRINTS)]
+            digest.update(repr((name, str(weight.dtype), tuple(weight.shape), some.tolist())).encode())
+    return digest.hexdigest()
+
+
+def precompute_images(trainer: "DiffusionTrainer", dataset: Dataset | IterableDataset, name: str) -> Dataset:
+    """
+    Encodes the images of a dataset to the moments of the VAE's posterior.
+
+    Args:
+        trainer ([`DiffusionTrainer`]):
+            The trainer.
+        dataset ([`~datasets.Dataset`]):
+            Its dataset.
+        name (`str`):
+            What the user calls it, for messages.
+
+    Returns:
+        [`~datasets.Dataset`]: the rows as the collator prepares them, with moments in place of pixels.
+
+    Raises:
+        `ValueError`: If the dataset is a stream, or two rows have one id.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"`{name}` is a stream, of which nothing can be precomputed. Load it without `streaming=True`, or train "
+            "without `precompute`."
+        )
+    ids = [str(row_id) for row_id in dataset["id"]]
+    if len(set(ids)) < len(ids):
+        raise ValueError(
+            f"`{name}` has {len(ids):,} rows with only {len(set(ids)):,} different ids, and what is precomputed is found by "
+            "its id. Give each row its own, or remove the column `id`: rows are then numbered."
+        )
+    collator = trainer.data_collator
+
+    def encode(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        with ThreadPoolExecutor() as threads:
+            examples = list(threads.map(collator.prepare, rows))
+        for column in collator.image_columns:
+            pixel_values = [example.pop(f"{column}_pixel_values") for example in examples]
+            for size in {pixels.shape for pixels in pixel_values}:
+                places = [place for place, pixels in enumerate(pixel_values) if pixels.shape == size]
+                batch = torch.stack([pixel_values[place] for place in places]).to(trainer.accelerator.device)
+                for place, mean, std in zip(places, *trainer.encode_images(batch), strict=True):
+                    examples[place] |= {f"{column}_latents_mean": mean, f"{column}_latents_std": std}
+        for example, row in zip(examples, rows, strict=True):
+            example["training_size"] = list(collator.size(row))
+        return examples
+
+    vae = trainer.backbone.pipeline.vae
+    return _precompute(
+        trainer,
+        dataset,
+        encode,
+        {
+            "id": Value("string"),
+            "prompt": Value("string"),
+            **{column: List(Value("string")) for column in trainer.columns if column.endswith("_attributes")},
+            "training_size": List(Value("int32")),
+        },
+        f"images of {name}",
+        (dataset._fingerprint, collator, weights_fingerprint(vae), dict(vae.config)),
+    )
+
+
+def precompute_prompts(trainer: "DiffusionTrainer", rows: list[Dataset]) -> TensorTable:
+    """
+    Encodes every prompt that the trainer will ask for, each once.
+
+    Args:
+        trainer ([`DiffusionTrainer`]):
+            The trainer.
+        rows (`list[Dataset]`):
+            What [`trainer.precompute.precompute_images`] returned for its datasets.
+
+    Returns:
+        [`data.caching.TensorTable`]: text conditions by prompt.
+    """
+    prompts = {}
+    for dataset in rows:
+        for row in dataset.remove_columns("tensors"):
+            prompts.update(dict.fromkeys(trainer.prompts_of(row)))
+
+    def encode(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        conditions = trainer.encode_prompts([row["prompt"] for row in rows])
+        return [row | {name: value[place] for name, value in conditions.items()} for place, row in enumerate(rows)]
+
+    pipeline = trainer.backbone.pipeline
+    encoders = [getattr(pipeline, name) for name in trainer.backbone.encoder_names if name != "vae"]
+    tokenizers = [getattr(pipeline, name).get_vocab() for name in trainer.backbone.tokenizer_names]
+    dataset = _precompute(
+        trainer,
+        Dataset.from_dict({"prompt": sorted(prompts)}),
+        encode,
+        {"prompt": Value("string")},
+        "prompts",
+        (sorted(prompts), [weights_fingerprint(encoder) for encoder in encoders], tokenizers),
+    )
+    return TensorTable(dataset, "prompt")
+
+
+def precompute_by_id(trainer: "DiffusionTrainer", dataset: Dataset, encode, name: str, depends_on: Any) -> TensorTable:
+    """
+    Computes tensors for the rows of a precomputed dataset.
+
+    Args:
+        trainer ([`DiffusionTrainer`]):
+            The trainer.
+        dataset ([`~datasets.Dataset`]):
+            What [`trainer.precompute.precompute_images`] returned.
+        encode (`Callable`):
+            From a batch on the trainer's device to tensors whose first dimension is that of the batch, by name.
+        name (`str`):
+            What is computed, for messages.
+        depends_on (`Any`):
+            What the result depends on besides the rows.
+
+    Returns:
+        [`data.caching.TensorTable`]: the tensors by id.
+    """
+
+    def encode_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        batch = trainer._prepare_inputs(trainer.data_collator(rows))
+        tensors = encode(batch)
+        return [
+            {"id": row["id"]} | {name: value[place] for name, value in tensors.items()}
+            for place, row in enumerate(rows)
+        ]
+
+    dependencies = (dataset._fingerprint, depends_on)
+    return TensorTable(_precompute(trainer, dataset, encode_rows, {"id": Value("string")}, name, dependencies), "id")
+
+
+def _precompute(trainer: "DiffusionTrainer", dataset, encode, features, name: str, depends_on: Any) -> Dataset:
+    args, accelerator = trainer.args, trainer.accelerator
+    folder = Path(args.precompute_dir or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion")
+    fingerprint = Hasher.hash((FORMAT_VERSION, accelerator.mixed_precision, depends_on))
+    dataset = precompute_dataset(
+        dataset,
+        encode,
+        Features(features),
+        name,
+        fingerprint,
+        folder,
+        # A batch holds rows of one size
+        1 if args.aspect_ratio_buckets and "tensors" in dataset.column_names else args.per_device_eval_batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.wait_for_everyone,
+        accelerator.print,
+    )
+    dataset._fingerprint = fingerprint
+    return dataset
