@@ -239,4 +239,6 @@ def _prompt(row: dict[str, Any]) -> str:
 
 def _pad(values: torch.Tensor, length: int) -> torch.Tensor:
     """Appends zeros along the first dimension up to `length`."""
+    if len(values) == length:
+        return values
     return torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])

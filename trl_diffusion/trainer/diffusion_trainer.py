@@ -20,7 +20,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback, set_seed
 from trl.trainer.base_trainer import _BaseTrainer
@@ -353,9 +354,19 @@ class DiffusionTrainer(_BaseTrainer):
                 if self.ref_model.training != model.training:
                     self.ref_model.train(model.training)
                 yield self.ref_model
-            else:
-                with self.accelerator.unwrap_model(model, keep_torch_compile=False).disable_adapter():
-                    yield model
+                return
+            # peft's own `disable_adapter` looks through all modules several times: as long as a forward of a small model
+            for layer in self._adapter_layers:
+                layer._disable_adapters = True
+            try:
+                yield model
+            finally:
+                for layer in self._adapter_layers:
+                    layer._disable_adapters = False
+
+    @cached_property
+    def _adapter_layers(self) -> list[BaseTunerLayer]:
+        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
 
     # ---- What every step needs ----
 

@@ -1,0 +1,171 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Pipelines of true architecture with random weights, and image pairs for them."""
+
+import io
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from tests import tiny
+from trl_diffusion import instance_pair_features
+from trl_diffusion.quickstart.drawing import load_pipeline
+
+
+# The words that every tokenizer here has
+PROMPTS = [
+    "a red circle and a blue square",
+    "a blue circle and a red square",
+    "a red square and a red circle",
+    "a blue square and a blue circle",
+]
+
+
+def tokenizer() -> CLIPTokenizer:
+    """The tests' small vocabulary, padded to CLIP's length."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.model_max_length = 77
+    return tokenizer
+
+
+def text_config(hidden_size: int, layers: int, heads: int, activation: str) -> CLIPTextConfig:
+    """A CLIP text encoder of CLIP's vocabulary, with the special tokens of the tests' tokenizer."""
+    return CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=hidden_size,
+        hidden_act=activation,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+
+
+def clip_vit_l() -> CLIPTextModel:
+    return CLIPTextModel(text_config(768, 12, 12, "quick_gelu"))
+
+
+def openclip_bigg() -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(text_config(1280, 32, 20, "gelu"))
+
+
+def vae(sample_size: int, **kwargs) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=sample_size,
+        **kwargs,
+    )
+
+
+def sd15_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+
+
+def sdxl_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=6 * 256 + 1280,
+    )
+
+
+def sd15_pipeline() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae(512),
+        text_encoder=clip_vit_l(),
+        tokenizer=tokenizer(),
+        unet=sd15_unet(),
+        scheduler=tiny.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl_pipeline() -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline(
+        vae=vae(1024, scaling_factor=0.13025, force_upcast=True),
+        text_encoder=clip_vit_l(),
+        text_encoder_2=openclip_bigg(),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=sdxl_unet(),
+        scheduler=tiny.scheduler(),
+        add_watermarker=False,
+    )
+
+
+def build_pipeline(name: str, device: str) -> DiffusionPipeline:
+    """A pipeline in float32: `tiny` is the quickstart's, `sd15` and `sdxl` get the same random weights each time."""
+    if name == "tiny":
+        return load_pipeline("base_pipeline").to(device)
+    torch.manual_seed(0)
+    with torch.device(device):  # weights are drawn where they will be
+        return {"sd15": sd15_pipeline, "sdxl": sdxl_pipeline}[name]()
+
+
+def jpeg(rng: np.random.Generator, resolution: int) -> dict[str, bytes]:
+    """A random picture without the finest detail, which photographs do not have either."""
+    blocks = rng.integers(0, 256, (resolution // 8, resolution // 8, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(blocks).resize((resolution, resolution), Image.Resampling.BICUBIC).save(file, "JPEG")
+    return {"bytes": file.getvalue()}
+
+
+def image_pairs(ids: list[str], resolution: int) -> Dataset:
+    """One pair of JPEG files an id, with one instance that contradicts the label."""
+    rng = np.random.default_rng(0)
+    instance = {
+        "label": "circle",
+        "chosen_box": [0, 0, resolution // 2, resolution // 2],
+        "rejected_box": [resolution // 4, resolution // 4, resolution, resolution],
+        "preference": "rejected",
+    }
+    rows = [
+        {
+            "id": row_id,
+            "prompt": PROMPTS[index % len(PROMPTS)],
+            "chosen": jpeg(rng, resolution),
+            "rejected": jpeg(rng, resolution),
+            "instances": [instance],
+        }
+        for index, row_id in enumerate(ids)
+    ]
+    return Dataset.from_list(rows, features=instance_pair_features())

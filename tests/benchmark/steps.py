@@ -1,0 +1,206 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The contenders' steps: the least work that Diffusion-DPO needs, and two published training scripts."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+
+from trl_diffusion.inversion import ddim_inverse_step
+from trl_diffusion.noising import add_noise
+
+
+BETA = 2000.0
+INPO_INVERSION_TIMESTEPS = [100 * step - 99 for step in range(10)]  # diffusers 0.20, which the script is pinned to
+INPO_INVERSION_ETA = 0.1
+
+
+def predict(
+    unet: torch.nn.Module, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditions: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Calls a UNet with the conditions of its family."""
+    added = {name: value for name, value in conditions.items() if name != "prompt_embeds"}
+    return unet(
+        noisy_latents,
+        timesteps,
+        encoder_hidden_states=conditions["prompt_embeds"],
+        added_cond_kwargs=added or None,
+        return_dict=False,
+    )[0]
+
+
+def pair_errors(prediction: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Squared errors, `(2, B)`: chosen, rejected."""
+    return (prediction.float() - noise.float()).square().mean(dim=(1, 2, 3)).unflatten(0, (2, -1))
+
+
+def margins(errors: torch.Tensor, ref_errors: torch.Tensor) -> torch.Tensor:
+    """What the sigmoid is taken of, `(B,)`."""
+    return -0.5 * BETA * ((errors[0] - errors[1]) - (ref_errors[0] - ref_errors[1]))
+
+
+def dpo_loss(prediction: torch.Tensor, ref_prediction: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The Diffusion-DPO loss of a batch of pairs, chosen then rejected."""
+    return -F.logsigmoid(margins(pair_errors(prediction, noise), pair_errors(ref_prediction, noise))).mean()
+
+
+# ----- the least work -----
+
+
+@dataclass
+class Given:
+    """A batch of pairs, chosen then rejected, as the denoiser gets it: all rows on the device, in the weights' precision."""
+
+    noisy_latents: torch.Tensor
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+    conditions: dict[str, torch.Tensor]
+
+    def ask(self, unet: torch.nn.Module) -> torch.Tensor:
+        return predict(unet, self.noisy_latents, self.timesteps, self.conditions)
+
+
+def floor_step(policy: torch.nn.Module, reference: torch.nn.Module, given: Given) -> None:
+    """Forward and backward of the policy, forward of the reference."""
+    with torch.no_grad():
+        ref_prediction = given.ask(reference)
+    dtype = given.noise.dtype
+    with torch.autocast(given.noise.device.type, dtype, enabled=dtype != torch.float32):
+        prediction = given.ask(policy)
+    dpo_loss(prediction, ref_prediction, given.noise).backward()
+
+
+@torch.no_grad()
+def yardstick_step(reference: torch.nn.Module, given: Given) -> None:
+    """One forward of the frozen UNet."""
+    given.ask(reference)
+
+
+# ----- the published scripts -----
+
+
+def cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    return module if module.dtype == dtype else module.to(dtype)  # diffusers warns of casts that change nothing
+
+
+@dataclass
+class PixelPairs:
+    """A batch as the scripts' data loaders give it, on the CPU: images chosen then rejected, tokens of each tokenizer."""
+
+    pixel_values: torch.Tensor
+    input_ids: list[torch.Tensor]
+
+
+class Script:
+    """
+    What the training scripts of Diffusion-DPO and InPO have in common. All weights are trained, in float32 under autocast;
+    the frozen models are held in half precision where there is autocast. Images and prompts are encoded in every step.
+    InPO inverts with the policy of the moment, all images of a batch to the batch's one timestep.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        accelerator: Accelerator,
+        dtype: torch.dtype,
+        make_optimizer: Callable[..., torch.optim.Optimizer],
+    ):
+        self.accelerator, self.pipeline, self.dtype = accelerator, pipeline, dtype
+        self.text_encoders = [
+            encoder
+            for encoder in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
+            if encoder is not None
+        ]
+        self.reference = copy.deepcopy(pipeline.unet)
+        for frozen in (self.reference, pipeline.vae, *self.text_encoders):
+            cast(frozen.requires_grad_(False), dtype)
+        policy = pipeline.unet.requires_grad_(True).train()
+        self.policy, self.optimizer = accelerator.prepare(policy, make_optimizer(policy.parameters()))
+        self.alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(accelerator.device)
+
+    @torch.no_grad()
+    def encode(self, pairs: PixelPairs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Latents of both images, sampled from the posterior, and conditions, encoded once a pair."""
+        device, vae = self.accelerator.device, self.pipeline.vae
+        pixel_values = pairs.pixel_values.to(device, self.dtype)
+        latents = vae.encode(pixel_values).latent_dist.sample() * vae.config.scaling_factor
+        input_ids = [ids.to(device) for ids in pairs.input_ids]
+        if len(self.text_encoders) == 1:
+            return latents, {"prompt_embeds": self.text_encoders[0](input_ids[0])[0].repeat(2, 1, 1)}
+        outputs = [
+            encoder(ids, output_hidden_states=True) for encoder, ids in zip(self.text_encoders, input_ids, strict=True)
+        ]
+        size = pixel_values.shape[-1]
+        time_ids = torch.tensor([size, size, 0, 0, size, size], dtype=self.dtype, device=device)
+        return latents, {
+            "prompt_embeds": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).repeat(2, 1, 1),
+            "text_embeds": outputs[1].text_embeds.repeat(2, 1),
+            "time_ids": time_ids.expand(len(latents), 6),
+        }
+
+    def random_noise(
+        self, latents: torch.Tensor, timestep: int, conditions: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noised latents and their noise, which the pair shares."""
+        noise = torch.randn_like(latents).chunk(2)[0].repeat(2, 1, 1, 1)
+        timesteps = torch.full((len(latents),), timestep, device=latents.device)
+        return add_noise(latents, noise, timesteps, self.alphas_cumprod).to(self.dtype), noise
+
+    @torch.no_grad()
+    def inversion(
+        self, latents: torch.Tensor, timestep: int, conditions: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noised latents by DDIM inversion with the policy as it is, and the noise that explains them."""
+        walk = [max(step, 0) for step in INPO_INVERSION_TIMESTEPS if step < timestep]
+        noisy_latents = latents
+        for here, there in zip(walk, [*walk[1:], timestep], strict=True):
+            timesteps = torch.full((len(latents),), here, device=latents.device)
+            prediction = predict(self.policy, noisy_latents, timesteps, conditions)
+            alpha_here, alpha_there = self.alphas_cumprod[here], self.alphas_cumprod[there]
+            alphas = (alpha_here.expand(len(latents)), alpha_there.expand(len(latents)))
+            noisy_latents = ddim_inverse_step(noisy_latents, prediction, *alphas, "epsilon").to(self.dtype)
+            variance = (1 - alpha_here) / (1 - alpha_there) * (1 - alpha_there / alpha_here)
+            noisy_latents += INPO_INVERSION_ETA * variance.sqrt() * torch.randn_like(noisy_latents)
+        alpha = self.alphas_cumprod[timestep]
+        return noisy_latents, (noisy_latents - alpha.sqrt() * latents) / (1 - alpha).sqrt()
+
+    def micro_step(self, pairs: PixelPairs, timestep: int, noised: Callable) -> None:
+        """One batch, at one timestep, with noise from `random_noise` or `inversion`."""
+        accelerator, batch_size = self.accelerator, len(pairs.pixel_values) // 2
+        with accelerator.accumulate(self.policy):
+            latents, conditions = self.encode(pairs)
+            noisy_latents, noise = noised(latents, timestep, conditions)
+            timesteps = torch.full((len(latents),), timestep, device=latents.device)
+            errors = pair_errors(predict(self.policy, noisy_latents, timesteps, conditions), noise)
+            with torch.no_grad():
+                ref_errors = pair_errors(predict(self.reference, noisy_latents, timesteps, conditions), noise)
+            inside = margins(errors, ref_errors)
+            loss = -F.logsigmoid(inside).mean()
+
+            accuracy = (inside > 0).float().mean()
+            for value in (loss, errors.mean(), ref_errors.mean()):
+                accelerator.gather(value.detach().repeat(batch_size)).mean().item()
+            accelerator.gather(accuracy).mean().item()
+
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(self.policy.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
