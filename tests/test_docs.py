@@ -219,6 +219,13 @@ def test_python_of_instance_dpo_trainer(tiny_hub):
     check_metrics(trainer, "instance_dpo_trainer.md")
 
 
+def test_python_of_speed(tiny_hub):
+    """The page precomputes and trains."""
+    scope = run("speed.md")
+    assert scope["trainer"].state.global_step == 1
+    assert {path.name.split("-")[0] for path in Path("precomputed").glob("*.arrow")} == {"images", "prompts"}
+
+
 def check_metrics(trainer, page: str):
     """Every metric is in the page's table, and nothing else is."""
     documented = set()
@@ -317,6 +324,7 @@ def test_every_page_with_python_is_run():
         "dataset_formats.md",
         "instance_dpo_trainer.md",
         "quickstart.md",
+        "speed.md",
     }
 
 

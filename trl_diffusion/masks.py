@@ -82,8 +82,8 @@ def normalize_masks(masks: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(B, h, w)`: masks of unit mean absolute value; a mask of zeros stays zero.
     """
-    scale = masks.abs().mean(dim=(1, 2), keepdim=True)
-    return torch.where(scale > 1e-6, masks / scale, 0.0)  # not what rounding leaves of a mask of zeros
+    scale = torch.linalg.vector_norm(masks, ord=1, dim=(1, 2), keepdim=True) / masks[0].numel()
+    return masks * torch.where(scale > 1e-6, 1 / scale, 0.0)  # not what rounding leaves of a mask of zeros
 
 
 def masked_area(masks: torch.Tensor) -> torch.Tensor:
@@ -103,27 +103,26 @@ def masked_area(masks: torch.Tensor) -> torch.Tensor:
 
 def _mean_over_instances(boxes, judged, conflicts, height, width, w_neg):
     # M = (1/N) sum_n M_n with M_n = 1 + (w_neg - 1) rho_n [inside b_n]: linear in the boxes' coverage of the cells
-    covered_x = _coverage(boxes[..., 0], boxes[..., 2], width)  # (B, N, w)
-    covered_y = _coverage(boxes[..., 1], boxes[..., 3], height)  # (B, N, h)
-    conflicting = torch.einsum("bn,bnh,bnw->bhw", conflicts.float(), covered_y, covered_x)
-    num_instances = judged.sum(dim=1).clamp(min=1)[:, None, None]
-    return 1 + (w_neg - 1) * conflicting / num_instances
+    x_min, y_min, x_max, y_max = _in_cells(boxes, height, width)
+    covered_y, covered_x = _coverage(y_min, y_max, height), _coverage(x_min, x_max, width)  # (B, N, h), (B, N, w)
+    weights = (w_neg - 1) * conflicts / judged.sum(dim=1, keepdim=True).clamp(min=1)  # (B, N)
+    return torch.baddbmm(boxes.new_ones(()), covered_y.transpose(1, 2) * weights[:, None], covered_x)
 
 
 def _mean_over_covering_instances(boxes, judged, conflicts, height, width, w_neg):
-    # Not linear in the coverage: cut the image along every cell edge and every box edge. Each piece then lies in one
-    # cell and is covered by the same instances throughout.
-    inside_x, cells_x = _pieces(boxes[..., 0], boxes[..., 2], width)  # (B, N, P), (B, w, P)
-    inside_y, cells_y = _pieces(boxes[..., 1], boxes[..., 3], height)  # (B, N, Q), (B, h, Q)
+    # Not linear in the coverage of the boxes, but in that of the pieces that all boxes' edges together cut the image into:
+    # the same instances cover a piece throughout.
+    x_min, y_min, x_max, y_max = _in_cells(boxes, height, width)
+    inside_y, covered_y = _pieces(y_min, y_max, height)  # (B, N, Q), (B, Q, h)
+    inside_x, covered_x = _pieces(x_min, x_max, width)  # (B, N, P), (B, P, w)
     covering = torch.einsum("bn,bnq,bnp->bqp", judged.float(), inside_y, inside_x)
     conflicting = torch.einsum("bn,bnq,bnp->bqp", conflicts.float(), inside_y, inside_x)
     weights = 1 + (w_neg - 1) * conflicting / covering.clamp(min=1)
-    return torch.einsum("bhq,bqp,bwp->bhw", cells_y, weights, cells_x)
+    return covered_y.transpose(1, 2) @ weights @ covered_x
 
 
 def _coverage(low: torch.Tensor, high: torch.Tensor, num_cells: int) -> torch.Tensor:
-    """Share of each of `num_cells` equal cells of [0, 1] that lies between `low` and `high`: `(B, N)` to `(B, N, cells)`."""
-    low, high = _in_cells(low, num_cells), _in_cells(high, num_cells)
+    """Share of each cell that lies between `low` and `high`, in cells: `(B, N)` to `(B, N, cells)`."""
     cells = torch.arange(num_cells, device=low.device)
     overlap = torch.minimum(high[..., None], cells + 1) - torch.maximum(low[..., None], cells)
     return overlap.clamp(min=0)
@@ -131,19 +130,18 @@ def _coverage(low: torch.Tensor, high: torch.Tensor, num_cells: int) -> torch.Te
 
 def _pieces(low: torch.Tensor, high: torch.Tensor, num_cells: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Cuts [0, 1] at every cell edge and at every `low` and `high` of a row `(B, N)`. Returns which intervals hold which
-    pieces, `(B, N, pieces)`, and each piece's share of each cell, `(B, cells, pieces)`.
+    Cuts the range of the cells at every `low` and `high` of a row `(B, N)`. Returns which intervals hold which pieces,
+    `(B, N, pieces)`, and each piece's share of each cell, `(B, pieces, cells)`.
     """
-    low, high = _in_cells(low, num_cells), _in_cells(high, num_cells)
-    edges = torch.arange(num_cells + 1, device=low.device, dtype=low.dtype)
-    cuts = torch.cat([edges.expand(low.shape[0], -1), low, high], dim=1).sort(dim=1).values
-    middle = (cuts[:, 1:] + cuts[:, :-1]) / 2
-    inside = (low[..., None] < middle[:, None]) & (middle[:, None] < high[..., None])
-    in_cell = middle.floor()[:, None] == edges[:-1, None]
-    return inside.float(), in_cell * cuts.diff(dim=1)[:, None]
+    ends = low.new_tensor([0, num_cells]).expand(len(low), 2)
+    cuts = torch.cat([ends, low, high], dim=1).sort(dim=1).values
+    middle = ((cuts[:, 1:] + cuts[:, :-1]) / 2)[:, None]
+    inside = (low[..., None] < middle) & (middle < high[..., None])
+    return inside.float(), _coverage(cuts[:, :-1], cuts[:, 1:], num_cells)
 
 
-def _in_cells(coordinates: torch.Tensor, num_cells: int) -> torch.Tensor:
+def _in_cells(boxes: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, ...]:
     # Snapped to 1/4096 of a cell, so that a box of the whole image covers it wholly whatever the rounding before: a rest
     # of 1e-7 would else be normalised to the mask's whole weight.
-    return (coordinates.clamp(0, 1) * num_cells * 4096).round() / 4096
+    sizes = boxes.new_tensor([width, height, width, height])
+    return ((boxes.clamp(0, 1) * sizes * 4096).round() / 4096).unbind(dim=-1)

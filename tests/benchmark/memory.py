@@ -130,7 +130,11 @@ def policy_and_reference(case: Case) -> tuple[torch.nn.Module, torch.nn.Module |
         if case.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         if case.lora_rank is None:
-            return unet.train(), copy.deepcopy(unet).requires_grad_(False).train()
+            reference = copy.deepcopy(unet).requires_grad_(False).train()
+            for module in reference.modules():
+                if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                    module.to(torch.bfloat16)  # as the trainer holds it
+            return unet.train(), reference
         unet.requires_grad_(False).to(torch.bfloat16)
         config = LoraConfig(
             r=case.lora_rank, lora_alpha=case.lora_rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]

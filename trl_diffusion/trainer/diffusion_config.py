@@ -176,7 +176,8 @@ class DiffusionConfig(_BaseConfig):
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 4 if torch.cuda.is_available() and not self.use_cpu else 0
         super().__post_init__()
-        self.accelerator_config.non_blocking = True  # batches are pinned, see `dataloader_pin_memory`
+        if self.dataloader_pin_memory:
+            self.accelerator_config.non_blocking = True  # from pinned memory a batch is copied while the GPU works
 
         if self.resolution is not None and self.resolution <= 0:
             raise ValueError(f"`resolution` must be a positive number of pixels, got {self.resolution}.")

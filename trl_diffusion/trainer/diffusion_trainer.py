@@ -334,6 +334,11 @@ class DiffusionTrainer(_BaseTrainer):
             return
         denoiser.requires_grad_(False)
         disable_dropout_in_model(denoiser)
+        if self.args.bf16 or self.args.fp16:
+            # What autocast casts in every forward is cast once; the rest stays in float32, so that no digit changes
+            for module in denoiser.modules():
+                if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                    module.to(torch.bfloat16 if self.args.bf16 else torch.float16)
         self.ref_model = self.accelerator.prepare_model(denoiser, evaluation_mode=True)
 
     @contextmanager

@@ -104,6 +104,7 @@ def _hyperparameters(trainer: "DiffusionTrainer") -> dict[str, object]:
             "optimizer steps": trainer.state.global_step,
             "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
             "resolution": trainer.resolution,
+            "aspect_ratio_buckets": args.aspect_ratio_buckets,
             "prompt_dropout": args.prompt_dropout,
             "seed": args.seed,
         }

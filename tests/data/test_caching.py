@@ -1,0 +1,346 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, Features, List, Value
+
+from trl_diffusion.data import caching
+from trl_diffusion.data.caching import TensorTable, is_precomputed, precompute_dataset, read_example, write_example
+
+
+ROOT = Path(__file__).parents[2]
+FEATURES = Features({"id": Value("string"), "names": List(Value("string"))})
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    monkeypatch.setattr(caching, "ROWS_PER_FILE", 4)
+
+
+def rows(number: int = 10) -> Dataset:
+    return Dataset.from_dict({"id": [f"row-{index}" for index in range(number)], "value": list(range(number))})
+
+
+class Encoder:
+    """Notes the rows that it is given, and fails before a given call."""
+
+    def __init__(self, fail_at: int | None = None, size: int = 6):
+        self.batches, self.fail_at, self.size = [], fail_at, size
+
+    def __call__(self, rows: list[dict]) -> list[dict]:
+        if len(self.batches) == self.fail_at:
+            raise RuntimeError("the power fails")
+        self.batches.append([row["value"] for row in rows])
+        return [
+            {
+                "id": row["id"],
+                "names": ["a"] * (row["value"] % 3),
+                "tensor": torch.full((self.size,), float(row["value"])),
+                "boxes": torch.ones(row["value"] % 3, 4),
+            }
+            for row in rows
+        ]
+
+    @property
+    def counts(self) -> Counter:
+        """How often each row was encoded, without the one by which the size is told."""
+        return Counter(value for batch in self.batches[1:] for value in batch)
+
+
+def precompute(folder, encode, dataset=None, fingerprint="abc", batch_size=2, **kwargs) -> Dataset:
+    dataset = rows() if dataset is None else dataset
+    return precompute_dataset(dataset, encode, FEATURES, "the rows", fingerprint, folder, batch_size, **kwargs)
+
+
+def contents(dataset: Dataset) -> list[dict]:
+    return list(dataset)
+
+
+# ---- One row ----
+
+
+def test_a_row_comes_back_as_it_was():
+    """Every type, empty tensors, slices and transposes, and what is no tensor."""
+    base = torch.arange(24.0).reshape(2, 3, 4)
+    example = {
+        "id": "row",
+        "names": ["a", "b"],
+        "float": base,
+        "slice": base.clone()[1],
+        "column": base.clone()[:, :, 1],
+        "transposed": base.clone().transpose(0, 2),
+        "none": torch.zeros(0, 4),
+        "flags": torch.tensor([True, False]),
+        "no_flags": torch.zeros(0, dtype=torch.bool),
+        "number": torch.tensor(7),
+        "half": base.bfloat16(),
+    }
+    row = write_example(example)
+    assert is_precomputed(row) and not is_precomputed(example)
+    back = read_example(row)
+    assert back.keys() == example.keys() and not is_precomputed(back)
+    for name, value in example.items():
+        if isinstance(value, torch.Tensor):
+            assert back[name].dtype == value.dtype and torch.equal(back[name], value)
+        else:
+            assert back[name] == value
+
+
+def test_a_slice_is_written_without_the_batch_it_was_cut_from():
+    """One row of a large batch takes the space of one row."""
+    batch = torch.zeros(1000, 8)
+    assert len(write_example({"tensor": batch[3]})["tensors"]) < 200
+
+
+# ---- Many rows ----
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 5, 8, 10])
+def test_rows_come_out_in_order_each_encoded_once(tmp_path, number):
+    """Whatever the number of files, the last of which may hold one row; of the first row the size is told before."""
+    encode = Encoder()
+    dataset = precompute(tmp_path, encode, rows(number))
+    assert dataset.column_names == ["id", "names", "tensors"]
+    assert dataset["id"][:] == [f"row-{index}" for index in range(number)]
+    examples = [read_example(row) for row in dataset]
+    assert [example["tensor"][0].item() for example in examples] == list(range(number))
+    assert [len(example["boxes"]) for example in examples] == [index % 3 for index in range(number)]
+    assert [example["names"] for example in examples] == [["a"] * (index % 3) for index in range(number)]
+    assert encode.counts == Counter(range(number)) and encode.batches[0] == [0]
+    assert max(map(len, encode.batches)) <= 2
+    assert len(list(tmp_path.iterdir())) == -(-number // 4)
+
+
+def test_a_shuffled_dataset_is_encoded_in_its_order(tmp_path):
+    """Rows of a selection, not those of the table under it."""
+    dataset = precompute(tmp_path, Encoder(), rows().select([7, 2, 9, 0, 1]))
+    assert dataset["id"][:] == ["row-7", "row-2", "row-9", "row-0", "row-1"]
+
+
+def test_what_is_there_is_not_encoded_again(tmp_path, capsys):
+    """The second time nothing is asked, and the result is the same."""
+    first = contents(precompute(tmp_path, Encoder()))
+    capsys.readouterr()
+    encode = Encoder(fail_at=0)
+    assert contents(precompute(tmp_path, encode)) == first
+    assert capsys.readouterr().out == f"Precomputed before: the rows, 10 rows in {tmp_path}.\n"
+
+
+def test_another_fingerprint_is_encoded_beside_the_first(tmp_path):
+    """Neither takes the other's files."""
+    first = contents(precompute(tmp_path, Encoder()))
+    encode = Encoder(size=9)
+    second = contents(precompute(tmp_path, encode, fingerprint="abd"))
+    assert encode.counts == Counter(range(10))
+    assert second != first
+    assert contents(precompute(tmp_path, Encoder(fail_at=0))) == first
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 3, 4, 5])
+def test_an_interrupted_run_goes_on_with_the_file_it_was_at(tmp_path, capsys, fail_at):
+    """Finished files are not encoded again, and the result is that of an uninterrupted run, byte for byte."""
+    whole = contents(precompute(tmp_path / "whole", Encoder()))
+    folder = tmp_path / "cut"
+    interrupted = Encoder(fail_at)
+    with pytest.raises(RuntimeError, match="the power fails"):
+        precompute(folder, interrupted)
+    finished = (fail_at - 1) // 2  # of files of two batches
+    assert len(list(folder.glob("the-rows-abc-*.arrow"))) == finished
+    capsys.readouterr()
+    again = Encoder()
+    assert contents(precompute(folder, again)) == whole
+    assert again.counts == Counter(range(4 * finished, 10))
+    assert f"{10 - 4 * finished} of 10 rows are missing" in capsys.readouterr().out
+    assert contents(precompute(folder, Encoder(fail_at=0))) == whole
+
+
+def test_a_file_that_is_lost_is_encoded_again_alone(tmp_path):
+    """The others stay."""
+    whole = contents(precompute(tmp_path, Encoder()))
+    (tmp_path / "the-rows-abc-00001.arrow").unlink()
+    again = Encoder()
+    assert contents(precompute(tmp_path, again)) == whole
+    assert again.counts == Counter(range(4, 8))
+
+
+def test_an_interrupted_run_leaves_no_half_file_behind(tmp_path):
+    """What was begun and not finished does not stay on the disk after an exception."""
+    with pytest.raises(RuntimeError):
+        precompute(tmp_path, Encoder(4))
+    assert [path.name for path in tmp_path.iterdir()] == ["the-rows-abc-00000.arrow"]
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import torch
+from datasets import Dataset, Features, Value
+from trl_diffusion.data import caching
+
+caching.ROWS_PER_FILE = 4
+calls = 0
+
+def encode(rows):
+    global calls
+    calls += 1
+    if calls == 5:  # in the second file
+        print("here", flush=True)
+        time.sleep(60)
+    return [{"id": row["id"], "tensor": torch.full((1000,), float(row["value"]))} for row in rows]
+
+dataset = Dataset.from_dict({"id": [f"row-{index}" for index in range(10)], "value": list(range(10))})
+caching.precompute_dataset(dataset, encode, Features({"id": Value("string")}), "the rows", "abc", Path(sys.argv[1]), 2)
+"""
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    """After SIGKILL in the second file: the first is kept, the half-written one is not taken for whole."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
+    assert any(line == b"here\n" for line in process.stdout)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert [path.name for path in tmp_path.glob("*.arrow")] == ["the-rows-abc-00000.arrow"]
+    seen = []
+
+    def encode(rows):
+        seen.extend(row["value"] for row in rows)
+        return [{"id": row["id"], "tensor": torch.full((1000,), float(row["value"]))} for row in rows]
+
+    dataset = precompute_dataset(rows(), encode, Features({"id": Value("string")}), "the rows", "abc", tmp_path, 2)
+    assert sorted(seen[1:]) == [4, 5, 6, 7, 8, 9]
+    assert [read_example(row)["tensor"].unique().tolist() for row in dataset] == [[float(i)] for i in range(10)]
+
+
+def test_a_half_written_temporary_file_is_no_matter(tmp_path):
+    """What a killed run left beside the files is not read."""
+    (tmp_path / "tmpabcdef").write_bytes(b"half")
+    assert len(precompute(tmp_path, Encoder())) == 10
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 5])
+def test_processes_share_the_files(tmp_path, num_processes):
+    """Each file is encoded by one of them, and all get all rows."""
+    barrier, results, encoders = threading.Barrier(num_processes), {}, [Encoder() for _ in range(num_processes)]
+
+    def wait():
+        barrier.wait(30)
+
+    def work(index):
+        settings = {"process_index": index, "num_processes": num_processes, "wait": wait}
+        results[index] = precompute(tmp_path, encoders[index], rows(14), **settings)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(num_processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sum((encoder.counts for encoder in encoders), Counter()) == Counter(range(14))
+    assert all(encoder.counts for encoder in encoders[:4])
+    expected = contents(precompute(tmp_path / "alone", Encoder(), rows(14)))
+    assert all(contents(results[index]) == expected for index in range(num_processes))
+
+
+def test_a_process_that_is_late_does_not_encode_what_another_has_done(tmp_path):
+    """All look for missing files before any writes one: they agree on what to say, and none waits forever."""
+    said = [[], []]
+    barrier = threading.Barrier(2)
+
+    def work(index):
+        if index == 1:
+            time.sleep(0.3)
+        settings = {"process_index": index, "num_processes": 2, "wait": lambda: barrier.wait(30)}
+        precompute(tmp_path, Encoder(), say=said[index].append, **settings)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert said[0] == said[1] and len(said[0]) == 1 and "10 of 10 rows are missing" in said[0][0]
+
+
+# ---- The disk ----
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_the_size_that_is_expected_is_the_size_that_is_written(tmp_path, monkeypatch):
+    """A disk with 5 % less than what is written is too full, one with 5 % more is not."""
+    monkeypatch.setattr(caching, "ROWS_PER_FILE", 100)
+    precompute(tmp_path, Encoder(size=1000), rows(250), batch_size=50)
+    written = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert written > 1_000_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 0, int(0.95 * written)))
+    with pytest.raises(ValueError, match="needs 0.00 GB, and the disk of .* has 0.00 GB left.*`precompute_dir`"):
+        precompute(tmp_path, Encoder(size=1000), rows(250), fingerprint="other")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 0, int(1.05 * written)))
+    precompute(tmp_path, Encoder(size=1000), rows(250), fingerprint="other", batch_size=50)
+
+
+def test_only_what_is_missing_needs_room(tmp_path, monkeypatch):
+    """A run that goes on where another stopped needs the room of the rest alone, and a finished one none."""
+    monkeypatch.setattr(caching, "ROWS_PER_FILE", 100)
+    precompute(tmp_path, Encoder(size=1000), rows(250), batch_size=50)
+    last = tmp_path / "the-rows-abc-00002.arrow"
+    written = last.stat().st_size
+    last.unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 0, int(0.9 * written)))
+    with pytest.raises(ValueError, match="`precompute_dir`"):
+        precompute(tmp_path, Encoder(size=1000), rows(250), batch_size=50)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 0, int(1.1 * written)))
+    precompute(tmp_path, Encoder(size=1000), rows(250), batch_size=50)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9, 0))
+    precompute(tmp_path, Encoder(fail_at=0), rows(250))
+
+
+def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
+    """After one row, and without a file."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9, 10))
+    encode = Encoder()
+    with pytest.raises(ValueError, match="the disk of"):
+        precompute(tmp_path, encode)
+    assert encode.batches == [[0]] and not list(tmp_path.iterdir())
+
+
+# ---- Looking up ----
+
+
+def test_a_table_gives_the_tensors_of_its_keys(tmp_path):
+    """In any order, and as often as they are asked for."""
+    table = TensorTable(precompute(tmp_path, encoded), "id")
+    asked = table[["row-9", "row-0", "row-9", "row-4"]]
+    assert asked.keys() == {"x"} and asked["x"].tolist() == [[9.0, 18.0], [0.0, 0.0], [9.0, 18.0], [4.0, 8.0]]
+    with pytest.raises(KeyError):
+        table[["row-0", "row-10"]]
+
+
+def encoded(rows: list[dict]) -> list[dict]:
+    return [
+        {"id": row["id"], "names": [], "x": torch.tensor([row["value"], 2 * row["value"]]).float()} for row in rows
+    ]

@@ -1,0 +1,62 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(module: str, *args: str) -> str:
+    result = subprocess.run([sys.executable, "-m", module, *args], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_every_arm_runs_on_the_tiny_model(tmp_path):
+    """The command measures each arm, the forwards without gradient of each are what its algorithm needs, and JSON holds all."""
+    out = run(
+        "tests.benchmark", "--model", "tiny", "--device", "cpu", "--batch_size", "2", "--steps", "2",
+        "--warmup", "0", "--output", str(tmp_path / "out.json"),
+    )  # fmt: skip
+    found = json.loads((tmp_path / "out.json").read_text())
+    forwards = {result["arm"]: result["no_grad_forwards_per_image"] for result in found["results"]}
+    # Timesteps 250 and 750: 3 and 8 steps of an inversion, 4 and 9 of the published one
+    assert forwards == {
+        "floor": 1, "floor_lora": 1, "full_live": 1, "full_cached": 1, "lora_live": 1, "lora_cached": 1,
+        "inversion_reference_live": 6.5, "inversion_reference_cached": 0, "inversion_reference_cached_lora": 0,
+        "inversion_policy_live": 6.5, "inversion_policy_cached": 6.5, "inversion_policy_cached_lora": 6.5,
+        "diffusion_dpo": 1, "inpo": 7.5,
+    }  # fmt: skip
+    assert all(f"| {arm} |" in out for arm in forwards)
+    assert all(ratio > 0 for ratio in found["comparisons"].values()) and len(found["comparisons"]) == 11
+
+
+@pytest.mark.slow
+def test_the_computed_memory_counts_what_is_there(tmp_path):
+    """On a small UNet the counted bytes are the sums of parameters and of tensors saved for the backward."""
+    run("tests.benchmark.memory", "--output", str(tmp_path / "memory.json"))
+    found = json.loads((tmp_path / "memory.json").read_text())
+    assert found["check"]["weights_counted"] == found["check"]["weights_summed"] > 0
+    assert found["check"]["activations_counted"] == found["check"]["activations_saved_for_backward"] > 0
+    sdxl, sd15 = found["results"]
+    # Four bytes a weight of the policy, and little more than two of the reference
+    assert 6 * 859_520_964 / 2**30 < sd15["weights_gib"] < 6.05 * 859_520_964 / 2**30
+    assert sdxl["total_gib"] < 16 and sd15["total_gib"] < 24

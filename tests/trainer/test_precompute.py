@@ -1,0 +1,830 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter, namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import CLIPTextModel
+
+from tests import tiny
+from tests.tiny import max_difference, weights
+from trl_diffusion import (
+    AttributeSFTConfig,
+    AttributeSFTTrainer,
+    ComplexPOConfig,
+    ComplexPOTrainer,
+    InstanceDPOConfig,
+    InstanceDPOTrainer,
+)
+from trl_diffusion.data import caching
+from trl_diffusion.data.collators import InstancePairCollator
+from trl_diffusion.trainer.attributes import EXPERT_FILE_NAME
+
+
+ROOT = Path(__file__).parents[2]
+PIPELINES = {
+    "sd": tiny.sd_pipeline,
+    "sd_v": lambda: tiny.sd_pipeline("v_prediction"),
+    "sdxl": tiny.sdxl_pipeline,
+}
+FAST = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "activation_checkpointing": False,
+}
+
+
+def lora(r: int = 4, alpha: int = 4) -> LoraConfig:
+    return LoraConfig(r=r, lora_alpha=alpha)
+
+
+def iapo(folder, pipeline=None, dataset=None, precompute=True, **kwargs) -> InstanceDPOTrainer:
+    names = ("eval_dataset", "data_collator", "peft_config", "ref_model", "callbacks")
+    given = {name: kwargs.pop(name) for name in names if name in kwargs}
+    settings = {"precompute": precompute, "precompute_dir": str(folder / "cache"), "beta": 50.0}
+    return InstanceDPOTrainer(
+        pipeline or tiny.sd_pipeline(),
+        args=InstanceDPOConfig(**{"output_dir": str(folder), **FAST, **settings, **kwargs}),
+        train_dataset=tiny.pairs(6) if dataset is None else dataset,
+        **given,
+    )
+
+
+@pytest.fixture(scope="module")
+def criteria(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("criteria") / "tiny.yaml"
+    path.write_text(tiny.CRITERIA)
+    return str(path)
+
+
+def expert_trainer(folder, criteria, pipeline=None, dataset=None, precompute=True, **kwargs) -> AttributeSFTTrainer:
+    settings = {"precompute": precompute, "precompute_dir": str(folder / "cache"), "criteria": criteria}
+    return AttributeSFTTrainer(
+        pipeline or tiny.sd_pipeline(),
+        args=AttributeSFTConfig(str(folder), **{**FAST, **settings, **kwargs}),
+        train_dataset=tiny.paintings(6) if dataset is None else dataset,
+        peft_config=lora(),
+    )
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory, criteria) -> dict[str, str]:
+    """A folder with an expert for each family."""
+    folders = {family: tmp_path_factory.mktemp(f"expert_{family}") for family in ("sd", "sdxl")}
+    for family, folder in folders.items():
+        trainer = expert_trainer(folder, criteria, PIPELINES[family](), precompute=False, learning_rate=0.05)
+        trainer.train()
+        trainer.save_model()
+    return {family: str(folder) for family, folder in folders.items()}
+
+
+def cpo(folder, expert, criteria, pipeline=None, dataset=None, precompute=True, **kwargs) -> ComplexPOTrainer:
+    eval_dataset = kwargs.pop("eval_dataset", None)
+    settings = {"precompute": precompute, "precompute_dir": str(folder / "cache"), "criteria": criteria, "beta": 50.0}
+    return ComplexPOTrainer(
+        pipeline or tiny.sd_pipeline(),
+        expert,
+        args=ComplexPOConfig(str(folder), **{**FAST, **settings, **kwargs}),
+        train_dataset=tiny.paintings(6) if dataset is None else dataset,
+        eval_dataset=eval_dataset,
+        peft_config=lora(),
+    )
+
+
+def logs(trainer, *names: str) -> list[list[float]]:
+    return [[entry[name] for name in names] for entry in trainer.state.log_history if names[0] in entry]
+
+
+def encoder_calls(pipeline) -> dict[str, int]:
+    """Counts the images that the VAE encodes and the prompts that the text encoders encode, from now on."""
+    counts, encode = Counter(), pipeline.vae.encode
+
+    def noted(pixel_values, *args, **kwargs):
+        counts["vae"] += len(pixel_values)
+        return encode(pixel_values, *args, **kwargs)
+
+    pipeline.vae.encode = noted
+    for name in ("text_encoder", "text_encoder_2"):
+        if getattr(pipeline, name, None) is not None:
+            getattr(pipeline, name).register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: counts.update(
+                    {name: len(args[0] if args else kwargs["input_ids"])}
+                ),
+                with_kwargs=True,
+            )
+    return counts
+
+
+def work(capsys) -> dict[str, bool]:
+    """What was printed since the last call: each thing that was needed, and whether any of it was missing."""
+    said = capsys.readouterr().out
+    done = dict.fromkeys(re.findall(r"^Precomputed before: (.*), [\d,]+ rows in", said, re.M), False)
+    return done | dict.fromkeys(re.findall(r"^Precomputing (.*): [\d,]+ of [\d,]+ rows are", said, re.M), True)
+
+
+def computed(capsys) -> set[str]:
+    return {name for name, was_missing in work(capsys).items() if was_missing}
+
+
+IMAGES, PROMPTS, INVERSIONS = "images of train_dataset", "prompts", "inversions of epoch 1"
+
+
+# ---- Precomputed equals live ----
+
+
+def assert_same_batches(live, precomputed, epochs=(0, 1), tolerance: float = 5e-6):
+    """Latents, conditions, masks, noised latents and the reference's predictions of some rows, in each epoch."""
+    timesteps = []
+    for epoch in epochs:
+        found = []
+        for trainer in (live, precomputed):
+            trainer.model.train()
+            trainer.state.epoch, trainer.state.global_step = epoch, epoch
+            batch = trainer.data_collator([trainer.train_dataset[row] for row in (3, 0, 1)])
+            with torch.no_grad():
+                latents = trainer.sample_latents(batch)
+                conditions = trainer._conditions(batch, latents)
+                with trainer.accelerator.autocast():
+                    pairs = next(trainer.noised_pairs(trainer.model, latents, conditions, batch["id"]))
+            masks = [trainer.masks(batch, column, latents.shape[2:]) for column in trainer.image_columns]
+            found.append({"latents": latents, "masks": torch.stack(masks), **conditions, **pairs._asdict()})
+        one, other = found
+        assert one.keys() == other.keys()
+        assert torch.equal(one["timesteps"], other["timesteps"]) and torch.equal(one["masks"], other["masks"])
+        for name in one:
+            # The noise follows from the noised latents by dividing by s_t, which is 0.03 at the first timestep
+            largest = {"noise": 35 * tolerance, "latents": min(1e-6, tolerance)}.get(name, tolerance)
+            difference = (one[name].float() - other[name].float()).abs().max().item()
+            assert difference <= largest, (name, difference)
+        timesteps += one["timesteps"].tolist()
+    assert len(set(timesteps)) > 2
+
+
+AUGMENTED = {"prompt_dropout": 0.5, "random_flip": True, "center_crop": False}
+
+
+@pytest.mark.parametrize("source", ["random", "inversion", "inversion_eta"])
+@pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
+@pytest.mark.parametrize("family", PIPELINES)
+def test_a_step_gets_the_same_live_and_precomputed(tmp_path, family, peft_config, source):
+    """Latents, text and image conditions, masks, noised latents and the reference's predictions, to the rounding of other batches."""
+    settings = AUGMENTED | {"peft_config": peft_config, "max_steps": 6, "inversion_steps": 4}
+    settings |= {"noise_source": source.split("_")[0], "inversion_eta": 0.1 if source.endswith("eta") else 0.0}
+    live, precomputed = (iapo(tmp_path, PIPELINES[family](), precompute=on, **settings) for on in (False, True))
+    assert len(precomputed.draw_tables) == (0 if source == "random" else 2)
+    assert_same_batches(live, precomputed)
+
+
+@pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
+def test_in_bf16_a_step_gets_the_same_live_and_precomputed(tmp_path, peft_config):
+    """To bf16's rounding."""
+    settings = AUGMENTED | {"peft_config": peft_config, "noise_source": "inversion", "bf16": True, "use_cpu": True}
+    settings |= {"max_steps": 6, "per_device_eval_batch_size": 3}
+    live, precomputed = (iapo(tmp_path, precompute=on, **settings) for on in (False, True))
+    assert_same_batches(live, precomputed, tolerance=3e-2)
+
+
+def test_another_reference_inverts_and_predicts(tmp_path):
+    """With `ref_model`, what is precomputed is that model's."""
+    settings = {"noise_source": "inversion", "max_steps": 6}
+    trainers = [iapo(tmp_path, precompute=on, ref_model=tiny.sd_pipeline(seed=1), **settings) for on in (False, True)]
+    assert_same_batches(*trainers)
+
+
+@pytest.mark.parametrize("source", ["random", "inversion"])
+@pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_training_for_two_epochs_is_the_same_live_and_precomputed(tmp_path, family, peft_config, source):
+    """The same losses and errors, step by step, also with an evaluation between."""
+    settings = AUGMENTED | {"peft_config": peft_config, "noise_source": source, "max_steps": -1}
+    settings |= {"num_train_epochs": 2, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": tiny.pairs(3)}
+    runs = [iapo(tmp_path, PIPELINES[family](), precompute=on, **settings) for on in (False, True)]
+    for trainer in runs:
+        trainer.train()
+    for names in (("loss", "errors/chosen", "errors/ref_rejected", "masks/area"), ("eval_loss", "eval_errors/chosen")):
+        one, other = (torch.tensor(logs(trainer, *names)) for trainer in runs)
+        assert len(one) == (6 if names[0] == "loss" else 3)
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=0)
+    losses = torch.tensor(logs(runs[0], "loss"))
+    assert (losses[1:] - math.log(2)).abs().max() > 1e-3
+    errors = torch.tensor(logs(runs[0], "errors/ref_rejected"))
+    assert (errors - errors.roll(3)).abs().min() > 1e-3  # other draws in the second epoch
+
+
+CPO_SETTINGS = {
+    "plain": {},
+    "strength": {"target_strength": 1.5},
+    "positive": {"policy_condition": "positive", "target_strength": 1.5},
+    "reversed": {"reverse_preference": True, "policy_condition": "positive"},
+    "dropout": {"prompt_dropout": 0.5, "target_strength": 1.5},
+    "paired": {"attribute_targets": "paired", "prompt_dropout": 0.5, "reverse_preference": True},
+    "few": {"max_attributes": 1, "attribute_order": "given", "attribute_separator": " and "},
+}
+
+
+@pytest.mark.parametrize("setting", CPO_SETTINGS)
+def test_cpo_trains_the_same_live_and_precomputed(tmp_path, experts, criteria, setting):
+    """Every prompt that training and evaluation ask for is in the table, and the losses are the same."""
+    family = "sdxl" if setting in ("strength", "dropout") else "sd"
+    settings = {"random_flip": True, "center_crop": False, "max_steps": -1, "num_train_epochs": 2}
+    settings |= {"eval_dataset": tiny.paintings(8).select([6, 7]), **CPO_SETTINGS[setting]}
+    expert = experts[family]
+    if setting == "few":  # an expert that says that it was trained so
+        shutil.copytree(expert, tmp_path / "expert")
+        expert = tmp_path / "expert"
+        path = expert / EXPERT_FILE_NAME
+        described = {"attribute_order": "given", "attribute_separator": " and "}
+        path.write_text(json.dumps(json.loads(path.read_text()) | described))
+    runs = [cpo(tmp_path, str(expert), criteria, PIPELINES[family](), precompute=on, **settings) for on in (0, 1)]
+    calls = encoder_calls(runs[1].backbone.pipeline)
+    evaluations = []
+    for trainer in runs:
+        trainer.train()
+        evaluations.append(trainer.evaluate()["eval_loss"])
+    assert not calls
+    names = ("loss", "drift", "rewards/margins")
+    one, other = (torch.tensor(logs(trainer, *names)) for trainer in runs)
+    assert len(one) == 6
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert evaluations[0] == pytest.approx(evaluations[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("attribute_dropout", [0.0, 0.5])
+def test_the_expert_trains_the_same_live_and_precomputed(tmp_path, criteria, attribute_dropout):
+    """Where attributes are dropped the text encoder is asked in training; else no encoder is."""
+    settings = {"attribute_dropout": attribute_dropout, "prompt_dropout": 0.3, "random_flip": True, "max_steps": 6}
+    runs = [expert_trainer(tmp_path, criteria, precompute=on, **settings) for on in (False, True)]
+    calls = encoder_calls(runs[1].backbone.pipeline)
+    for trainer in runs:
+        trainer.train()
+    one, other = (torch.tensor(logs(trainer, "loss", "attributes/left_out")) for trainer in runs)
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    assert calls["vae"] == 0 and (calls["text_encoder"] > 0) == (attribute_dropout > 0)
+    assert (runs[1].prompt_table is None) == (attribute_dropout > 0)
+
+
+def test_gradient_accumulation_with_inversion_equals_a_larger_batch(tmp_path):
+    """8 pairs at once or one at a time, live or precomputed: the same weights."""
+    ends = []
+    for batch_size, precompute in ((8, False), (1, False), (8, True), (1, True)):
+        trainer = iapo(
+            tmp_path,
+            dataset=tiny.pairs(16),
+            precompute=precompute,
+            noise_source="inversion",
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=8 // batch_size,
+            max_steps=4,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            beta=20.0,
+        )
+        start = weights(trainer.model)
+        trainer.train()
+        ends.append(weights(trainer.model))
+    assert max(max_difference(ends[0], end) for end in ends[1:]) <= 1e-4
+    assert max_difference(ends[0], start) > 1e-2
+
+
+def test_accumulation_over_the_end_of_an_epoch_uses_each_epochs_own_draws(tmp_path):
+    """5 rows in batches of 2 with 2 accumulations leave a half step at the end of each epoch."""
+    settings = {"dataset": tiny.pairs(5), "noise_source": "inversion", "gradient_accumulation_steps": 2}
+    settings |= {"max_steps": 6}
+    runs = [iapo(tmp_path, precompute=on, **settings) for on in (False, True)]
+    assert len(runs[1].draw_tables) == 3
+    for trainer in runs:
+        trainer.train()
+    one, other = (torch.tensor(logs(trainer, "loss", "errors/ref_chosen")) for trainer in runs)
+    torch.testing.assert_close(one, other, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
+@pytest.mark.parametrize("save_steps", [4, 5], ids=["within_an_epoch", "between_epochs"])
+def test_a_resumed_run_with_inversion_is_the_uninterrupted_one(tmp_path, precompute, save_steps):
+    """The same weights and losses, bit for bit."""
+    settings = AUGMENTED | {"dataset": tiny.pairs(10), "max_steps": 8, "noise_source": "inversion"}
+    settings |= {"inversion_eta": 0.1, "precompute": precompute, "peft_config": lora(), "inversion_steps": 4}
+    whole = iapo(tmp_path, output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    cut = settings | {"output_dir": str(tmp_path / "cut")}
+    iapo(tmp_path, save_strategy="steps", save_steps=save_steps, **cut).train()
+    resumed = iapo(tmp_path, **cut)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{save_steps}"))
+    assert logs(resumed, "loss")[save_steps:] == logs(whole, "loss")[save_steps:]
+    assert max_difference(weights(whole.model), weights(resumed.model)) == 0
+
+
+# ---- The encoders ----
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_each_image_and_each_prompt_is_encoded_once_and_none_in_training(tmp_path, family):
+    """12 images of train_dataset, 4 of eval_dataset, and 3 prompts; of each kind one more, to tell its size."""
+    pipeline = PIPELINES[family]()
+    calls = encoder_calls(pipeline)
+    trainer = iapo(tmp_path, pipeline, prompt_dropout=0.5, eval_dataset=tiny.pairs(2), num_train_epochs=2, max_steps=6)
+    assert calls["vae"] in (12 + 2 + 4 + 2, 12 + 4)
+    assert calls["text_encoder"] in (3, 4)
+    if family == "sdxl":
+        assert calls["text_encoder_2"] in (3, 4)
+    calls.clear()
+    trainer.train()
+    trainer.evaluate()
+    assert not calls
+    assert set(trainer.backbone.offloaded) == set(trainer.backbone.encoder_names)
+
+
+def test_a_prompt_of_many_rows_is_encoded_once_in_a_live_batch(tmp_path):
+    """The text encoder sees each different prompt of a batch, and each row gets its own."""
+    trainer = iapo(tmp_path, precompute=False)
+    calls = encoder_calls(trainer.backbone.pipeline)
+    prompts = ["a cat", "a dog", "a cat", "", "a dog", "a cat"]
+    together = trainer.encode_prompts(prompts)["prompt_embeds"]
+    assert calls == {"text_encoder": 3}
+    for prompt, embedding in zip(prompts, together, strict=True):
+        alone = trainer.encode_prompts([prompt])["prompt_embeds"][0]
+        torch.testing.assert_close(embedding, alone, atol=1e-6, rtol=0)
+    calls.clear()
+    trainer.encode_prompts(["a cat"] * 4)
+    assert calls == {"text_encoder": 1}
+
+
+def test_samples_are_drawn_with_precomputed_data(tmp_path):
+    """The pictures are those of a live run: the encoders come back for drawing."""
+    pictures = []
+    for precompute in (False, True):
+        output_dir = tmp_path / f"run-{precompute}"
+        settings = {"sample_prompts": ["a cat"], "num_inference_steps": 2, "output_dir": str(output_dir)}
+        iapo(tmp_path, precompute=precompute, **settings).train()
+        pictures.append([path.read_bytes() for path in sorted((output_dir / "samples").glob("*.png"))])
+    assert pictures[0][0] == pictures[1][0] and len(pictures[0]) == len(pictures[1]) == 2
+
+
+def test_a_saved_pipeline_is_whole(tmp_path):
+    """Full training saves the encoders that it did not need."""
+    trainer = iapo(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    saved = type(trainer.backbone.pipeline).from_pretrained(tmp_path)
+    assert max_difference(weights(saved.vae), weights(tiny.sd_pipeline().vae)) == 0
+
+
+# ---- What is encoded again ----
+
+
+def all_files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "cache").glob("*.arrow")}
+
+
+@pytest.mark.parametrize("fail_at", [2, 4, 7])
+def test_an_interrupted_precomputation_goes_on(tmp_path, monkeypatch, fail_at):
+    """Files of 2 rows; the VAE fails, is repaired, and the files are those of an uninterrupted run."""
+    monkeypatch.setattr(caching, "ROWS_PER_FILE", 2)
+    settings = {"noise_source": "inversion", "per_device_eval_batch_size": 1, "dataset": tiny.pairs(7)}
+    (tmp_path / "whole").mkdir()
+    iapo(tmp_path / "whole", **settings)
+    whole = all_files(tmp_path / "whole")
+    pipeline = tiny.sd_pipeline()
+    encode, calls = pipeline.vae.encode, []
+
+    def failing(pixel_values):
+        if len(calls) == 2 * fail_at:
+            raise RuntimeError("the power fails")
+        calls.append(len(pixel_values))
+        return encode(pixel_values)
+
+    pipeline.vae.encode = failing
+    (tmp_path / "cut").mkdir()
+    with pytest.raises(RuntimeError, match="the power fails"):
+        iapo(tmp_path / "cut", pipeline, **settings)
+    finished = len(all_files(tmp_path / "cut"))
+    assert finished == (fail_at - 1) // 2
+    pipeline = tiny.sd_pipeline()
+    calls = encoder_calls(pipeline)
+    iapo(tmp_path / "cut", pipeline, **settings)
+    assert calls["vae"] in (2 * (7 - 2 * finished), 2 * (7 - 2 * finished) + 2)
+    again = all_files(tmp_path / "cut")
+    assert again.keys() == whole.keys()
+    assert all(again[name] == whole[name] for name in whole)
+
+
+def test_an_interrupted_inversion_goes_on(tmp_path, monkeypatch):
+    """The denoiser fails in the second file of the first epoch: images, prompts and the first file stay."""
+    monkeypatch.setattr(caching, "ROWS_PER_FILE", 2)
+    settings = {"noise_source": "inversion", "per_device_eval_batch_size": 1, "dataset": tiny.pairs(5)}
+    (tmp_path / "whole").mkdir()
+    iapo(tmp_path / "whole", **settings)
+    invert, calls = InstanceDPOTrainer.invert, []
+
+    def failing(self, *args):
+        if len(calls) == 4:
+            raise RuntimeError("the power fails")
+        calls.append(None)
+        return invert(self, *args)
+
+    monkeypatch.setattr(InstanceDPOTrainer, "invert", failing)
+    with pytest.raises(RuntimeError, match="the power fails"):
+        iapo(tmp_path, **settings)
+    assert len([name for name in all_files(tmp_path) if name.startswith("inversions")]) == 1
+    calls = [None] * 10
+    pipeline = tiny.sd_pipeline()
+    encoded = encoder_calls(pipeline)
+    iapo(tmp_path, pipeline, **settings)
+    assert len(calls) in (10 + 3, 10 + 4) and not encoded
+    assert all_files(tmp_path) == all_files(tmp_path / "whole")
+
+
+def test_a_second_trainer_encodes_nothing(tmp_path, capsys):
+    """Also one that trains another way: a LoRA, another learning rate, beta, masks, batch."""
+    settings = {"noise_source": "inversion", "eval_dataset": tiny.pairs(2), "max_steps": 6}
+    iapo(tmp_path, **settings)
+    assert computed(capsys) == {IMAGES, "images of eval_dataset", PROMPTS, INVERSIONS, "inversions of epoch 2"}
+    pipeline = tiny.sd_pipeline()
+    calls = encoder_calls(pipeline)
+    iapo(tmp_path, pipeline, **settings)
+    assert not calls and computed(capsys) == set()
+    for change in (
+        {"peft_config": lora()},
+        {"learning_rate": 1e-4, "beta": 7.0, "w_neg": -1.0, "mask_overlap": "covering", "reverse_preference": True},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 3},
+        {"noise_source": "random"},
+        {"inversion_model": "policy"},
+        {"sample_prompts": ["a cat"]},
+    ):
+        iapo(tmp_path, **settings | change)
+        assert computed(capsys) == set(), change
+
+
+def changed_pipeline(what: str):
+    pipeline = tiny.sd_pipeline()
+    with torch.no_grad():
+        if what in ("vae", "text_encoder"):
+            for weight in getattr(pipeline, what).parameters():
+                weight.mul_(1.01)
+        elif what == "scale":
+            pipeline.vae.register_to_config(scaling_factor=0.5)
+        elif what == "schedule":
+            pipeline.scheduler = tiny.scheduler(prediction_type="epsilon", num_train_timesteps=900)
+        elif what == "prediction_type":
+            pipeline.scheduler = tiny.scheduler(prediction_type="v_prediction")
+        elif what == "text_encoder_activation":
+            config = copy.deepcopy(pipeline.text_encoder.config)
+            config.hidden_act = "relu"
+            encoder = CLIPTextModel(config)
+            encoder.load_state_dict(pipeline.text_encoder.state_dict())
+            pipeline.text_encoder = encoder
+        elif what == "padding":
+            pipeline.tokenizer.pad_token = "a</w>"
+        elif what == "heads":
+            unet = type(pipeline.unet).from_config({**pipeline.unet.config, "attention_head_dim": 2})
+            unet.load_state_dict(pipeline.unet.state_dict())
+            pipeline.unet = unet
+    return pipeline
+
+
+ALL = {IMAGES, PROMPTS, INVERSIONS}
+CHANGES = {
+    "seed": ({"seed": 1}, {INVERSIONS}, {IMAGES}),
+    "seed_of_crops": ({"seed": 1, "center_crop": False}, {IMAGES, INVERSIONS}, set()),
+    "resolution": ({"resolution": 64}, {IMAGES, INVERSIONS}, set()),
+    "center_crop": ({"center_crop": False}, {IMAGES, INVERSIONS}, set()),
+    "random_flip": ({"random_flip": True}, {IMAGES, INVERSIONS}, set()),
+    "buckets": ({"aspect_ratio_buckets": True}, {IMAGES, INVERSIONS}, set()),
+    "prompt_dropout": ({"prompt_dropout": 0.5}, {PROMPTS, INVERSIONS}, set()),
+    "timestep_range": ({"timestep_range": [0, 500]}, {INVERSIONS}, set()),
+    "inversion_steps": ({"inversion_steps": 3}, {INVERSIONS}, set()),
+    "inversion_eta": ({"inversion_eta": 0.2}, {INVERSIONS}, set()),
+    "reference": ({"ref_model": "another"}, {INVERSIONS}, set()),
+    "bf16": ({"bf16": True, "use_cpu": True}, ALL, set()),
+    "prompts": ({"dataset": "other prompts"}, ALL, set()),
+    "instances": ({"dataset": "other instances"}, {IMAGES}, {INVERSIONS}),
+    "vae": ({}, {IMAGES, INVERSIONS}, set()),
+    "scale": ({}, {IMAGES, INVERSIONS}, set()),
+    "text_encoder": ({}, {PROMPTS, INVERSIONS}, set()),
+    "text_encoder_activation": ({}, {PROMPTS, INVERSIONS}, set()),
+    "padding": ({}, {PROMPTS, INVERSIONS}, set()),
+    "schedule": ({}, {INVERSIONS}, set()),
+    "prediction_type": ({}, {INVERSIONS}, set()),
+    "heads": ({}, {INVERSIONS}, set()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_depends_on_a_change_is_encoded_again(tmp_path, capsys, change):
+    """All that a change of settings, data or weights can alter, and little else; the result is the live one."""
+    base = {"noise_source": "inversion", "inversion_steps": 4}
+    iapo(tmp_path, **base)
+    assert computed(capsys) == ALL
+    settings, needed, allowed = CHANGES[change]
+    settings = base | settings
+    if "ref_model" in settings:
+        settings["ref_model"] = tiny.sd_pipeline(seed=1)
+    if settings.get("dataset") == "other prompts":
+        settings["dataset"] = tiny.pairs(6).map(lambda row: {"prompt": row["prompt"] + " and a red"})
+    if settings.get("dataset") == "other instances":
+        settings["dataset"] = tiny.pairs(6).map(lambda row: {"instances": row["instances"][:1]})
+    batch_size = {"per_device_train_batch_size": 1} if change == "buckets" else {}
+    again = iapo(tmp_path, changed_pipeline(change), **settings | batch_size)
+    found = computed(capsys)
+    assert needed <= found <= needed | allowed
+    live = iapo(tmp_path, changed_pipeline(change), precompute=False, **settings | batch_size)
+    if change != "buckets":
+        assert_same_batches(live, again, epochs=(0,), tolerance=3e-2 if change == "bf16" else 5e-6)
+
+
+def test_new_prompts_to_evaluate_on_leave_the_inversions_alone(tmp_path, capsys):
+    """Inversions are of the training rows and their prompts."""
+    iapo(tmp_path, noise_source="inversion")
+    computed(capsys)
+    eval_dataset = tiny.pairs(2).map(lambda row: {"prompt": "a blue dog"})
+    iapo(tmp_path, noise_source="inversion", eval_dataset=eval_dataset)
+    assert computed(capsys) == {"images of eval_dataset", PROMPTS}
+
+
+def test_more_epochs_add_their_own_inversions_only(tmp_path, capsys):
+    """A longer training finds the first epochs there."""
+    iapo(tmp_path, noise_source="inversion", max_steps=6)
+    computed(capsys)
+    trainer = iapo(tmp_path, noise_source="inversion", max_steps=-1, num_train_epochs=2.5)
+    assert computed(capsys) == {"inversions of epoch 3"} and len(trainer.draw_tables) == 3
+    first, third = (trainer.draw_tables[epoch][["row-0", "row-1"]]["timesteps"] for epoch in (0, 2))
+    assert not torch.equal(first, third)
+    trainer.train()
+    assert trainer.state.global_step == 8
+
+
+@pytest.mark.parametrize("source", ["order", "weights", "criteria"])
+def test_the_experts_files_follow_what_its_prompts_are_made_of(tmp_path, criteria, capsys, source):
+    """Another order of the attributes, other words for them: other prompts, and the losses of a live run."""
+    expert_trainer(tmp_path, criteria, dataset=tiny.paintings(8))
+    assert computed(capsys) == {IMAGES, PROMPTS}
+    settings = {}
+    if source == "order":
+        settings = {"attribute_order": "given"}
+    elif source == "criteria":
+        path = tmp_path / "tiny.yaml"
+        path.write_text(tiny.CRITERIA.replace("positive: red, negative: blue", "positive: blue, negative: red"))
+        criteria = str(path)
+    pipelines = [tiny.sd_pipeline(seed=1 if source == "weights" else 0) for _ in range(2)]
+    runs = [
+        expert_trainer(tmp_path, criteria, pipeline, tiny.paintings(8), precompute=on, **settings)
+        for pipeline, on in zip(pipelines, (False, True), strict=True)
+    ]
+    assert PROMPTS in computed(capsys)
+    for trainer in runs:
+        trainer.train()
+    torch.testing.assert_close(torch.tensor(logs(runs[0], "loss")), torch.tensor(logs(runs[1], "loss")))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.trainer import test_precompute as own
+from tests import tiny
+
+folder, criteria, expert = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+pipelines = [own.PIPELINES[name]() for name in ("sd", "sdxl", "sd", "sd")]
+calls = [own.encoder_calls(pipeline) for pipeline in pipelines]
+own.iapo(folder, pipelines[0], noise_source="inversion", prompt_dropout=0.5)
+own.iapo(folder, pipelines[1], dataset=tiny.pairs(3).remove_columns("id"))
+own.expert_trainer(folder, criteria, pipelines[2])
+own.cpo(folder, expert, criteria, pipelines[3], target_strength=1.5)
+print("calls", sum(sum(each.values()) for each in calls))
+"""
+
+
+def test_another_python_process_finds_the_files(tmp_path, criteria, experts):
+    """Whatever the order in which it hashes strings: what it computes is named the same, for all trainers."""
+    found = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path), criteria, experts["sd"]]
+        output = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment
+        )
+        calls = int(re.search(r"calls (\d+)", output.stdout.decode())[1])
+        found.append((calls, sorted(all_files(tmp_path))))
+    assert found[0][0] > 0
+    assert found[1] == (0, found[0][1])
+
+
+def test_a_pipeline_from_another_folder_finds_the_files(tmp_path, capsys):
+    """The weights count, not where they lie."""
+    for name in ("one", "other"):
+        tiny.sd_pipeline().save_pretrained(tmp_path / name)
+    iapo(tmp_path, str(tmp_path / "one"), noise_source="inversion")
+    assert computed(capsys) == ALL
+    iapo(tmp_path, str(tmp_path / "other"), noise_source="inversion")
+    assert computed(capsys) == set()
+
+
+# ---- Datasets ----
+
+
+def varied(rows: int = 6) -> Dataset:
+    """Rows with 0 to 3 instances."""
+    instance = tiny.pairs(2)[1]["instances"]
+    return tiny.pairs(rows).map(lambda row, index: {"instances": (2 * instance)[: index % 4]}, with_indices=True)
+
+
+def transformed(batch):
+    return {**batch, "prompt": [f"{prompt} and a red" for prompt in batch["prompt"]]}
+
+
+DATASETS = {
+    "counts": varied,
+    "no_instances": lambda: tiny.pairs(6, with_instances=False),
+    "empty_instances": lambda: tiny.pairs(6).map(lambda row: {"instances": []}),
+    "extra_columns": lambda: tiny.pairs(6).add_column("source", ["x"] * 6).add_column("score", [{"a": 1.0}] * 6),
+    "integer_ids": lambda: tiny.pairs(6).remove_columns("id").add_column("id", [5, 3, 99, 0, 1, 2]),
+    "no_ids": lambda: tiny.pairs(6).remove_columns("id"),
+    "transform": lambda: tiny.pairs(6).with_transform(transformed),
+    "shuffled": lambda: tiny.pairs(12).shuffle(seed=0).select(range(6)),
+    "torch_format": lambda: tiny.pairs(6, with_instances=False).with_format("torch"),
+    "one_prompt": lambda: tiny.pairs(6).map(lambda row: {"prompt": "a cat"}),
+    "empty_prompts": lambda: tiny.pairs(6).map(lambda row: {"prompt": ""}),
+}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_datasets_of_every_kind_give_what_they_give_live(tmp_path, monkeypatch, name):
+    """Instances of different counts or none, further columns, other ids, transforms: in files of 4 rows."""
+    monkeypatch.setattr(caching, "ROWS_PER_FILE", 4)
+    settings = {"noise_source": "inversion", "inversion_steps": 3, "prompt_dropout": 0.5}
+    live, precomputed = (iapo(tmp_path, dataset=DATASETS[name](), precompute=on, **settings) for on in (False, True))
+    assert_same_batches(live, precomputed, epochs=(0,))
+    for trainer in (live, precomputed):
+        trainer.train()
+    one, other = (
+        torch.tensor(logs(trainer, "loss", "errors/chosen", "masks/area")) for trainer in (live, precomputed)
+    )
+    torch.testing.assert_close(one, other, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
+@pytest.mark.parametrize("column", ["tensors", "training_size", "chosen_latents_mean"])
+def test_a_further_column_with_a_name_of_ours_is_ignored(tmp_path, column, precompute):
+    """Further columns are ignored, whatever they are called."""
+    settings = {"precompute": precompute, "aspect_ratio_buckets": True, "max_steps": 1}
+    plain = iapo(tmp_path, **settings)
+    named = iapo(tmp_path, dataset=tiny.pairs(6).add_column(column, [[1, 2]] * 6), **settings)
+    for trainer in (plain, named):
+        trainer.train()
+    assert logs(plain, "errors/chosen") == logs(named, "errors/chosen")
+
+
+def test_workers_read_what_is_precomputed(tmp_path):
+    """The same losses with a process that reads ahead."""
+    runs = [iapo(tmp_path, noise_source="inversion", dataloader_num_workers=number) for number in (0, 1)]
+    for trainer in runs:
+        trainer.train()
+    assert logs(runs[0], "loss") == logs(runs[1], "loss")
+
+
+def test_one_row_trains(tmp_path):
+    """The smallest dataset, for several epochs."""
+    trainer = iapo(tmp_path, dataset=tiny.pairs(1), noise_source="inversion", max_steps=3)
+    assert len(trainer.draw_tables) == 3
+    trainer.train()
+    assert all(math.isfinite(loss) for (loss,) in logs(trainer, "loss"))
+
+
+def test_several_datasets_to_evaluate_on_are_encoded_each(tmp_path):
+    """Under their names, which may be of several words and paths."""
+    datasets = {"first": tiny.pairs(2), "second one": tiny.pairs(3), "group/third": tiny.pairs(1)}
+    live, precomputed = (iapo(tmp_path, precompute=on, eval_dataset=datasets).evaluate() for on in (False, True))
+    for name in datasets:
+        key = f"eval_{name}_errors/chosen"
+        assert live[key] == pytest.approx(precomputed[key], abs=1e-6)
+
+
+def test_a_trainer_without_datasets_has_nothing_to_precompute(tmp_path):
+    """It can be made, as it can without `precompute`."""
+    args = InstanceDPOConfig(str(tmp_path), **FAST, precompute=True, precompute_dir=str(tmp_path / "cache"))
+    InstanceDPOTrainer(tiny.sd_pipeline(), args=args)
+
+
+def test_only_an_evaluation_can_be_precomputed(tmp_path):
+    """Without a train_dataset."""
+    metrics = []
+    for precompute in (False, True):
+        settings = FAST | {"precompute": precompute, "precompute_dir": str(tmp_path / "cache")}
+        args = InstanceDPOConfig(str(tmp_path), noise_source="inversion", **settings)
+        trainer = InstanceDPOTrainer(tiny.sd_pipeline(), args=args, eval_dataset=tiny.pairs(3))
+        metrics.append(trainer.evaluate()["eval_errors/chosen"])
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
+
+
+def test_a_dataset_that_was_not_precomputed_is_evaluated_or_refused_with_a_reason(tmp_path):
+    """`evaluate` of another dataset than those given before, whose prompts no table holds."""
+    other = tiny.pairs(2).map(lambda row: {"prompt": "a blue dog"})
+    expected = iapo(tmp_path, precompute=False).evaluate(other)["eval_errors/chosen"]
+    try:
+        metrics = iapo(tmp_path).evaluate(other)
+    except ValueError as error:
+        assert "precompute" in str(error)
+    else:
+        assert metrics["eval_errors/chosen"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_size_that_is_expected_is_what_a_dataset_takes(tmp_path, monkeypatch, capsys):
+    """Images and inversions of 200 pairs at 64 x 64: what is said is within 5 % of what is written."""
+    said, expected = caching.precompute_dataset, {}
+    usage = namedtuple("Usage", "total used free")
+
+    class Free(int):
+        """A number of bytes that notes what it is compared with."""
+
+        def __lt__(self, size):
+            expected[len(expected)] = size
+            return False
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, Free(10**12)))
+    assert said is caching.precompute_dataset
+    iapo(tmp_path, dataset=tiny.pairs(200), resolution=64, noise_source="inversion", inversion_steps=2, max_steps=1)
+    names = re.findall(r"^Precomputing (.*): [\d,]+ of", capsys.readouterr().out, re.M)
+    assert names == [IMAGES, PROMPTS, INVERSIONS]
+    for name, size in zip(names, expected.values(), strict=True):
+        written = sum(path.stat().st_size for path in (tmp_path / "cache").glob(f"{name.replace(' ', '-')}-*.arrow"))
+        if name != PROMPTS:  # two rows, of which the file's own header is a good part
+            assert size == pytest.approx(written, rel=0.05), name
+
+
+# ---- Mistakes ----
+
+
+def test_a_stream_is_refused(tmp_path):
+    """For training and for evaluation, by name."""
+    with pytest.raises(ValueError, match="`train_dataset` is a stream.*without `precompute`"):
+        iapo(tmp_path, dataset=tiny.pairs().to_iterable_dataset())
+    with pytest.raises(ValueError, match="`eval_dataset` is a stream.*without `precompute`"):
+        iapo(tmp_path, eval_dataset=tiny.pairs().to_iterable_dataset())
+
+
+def test_ids_that_come_twice_are_refused(tmp_path):
+    """Also numbers that are strings elsewhere."""
+    dataset = tiny.pairs(6).remove_columns("id").add_column("id", ["0", "1", "2", "1", "4", "0"])
+    with pytest.raises(ValueError, match="`train_dataset` has 6 rows with only 4 different ids"):
+        iapo(tmp_path, dataset=dataset)
+
+
+def test_an_own_collator_is_refused(tmp_path):
+    """Its work cannot be done beforehand."""
+    collator = InstancePairCollator(32)
+    with pytest.raises(ValueError, match="`precompute` needs the trainer's own collator"):
+        iapo(tmp_path, data_collator=lambda rows: collator(rows))
+
+
+def test_a_full_disk_is_named_with_the_setting(tmp_path, monkeypatch):
+    """Before anything is written."""
+    usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(100, 90, 10))
+    with pytest.raises(ValueError, match="Precomputing images of train_dataset needs .* GB.*`precompute_dir`"):
+        iapo(tmp_path)
+    assert not all_files(tmp_path)
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    """As in a live training, before it."""
+    broken = [{"bytes": b"no image", "path": None}] * 6
+    dataset = tiny.pairs(6).remove_columns("chosen").add_column("chosen", broken)
+    with pytest.raises(ValueError, match="column `chosen` of the row with id 'row-0' cannot be read"):
+        iapo(tmp_path, dataset=dataset)
+
+
+def test_rows_that_a_short_training_does_not_reach_are_warned_of(tmp_path, caplog):
+    """The warning says how many, and how to leave them out."""
+    iapo(tmp_path, dataset=tiny.pairs(8), max_steps=2)
+    assert "use 4 of the 8 rows" in caplog.text and "select(range(4))" in caplog.text
+    caplog.clear()
+    iapo(tmp_path, dataset=tiny.pairs(8), max_steps=4)
+    assert "rows of `train_dataset`" not in caplog.text
