@@ -111,7 +111,7 @@ def test_a_row_comes_back_as_it_was():
 def test_a_slice_is_written_without_the_batch_it_was_cut_from():
     """One row of a large batch takes the space of one row."""
     batch = torch.zeros(1000, 8)
-    assert len(write_example({"tensor": batch[3]})["tensors"]) < 200
+    assert len(write_example({"tensor": batch[3]})[caching.TENSORS]) < 200
 
 
 # ---- Many rows ----
@@ -122,7 +122,7 @@ def test_rows_come_out_in_order_each_encoded_once(tmp_path, number):
     """Whatever the number of files, the last of which may hold one row; of the first row the size is told before."""
     encode = Encoder()
     dataset = precompute(tmp_path, encode, rows(number))
-    assert dataset.column_names == ["id", "names", "tensors"]
+    assert dataset.column_names == ["id", "names", caching.TENSORS]
     assert dataset["id"][:] == [f"row-{index}" for index in range(number)]
     examples = [read_example(row) for row in dataset]
     assert [example["tensor"][0].item() for example in examples] == list(range(number))

@@ -16,7 +16,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -34,11 +34,18 @@ def bucket_sizes(resolution: int, multiple: int) -> list[tuple[int, int]]:
 
     Returns:
         `list[tuple[int, int]]`: (height, width) in pixels, from high to wide.
+
+    Raises:
+        `ValueError`: If the resolution is less than `multiple`.
     """
+    if resolution < multiple:
+        raise ValueError(
+            f"`resolution` is {resolution}, and with `aspect_ratio_buckets` no side can be less than {multiple} pixels."
+        )
     sizes = set()
-    for long in range(resolution, 2 * resolution, multiple):
-        short = resolution**2 // long // multiple * multiple
-        if short > 0 and long <= 2 * short:
+    for long in range(resolution // multiple * multiple, 2 * resolution, multiple):
+        short = min(long, resolution**2 // long // multiple * multiple)
+        if long <= 2 * short:
             sizes |= {(long, short), (short, long)}
     return sorted(sizes, reverse=True)
 
@@ -72,25 +79,23 @@ class BucketSampler(torch.utils.data.Sampler):
             Rows in a batch.
         seed (`int`):
             Seed of the shuffling.
+        epoch (`Callable`):
+            Tells the epoch that begins, which shuffles anew.
     """
 
-    def __init__(self, buckets: list, batch_size: int, seed: int):
+    def __init__(self, buckets: list, batch_size: int, seed: int, epoch: Callable[[], int]):
         self.rows = defaultdict(list)
         for row, bucket in enumerate(buckets):
             self.rows[tuple(bucket)].append(row)
         self.batch_size = batch_size
         self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Shuffles anew."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return sum(len(rows) // self.batch_size * self.batch_size for rows in self.rows.values())
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
         batches = []
         for rows in self.rows.values():
             shuffled = [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]

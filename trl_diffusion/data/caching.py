@@ -24,7 +24,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from safetensors import torch as safetensors
 
 
-TENSORS = "tensors"  # the column that holds a row's tensors, in the format of safetensors
+TENSORS = "_tensors"  # the column that holds a row's tensors, in the format of safetensors
 ROWS_PER_FILE = 1000
 
 
@@ -42,7 +42,7 @@ def write_example(example: dict[str, Any]) -> dict[str, Any]:
             Tensors and other values by name.
 
     Returns:
-        `dict`: the other values, and `tensors`, `bytes`.
+        `dict`: the other values, and the tensors, `bytes`.
     """
     tensors = {name: value.cpu().contiguous() for name, value in example.items() if isinstance(value, torch.Tensor)}
     return {name: value for name, value in example.items() if name not in tensors} | {
@@ -106,7 +106,7 @@ def precompute_dataset(
             Prints a message.
 
     Returns:
-        [`~datasets.Dataset`]: the examples, memory-mapped, with `tensors` as one column.
+        [`~datasets.Dataset`]: the examples, memory-mapped, with their tensors as one column.
 
     Raises:
         `ValueError`: If the disk has not the room for it.

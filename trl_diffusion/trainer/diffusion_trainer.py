@@ -40,15 +40,14 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ..backbones import load_backbone
 from ..data.buckets import BucketSampler, bucket_sizes
-from ..data.caching import TensorTable
-from ..data.collators import ImageCollator
+from ..data.caching import TENSORS, TensorTable
 from ..data.formats import prepare_dataset
 from ..noising import fixed_timesteps, keyed_generator, keyed_noise, keyed_timesteps
 from .callbacks import NonFiniteLossCallback, SampleImagesCallback
 from .diffusion_config import DiffusionConfig
 from .hub import diffusion_model_card
 from .lora import LORA_WEIGHTS_NAME, read_lora
-from .precompute import precompute_images, precompute_prompts
+from .precompute import TRAINING_SIZE, precompute_images, precompute_prompts
 
 
 logger = get_logger(__name__)
@@ -114,6 +113,11 @@ class DiffusionTrainer(_BaseTrainer):
             }
         elif eval_dataset is not None:
             eval_dataset = self._prepare_dataset(eval_dataset, "eval_dataset")
+        for setting in ("precompute", "aspect_ratio_buckets"):
+            if getattr(args, setting) and data_collator is not None:
+                raise ValueError(
+                    f"`{setting}` needs the trainer's own collator. Leave out `data_collator`, or train without `{setting}`."
+                )
         if isinstance(train_dataset, IterableDataset) and args.aspect_ratio_buckets:
             raise ValueError(
                 "`train_dataset` is a stream, whose rows cannot be sorted by size. Load it without `streaming=True`, or train "
@@ -212,14 +216,8 @@ class DiffusionTrainer(_BaseTrainer):
         the accelerator. Trainers call it at the end of their `__init__` where `args.precompute` is set.
 
         Raises:
-            `ValueError`: If a dataset is a stream or has an id twice, if the collator is not the trainer's own, or if the
-                disk has not the room.
+            `ValueError`: If a dataset is a stream or has an id twice, or if the disk has not the room.
         """
-        if not isinstance(self.data_collator, ImageCollator):
-            raise ValueError(
-                "`precompute` needs the trainer's own collator, whose work it does beforehand. Leave out `data_collator`, or "
-                "train without `precompute`."
-            )
         self.model.train()
         if self.train_dataset is not None:
             args = self.args
@@ -239,9 +237,9 @@ class DiffusionTrainer(_BaseTrainer):
         elif self.eval_dataset is not None:
             self.eval_dataset = precompute_images(self, self.eval_dataset, "eval_dataset")
         offloaded = ("vae",)
-        if self.has_fixed_prompts:
-            evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-            rows = [dataset for dataset in (self.train_dataset, *evaluated) if dataset is not None]
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        rows = [dataset for dataset in (self.train_dataset, *evaluated) if dataset is not None]
+        if self.has_fixed_prompts and rows:
             self.prompt_table = precompute_prompts(self, rows)
             offloaded = self.backbone.encoder_names
         self.backbone.offload(offloaded)
@@ -268,17 +266,17 @@ class DiffusionTrainer(_BaseTrainer):
     def num_epochs(self) -> int:
         """How many epochs the training begins."""
         args = self.args
-        rows = len(self._get_train_sampler())
+        rows = len(self._bucket_sampler(self.train_dataset) if args.aspect_ratio_buckets else self.train_dataset)
         batches = rows / (self._train_batch_size * args.world_size)
         batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
         steps = math.ceil(batches / args.gradient_accumulation_steps)
         return math.ceil(args.max_steps / max(1, steps)) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self.args.aspect_ratio_buckets:
             return super()._get_train_sampler(train_dataset)
-        sampler = BucketSampler(self._training_sizes(dataset), self._train_batch_size, self.args.seed)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        sampler = self._bucket_sampler(dataset)
         if len(sampler) == 0:
             raise ValueError(
                 f"No size has the {self._train_batch_size} rows of a batch. Lower `per_device_train_batch_size`, or train "
@@ -291,16 +289,34 @@ class DiffusionTrainer(_BaseTrainer):
             )
         return sampler
 
+    def _bucket_sampler(self, dataset: Dataset) -> BucketSampler:
+        return BucketSampler(
+            self._training_sizes(dataset),
+            self._train_batch_size,
+            self.args.seed,
+            # Asked for, not set: a run that resumes within an epoch wraps its sampler so that nobody reaches it
+            lambda: int(self.state.epoch or 0),
+        )
+
     def _training_sizes(self, dataset: Dataset) -> list[list[int]]:
         """The size of each row, of which a batch has one."""
-        if "training_size" not in dataset.column_names:
+        if TRAINING_SIZE not in dataset.column_names:
             dataset = dataset.map(
-                lambda row: {"training_size": self.data_collator.size(row)},
-                remove_columns=[name for name in dataset.column_names if name != "training_size"],
+                lambda row: {TRAINING_SIZE: self.data_collator.size(row)},
+                remove_columns=dataset.column_names,
                 new_fingerprint=Hasher.hash((dataset._fingerprint, self.data_collator.buckets)),
                 desc="Reading the sizes of images",
             )
-        return dataset["training_size"][:]
+        return dataset[TRAINING_SIZE][:]
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
+        if self.args.precompute and isinstance(eval_dataset, Dataset | IterableDataset):
+            if TENSORS not in (eval_dataset.column_names or []):
+                raise ValueError(
+                    "With `precompute` only the datasets that were given when the trainer was made can be evaluated on: pass "
+                    "this one as `eval_dataset` then, or train without `precompute`."
+                )
+        return super().get_eval_dataloader(eval_dataset)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
         if self.args.aspect_ratio_buckets and not is_training:

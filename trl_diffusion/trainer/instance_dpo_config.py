@@ -116,5 +116,5 @@ class InstanceDPOConfig(DiffusionConfig):
             raise ValueError(f"`inversion_model` must be 'reference' or 'policy', got {self.inversion_model!r}.")
         if self.inversion_steps < 1:
             raise ValueError(f"`inversion_steps` must be at least 1, got {self.inversion_steps}.")
-        if self.inversion_eta < 0:
+        if not self.inversion_eta >= 0:
             raise ValueError(f"`inversion_eta` must not be negative, got {self.inversion_eta}.")

@@ -33,7 +33,7 @@ from ..masks import instance_masks, masked_area
 from ..noising import add_noise, explaining_noise, keyed_noise, per_sample_errors, training_target
 from .diffusion_trainer import DiffusionTrainer
 from .instance_dpo_config import InstanceDPOConfig
-from .precompute import precompute_by_id, weights_fingerprint
+from .precompute import module_fingerprint, precompute_by_id, text_fingerprint
 
 
 class InstanceDPOTrainer(DiffusionTrainer):
@@ -251,8 +251,8 @@ class InstanceDPOTrainer(DiffusionTrainer):
             return
         reference = self.model if self.ref_model is None else self.ref_model
         depends_on = (
-            weights_fingerprint(self.accelerator.unwrap_model(reference, keep_torch_compile=False)),
-            self.prompt_table.dataset._fingerprint,
+            module_fingerprint(self.accelerator.unwrap_model(reference, keep_torch_compile=False)),
+            text_fingerprint(self, sorted({"", *self.train_dataset["prompt"]})),
             self.backbone.alphas_cumprod.tolist(),
             self.backbone.prediction_type,
             self.timestep_range,

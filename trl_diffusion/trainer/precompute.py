@@ -14,7 +14,9 @@
 
 """Encoding images and prompts once, before the training."""
 
+import dataclasses
 import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +26,10 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
+from peft import PeftModel
+from transformers import PreTrainedConfig
 
-from ..data.caching import TensorTable, precompute_dataset
+from ..data.caching import TENSORS, TensorTable, precompute_dataset
 
 
 if TYPE_CHECKING:
@@ -34,28 +38,55 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 FORMAT_VERSION = 1  # of the files; another one is another file
+NO_MATTER = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # in configurations
 NUM_FINGERPRINTS = 16
+TRAINING_SIZE = "_training_size"  # the column of a row's height and width in pixels
 
 
-def weights_fingerprint(module: torch.nn.Module) -> str:
+def module_fingerprint(module: torch.nn.Module) -> str:
     """
-    A hash by which to tell a module's weights from others: of its tensors' names, types and shapes, and of some of their
-    elements. Adapters of peft do not count.
+    A hash by which to tell a model from others: of its configuration, its tensors' names, types and shapes, and some of
+    their elements. Adapters of peft do not count, nor where the model came from.
 
     Args:
         module (`torch.nn.Module`):
-            The module.
+            A model of diffusers or transformers, or of peft on top of one.
 
     Returns:
         `str`
     """
-    digest = hashlib.blake2b(digest_size=16)
+    config = module.get_base_model().config if isinstance(module, PeftModel) else module.config
+    config = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config)
+    config = {name: value for name, value in config.items() if not name.startswith("_") and name not in NO_MATTER}
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
     for name, weight in module.state_dict().items():
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if "lora_" not in name:
             some = weight.detach().flatten()[:: max(1, weight.numel() // NUM_FINGERPRINTS)]
             digest.update(repr((name, str(weight.dtype), tuple(weight.shape), some.tolist())).encode())
     return digest.hexdigest()
+
+
+def text_fingerprint(trainer: "DiffusionTrainer", prompts: list[str]) -> str:
+    """
+    A hash of how some prompts are encoded: of their tokens and of the text encoders.
+
+    Args:
+        trainer ([`DiffusionTrainer`]):
+            The trainer.
+        prompts (`list[str]`):
+            The prompts.
+
+    Returns:
+        `str`
+    """
+    pipeline, backbone = trainer.backbone.pipeline, trainer.backbone
+    tokens = [
+        getattr(pipeline, name)(prompts, padding="max_length", truncation=True).input_ids
+        for name in backbone.tokenizer_names
+    ]
+    encoders = [module_fingerprint(getattr(pipeline, name)) for name in backbone.encoder_names if name != "vae"]
+    return Hasher.hash((prompts, tokens, encoders))
 
 
 def precompute_images(trainer: "DiffusionTrainer", dataset: Dataset | IterableDataset, name: str) -> Dataset:
@@ -88,6 +119,8 @@ def precompute_images(trainer: "DiffusionTrainer", dataset: Dataset | IterableDa
             "its id. Give each row its own, or remove the column `id`: rows are then numbered."
         )
     collator = trainer.data_collator
+    is_drawn = collator.random_flip or not collator.center_crop
+    preparation = collator if is_drawn else dataclasses.replace(collator, seed=0)  # the seed draws crops and flips
 
     def encode(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         with ThreadPoolExecutor() as threads:
@@ -100,10 +133,9 @@ def precompute_images(trainer: "DiffusionTrainer", dataset: Dataset | IterableDa
                 for place, mean, std in zip(places, *trainer.encode_images(batch), strict=True):
                     examples[place] |= {f"{column}_latents_mean": mean, f"{column}_latents_std": std}
         for example, row in zip(examples, rows, strict=True):
-            example["training_size"] = list(collator.size(row))
+            example[TRAINING_SIZE] = list(collator.size(row))
         return examples
 
-    vae = trainer.backbone.pipeline.vae
     return _precompute(
         trainer,
         dataset,
@@ -112,10 +144,10 @@ def precompute_images(trainer: "DiffusionTrainer", dataset: Dataset | IterableDa
             "id": Value("string"),
             "prompt": Value("string"),
             **{column: List(Value("string")) for column in trainer.columns if column.endswith("_attributes")},
-            "training_size": List(Value("int32")),
+            TRAINING_SIZE: List(Value("int32")),
         },
         f"images of {name}",
-        (dataset._fingerprint, collator, weights_fingerprint(vae), dict(vae.config)),
+        (dataset._fingerprint, preparation, module_fingerprint(trainer.backbone.pipeline.vae)),
     )
 
 
@@ -134,23 +166,21 @@ def precompute_prompts(trainer: "DiffusionTrainer", rows: list[Dataset]) -> Tens
     """
     prompts = {}
     for dataset in rows:
-        for row in dataset.remove_columns("tensors"):
+        for row in dataset.remove_columns(TENSORS):
             prompts.update(dict.fromkeys(trainer.prompts_of(row)))
 
     def encode(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         conditions = trainer.encode_prompts([row["prompt"] for row in rows])
         return [row | {name: value[place] for name, value in conditions.items()} for place, row in enumerate(rows)]
 
-    pipeline = trainer.backbone.pipeline
-    encoders = [getattr(pipeline, name) for name in trainer.backbone.encoder_names if name != "vae"]
-    tokenizers = [getattr(pipeline, name).get_vocab() for name in trainer.backbone.tokenizer_names]
+    prompts = sorted(prompts)
     dataset = _precompute(
         trainer,
-        Dataset.from_dict({"prompt": sorted(prompts)}),
+        Dataset.from_dict({"prompt": prompts}),
         encode,
         {"prompt": Value("string")},
         "prompts",
-        (sorted(prompts), [weights_fingerprint(encoder) for encoder in encoders], tokenizers),
+        text_fingerprint(trainer, prompts),
     )
     return TensorTable(dataset, "prompt")
 
@@ -199,7 +229,7 @@ def _precompute(trainer: "DiffusionTrainer", dataset, encode, features, name: st
         fingerprint,
         folder,
         # A batch holds rows of one size
-        1 if args.aspect_ratio_buckets and "tensors" in dataset.column_names else args.per_device_eval_batch_size,
+        1 if args.aspect_ratio_buckets and TENSORS in dataset.column_names else args.per_device_eval_batch_size,
         accelerator.process_index,
         accelerator.num_processes,
         accelerator.wait_for_everyone,
