@@ -47,7 +47,7 @@ from .callbacks import NonFiniteLossCallback, SampleImagesCallback
 from .diffusion_config import DiffusionConfig
 from .hub import diffusion_model_card
 from .lora import LORA_WEIGHTS_NAME, read_lora
-from .precompute import TRAINING_SIZE, precompute_images, precompute_prompts
+from .precompute import TRAINING_SIZE, precompute_datasets
 
 
 logger = get_logger(__name__)
@@ -218,31 +218,7 @@ class DiffusionTrainer(_BaseTrainer):
         Raises:
             `ValueError`: If a dataset is a stream or has an id twice, or if the disk has not the room.
         """
-        self.model.train()
-        if self.train_dataset is not None:
-            args = self.args
-            used = args.max_steps * self._train_batch_size * args.gradient_accumulation_steps * args.world_size
-            if not isinstance(self.train_dataset, IterableDataset) and 0 < used < len(self.train_dataset):
-                logger.warning(
-                    f"The {args.max_steps} steps of this training use {used:,} of the {len(self.train_dataset):,} rows of "
-                    "`train_dataset`, and all of them are precomputed. Pass those rows only: "
-                    f"`dataset.shuffle(seed=0).select(range({used}))`."
-                )
-            self.train_dataset = precompute_images(self, self.train_dataset, "train_dataset")
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {
-                name: precompute_images(self, split, f"eval_dataset {name}")
-                for name, split in self.eval_dataset.items()
-            }
-        elif self.eval_dataset is not None:
-            self.eval_dataset = precompute_images(self, self.eval_dataset, "eval_dataset")
-        offloaded = ("vae",)
-        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        rows = [dataset for dataset in (self.train_dataset, *evaluated) if dataset is not None]
-        if self.has_fixed_prompts and rows:
-            self.prompt_table = precompute_prompts(self, rows)
-            offloaded = self.backbone.encoder_names
-        self.backbone.offload(offloaded)
+        precompute_datasets(self)
 
     @property
     def has_fixed_prompts(self) -> bool:

@@ -268,6 +268,7 @@ class InstanceDPOTrainer(DiffusionTrainer):
             del by_row["noise"]  # follows from the others
             return by_row
 
+        self.model.train()  # as in a step
         tables = []
         for epoch in range(self.num_epochs):
             self.state.epoch = epoch

@@ -89,6 +89,47 @@ def text_fingerprint(trainer: "DiffusionTrainer", prompts: list[str]) -> str:
     return Hasher.hash((prompts, tokens, encoders))
 
 
+def precompute_datasets(trainer: "DiffusionTrainer") -> None:
+    """
+    Encodes the images and prompts of a trainer's datasets, puts the results in their place, and takes the encoders off the
+    accelerator.
+
+    Args:
+        trainer ([`DiffusionTrainer`]):
+            The trainer, changed in place.
+
+    Raises:
+        `ValueError`: If a dataset is a stream or has an id twice, or if the disk has not the room.
+    """
+    if trainer.train_dataset is not None:
+        _warn_of_unused_rows(trainer)
+        trainer.train_dataset = precompute_images(trainer, trainer.train_dataset, "train_dataset")
+    if isinstance(trainer.eval_dataset, dict):
+        trainer.eval_dataset = {
+            name: precompute_images(trainer, split, f"eval_dataset {name}")
+            for name, split in trainer.eval_dataset.items()
+        }
+    elif trainer.eval_dataset is not None:
+        trainer.eval_dataset = precompute_images(trainer, trainer.eval_dataset, "eval_dataset")
+    splits = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
+    rows = [dataset for dataset in (trainer.train_dataset, *splits) if dataset is not None]
+    if trainer.has_fixed_prompts and rows:
+        trainer.prompt_table = precompute_prompts(trainer, rows)
+        trainer.backbone.offload(trainer.backbone.encoder_names)
+    else:
+        trainer.backbone.offload(("vae",))
+
+
+def _warn_of_unused_rows(trainer: "DiffusionTrainer") -> None:
+    args, dataset = trainer.args, trainer.train_dataset
+    used = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if isinstance(dataset, Dataset) and 0 < used < len(dataset):
+        logger.warning(
+            f"The {args.max_steps} steps of this training use {used:,} of the {len(dataset):,} rows of `train_dataset`, and "
+            f"all of them are precomputed. Pass those rows only: `dataset.shuffle(seed=0).select(range({used}))`."
+        )
+
+
 def precompute_images(trainer: "DiffusionTrainer", dataset: Dataset | IterableDataset, name: str) -> Dataset:
     """
     Encodes the images of a dataset to the moments of the VAE's posterior.
