@@ -72,6 +72,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--optim", default="adamw_torch_fused", help="The optimizer, by `transformers`' name, of every arm."
     )
+    parser.add_argument("--torch_compile", action="store_true", help="Compile the denoiser, in this library's arms.")
+    parser.add_argument("--channels_last", action="store_true", help="Channels last, in this library's arms.")
     parser.add_argument("--lora_rank", type=int, default=64, help="Rank of the LoRA.")
     parser.add_argument("--output", type=Path, help="JSON file for all raw times.")
     args = parser.parse_args()
@@ -156,6 +158,8 @@ def main():
         "batch_size": args.batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "activation_checkpointing": args.activation_checkpointing,
+        "torch_compile": args.torch_compile,
+        "channels_last": args.channels_last,
         "optim": args.optim,
         "lora_rank": args.lora_rank,
         "steps": args.steps,

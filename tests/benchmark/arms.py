@@ -169,6 +169,8 @@ class Benchmark:
                     optim=args.optim,
                     bf16=args.dtype == "bf16",
                     activation_checkpointing=args.activation_checkpointing,
+                    torch_compile=args.torch_compile,
+                    channels_last=args.channels_last,
                     resolution=self.resolution,
                     use_cpu=args.device == "cpu",
                     save_strategy="no",
