@@ -358,6 +358,8 @@ def test_command_lines(page, line, tmp_path):
         assert remaining == []
     elif program == "python":
         script, *words = words
+        if script == "-m":
+            script = f"{words[0].replace('.', '/')}/__main__.py"
         source = (ROOT / script).read_text(encoding="utf-8")
         assert all(f'"{word}"' in source for word in words if word.startswith("--"))
     elif program == "accelerate":
