@@ -855,3 +855,15 @@ def test_rows_that_a_short_training_does_not_reach_are_warned_of(tmp_path, caplo
     caplog.clear()
     iapo(tmp_path, dataset=tiny.pairs(8), max_steps=4)
     assert "rows of `train_dataset`" not in caplog.text
+
+
+def test_an_epoch_beyond_those_that_were_precomputed_is_inverted_live(tmp_path):
+    """Trained on for longer than was asked when the trainer was made, the losses are those of a live run."""
+    found = []
+    for precompute in (True, False):
+        trainer = iapo(tmp_path, precompute=precompute, noise_source="inversion", max_steps=3, logging_steps=1)
+        trainer.args.max_steps = 5  # of 3 an epoch
+        trainer.train()
+        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(trainer.train_dataset) == 6 and trainer.args.per_device_train_batch_size == 2
+    assert len(found[0]) == 5 and found[0] == pytest.approx(found[1], abs=1e-4)

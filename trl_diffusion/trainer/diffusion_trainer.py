@@ -271,7 +271,7 @@ class DiffusionTrainer(_BaseTrainer):
             self._train_batch_size,
             self.args.seed,
             # Asked for, not set: a run that resumes within an epoch wraps its sampler so that nobody reaches it
-            lambda: int(self.state.epoch or 0),
+            lambda: self._epoch,
         )
 
     def _training_sizes(self, dataset: Dataset) -> list[list[int]]:
@@ -366,6 +366,10 @@ class DiffusionTrainer(_BaseTrainer):
         return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
 
     # ---- What every step needs ----
+
+    @property
+    def _epoch(self) -> int:
+        return int(self.state.epoch or 0)
 
     @property
     def _moment(self) -> int | str:

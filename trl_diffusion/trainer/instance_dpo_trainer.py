@@ -143,7 +143,7 @@ class InstanceDPOTrainer(DiffusionTrainer):
     def _moment(self) -> int | str:
         # With inversion the epoch takes the step's place: a row's draws are then known before the training.
         if self.args.noise_source == "inversion" and self.model.training:
-            return f"epoch {int(self.state.epoch or 0)}"
+            return f"epoch {self._epoch}"
         return super()._moment
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
@@ -216,8 +216,8 @@ class InstanceDPOTrainer(DiffusionTrainer):
             [`trainer.instance_dpo_trainer.NoisedPairs`]
         """
         alphas_cumprod = self.backbone.alphas_cumprod
-        if self.draw_tables and self.model.training:
-            by_row = self.draw_tables[int(self.state.epoch or 0)][ids]
+        if self.model.training and self._epoch < len(self.draw_tables):
+            by_row = self.draw_tables[self._epoch][ids]
             timesteps, noisy_latents, ref_pred = (
                 by_row[name].transpose(0, 1).flatten(0, 1).to(latents.device, non_blocking=True)
                 for name in ("timesteps", "noisy_latents", "ref_pred")
