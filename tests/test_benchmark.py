@@ -41,12 +41,13 @@ def test_every_arm_runs_on_the_tiny_model(tmp_path):
     # Timesteps 250 and 750: 3 and 8 steps of an inversion, 4 and 9 of the published one
     assert forwards == {
         "floor": 1, "floor_lora": 1, "full_live": 1, "full_cached": 1, "lora_live": 1, "lora_cached": 1,
+        "full_ref_cached": 0, "lora_ref_cached": 0,
         "inversion_reference_live": 6.5, "inversion_reference_cached": 0, "inversion_reference_cached_lora": 0,
         "inversion_policy_live": 6.5, "inversion_policy_cached": 6.5, "inversion_policy_cached_lora": 6.5,
         "diffusion_dpo": 1, "inpo": 7.5,
     }  # fmt: skip
     assert all(f"| {arm} |" in out for arm in forwards)
-    assert all(ratio > 0 for ratio in found["comparisons"].values()) and len(found["comparisons"]) == 11
+    assert all(ratio > 0 for ratio in found["comparisons"].values()) and len(found["comparisons"]) == 13
 
 
 @pytest.mark.slow

@@ -36,12 +36,15 @@ from trl_diffusion.noising import fixed_timesteps
 INVERSION = {"noise_source": "inversion", "inversion_steps": 10}
 BY_POLICY = INVERSION | {"inversion_model": "policy"}
 CACHED = {"precompute": True}
+REF_CACHED = CACHED | {"precompute_ref_preds": True}
 # name: whether a LoRA is trained, what InstanceDPOConfig is given
 TRAINER_ARMS = {
     "full_live": (False, {}),
     "full_cached": (False, CACHED),
+    "full_ref_cached": (False, REF_CACHED),
     "lora_live": (True, {}),
     "lora_cached": (True, CACHED),
+    "lora_ref_cached": (True, REF_CACHED),
     "inversion_reference_live": (False, INVERSION),
     "inversion_reference_cached": (False, INVERSION | CACHED),
     "inversion_reference_cached_lora": (True, INVERSION | CACHED),

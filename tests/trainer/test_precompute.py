@@ -154,7 +154,7 @@ def computed(capsys) -> set[str]:
     return {name for name, was_missing in work(capsys).items() if was_missing}
 
 
-IMAGES, PROMPTS, INVERSIONS = "images of train_dataset", "prompts", "inversions of epoch 1"
+IMAGES, PROMPTS, INVERSIONS = "images of train_dataset", "prompts", "noised pairs of epoch 1"
 
 
 # ---- Precomputed equals live ----
@@ -469,7 +469,7 @@ def test_an_interrupted_inversion_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(InstanceDPOTrainer, "invert", failing)
     with pytest.raises(RuntimeError, match="the power fails"):
         iapo(tmp_path, **settings)
-    assert len([name for name in all_files(tmp_path) if name.startswith("inversions")]) == 1
+    assert len([name for name in all_files(tmp_path) if name.startswith("noised-pairs")]) == 1
     calls = [None] * 10
     pipeline = tiny.sd_pipeline()
     encoded = encoder_calls(pipeline)
@@ -482,7 +482,7 @@ def test_a_second_trainer_encodes_nothing(tmp_path, capsys):
     """Also one that trains another way: a LoRA, another learning rate, beta, masks, batch."""
     settings = {"noise_source": "inversion", "eval_dataset": tiny.pairs(2), "max_steps": 6}
     iapo(tmp_path, **settings)
-    assert computed(capsys) == {IMAGES, "images of eval_dataset", PROMPTS, INVERSIONS, "inversions of epoch 2"}
+    assert computed(capsys) == {IMAGES, "images of eval_dataset", PROMPTS, INVERSIONS, "noised pairs of epoch 2"}
     pipeline = tiny.sd_pipeline()
     calls = encoder_calls(pipeline)
     iapo(tmp_path, pipeline, **settings)
@@ -600,7 +600,7 @@ def test_more_epochs_add_their_own_inversions_only(tmp_path, capsys):
     iapo(tmp_path, noise_source="inversion", max_steps=6)
     computed(capsys)
     trainer = iapo(tmp_path, noise_source="inversion", max_steps=-1, num_train_epochs=2.5)
-    assert computed(capsys) == {"inversions of epoch 3"} and len(trainer.draw_tables) == 3
+    assert computed(capsys) == {"noised pairs of epoch 3"} and len(trainer.draw_tables) == 3
     first, third = (trainer.draw_tables[epoch][["row-0", "row-1"]]["timesteps"] for epoch in (0, 2))
     assert not torch.equal(first, third)
     trainer.train()
@@ -867,3 +867,43 @@ def test_an_epoch_beyond_those_that_were_precomputed_is_inverted_live(tmp_path):
         found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(trainer.train_dataset) == 6 and trainer.args.per_device_train_batch_size == 2
     assert len(found[0]) == 5 and found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+# ---- The reference's predictions ----
+
+
+@pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
+def test_a_step_with_precomputed_predictions_asks_the_policy_alone(tmp_path, peft_config, monkeypatch):
+    """Over two epochs, loss and margins are those that the reference gives when asked, and it is not asked."""
+    trainer = iapo(tmp_path, precompute_ref_preds=True, max_steps=6, logging_steps=1, peft_config=peft_config)
+    assert len(trainer.draw_tables) == 2
+    calls, predict = [], trainer.backbone.predict
+
+    def counted(*args):
+        calls.append(torch.is_grad_enabled())
+        return predict(*args)
+
+    monkeypatch.setattr(trainer.backbone, "predict", counted)
+    trainer.train()
+    assert calls == [True] * 6
+    first, *rest = trainer.state.log_history[:6]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4) and first["rewards/margins"] == pytest.approx(
+        0, abs=1e-3
+    )
+
+    asked = iapo(tmp_path, precompute_ref_preds=True, max_steps=6, logging_steps=1, peft_config=peft_config)
+    asked.draw_tables = []
+    asked.train()
+    for entry, other in zip(rest, asked.state.log_history[1:6], strict=True):
+        for name in ("loss", "rewards/margins", "errors/ref_chosen", "masks/area"):
+            assert entry[name] == pytest.approx(other[name], abs=1e-3)
+    assert len({entry["errors/ref_chosen"] for entry in (first, *rest)}) == 6  # epochs have other draws
+
+
+def test_predictions_that_cannot_be_precomputed_are_refused(tmp_path):
+    """Without `precompute`, and where the policy inverts."""
+    with pytest.raises(ValueError, match="needs `precompute=True`"):
+        InstanceDPOConfig(str(tmp_path), precompute_ref_preds=True)
+    settings = {"noise_source": "inversion", "inversion_model": "policy"}
+    with pytest.raises(ValueError, match="not possible where the policy inverts"):
+        InstanceDPOConfig(str(tmp_path), precompute=True, precompute_ref_preds=True, **settings)

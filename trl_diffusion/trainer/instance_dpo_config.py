@@ -47,6 +47,9 @@ class InstanceDPOConfig(DiffusionConfig):
             Who inverts: `"reference"`, whose results can be precomputed, or `"policy"`, as in InPO's published run.
         inversion_eta (`float`, *optional*, defaults to `0.0`):
             Weight of a random term after each step of an inversion; 0.1 in InPO's published run. 0 is deterministic.
+        precompute_ref_preds (`bool`, *optional*, defaults to `False`):
+            With `precompute`, also compute the reference's predictions before the training, for the timestep and the noise of
+            each row and epoch; a step then asks the policy alone. Where the reference inverts, `precompute` alone does so.
         reverse_preference (`bool`, *optional*, defaults to `False`):
             Train towards the rejected images, instances included, which gives the model for
             [`negative_preference_guidance`] (Diffusion-NPO). In the logs, chosen then means rejected.
@@ -94,6 +97,10 @@ class InstanceDPOConfig(DiffusionConfig):
     inversion_eta: float = field(
         default=0.0, metadata={"help": "Weight of a random term after each step of an inversion."}
     )
+    precompute_ref_preds: bool = field(
+        default=False,
+        metadata={"help": "With `precompute`, also compute the reference's predictions before the training."},
+    )
     reverse_preference: bool = field(
         default=False,
         metadata={"help": "Train towards the rejected images, for the unconditional branch of guidance."},
@@ -114,6 +121,15 @@ class InstanceDPOConfig(DiffusionConfig):
             raise ValueError(f"`noise_source` must be 'random' or 'inversion', got {self.noise_source!r}.")
         if self.inversion_model not in ("reference", "policy"):
             raise ValueError(f"`inversion_model` must be 'reference' or 'policy', got {self.inversion_model!r}.")
+        if self.precompute_ref_preds and not self.precompute:
+            raise ValueError(
+                "`precompute_ref_preds=True` needs `precompute=True`, which encodes what they are made from."
+            )
+        if self.precompute_ref_preds and self.noise_source == "inversion" and self.inversion_model == "policy":
+            raise ValueError(
+                "`precompute_ref_preds=True` is not possible where the policy inverts: what the reference is asked then "
+                "depends on the training. Use `inversion_model='reference'`, or leave it off."
+            )
         if self.inversion_steps < 1:
             raise ValueError(f"`inversion_steps` must be at least 1, got {self.inversion_steps}.")
         if not self.inversion_eta >= 0:

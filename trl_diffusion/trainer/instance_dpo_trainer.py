@@ -141,8 +141,9 @@ class InstanceDPOTrainer(DiffusionTrainer):
 
     @property
     def _moment(self) -> int | str:
-        # With inversion the epoch takes the step's place: a row's draws are then known before the training.
-        if self.args.noise_source == "inversion" and self.model.training:
+        # With inversion, or where the reference is asked beforehand, the epoch takes the step's place: a row's draws are then
+        # known before the training.
+        if (self.args.noise_source == "inversion" or self.args.precompute_ref_preds) and self.model.training:
             return f"epoch {self._epoch}"
         return super()._moment
 
@@ -242,12 +243,13 @@ class InstanceDPOTrainer(DiffusionTrainer):
 
     def precompute(self) -> None:
         """
-        Encodes images and prompts; where the reference inverts, also noises each pair for each epoch and keeps the
-        reference's predictions, so that a training step asks the policy alone.
+        Encodes images and prompts; where the reference inverts, or `args.precompute_ref_preds` is set, also noises each pair
+        for each epoch and keeps the reference's predictions, so that a training step asks the policy alone.
         """
         super().precompute()
         args = self.args
-        if args.noise_source != "inversion" or args.inversion_model != "reference" or self.train_dataset is None:
+        by_reference = args.noise_source == "inversion" and args.inversion_model == "reference"
+        if self.train_dataset is None or not (by_reference or args.precompute_ref_preds):
             return
         reference = self.model if self.ref_model is None else self.ref_model
         depends_on = (
@@ -256,7 +258,8 @@ class InstanceDPOTrainer(DiffusionTrainer):
             self.backbone.alphas_cumprod.tolist(),
             self.backbone.prediction_type,
             self.timestep_range,
-            (args.seed, args.prompt_dropout, args.inversion_steps, args.inversion_eta),
+            (args.seed, args.prompt_dropout),
+            (args.noise_source, args.inversion_steps, args.inversion_eta),
         )
 
         @torch.no_grad()
@@ -274,7 +277,7 @@ class InstanceDPOTrainer(DiffusionTrainer):
             self.state.epoch = epoch
             tables.append(
                 precompute_by_id(
-                    self, self.train_dataset, noise, f"inversions of epoch {epoch + 1}", (depends_on, epoch)
+                    self, self.train_dataset, noise, f"noised pairs of epoch {epoch + 1}", (depends_on, epoch)
                 )
             )
         self.state.epoch = 0
