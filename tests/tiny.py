@@ -24,8 +24,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, Trainer
 
 from trl_diffusion import attribute_features, instance_pair_features
 
@@ -174,6 +175,30 @@ def pairs(num_rows: int = 8, with_instances: bool = True) -> Dataset:
     if not with_instances:
         del features["instances"]
     return Dataset.from_list(rows, features=features)
+
+
+PIPELINES = {"sd": sd_pipeline, "sd_v": lambda: sd_pipeline("v_prediction"), "sdxl": sdxl_pipeline}
+
+# Trainings of three steps that write nothing
+FAST = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "activation_checkpointing": False,
+}
+
+
+def lora(r: int = 4, alpha: int = 4) -> LoraConfig:
+    return LoraConfig(r=r, lora_alpha=alpha)
+
+
+def losses(trainer: Trainer) -> list[float]:
+    """The losses that a training logged."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 CRITERIA = """

@@ -27,7 +27,7 @@ from peft import LoraConfig
 from PIL import Image
 
 from tests import tiny
-from tests.tiny import max_difference, weights
+from tests.tiny import FAST, losses, max_difference, weights
 from trl_diffusion import (
     AttributeSFTConfig,
     AttributeSFTTrainer,
@@ -46,14 +46,8 @@ SHAPES = [(40, 24), (64, 64), (24, 40), (20, 33), (33, 20), (32, 48), (200, 30),
 SETTINGS = {
     "resolution": 32,
     "aspect_ratio_buckets": True,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-3,
+    **FAST,
     "max_steps": 6,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "activation_checkpointing": False,
 }
 
 
@@ -140,10 +134,6 @@ def watch(trainer, monkeypatch) -> list:
     monkeypatch.setattr(trainer, "compute_loss", noted_loss)
     monkeypatch.setattr(trainer, "sample_latents", noted_latents)
     return seen
-
-
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 # ---- The sizes ----

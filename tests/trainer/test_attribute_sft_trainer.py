@@ -23,16 +23,9 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 
 from tests import tiny
-from tests.tiny import max_difference, weights
+from tests.tiny import PIPELINES, max_difference, weights
 from trl_diffusion import AttributeSFTConfig, AttributeSFTTrainer, attribute_features
 from trl_diffusion.noising import keyed_noise, keyed_timesteps
-
-
-PIPELINES = {
-    "sd": tiny.sd_pipeline,
-    "sd_v": lambda: tiny.sd_pipeline("v_prediction"),
-    "sdxl": tiny.sdxl_pipeline,
-}
 
 
 @pytest.fixture(scope="module")

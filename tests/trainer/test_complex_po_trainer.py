@@ -23,7 +23,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from tests import tiny
-from tests.tiny import max_difference, weights
+from tests.tiny import PIPELINES, lora, max_difference, weights
 from trl_diffusion import (
     AttributeSFTConfig,
     AttributeSFTTrainer,
@@ -34,11 +34,6 @@ from trl_diffusion import (
 from trl_diffusion.noising import keyed_noise, keyed_timesteps, timestep_weights
 
 
-PIPELINES = {
-    "sd": tiny.sd_pipeline,
-    "sd_v": lambda: tiny.sd_pipeline("v_prediction"),
-    "sdxl": tiny.sdxl_pipeline,
-}
 FAST = {
     "per_device_train_batch_size": 2,
     "max_steps": 3,
@@ -48,10 +43,6 @@ FAST = {
     "disable_tqdm": True,
     "activation_checkpointing": False,
 }
-
-
-def lora(r: int = 4, alpha: int = 4) -> LoraConfig:
-    return LoraConfig(r=r, lora_alpha=alpha)
 
 
 @pytest.fixture(scope="module")

@@ -21,20 +21,9 @@ from diffusers import DDPMScheduler, FluxPipeline, StableDiffusionPipeline, Stab
 from peft import LoHaConfig, LoraConfig
 
 from tests import tiny
-from tests.tiny import max_difference, weights
+from tests.tiny import FAST, PIPELINES, lora, losses, max_difference, weights
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
 from trl_diffusion.noising import keyed_noise, keyed_timesteps
-
-
-PIPELINES = {
-    "sd": tiny.sd_pipeline,
-    "sd_v": lambda: tiny.sd_pipeline("v_prediction"),
-    "sdxl": tiny.sdxl_pipeline,
-}
-
-
-def lora(r: int = 4, alpha: int = 4) -> LoraConfig:
-    return LoraConfig(r=r, lora_alpha=alpha)
 
 
 def make_trainer(tmp_path, pipeline, dataset=None, peft_config=None, **kwargs) -> InstanceDPOTrainer:
@@ -42,14 +31,7 @@ def make_trainer(tmp_path, pipeline, dataset=None, peft_config=None, **kwargs) -
     data_collator = kwargs.pop("data_collator", None)
     defaults = {
         "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "activation_checkpointing": False,
+        **FAST,
     }
     return InstanceDPOTrainer(
         pipeline,
@@ -59,10 +41,6 @@ def make_trainer(tmp_path, pipeline, dataset=None, peft_config=None, **kwargs) -
         eval_dataset=eval_dataset,
         peft_config=peft_config,
     )
-
-
-def losses(trainer: InstanceDPOTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 # ---- The objective ----

@@ -16,24 +16,12 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig
 
 from tests import tiny
-from tests.tiny import max_difference, weights
+from tests.tiny import FAST, PIPELINES, lora, max_difference, weights
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
 from trl_diffusion.inversion import ddim_inversion, inversion_timesteps
 from trl_diffusion.noising import add_noise
-
-
-PIPELINES = {
-    "sd": tiny.sd_pipeline,
-    "sd_v": lambda: tiny.sd_pipeline("v_prediction"),
-    "sdxl": tiny.sdxl_pipeline,
-}
-
-
-def lora() -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=4)
 
 
 def make_trainer(folder, pipeline=None, dataset=None, peft_config=None, **kwargs) -> InstanceDPOTrainer:
@@ -41,14 +29,7 @@ def make_trainer(folder, pipeline=None, dataset=None, peft_config=None, **kwargs
     defaults = {
         "noise_source": "inversion",
         "inversion_steps": 4,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "activation_checkpointing": False,
+        **FAST,
     }
     return InstanceDPOTrainer(
         pipeline or tiny.sd_pipeline(),

@@ -26,11 +26,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import CLIPTextModel
 
 from tests import tiny
-from tests.tiny import max_difference, weights
+from tests.tiny import FAST, PIPELINES, lora, max_difference, weights
 from trl_diffusion import (
     AttributeSFTConfig,
     AttributeSFTTrainer,
@@ -45,25 +44,6 @@ from trl_diffusion.trainer.attributes import EXPERT_FILE_NAME
 
 
 ROOT = Path(__file__).parents[2]
-PIPELINES = {
-    "sd": tiny.sd_pipeline,
-    "sd_v": lambda: tiny.sd_pipeline("v_prediction"),
-    "sdxl": tiny.sdxl_pipeline,
-}
-FAST = {
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-3,
-    "max_steps": 3,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "activation_checkpointing": False,
-}
-
-
-def lora(r: int = 4, alpha: int = 4) -> LoraConfig:
-    return LoraConfig(r=r, lora_alpha=alpha)
 
 
 def iapo(folder, pipeline=None, dataset=None, precompute=True, **kwargs) -> InstanceDPOTrainer:

@@ -21,21 +21,17 @@ import torch
 from peft import LoraConfig
 
 from tests import tiny
+from tests.tiny import FAST, losses
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
 
 
 def make_trainer(tmp_path, peft_config=None, pipeline=None, **kwargs) -> InstanceDPOTrainer:
     defaults = {
         "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 2,
+        **FAST,
         "learning_rate": 1e-4,
         "beta": 50.0,
         "max_steps": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "activation_checkpointing": False,
         "use_cpu": True,
     }
     return InstanceDPOTrainer(
@@ -44,10 +40,6 @@ def make_trainer(tmp_path, peft_config=None, pipeline=None, **kwargs) -> Instanc
         train_dataset=tiny.pairs(),
         peft_config=peft_config,
     )
-
-
-def losses(trainer: InstanceDPOTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def count_rows(module: torch.nn.Module, name: str, monkeypatch) -> list[int]:

@@ -18,11 +18,10 @@ import time
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests import tiny
+from tests.benchmark.models import sd15_pipeline
 from trl_diffusion import (
     AttributeSFTConfig,
     AttributeSFTTrainer,
@@ -31,40 +30,6 @@ from trl_diffusion import (
     InstanceDPOConfig,
     InstanceDPOTrainer,
 )
-
-
-def sd15_pipeline() -> StableDiffusionPipeline:
-    """The architecture of Stable Diffusion 1.5, with random weights and a small vocabulary."""
-    tokenizer = tiny.tokenizer()
-    tokenizer.model_max_length = 77
-    text_config = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text_config),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        scheduler=tiny.scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
 
 
 @pytest.mark.slow

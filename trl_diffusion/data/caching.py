@@ -173,6 +173,19 @@ class TensorTable:
         self.places = {value: place for place, value in enumerate(dataset[key])}
 
     def __getitem__(self, keys: list[str]) -> dict[str, torch.Tensor]:
+        """
+        Looks keys up.
+
+        Args:
+            keys (`list[str]` of length `B`):
+                The keys.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the tensors by name, on the CPU, stacked to a first dimension of `B`.
+
+        Raises:
+            `KeyError`: If a key was not precomputed.
+        """
         rows = self.dataset[[self.places[key] for key in keys]][TENSORS]
         examples = [safetensors.load(row) for row in rows]
         return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}

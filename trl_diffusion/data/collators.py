@@ -14,7 +14,7 @@
 
 """From rows of a dataset to a batch of tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,17 @@ class ImageCollator:
     buckets: list[tuple[int, int]] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """
+        Args:
+            rows (`list[dict]` of length `B`):
+                The rows.
+
+        Returns:
+            `dict`: tensors whose first dimension is `B`, padded with zeros, and lists of `B` values.
+
+        Raises:
+            `ValueError`: If a row does not fit; names the row and the column.
+        """
         examples = [read_example(row) if is_precomputed(row) else self.prepare(row) for row in rows]
         return {name: _batch([example[name] for example in examples]) for name in examples[0]}
 
@@ -73,15 +84,25 @@ class ImageCollator:
         Returns:
             `tuple[int, int]`: height and width in pixels.
         """
+        return self._size(_read(row, column, image_size) for column in self.image_columns)
+
+    def _size(self, image_sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
         if self.buckets is None:
             return self.resolution, self.resolution
-        return nearest_bucket([_read(row, column, image_size) for column in self.image_columns], self.buckets)
+        return nearest_bucket(list(image_sizes), self.buckets)
 
-    def _prepare_image(self, image: PIL.Image.Image, boxes: list, row: dict[str, Any], column: str) -> dict[str, Any]:
+    def _open_images(self, row: dict[str, Any]) -> tuple[dict[str, PIL.Image.Image], tuple[int, int]]:
+        """The images of a row by column, and the size that they are trained at."""
+        images = {column: _read(row, column, open_image) for column in self.image_columns}
+        return images, self._size(map(image_size, images.values()))
+
+    def _prepare_image(
+        self, image: PIL.Image.Image, boxes: list, size: tuple[int, int], row: dict[str, Any], column: str
+    ) -> dict[str, Any]:
         prepared = prepare_image(
             image,
             torch.tensor(boxes).reshape(-1, 4),
-            self.size(row),
+            size,
             keyed_generator(self.seed, str(row["id"]), column, "augmentation"),
             center_crop=self.center_crop,
             random_flip=self.random_flip,
@@ -121,9 +142,9 @@ class InstancePairCollator(ImageCollator):
             `ValueError`: If the row does not fit; names the row and the column.
         """
         example = {"id": _id(row), "prompt": _prompt(row)}
-        for column in self.image_columns:
-            image = _read(row, column, open_image)
-            example |= self._prepare_image(image, self._boxes(row, column, image), row, column)
+        images, size = self._open_images(row)
+        for column, image in images.items():
+            example |= self._prepare_image(image, self._boxes(row, column, image), size, row, column)
         preferences = _preferences(row)
         judged = [preference != "tie" for preference in preferences]
         conflicts = [preference == "rejected" for preference in preferences]
@@ -177,7 +198,8 @@ class AttributeCollator(ImageCollator):
             `ValueError`: If the row does not fit; names the row and the column.
         """
         row_id, (positive, negative) = _id(row), check_attributes(row, self.criteria)
-        image = self._prepare_image(_read(row, "image", open_image), [], row, "image")
+        images, size = self._open_images(row)
+        image = self._prepare_image(images["image"], [], size, row, "image")
         del image["image_boxes"]
         return {"id": row_id, "prompt": _prompt(row), **image} | {
             "positive_attributes": positive,

@@ -168,13 +168,13 @@ def precompute_images(trainer: "DiffusionTrainer", dataset: Dataset | IterableDa
             examples = list(threads.map(collator.prepare, rows))
         for column in collator.image_columns:
             pixel_values = [example.pop(f"{column}_pixel_values") for example in examples]
+            for example, pixels in zip(examples, pixel_values, strict=True):
+                example[TRAINING_SIZE] = list(pixels.shape[1:])  # one for all columns
             for size in {pixels.shape for pixels in pixel_values}:
                 places = [place for place, pixels in enumerate(pixel_values) if pixels.shape == size]
                 batch = torch.stack([pixel_values[place] for place in places]).to(trainer.accelerator.device)
                 for place, mean, std in zip(places, *trainer.encode_images(batch), strict=True):
                     examples[place] |= {f"{column}_latents_mean": mean, f"{column}_latents_std": std}
-        for example, row in zip(examples, rows, strict=True):
-            example[TRAINING_SIZE] = list(collator.size(row))
         return examples
 
     return _precompute(
