@@ -16,6 +16,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
@@ -43,6 +44,23 @@ class TrainingImage(NamedTuple):
     boxes: torch.Tensor
     original_size: tuple[int, int]
     crop_top_left: tuple[int, int]
+
+
+def upright_image(image: PIL.Image.Image) -> PIL.Image.Image:
+    """
+    Turns a stored image upright by its EXIF orientation, and converts it to RGB.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The image as stored, in any mode. 16 bits a channel become 8; transparency is dropped.
+
+    Returns:
+        `PIL.Image.Image`: the image as people see it.
+    """
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # PIL would clip 16 bits to 8, and nearly all of them are then white
+        image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def prepare_image(
@@ -75,7 +93,7 @@ def prepare_image(
     """
     boxes = normalize_boxes(boxes, *image.size)
     boxes = orient_boxes(boxes, image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1))
-    image = PIL.ImageOps.exif_transpose(image).convert("RGB")
+    image = upright_image(image)
     original_size = (image.height, image.width)
 
     crop_height, crop_width = size

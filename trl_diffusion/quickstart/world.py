@@ -318,22 +318,35 @@ def inspect_image(image: Image.Image, prompt: str) -> list[Finding]:
     """
     if image.size != (SIZE, SIZE):
         raise ValueError(f"the oracle reads images of {SIZE}x{SIZE} pixels, not {image.size[0]}x{image.size[1]}")
+    return [inspect_place(image, place, named) for place, named in zip(PLACES, parse_prompt(prompt), strict=True)]
+
+
+def inspect_place(image: Image.Image, place: Place, named: tuple[str, str]) -> Finding:
+    """
+    Judge what is drawn in one of the two places.
+
+    Args:
+        image (`PIL.Image.Image`):
+            `SIZE`x`SIZE` pixels.
+        place (`Place`):
+            Where to look.
+        named (`tuple[str, str]`):
+            The colour and the kind that should be there.
+
+    Returns:
+        `Finding`: What is seen.
+    """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) - np.array(BACKGROUND, dtype=np.float32)
-    findings = []
-    for named, place in zip(parse_prompt(prompt), PLACES, strict=True):
-        departure = pixels[:, slice(*place.columns)].reshape(-1, 3)
-        everywhere = np.ones(len(departure), dtype=np.float32)
-        quality, template, color = best_fit(departure, everywhere, place)
-        if quality < MATCH_QUALITY:
-            findings.append(Finding(match=False, clean=False, quality=quality, box=None))
-            continue
-        clean = quality >= CLEAN_QUALITY
-        if not clean:
-            past_bite = look_past_bite(departure, place, template, color)
-            _, template, color = best_fit(departure, past_bite, place)
-        kind, box = templates(place)[-1][template]
-        findings.append(Finding((list(COLORS)[color], kind) == named, clean, quality, box))
-    return findings
+    departure = pixels[:, slice(*place.columns)].reshape(-1, 3)
+    quality, template, color = best_fit(departure, np.ones(len(departure), dtype=np.float32), place)
+    if quality < MATCH_QUALITY:
+        return Finding(match=False, clean=False, quality=quality, box=None)
+    clean = quality >= CLEAN_QUALITY
+    if not clean:
+        past_bite = look_past_bite(departure, place, template, color)
+        _, template, color = best_fit(departure, past_bite, place)
+    kind, box = templates(place)[-1][template]
+    return Finding((list(COLORS)[color], kind) == named, clean, quality, box)
 
 
 def judge(first_image: Image.Image, second_image: Image.Image, prompt: str) -> list[str]:

@@ -1,0 +1,116 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The attribute expert of CPO (arXiv 2601.04300): which attributes of the tree does an image have?"""
+
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, create_model, model_validator
+
+from ..criteria import Criteria
+from .images import limit_pixels
+from .records import ImageRecord
+from .vlm import VLM, PromptTemplate, Request, ask
+
+
+class DimensionAnswer(BaseModel):
+    """The expert's answer on one dimension; the lists hold ids of its attributes."""
+
+    positive: list[str]
+    negative: list[str]
+
+    @model_validator(mode="after")
+    def each_id_once(self):
+        ids = [*self.positive, *self.negative]
+        if twice := sorted({attribute for attribute in ids if ids.count(attribute) > 1}):
+            raise ValueError(f"{', '.join(twice)} stand more than once")
+        return self
+
+
+class AttributeExpert:
+    """
+    Walks the tree of criteria a dimension at a time, and names the attributes that an image has in either form.
+
+    Args:
+        vlm ([`VLM`]):
+            The model.
+        criteria ([`Criteria`]):
+            The tree.
+        prompt_path (`str` or `Path`, *optional*):
+            A prompt of one's own, a Jinja template with the places `prompt`, `dimension` and `attributes`.
+        max_pixels (`int`, *optional*, defaults to `1003520`):
+            An image with more pixels is shown smaller. The default is what Qwen2.5-VL sees at most.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        criteria: Criteria,
+        prompt_path: str | Path | None = None,
+        max_pixels: int = 1280 * 28 * 28,
+    ):
+        self.vlm = vlm
+        self.criteria = criteria
+        self.prompt = PromptTemplate("attribute_expert", prompt_path)
+        self.max_pixels = max_pixels
+
+    def describe(self) -> dict:
+        return {
+            "model": self.vlm.describe(),
+            "prompt": self.prompt.describe(),
+            "criteria": {
+                "name": self.criteria.name,
+                "attributes": len(self.criteria.attributes),
+                "sha256": sha256(repr(self.criteria.attributes).encode()).hexdigest()[:16],
+            },
+            "max_pixels": self.max_pixels,
+        }
+
+    def __call__(self, images: list[ImageRecord]) -> list[ImageRecord]:
+        """Fills in the attributes; an image with a dimension that has no valid answer becomes an error."""
+        asked = [
+            (image, dimension) for image in images if image.status == "ok" for dimension in self.criteria.dimensions
+        ]
+        answers = ask(self.vlm, [self.request(image, dimension) for image, dimension in asked])
+        for (image, dimension), answer in zip(asked, answers, strict=True):
+            image.answers.append({"dimension": dimension, "answer": answer.raw})
+            if answer.value is None:
+                image.fail(f"attribute expert, {dimension}: {answer.error}")
+                continue
+            image.positive_attributes += self.ordered(answer.value.positive)
+            image.negative_attributes += self.ordered(answer.value.negative)
+        return images
+
+    @cached_property
+    def schemas(self) -> dict[str, type[DimensionAnswer]]:
+        """What an answer on each dimension must validate as: it knows the ids of that dimension, and no others."""
+        return {dimension: self.schema(dimension) for dimension in self.criteria.dimensions}
+
+    def schema(self, dimension: str) -> type[DimensionAnswer]:
+        ids = Literal[tuple(attribute.id for attribute in self.criteria.select(dimension))]
+        return create_model(
+            "DimensionAnswer", __base__=DimensionAnswer, positive=(list[ids], ...), negative=(list[ids], ...)
+        )
+
+    def request(self, image: ImageRecord, dimension: str) -> Request:
+        attributes = self.criteria.select(dimension)
+        text = self.prompt.render(prompt=image.prompt, dimension=dimension.replace("_", " "), attributes=attributes)
+        return Request(text, (limit_pixels(image.image.upright, self.max_pixels),), self.schemas[dimension])
+
+    def ordered(self, ids: list[str]) -> list[str]:
+        """Ids in the order of the tree."""
+        return [attribute.id for attribute in self.criteria.attributes if attribute.id in ids]

@@ -1,0 +1,180 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The detector of IAPO (Sun et al., CVPR 2026): where is each instance in either image?"""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from itertools import groupby
+from typing import NamedTuple
+
+import PIL.Image
+import torch
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+from ..boxes import normalize_boxes
+from .records import Instance, PairRecord
+from .revisions import pinned, resolve_revision
+from .vlm import batched
+
+
+class Detection(NamedTuple):
+    """
+    A thing in an image.
+
+    Attributes:
+        box (`list[float]`):
+            Unit box.
+        score (`float`):
+            The detector's confidence in [0, 1].
+    """
+
+    box: list[float]
+    score: float
+
+
+class Detector(ABC):
+    """Finds each planned instance in both images. One that is missing in either is dropped, and recorded."""
+
+    @abstractmethod
+    def detect(self, queries: list[tuple[PIL.Image.Image, str]]) -> list[Detection | None]:
+        """
+        Finds things by name.
+
+        Args:
+            queries (`list[tuple[PIL.Image.Image, str]]` of length `B`):
+                Upright images, each with what to find in it.
+
+        Returns:
+            `list[Detection | None]` of length `B`: the most confident hit of each, `None` where there is none.
+        """
+
+    @abstractmethod
+    def describe(self) -> dict:
+        """What a detection depends on: model, revision, thresholds. For the manifest."""
+
+    def __call__(self, pairs: list[PairRecord]) -> list[PairRecord]:
+        """Fills in `instances`."""
+        places = [(pair, label) for pair in pairs if pair.status == "ok" for label in pair.labels]
+        queries = [(image.upright, label) for pair, label in places for image in (pair.chosen, pair.rejected)]
+        hits = self.detect(queries)
+        for (pair, label), chosen, rejected in zip(places, hits[::2], hits[1::2], strict=True):
+            missing = [name for name, hit in (("chosen", chosen), ("rejected", rejected)) if hit is None]
+            if missing:
+                pair.drop(label, f"not detected in the {' and the '.join(missing)} image")
+            else:
+                pair.instances.append(Instance(label, chosen.box, rejected.box, chosen.score, rejected.score))
+        return pairs
+
+
+class TransformersDetector(Detector):
+    """
+    A zero-shot detector of transformers. Each instance is looked for by itself, so that a score depends on no other.
+
+    Args:
+        model_name_or_path (`str`, *optional*, defaults to `"IDEA-Research/grounding-dino-base"`):
+            Hub id or folder: Grounding DINO, MM Grounding DINO, OWL-ViT, OWLv2, OmDet-Turbo.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        threshold (`float`, *optional*, defaults to `0.3`):
+            Hits with a lower score do not count.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Images that are looked at at once.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Type of the weights.
+        device (`str`, *optional*):
+            Where the model is. Defaults to the GPU, or to the CPU where there is none.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str = "IDEA-Research/grounding-dino-base",
+        revision: str | None = None,
+        threshold: float = 0.3,
+        batch_size: int = 16,
+        dtype: str = "float32",
+        device: str | None = None,
+    ):
+        if not 0 <= threshold < 1:
+            raise ValueError(f"The detector's threshold must be in [0, 1), got {threshold}.")
+        self.model_name_or_path = model_name_or_path
+        self.revision = resolve_revision(model_name_or_path, revision)
+        self.threshold = threshold
+        self.batch_size = batch_size
+        self.dtype = dtype
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def describe(self) -> dict:
+        return {
+            "model": self.model_name_or_path,
+            "revision": self.revision,
+            "threshold": self.threshold,
+            "dtype": self.dtype,
+        }
+
+    @cached_property
+    def processor(self):
+        return AutoProcessor.from_pretrained(self.model_name_or_path, **pinned(self.revision))
+
+    @cached_property
+    def model(self):
+        model = AutoModelForZeroShotObjectDetection.from_pretrained(
+            self.model_name_or_path, dtype=self.dtype, **pinned(self.revision)
+        )
+        return model.to(self.device).eval()
+
+    def detect(self, queries: list[tuple[PIL.Image.Image, str]]) -> list[Detection | None]:
+        # Images of one size go together: then nothing is padded, and no hit depends on its neighbours in the batch.
+        by_size = sorted(range(len(queries)), key=lambda index: queries[index][0].size)
+        hits = [None] * len(queries)
+        for _, indices in groupby(by_size, key=lambda index: queries[index][0].size):
+            for batch in batched(list(indices), self.batch_size):
+                for index, hit in zip(batch, self.detect_batch([queries[i] for i in batch]), strict=True):
+                    hits[index] = hit
+        return hits
+
+    @torch.inference_mode()
+    def detect_batch(self, queries: list[tuple[PIL.Image.Image, str]]) -> list[Detection | None]:
+        """As `detect`, for images of one size."""
+        images = [image for image, _ in queries]
+        labels = [[label.replace(".", " ")] for _, label in queries]  # a full stop would end Grounding DINO's phrase
+        inputs = self.processor(images=images, text=labels, padding=True, return_tensors="pt").to(self.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        sizes = [(image.height, image.width) for image in images]
+        results = self.processor.post_process_grounded_object_detection(
+            self.model(**inputs), threshold=self.threshold, target_sizes=sizes, text_labels=labels
+        )
+        return [best_hit(result, image) for result, image in zip(results, images, strict=True)]
+
+
+def best_hit(result: dict[str, torch.Tensor], image: PIL.Image.Image) -> Detection | None:
+    """
+    The most confident hit that covers something.
+
+    Args:
+        result (`dict[str, torch.Tensor]`):
+            `scores` of shape `(N,)` and `boxes` of shape `(N, 4)` in pixels of the image, as post-processing gives them.
+        image (`PIL.Image.Image`):
+            The image.
+
+    Returns:
+        [`Detection`], or `None` where there is none.
+    """
+    boxes = normalize_boxes(result["boxes"].cpu(), *image.size).clamp(0, 1)
+    scores = result["scores"].cpu()
+    covers = (boxes[:, :2] < boxes[:, 2:]).all(dim=1)
+    if not covers.any():
+        return None
+    best = torch.where(covers, scores.float(), -1.0).argmax()
+    return Detection(boxes[best].tolist(), scores[best].item())

@@ -1,0 +1,186 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The images of an annotation run: opened once, upright, and boxes back to pixels of the stored file."""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import PIL.Image
+import torch
+from datasets.utils.file_utils import xopen
+
+from ..boxes import denormalize_boxes, orient_boxes
+from ..data.transforms import upright_image
+
+
+INVERSE_ORIENTATIONS = {6: 8, 8: 6}  # the others undo themselves
+BOMB_PIXELS = 89_478_485  # where PIL starts to warn
+MOST_PIXELS = 2048 * 2048  # no role sees more, and thousands of images are in memory at once
+PADDING = (127, 127, 127)
+
+
+@dataclass
+class StoredImage:
+    """
+    An image as a dataset stores it.
+
+    Args:
+        data (`bytes`):
+            The encoded image.
+    """
+
+    data: bytes
+
+    @classmethod
+    def read(cls, value: Any) -> "StoredImage":
+        """
+        Reads an image of a dataset, without decoding it.
+
+        Args:
+            value (`dict`, `bytes`, `str` or `PIL.Image.Image`):
+                As [`data.formats.open_image`] takes it.
+
+        Returns:
+            [`StoredImage`]
+
+        Raises:
+            `ValueError`: If the value holds no image.
+            `OSError`: If a file is missing.
+        """
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str):
+            with xopen(value, "rb") as file:
+                value = file.read()
+        if isinstance(value, PIL.Image.Image):
+            buffer = io.BytesIO()
+            value.save(buffer, format="PNG", exif=value.getexif())
+            value = buffer.getvalue()
+        if not isinstance(value, bytes):
+            raise ValueError(f"expected an image, its bytes or a path, got {type(value).__name__}")
+        return cls(value)
+
+    def __getstate__(self) -> dict:
+        return {"data": self.data}  # the pixels stay behind when an image goes to another process
+
+    @property
+    def uid(self) -> str:
+        """A name that follows from the content."""
+        return hashlib.sha256(self.data).hexdigest()[:32]
+
+    @cached_property
+    def _opened(self) -> tuple[PIL.Image.Image, tuple[int, int], int]:
+        if not self.data:
+            raise ValueError("the image is empty: it has no bytes")
+        try:
+            image = PIL.Image.open(io.BytesIO(self.data))
+            pixels = image.width * image.height
+            if pixels > BOMB_PIXELS:
+                raise ValueError(f"the image claims {pixels:,} pixels; more than {BOMB_PIXELS:,} are refused")
+            orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1)
+            return limit_pixels(upright_image(image), MOST_PIXELS), image.size, orientation
+        except PIL.Image.DecompressionBombError as error:
+            raise ValueError(f"the image claims too many pixels: {error}") from error
+        except PIL.UnidentifiedImageError as error:
+            raise ValueError(f"this is no image that can be read; it starts with {self.data[:16]!r}") from error
+        except (OSError, SyntaxError, EOFError) as error:  # what PIL raises on broken files
+            raise ValueError(f"the image is broken: {error}") from error
+
+    def open(self) -> None:
+        """
+        Decodes the image.
+
+        Raises:
+            `ValueError`: If it cannot be read; says why.
+        """
+        assert self._opened
+
+    @property
+    def upright(self) -> PIL.Image.Image:
+        """The image as people see it, RGB, made smaller where it has more than `MOST_PIXELS`."""
+        return self._opened[0]
+
+    def stored_box(self, box: list[float]) -> list[float]:
+        """
+        Moves a box from the upright image to the file.
+
+        Args:
+            box (`list[float]`):
+                A unit box of `upright`.
+
+        Returns:
+            `list[float]`: `[x_min, y_min, x_max, y_max]` in pixels of the stored image, within it.
+        """
+        _, size, orientation = self._opened
+        stored = orient_boxes(torch.tensor(box).clamp(0, 1), INVERSE_ORIENTATIONS.get(orientation, orientation))
+        return denormalize_boxes(stored, *size).tolist()
+
+
+def crop_around(image: PIL.Image.Image, box: list[float], size: int, margin: float) -> PIL.Image.Image:
+    """
+    Crops a square around the centre of an instance, so large that the instance fills the same share of every crop.
+
+    Args:
+        image (`PIL.Image.Image`):
+            An upright image.
+        box (`list[float]`):
+            Unit box of the instance.
+        size (`int`):
+            Width and height in pixels of the result.
+        margin (`float`):
+            Side of the square over the longer side of the box.
+
+    Returns:
+        `PIL.Image.Image`: the crop, grey where the square reaches beyond the image.
+    """
+    x_min, x_max = box[0] * image.width, box[2] * image.width
+    y_min, y_max = box[1] * image.height, box[3] * image.height
+    side = margin * max(x_max - x_min, y_max - y_min, 1)
+    left, top = (x_min + x_max - side) / 2, (y_min + y_max - side) / 2
+    inside = (max(left, 0), max(top, 0), min(left + side, image.width), min(top + side, image.height))
+    scale = size / side
+    corner = round((inside[0] - left) * scale), round((inside[1] - top) * scale)
+    extent = round((inside[2] - left) * scale) - corner[0], round((inside[3] - top) * scale) - corner[1]
+    extent = max(extent[0], 1), max(extent[1], 1)
+    part = image.resize(extent, PIL.Image.Resampling.BICUBIC, box=inside, reducing_gap=2)
+    if extent == (size, size):
+        return part
+    crop = PIL.Image.new("RGB", (size, size), PADDING)
+    crop.paste(part, corner)
+    return crop
+
+
+def limit_pixels(image: PIL.Image.Image, max_pixels: int) -> PIL.Image.Image:
+    """
+    Makes an image smaller where it has too many pixels.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The image.
+        max_pixels (`int`):
+            Width times height of the result, at most.
+
+    Returns:
+        `PIL.Image.Image`: the image itself, or a smaller copy of its shape.
+    """
+    pixels = image.width * image.height
+    if pixels <= max_pixels:
+        return image
+    scale = (max_pixels / pixels) ** 0.5
+    size = max(int(image.width * scale), 1), max(int(image.height * scale), 1)
+    return image.resize(size, PIL.Image.Resampling.BICUBIC, reducing_gap=2)

@@ -1,0 +1,102 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The judge of IAPO (Sun et al., CVPR 2026): in which image is an instance drawn better?"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel
+
+from .images import crop_around
+from .records import Instance, PairRecord
+from .vlm import VLM, PromptTemplate, Request, ask
+
+
+class Verdict(BaseModel):
+    """The judge's answer."""
+
+    better: Literal["A", "B"]
+
+
+class Judge:
+    """
+    Compares each instance in patches around its centre, cut to one size, in both orders. Verdicts that change with the order
+    are ties (ours: models prefer a position).
+
+    Args:
+        vlm ([`VLM`]):
+            The model.
+        prompt_path (`str` or `Path`, *optional*):
+            A prompt of one's own, a Jinja template with the place `label`.
+        crop_size (`int`, *optional*, defaults to `336`):
+            Width and height in pixels of the patches.
+        crop_margin (`float`, *optional*, defaults to `1.25`):
+            A patch's side over the longer side of the instance's box.
+    """
+
+    def __init__(
+        self, vlm: VLM, prompt_path: str | Path | None = None, crop_size: int = 336, crop_margin: float = 1.25
+    ):
+        self.vlm = vlm
+        self.prompt = PromptTemplate("judge", prompt_path)
+        self.crop_size = crop_size
+        self.crop_margin = crop_margin
+
+    def describe(self) -> dict:
+        return {
+            "model": self.vlm.describe(),
+            "prompt": self.prompt.describe(),
+            "crop_size": self.crop_size,
+            "crop_margin": self.crop_margin,
+        }
+
+    def __call__(self, pairs: list[PairRecord]) -> list[PairRecord]:
+        """Fills in `preference`; a pair with an instance that has no valid answer becomes an error."""
+        instances = [(pair, instance) for pair in pairs if pair.status == "ok" for instance in pair.instances]
+        requests = [request for pair, instance in instances for request in self.requests(pair, instance)]
+        answers = ask(self.vlm, requests)
+        for index, (pair, instance) in enumerate(instances):
+            first, swapped = answers[2 * index], answers[2 * index + 1]
+            instance.answer, instance.swapped_answer = first.raw, swapped.raw
+            if first.value is None or swapped.value is None:
+                pair.fail(f"judge, {instance.label!r}: {first.error or swapped.error}")
+            else:
+                instance.preference = preference(first.value, swapped.value)
+        return pairs
+
+    def requests(self, pair: PairRecord, instance: Instance) -> tuple[Request, Request]:
+        """The question with the chosen image as A, and with the rejected image as A."""
+        chosen = crop_around(pair.chosen.upright, instance.chosen_box, self.crop_size, self.crop_margin)
+        rejected = crop_around(pair.rejected.upright, instance.rejected_box, self.crop_size, self.crop_margin)
+        text = self.prompt.render(label=instance.label)
+        return Request(text, (chosen, rejected), Verdict), Request(text, (rejected, chosen), Verdict)
+
+
+def preference(verdict: Verdict, swapped: Verdict) -> str:
+    """
+    Joins the verdicts of both orders.
+
+    Args:
+        verdict ([`Verdict`]):
+            With the chosen image as A.
+        swapped ([`Verdict`]):
+            With the rejected image as A.
+
+    Returns:
+        `str`: `"chosen"` or `"rejected"` where both mean it, else `"tie"`.
+    """
+    if verdict.better == swapped.better:
+        return "tie"
+    return "chosen" if verdict.better == "A" else "rejected"

@@ -1,0 +1,89 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The planner of IAPO (Sun et al., CVPR 2026): which things do both images of a pair show?"""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, StringConstraints
+
+from .images import limit_pixels
+from .records import PairRecord
+from .vlm import VLM, PromptTemplate, Request, ask
+
+
+Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=80)]
+
+
+class Plan(BaseModel):
+    """The planner's answer."""
+
+    instances: list[Label]
+
+
+class Planner:
+    """
+    Names the salient instances that both images of a pair show.
+
+    Args:
+        vlm ([`VLM`]):
+            The model.
+        prompt_path (`str` or `Path`, *optional*):
+            A prompt of one's own, a Jinja template with the places `prompt` and `max_instances`.
+        max_instances (`int`, *optional*, defaults to `5`):
+            How many instances a pair may have; more are dropped, and recorded.
+        max_pixels (`int`, *optional*, defaults to `1003520`):
+            An image with more pixels is shown smaller. The default is what Qwen2.5-VL sees at most.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        prompt_path: str | Path | None = None,
+        max_instances: int = 5,
+        max_pixels: int = 1280 * 28 * 28,
+    ):
+        self.vlm = vlm
+        self.prompt = PromptTemplate("planner", prompt_path)
+        self.max_instances = max_instances
+        self.max_pixels = max_pixels
+
+    def describe(self) -> dict:
+        return {
+            "model": self.vlm.describe(),
+            "prompt": self.prompt.describe(),
+            "max_instances": self.max_instances,
+            "max_pixels": self.max_pixels,
+        }
+
+    def __call__(self, pairs: list[PairRecord]) -> list[PairRecord]:
+        """Fills in `labels`; a pair without a valid answer becomes an error."""
+        pairs_left = [pair for pair in pairs if pair.status == "ok"]
+        answers = ask(self.vlm, [self.request(pair) for pair in pairs_left])
+        for pair, answer in zip(pairs_left, answers, strict=True):
+            pair.planner_answer = answer.raw
+            if answer.value is None:
+                pair.fail(f"planner: {answer.error}")
+                continue
+            labels = list({label.lower(): label for label in reversed(answer.value.instances)}.values())[::-1]
+            pair.labels = labels[: self.max_instances]
+            for label in labels[self.max_instances :]:
+                pair.drop(label, f"beyond the first {self.max_instances} instances")
+        return pairs
+
+    def request(self, pair: PairRecord) -> Request:
+        text = self.prompt.render(prompt=pair.prompt, max_instances=self.max_instances)
+        images = tuple(limit_pixels(image.upright, self.max_pixels) for image in (pair.chosen, pair.rejected))
+        return Request(text, images, Plan)

@@ -1,0 +1,60 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Which weights a name stands for: the commit of a Hub repository, or a digest of a folder."""
+
+import hashlib
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+
+def resolve_revision(model_name_or_path: str, revision: str | None = None) -> str:
+    """
+    Pins a model.
+
+    Args:
+        model_name_or_path (`str`):
+            Hub id or folder.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+
+    Returns:
+        `str`: the commit, or `"sha256:..."` over all files of the folder.
+
+    Raises:
+        `ValueError`: If there is no such folder or repository, or the Hub cannot be reached and nothing is cached.
+    """
+    folder = Path(model_name_or_path)
+    if folder.is_dir():
+        digest = hashlib.sha256()
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(str(path.relative_to(folder)).encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return f"sha256:{digest.hexdigest()[:16]}"
+    try:
+        config = hf_hub_download(model_name_or_path, "config.json", revision=revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError) as error:
+        raise ValueError(
+            f"{model_name_or_path!r} is neither a folder nor a model that the Hub or its cache gives: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return Path(config).parent.name  # .../snapshots/<commit>/config.json
+
+
+def pinned(revision: str) -> dict[str, str]:
+    """The keywords of `from_pretrained` for a resolved revision; a folder has none."""
+    return {} if revision.startswith("sha256:") else {"revision": revision}

@@ -1,0 +1,136 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A vision-language model in this process, by transformers."""
+
+from functools import cached_property
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+from .revisions import pinned, resolve_revision
+from .vlm import VLM, GenerationError, Request, batched
+
+
+class TransformersVLM(VLM):
+    """
+    A vision-language model of transformers, decoded greedily.
+
+    Args:
+        model_name_or_path (`str`, *optional*, defaults to `"Qwen/Qwen2.5-VL-7B-Instruct"`):
+            Hub id or folder of an image-text-to-text model. The default is IAPO's.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Requests that are answered at once.
+        max_new_tokens (`int`, *optional*, defaults to `512`):
+            An answer's longest length in tokens.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type of the weights.
+        device (`str`, *optional*):
+            Where the model is. Defaults to the GPU, or to the CPU where there is none.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str = "Qwen/Qwen2.5-VL-7B-Instruct",
+        revision: str | None = None,
+        batch_size: int = 8,
+        max_new_tokens: int = 512,
+        dtype: str = "auto",
+        device: str | None = None,
+    ):
+        self.model_name_or_path = model_name_or_path
+        self.revision = resolve_revision(model_name_or_path, revision)
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        self.dtype = dtype
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def describe(self) -> dict:
+        return {
+            "model": self.model_name_or_path,
+            "revision": self.revision,
+            "decoding": "greedy",
+            "max_new_tokens": self.max_new_tokens,
+            "dtype": self.dtype,
+        }
+
+    @cached_property
+    def model(self):
+        model = AutoModelForImageTextToText.from_pretrained(
+            self.model_name_or_path, dtype=self.dtype, **pinned(self.revision)
+        )
+        return model.to(self.device).eval()
+
+    @cached_property
+    def processor(self):
+        processor_class = PROCESSOR_MAPPING.get(type(self.model.config), AutoProcessor)
+        if issubclass(processor_class, ProcessorMixin) and "video_processor" in processor_class.get_attributes():
+            processor_class = without_video(processor_class)
+        return processor_class.from_pretrained(self.model_name_or_path, **pinned(self.revision))
+
+    def generate(self, requests: list[Request]) -> list[str | GenerationError]:
+        # Requests of one length go together, which saves padding.
+        order = sorted(range(len(requests)), key=lambda index: size(requests[index]))
+        texts = [""] * len(requests)
+        for batch in batched(order, self.batch_size):
+            for index, text in zip(batch, self.generate_batch([requests[i] for i in batch]), strict=True):
+                texts[index] = text
+        return texts
+
+    @torch.inference_mode()
+    def generate_batch(self, requests: list[Request]) -> list[str]:
+        """As `generate`, at once."""
+        prompts = [self.render(request) for request in requests]
+        images = [list(request.images) for request in requests]
+        inputs = self.processor(
+            text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt"
+        ).to(self.device, self.model.dtype)
+        tokens = self.model.generate(
+            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None
+        )
+        return self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def render(self, request: Request) -> str:
+        """The request in the model's chat format."""
+        content = [{"type": "image"} for _ in request.images] + [{"type": "text", "text": request.text}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+
+
+def size(request: Request) -> tuple[int, int]:
+    """What makes a request long: pixels, then letters."""
+    return sum(image.width * image.height for image in request.images), len(request.text)
+
+
+def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """
+    A processor for images alone. Processors of video need torchvision, which is not asked for here.
+
+    Args:
+        processor_class (`type[ProcessorMixin]`):
+            A processor class of transformers that takes `image_processor`, `tokenizer` and `video_processor`.
+
+    Returns:
+        `type[ProcessorMixin]`
+    """
+
+    class ImageTextProcessor(processor_class):
+        def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+            super().__init__(image_processor=image_processor, tokenizer=tokenizer, chat_template=chat_template)
+
+    return ImageTextProcessor

@@ -1,0 +1,133 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The worlds' oracles in the annotation's roles: they answer the same requests as a vision-language model and a detector.
+
+The oracle reads the prompt's text and the images of a request, and nothing else. So everything around it is the real thing:
+prompts, crops in both orders, parsing, boxes.
+"""
+
+import json
+import re
+from functools import lru_cache
+from itertools import product
+from typing import get_args
+
+import numpy as np
+from PIL import Image
+
+from ..annotation.attribute_expert import DimensionAnswer
+from ..annotation.detector import Detection, Detector
+from ..annotation.images import PADDING
+from ..annotation.judge import Verdict
+from ..annotation.planner import Plan
+from ..annotation.vlm import VLM, Request
+from . import paintings, world
+
+
+SIDES = ("left", "right")
+LABEL = re.compile(rf"({'|'.join(SIDES)}) ({'|'.join(world.COLORS)}) ({'|'.join(world.KINDS)})")
+CROP_MARGIN = 1.25  # of the judge that cuts the crops
+
+
+class OracleVLM(VLM):
+    """Plans and judges scenes of two shapes, and reads paintings."""
+
+    def describe(self) -> dict:
+        return {"model": "oracle", "revision": "1"}
+
+    def generate(self, requests: list[Request]) -> list[str]:
+        return [json.dumps(self.answer(request)) for request in requests]
+
+    def answer(self, request: Request) -> dict:
+        if request.schema is Plan:
+            return {"instances": plan(request.images, world.PROMPT.search(request.text)[0])}
+        if request.schema is Verdict:
+            _, color, kind = LABEL.search(request.text).groups()
+            first, second = (crop_quality(crop, color, kind) for crop in request.images)
+            # Told to choose, it sticks to the first where they are equal: in both orders, and the judge makes it a tie.
+            return {"better": "B" if second - first > world.TIE_MARGIN else "A"}
+        assert issubclass(request.schema, DimensionAnswer)
+        asked = get_args(get_args(request.schema.model_fields["positive"].annotation)[0])
+        found = paintings.inspect_painting(request.images[0], paintings.PROMPT.search(request.text)[0])
+        return {
+            "positive": [attribute for attribute in asked if attribute in found.positive_attributes],
+            "negative": [attribute for attribute in asked if attribute in found.negative_attributes],
+        }
+
+
+class OracleDetector(Detector):
+    """Finds the shapes that [`OracleVLM`] plans."""
+
+    def describe(self) -> dict:
+        return {"model": "oracle", "revision": "1"}
+
+    def detect(self, queries: list[tuple[Image.Image, str]]) -> list[Detection | None]:
+        return [self.detect_shape(image, label) for image, label in queries]
+
+    def detect_shape(self, image: Image.Image, label: str) -> Detection | None:
+        side, color, kind = LABEL.fullmatch(label).groups()
+        found = world.inspect_place(image, world.PLACES[SIDES.index(side)], (color, kind))
+        if not found.match:
+            return None
+        return Detection([coordinate / world.SIZE for coordinate in found.box], found.quality)
+
+
+def plan(images: tuple[Image.Image, ...], prompt: str) -> list[str]:
+    """The shapes that the prompt names and both images show, with the side that tells two of one name apart."""
+    findings = zip(*(world.inspect_image(image, prompt) for image in images), strict=True)
+    named = zip(SIDES, world.parse_prompt(prompt), findings, strict=True)
+    return [
+        f"{side} {color} {kind}" for side, (color, kind), found in named if all(finding.match for finding in found)
+    ]
+
+
+def crop_quality(crop: Image.Image, color: str, kind: str) -> float:
+    """
+    How well a shape is drawn in a crop around it.
+
+    Args:
+        crop (`PIL.Image.Image`):
+            A square crop, `CROP_MARGIN` times as wide as the shape's box.
+        color (`str`), kind (`str`):
+            The shape.
+
+    Returns:
+        `float`: agreement with the best-fitting whole shape, at most 1, as in [`quickstart.world.best_fit`].
+    """
+    beyond = Image.fromarray(255 * (np.asarray(crop) == PADDING).all(-1).astype(np.uint8))
+    size = (world.SIZE, world.SIZE)
+    seen = np.asarray(beyond.resize(size, Image.Resampling.BOX)).ravel() == 0
+    pixels = np.asarray(crop.resize(size, Image.Resampling.BOX), dtype=np.float32).reshape(-1, 3)
+    departure = (pixels - np.array(world.BACKGROUND, dtype=np.float32)) * seen[:, None]
+    tint = np.subtract(world.COLORS[color], world.BACKGROUND).astype(np.float32)
+    masks = crop_templates(kind)
+    overlap = masks @ (departure @ tint)
+    quality = overlap / ((departure**2).sum() + (masks**2 @ seen) * (tint @ tint) - overlap)
+    return float(quality.max())
+
+
+@lru_cache
+def crop_templates(kind: str) -> np.ndarray:
+    """Coverages `(templates, pixels)` of a whole shape around the middle of a crop, a little moved and scaled."""
+    steps = (-1.0, 0.0, 1.0)
+    return np.array(
+        [
+            world.coverage(
+                world.Shape(kind, "red", paintings.square_box(world.SIZE / 2 + x, world.SIZE / 2 + y, side), False)
+            )
+            for x, y, side in product(steps, steps, world.SIZE / CROP_MARGIN + np.array(steps))
+        ],
+        dtype=np.float32,
+    ).reshape(-1, world.SIZE**2)
