@@ -111,6 +111,15 @@ class StoredImage:
         assert self._opened
 
     @property
+    def readable(self) -> bool:
+        """Whether it can be decoded."""
+        try:
+            self.open()
+        except ValueError:
+            return False
+        return True
+
+    @property
     def upright(self) -> PIL.Image.Image:
         """The image as people see it, RGB, made smaller where it has more than `MOST_PIXELS`."""
         return self._opened[0]

@@ -14,10 +14,11 @@
 
 """The rows of an annotation run: what is read from a dataset, what each role adds, what is written."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from datasets import ClassLabel, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
 from ..data.formats import PREFERENCES
 from .images import StoredImage
@@ -280,7 +281,49 @@ def _needed(name: str, mapping: dict[str, str]) -> bool:
 
 
 def _present(columns: dict[str, str], present: list[str]) -> dict[str, str]:
-    return {name: column for name, column in columns.items() if column in present or name == "id"}
+    found = {name: column for name, column in columns.items() if column in present}
+    return {"id": "id"} | found
+
+
+def prepare_rows(
+    dataset: Dataset | IterableDataset,
+    find_columns: Callable[[list[str], dict[str, str] | None], dict[str, str]],
+    mapping: dict[str, str] | None = None,
+) -> tuple[Dataset | IterableDataset, dict[str, str]]:
+    """
+    Keeps the columns of a dataset that annotation reads, leaves its images undecoded, and numbers the rows of a dataset in
+    memory that has no ids.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The dataset.
+        find_columns (`Callable`):
+            [`annotation.records.pair_columns`] or [`annotation.records.image_columns`].
+        mapping (`dict[str, str]`, *optional*):
+            What the user says.
+
+    Returns:
+        `tuple`: the dataset, and which of its columns hold what.
+
+    Raises:
+        `ValueError`: If there are no rows, a column is missing, or a stream has no ids.
+    """
+    present = dataset.column_names or list(next(iter(dataset), {}))
+    if not present:
+        raise ValueError("The dataset has no rows.")
+    columns = find_columns(present, mapping)
+    if columns["id"] not in present:
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "The stream has no column `id`, by which a row's annotation is found again. Say which column names its rows "
+                'with `--columns \'{"id": "..."}\'`, or annotate it without `--dataset_streaming`.'
+            )
+        dataset = dataset.add_column("id", [str(number) for number in range(len(dataset))])
+    dataset = dataset.with_format(None).select_columns(list(columns.values()))
+    for column, feature in (dataset.features or {}).items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+    return dataset, columns
 
 
 def read_pair(row: dict[str, Any], columns: dict[str, str], tie_policy: str = "drop") -> PairRecord:

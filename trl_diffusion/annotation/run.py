@@ -240,7 +240,7 @@ class Run:
         """Counts the shards that are there."""
         self.shards: dict[int, list[str]] = {}  # the ids of each shard
         self.errors: dict[int, list[tuple[str, str]]] = {}  # id and reason of the errors of each shard
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter(dict.fromkeys(("rows", *STATUSES), 0))
         self.seen: set[str] = set()
         for path in sorted(self.folder.glob("annotations-*.parquet")):
             self.add(int(path.stem.removeprefix("annotations-")), pq.read_table(path).to_pylist())

@@ -24,6 +24,8 @@ COMMANDS = {
     "instance-dpo": "Train with instance-aware preference optimization (IAPO), or with Diffusion-DPO",
     "attribute-sft": "Train the expert of complex preference optimization (CPO) on images with attributes",
     "complex-po": "Train with complex preference optimization (CPO), asking an expert",
+    "annotate-instances": "Find the instances that the images of a pair share, and judge which image draws each better (IAPO)",
+    "annotate-attributes": "Find the attributes of a tree of criteria that each image has (CPO)",
     "show-masks": "Draw the instance masks of a dataset over its images",
     "show-criteria": "Print a tree of criteria, and draw it",
     "quickstart": "Train IAPO and CPO on two embedded worlds and compare them with what they improve on, in minutes on a CPU",

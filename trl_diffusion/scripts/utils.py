@@ -28,16 +28,21 @@ from ..trainer.model_config import ModelConfig
 if TYPE_CHECKING:
     from ..trainer.diffusion_config import DiffusionConfig
     from ..trainer.diffusion_trainer import DiffusionTrainer
+    from .annotation import AnnotationArguments
 
 
-def load_splits(script_args: ScriptArguments) -> DatasetDict | IterableDatasetDict:
+def load_splits(
+    script_args: "ScriptArguments | AnnotationArguments", revision: str | None = None
+) -> DatasetDict | IterableDatasetDict:
     """
     Loads the dataset that a command names: a Hub id, a folder of Parquet files or images, or a folder that
     `save_to_disk` wrote.
 
     Args:
-        script_args ([`~trl.ScriptArguments`]):
+        script_args ([`~trl.ScriptArguments`] or [`AnnotationArguments`]):
             `dataset_name`, `dataset_config` and `dataset_streaming` are read.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
 
     Returns:
         `DatasetDict` or `IterableDatasetDict`
@@ -52,7 +57,10 @@ def load_splits(script_args: ScriptArguments) -> DatasetDict | IterableDatasetDi
         dataset = load_from_disk(str(folder))
         return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
     return load_dataset(
-        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+        script_args.dataset_name,
+        name=script_args.dataset_config,
+        revision=revision,
+        streaming=script_args.dataset_streaming,
     )
 
 

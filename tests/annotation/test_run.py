@@ -1,0 +1,340 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import errno
+import json
+import multiprocessing
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, IterableDataset, load_dataset
+
+from trl_diffusion.annotation.instances import instance_task
+from trl_diffusion.annotation.judge import Judge
+from trl_diffusion.annotation.planner import Planner
+from trl_diffusion.annotation.records import PAIR_ANNOTATION_FEATURES, STATUSES, pair_columns, prepare_rows
+from trl_diffusion.annotation.run import MANIFEST, Run, run, run_locally
+from trl_diffusion.annotation.vlm import GenerationError
+from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
+from trl_diffusion.quickstart.world import preference_dataset
+
+
+def world(num_pairs: int = 20, seed: int = 0) -> Dataset:
+    return preference_dataset(num_pairs, seed).remove_columns("instances")
+
+
+def make_task(columns, vlm=None, rows_per_shard: int = 4, split: str = "train", **kwargs):
+    vlm = vlm or OracleVLM()
+    dataset = {"name": "world", "split": split}
+    roles = Planner(vlm, **kwargs), OracleDetector(), Judge(vlm, crop_size=64)
+    return instance_task(*roles, dataset, columns, rows_per_shard=rows_per_shard)
+
+
+def annotate(dataset, folder: Path, vlm=None, rows_per_shard: int = 4, **kwargs) -> Run:
+    rows, columns = prepare_rows(dataset, pair_columns)
+    return run(rows, make_task(columns, vlm, rows_per_shard), folder, run_locally, **kwargs)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file that a finished run leaves, but the lock and where the stream stood."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
+
+
+def read(folder: Path) -> list[dict]:
+    return [row for path in sorted(folder.rglob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    annotate(world(), folder)
+    return contents(folder)
+
+
+class Crash(BaseException):
+    """As if the process were gone."""
+
+
+def test_every_row_comes_out_once_and_in_order(tmp_path):
+    """Ids out are ids in, in typed Parquet shards of the given size, and the manifest counts them."""
+    finished = annotate(world(10), tmp_path)
+    assert [path.name for path in sorted(finished.folder.glob("*.parquet"))] == [
+        f"annotations-{index:06d}.parquet" for index in range(3)
+    ]
+    shards = load_dataset(
+        "parquet", data_files=str(finished.folder / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert shards.features == PAIR_ANNOTATION_FEATURES
+    assert shards["id"] == world(10)["id"]
+    manifest = json.loads((finished.folder / MANIFEST).read_text())
+    assert manifest["complete"] and manifest["counts"]["rows"] == manifest["counts"]["ok"] == 10
+    assert manifest["counts"]["conflicts"] == 5  # 46 % of 10, rounded
+    assert manifest["counts"] == dict(finished.counts)
+    assert set(manifest) >= {"dataset", "columns", "planner", "detector", "judge", "schema_version", "versions"}
+    assert manifest["planner"]["prompt"]["sha256"] and manifest["planner"]["prompt"]["text"]
+
+
+def test_a_stream_gives_the_same_shards(tmp_path, uninterrupted):
+    """Streaming changes nothing of what is written."""
+    annotate(world().to_iterable_dataset(num_shards=3), tmp_path)
+    assert contents(tmp_path) == uninterrupted
+
+
+class Dying:
+    """Lets a file's n-th replacement, or the moment after it, be the process's last."""
+
+    def __init__(self, monkeypatch, number: int, after: bool):
+        self.number, self.after, self.count, self.replace = number, after, 0, Path.replace
+        monkeypatch.setattr(Path, "replace", lambda path, target: self(path, target))
+
+    def __call__(self, path: Path, target: Path):
+        self.count += 1
+        if self.count == self.number and not self.after:
+            raise Crash
+        self.replace(path, target)
+        if self.count == self.number:
+            raise Crash
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 7, 11])
+def test_a_run_that_dies_at_a_file_ends_as_one_that_does_not(
+    number, after, streaming, tmp_path, monkeypatch, uninterrupted
+):
+    """Shard, stream's state and manifest are written one after the other; dying between any two of them costs nothing."""
+
+    def source():
+        return world().to_iterable_dataset(num_shards=2) if streaming else world()
+
+    with monkeypatch.context() as patch:
+        Dying(patch, number, after)
+        with pytest.raises(Crash):
+            annotate(source(), tmp_path)
+    annotate(source(), tmp_path)
+    assert contents(tmp_path) == uninterrupted
+
+
+def annotate_in_child(folder: Path, num_pairs: int, streaming: bool):
+    dataset = world(num_pairs)
+    annotate(dataset.to_iterable_dataset(num_shards=4) if streaming else dataset, folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_twenty_kills(streaming, tmp_path):
+    """A run that is killed twenty times at random moments, then left alone, has the shards of an undisturbed one."""
+    num_pairs, rng, killed = 160, random.Random(0), 0
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["trl_diffusion.quickstart.oracle", "trl_diffusion.annotation.run", __name__])
+    annotate_in_child(tmp_path / "undisturbed", num_pairs, streaming)
+    while killed < 20:
+        child = server.Process(target=annotate_in_child, args=(tmp_path / "killed", num_pairs, streaming))
+        child.start()
+        child.join(rng.uniform(0.1, 0.6))
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+            assert child.exitcode == -signal.SIGKILL
+        killed += 1
+    annotate_in_child(tmp_path / "killed", num_pairs, streaming)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+    assert [row["id"] for row in read(tmp_path / "killed")] == world(num_pairs)["id"]
+
+
+class Asked(OracleVLM):
+    """Counts the prompts that it plans for, and fails for some."""
+
+    def __init__(self, failing: str | None = None):
+        self.prompts, self.failing = Counter(), failing
+
+    def describe(self) -> dict:
+        return OracleVLM().describe()
+
+    def generate(self, requests):
+        self.prompts.update(request.text for request in requests if "Which things" in request.text)
+        failing = self.failing and f"\n{self.failing}\n"
+        return [
+            GenerationError("the server is out") if failing and failing in request.text else answer
+            for request, answer in zip(requests, super().generate(requests), strict=True)
+        ]
+
+
+def test_done_rows_are_not_asked_again(tmp_path):
+    """A finished run asks nothing, and a longer dataset only about its new rows."""
+    annotate(world(8), tmp_path)
+    vlm = Asked()
+    annotate(world(8), tmp_path, vlm)
+    assert vlm.prompts.total() == 0
+    longer = Dataset.from_list([*world(8), *world(4, seed=1)], features=world(1).features)
+    finished = annotate(longer, tmp_path, vlm)
+    assert vlm.prompts.total() == 4 and finished.counts["rows"] == 12
+
+
+def test_a_stream_goes_on_where_it_stood(tmp_path):
+    """After a stop, a stream of several files does not open the files that are done."""
+    opened = []
+
+    def rows(parts):
+        for part in parts:
+            opened.append(part)
+            yield from world(4, seed=part)
+
+    def stream():
+        return IterableDataset.from_generator(rows, gen_kwargs={"parts": list(range(6))}, features=world(1).features)
+
+    class Stopping(OracleVLM):
+        asked = 0
+
+        def generate(self, requests):
+            self.asked += 1
+            if self.asked > 6:  # three shards, planned and judged
+                raise Crash
+            return super().generate(requests)
+
+    with pytest.raises(Crash):
+        annotate(stream(), tmp_path, Stopping())
+    opened.clear()
+    finished = annotate(stream(), tmp_path)
+    assert finished.counts["rows"] == 24 and 0 not in opened and 1 not in opened
+
+
+def test_a_changed_prompt_or_model_is_another_run(tmp_path):
+    """What an annotation depends on names the folder; how it is computed does not."""
+    _, columns = prepare_rows(world(1), pair_columns)
+    prompt = tmp_path / "prompt.md"
+    prompt.write_text("Which things do both show? {{ prompt }} {{ max_instances }}")
+    base = make_task(columns)
+
+    class OtherVLM(OracleVLM):
+        def describe(self):
+            return {"model": "other", "revision": "2"}
+
+    others = [
+        make_task(columns, prompt_path=prompt),
+        make_task(columns, vlm=OtherVLM()),
+        make_task(columns, max_instances=3),
+        make_task(columns, rows_per_shard=5),
+    ]
+    assert len({task.fingerprint for task in [base, *others]}) == 5
+    assert make_task(columns).fingerprint == base.fingerprint
+    Run(base, tmp_path).lock.release()
+    assert Run(make_task(columns, split="test"), tmp_path).folder.name.startswith("test-")
+
+
+def test_another_dataset_in_the_same_place_is_refused(tmp_path):
+    """Rows whose ids have changed are not taken for those that are done."""
+    annotate(world(8), tmp_path)
+    with pytest.raises(ValueError, match="holds annotations of other rows"):
+        annotate(world(8).select(range(7, -1, -1)), tmp_path)
+
+
+def test_an_id_that_comes_twice_is_rejected_the_second_time(tmp_path):
+    """Rows of one id come out as often as they go in, and only the first is ok, across shards and restarts."""
+    dataset = world(10)
+    doubled = dataset.select([0, 1, 1, 2, 3, 4, 5, 0, 6])
+    annotate(doubled.select(range(6)), tmp_path / "a", rows_per_shard=3)
+    for folder in ("a", "b"):
+        finished = annotate(doubled, tmp_path / folder, rows_per_shard=3)
+        assert [row["id"] for row in read(tmp_path / folder)] == doubled["id"]
+        rejected = [row for row in read(tmp_path / folder) if STATUSES[row["status"]] == "rejected"]
+        assert [row["id"] for row in rejected] == [dataset["id"][1], dataset["id"][0]]
+        assert {row["reason"] for row in rejected} == {"the id stands in an earlier row"}
+        assert finished.counts["rejected"] == 2 and finished.counts["instances"] == 14
+
+
+def test_errors_are_rows_with_a_reason_and_a_limit(tmp_path):
+    """A few errors are rows; a rate above the limit ends the run with status and list, and nothing is lost."""
+    dataset = world(12)
+    vlm = Asked(failing=dataset["prompt"][5])
+    failing = [row["id"] for row in dataset if row["prompt"] == vlm.failing]
+    with pytest.raises(ValueError, match=f"{len(failing)} of 12 rows are errors") as error:
+        annotate(dataset, tmp_path, vlm)
+    assert "--retry_errors" in str(error.value) and f"{failing[0]}: planner: the server is out" in str(error.value)
+    assert [row["id"] for row in read(tmp_path) if STATUSES[row["status"]] == "error"] == failing
+    assert annotate(dataset, tmp_path, vlm, max_error_rate=1).counts["error"] == len(failing)
+    # Once the server is well again
+    healthy = Asked()
+    finished = annotate(dataset, tmp_path, healthy, retry_errors=True)
+    assert finished.counts["error"] == 0 and finished.counts["ok"] == 12
+    assert healthy.prompts.total() == 4 * len({dataset["id"].index(row_id) // 4 for row_id in failing})
+    annotate(dataset, tmp_path / "fresh")
+    assert contents(tmp_path / "fresh") == contents(tmp_path.joinpath(finished.folder.name))
+
+
+def test_a_run_that_goes_wrong_stops_before_it_writes(tmp_path):
+    """When everything fails, the run stops within its first rows; afterwards the same command does all of them."""
+    dataset = world(60)
+
+    class Dead(OracleVLM):
+        def generate(self, requests):
+            return [GenerationError("connection refused")] * len(requests)
+
+    with pytest.raises(ValueError, match="Stopped: 12 of 12 rows are errors.* 8 rows are written") as error:
+        annotate(dataset, tmp_path, Dead())
+    assert "connection refused" in str(error.value)
+    assert len(read(tmp_path)) == 8
+    assert annotate(dataset, tmp_path, retry_errors=True).counts["ok"] == 60
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch, uninterrupted):
+    """When nothing more can be written the run says so, keeps what it has, and goes on once there is room."""
+    replace, written = Path.replace, []
+
+    def full(path, target):
+        if len(written) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(target)
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(ValueError, match="No space left on device. 12 rows are written and safe: make room"):
+            annotate(world(), tmp_path)
+    assert len(read(tmp_path)) == 12 and not list(tmp_path.rglob("*.tmp"))
+    annotate(world(), tmp_path)
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_one_process_a_run(tmp_path):
+    """A second process at the same run is refused; at another it is not."""
+    _, columns = prepare_rows(world(1), pair_columns)
+    held = Run(make_task(columns), tmp_path)
+    with pytest.raises(ValueError, match="Another process is annotating"):
+        Run(make_task(columns), tmp_path)
+    Run(make_task(columns, max_instances=1), tmp_path).lock.release()
+    held.lock.release()
+    Run(make_task(columns), tmp_path).lock.release()
+
+
+def test_a_mistake_in_the_code_is_not_an_error_row(tmp_path):
+    """An exception in a role stops the run with its own message."""
+
+    class Broken(OracleVLM):
+        def generate(self, requests):
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        annotate(world(4), tmp_path, Broken())
+
+
+def test_a_row_without_an_id_is_named(tmp_path):
+    """An empty id cannot be found again, and stops the run."""
+    rows = [dict(row) for row in world(3)]
+    rows[1]["id"] = None
+    with pytest.raises(ValueError, match="A row has no `id`"):
+        annotate(Dataset.from_list(rows, features=world(1).features), tmp_path)

@@ -1,0 +1,129 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A page to look at before a run: what the roles make of a few rows."""
+
+import base64
+import io
+from collections import Counter
+from dataclasses import asdict
+from importlib import resources
+from typing import Any
+
+import jinja2
+import PIL.Image
+from datasets import Dataset, IterableDataset
+
+from ..criteria import Criteria
+from .attribute_expert import AttributeExpert
+from .images import crop_around, limit_pixels
+from .judge import Judge
+from .records import ImageRecord, PairRecord, Record
+from .run import Task
+
+
+SHOWN_PIXELS = 512 * 512
+
+
+def preview(task: Task, dataset: Dataset | IterableDataset) -> str:
+    """
+    Annotates rows and shows them: images with boxes, crops with verdicts, or attributes; and every raw answer.
+
+    Args:
+        task ([`Task`]):
+            What is done.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            A few rows, with their images undecoded.
+
+    Returns:
+        `str`: an HTML page that needs no other file.
+    """
+    records = [task.open(row) for row in dataset]
+    for role in task.roles:
+        role(records)
+    roles = {type(role): role for role in task.roles}
+    if Judge in roles:
+        shown = [show_pair(record, roles[Judge]) for record in records]
+    else:
+        shown = [show_image(record, roles[AttributeExpert].criteria) for record in records]
+    rows = [task.features.encode_example(record.to_row()) for record in records]
+    models = [role.describe() for role in task.roles]
+    template = resources.files("trl_diffusion").joinpath("templates", "preview.html").read_text(encoding="utf-8")
+    return (
+        jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+        .from_string(template)
+        .render(
+            dataset=task.description["dataset"]["name"],
+            records=shown,
+            counts=[*Counter(record.status for record in records).items(), *readable(task.count(rows))],
+            models=" ".join(dict.fromkeys(model_name(role) for role in models)),
+            pairs=Judge in roles,
+        )
+    )
+
+
+def readable(counts: Counter) -> list[tuple[str, int]]:
+    return [(name.replace("_", " "), number) for name, number in counts.items()]
+
+
+def model_name(description: dict[str, Any]) -> str:
+    """The model of a role, with its revision."""
+    model = description["model"] if isinstance(description["model"], dict) else description
+    return f"{model['model']} ({model['revision']})."
+
+
+def show_pair(record: PairRecord, judge: Judge) -> dict[str, Any]:
+    images = {"chosen": record.chosen, "rejected": record.rejected}
+    readable_images = {name: image.upright for name, image in images.items() if image is not None and image.readable}
+    instances = []
+    for instance in record.instances:
+        boxes = {"chosen": instance.chosen_box, "rejected": instance.rejected_box}
+        crops = [crop_around(readable_images[name], boxes[name], judge.crop_size, judge.crop_margin) for name in boxes]
+        instances.append(asdict(instance) | {"crops": [inline(crop) for crop in crops]})
+    return {
+        **heading(record),
+        "images": {name: inline(image) for name, image in readable_images.items()},
+        "instances": instances,
+        "dropped": record.dropped,
+        "planner_answer": record.planner_answer,
+    }
+
+
+def show_image(record: ImageRecord, criteria: Criteria) -> dict[str, Any]:
+    kinds = dict.fromkeys(record.positive_attributes, "positive") | dict.fromkeys(
+        record.negative_attributes, "negative"
+    )
+    dimensions = {dimension: [] for dimension in criteria.dimensions}
+    for attribute in criteria.attributes:
+        if attribute.id in kinds:
+            form = attribute.positive if kinds[attribute.id] == "positive" else attribute.negative
+            dimensions[attribute.dimension].append((kinds[attribute.id], form))
+    image = record.image if record.image is not None and record.image.readable else None
+    return {
+        **heading(record),
+        "images": {"image": inline(image.upright)} if image else {},
+        "dimensions": {name.replace("_", " "): forms for name, forms in dimensions.items()},
+        "answers": record.answers,
+    }
+
+
+def heading(record: Record) -> dict[str, str]:
+    return {"id": record.id, "prompt": record.prompt, "status": record.status, "reason": record.reason}
+
+
+def inline(image: PIL.Image.Image) -> str:
+    """An image as a data URL."""
+    buffer = io.BytesIO()
+    limit_pixels(image, SHOWN_PIXELS).save(buffer, format="JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,73 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Annotates images with attributes of a tree of criteria, for CPO: an expert goes through the tree a dimension at a time.
+
+```bash
+trl-diffusion annotate-attributes \
+    --dataset_name user/paintings \
+    --criteria painting \
+    --vlm Qwen/Qwen2.5-VL-7B-Instruct \
+    --output_dir annotations
+```
+
+After a stop the same command goes on. Look at some images first with `--preview 20`.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import TrlParser
+
+from trl_diffusion.scripts.annotation import AnnotationArguments
+
+
+@dataclass
+class AnnotateAttributesArguments(AnnotationArguments):
+    """
+    Arguments of `trl-diffusion annotate-attributes` besides those of both annotation commands.
+
+    Parameters:
+        criteria (`str`, *optional*, defaults to `"painting"`):
+            The tree: a YAML file, or the name of a shipped one.
+        expert_prompt (`str`, *optional*):
+            A file with a prompt of one's own.
+    """
+
+    criteria: str = field(
+        default="painting", metadata={"help": "The tree: a YAML file, or the name of a shipped one."}
+    )
+    expert_prompt: str | None = field(default=None, metadata={"help": "A file with a prompt of one's own."})
+
+
+def main(args: AnnotateAttributesArguments) -> None:
+    from trl_diffusion import Criteria
+    from trl_diffusion.annotation.attribute_expert import AttributeExpert
+    from trl_diffusion.annotation.attributes import attribute_task
+    from trl_diffusion.annotation.records import image_columns
+    from trl_diffusion.scripts.annotation import annotate, get_executor, get_vlm, load_rows
+
+    criteria = Criteria.load(args.criteria)
+    dataset, columns, num_rows = load_rows(args, image_columns)
+    expert = AttributeExpert(get_vlm(args), criteria, args.expert_prompt)
+    task = attribute_task(expert, args.source, columns, args.rows_per_shard)
+    annotate(args, task, dataset, num_rows, get_executor(args))
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    return TrlParser((AnnotateAttributesArguments,), prog=prog)
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

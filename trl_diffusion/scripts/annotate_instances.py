@@ -1,0 +1,127 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Annotates image pairs with instances, the first stage of IAPO: a planner names what both images show, a detector finds it, a
+judge says in which image it is drawn better.
+
+```bash
+trl-diffusion annotate-instances \
+    --dataset_name user/pick-a-pic-v2 --dataset_streaming \
+    --vlm Qwen/Qwen2.5-VL-7B-Instruct \
+    --detector IDEA-Research/grounding-dino-base \
+    --output_dir annotations
+```
+
+After a stop the same command goes on. Look at some pairs first with `--preview 20`.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import TrlParser
+
+from trl_diffusion.scripts.annotation import ORACLE, AnnotationArguments
+
+
+@dataclass
+class AnnotateInstancesArguments(AnnotationArguments):
+    """
+    Arguments of `trl-diffusion annotate-instances` besides those of both annotation commands.
+
+    Parameters:
+        tie_policy (`str`, *optional*, defaults to `"drop"`):
+            Pairs of which neither image is better: `"drop"` rejects them, `"keep"` annotates them and marks them.
+        detector (`str`, *optional*, defaults to `"IDEA-Research/grounding-dino-base"`):
+            The zero-shot detector: a Hub id, a folder, or `oracle`.
+        detector_revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        detector_threshold (`float`, *optional*, defaults to `0.3`):
+            Hits with a lower score do not count.
+        detector_batch_size (`int`, *optional*, defaults to `16`):
+            Images that the detector looks at at once.
+        planner_prompt (`str`, *optional*), judge_prompt (`str`, *optional*):
+            Files with prompts of one's own.
+        max_instances (`int`, *optional*, defaults to `5`):
+            Instances of a pair, at most.
+        crop_size (`int`, *optional*, defaults to `336`):
+            Width and height in pixels of the judge's patches.
+        ray_detector_actors (`int`, *optional*, defaults to `1`):
+            Actors of the detector.
+        ray_detector_gpus (`float`, *optional*):
+            GPUs of each of them. Defaults to 1 where the cluster has any, else 0.
+    """
+
+    tie_policy: str = field(
+        default="drop",
+        metadata={"help": "Reject pairs of which neither image is better, or keep them.", "choices": ["drop", "keep"]},
+    )
+    detector: str = field(
+        default="IDEA-Research/grounding-dino-base",
+        metadata={"help": "The zero-shot detector: a Hub id, a folder, or `oracle`."},
+    )
+    detector_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    detector_threshold: float = field(default=0.3, metadata={"help": "Hits with a lower score do not count."})
+    detector_batch_size: int = field(default=16, metadata={"help": "Images that the detector looks at at once."})
+    planner_prompt: str | None = field(default=None, metadata={"help": "A file with a prompt of one's own."})
+    judge_prompt: str | None = field(default=None, metadata={"help": "A file with a prompt of one's own."})
+    max_instances: int = field(default=5, metadata={"help": "Instances of a pair, at most."})
+    crop_size: int = field(default=336, metadata={"help": "Width and height in pixels of the judge's patches."})
+    ray_detector_actors: int = field(default=1, metadata={"help": "Actors of the detector."})
+    ray_detector_gpus: float | None = field(default=None, metadata={"help": "GPUs of each of them."})
+
+
+def main(args: AnnotateInstancesArguments) -> None:
+    from trl_diffusion.annotation.instances import instance_task
+    from trl_diffusion.annotation.judge import Judge
+    from trl_diffusion.annotation.planner import Planner
+    from trl_diffusion.annotation.records import pair_columns
+    from trl_diffusion.scripts.annotation import annotate, get_executor, get_vlm, load_rows
+
+    dataset, columns, num_rows = load_rows(args, pair_columns)
+    vlm = get_vlm(args)
+    task = instance_task(
+        Planner(vlm, args.planner_prompt, max_instances=args.max_instances),
+        get_detector(args),
+        Judge(vlm, args.judge_prompt, crop_size=args.crop_size),
+        args.source,
+        columns,
+        tie_policy=args.tie_policy,
+        rows_per_shard=args.rows_per_shard,
+    )
+    executor = get_executor(args, args.ray_detector_actors, args.ray_detector_gpus)
+    annotate(args, task, dataset, num_rows, executor)
+
+
+def get_detector(args: AnnotateInstancesArguments):
+    """The detector that the flags name."""
+    if args.detector == ORACLE:
+        from trl_diffusion.quickstart.oracle import OracleDetector
+
+        return OracleDetector()
+    from trl_diffusion.annotation.detector import TransformersDetector
+
+    return TransformersDetector(
+        args.detector,
+        revision=args.detector_revision,
+        threshold=args.detector_threshold,
+        batch_size=args.detector_batch_size,
+    )
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    return TrlParser((AnnotateInstancesArguments,), prog=prog)
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
