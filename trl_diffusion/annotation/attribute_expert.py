@@ -24,7 +24,7 @@ from pydantic import BaseModel, create_model, model_validator
 from ..criteria import Criteria
 from .images import limit_pixels
 from .records import ImageRecord
-from .vlm import VLM, PromptTemplate, Request, ask
+from .vlm import VLM, PromptTemplate, Request, ask, in_threads
 
 
 class DimensionAnswer(BaseModel):
@@ -85,7 +85,7 @@ class AttributeExpert:
         asked = [
             (image, dimension) for image in images if image.status == "ok" for dimension in self.criteria.dimensions
         ]
-        answers = ask(self.vlm, [self.request(image, dimension) for image, dimension in asked])
+        answers = ask(self.vlm, in_threads(lambda question: self.request(*question), asked))
         for (image, dimension), answer in zip(asked, answers, strict=True):
             image.answers.append({"dimension": dimension, "answer": answer.raw})
             if answer.value is None:

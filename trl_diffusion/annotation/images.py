@@ -92,6 +92,7 @@ class StoredImage:
             pixels = image.width * image.height
             if pixels > BOMB_PIXELS:
                 raise ValueError(f"the image claims {pixels:,} pixels; more than {BOMB_PIXELS:,} are refused")
+            image.load()
             orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1)
             return limit_pixels(upright_image(image), MOST_PIXELS), image.size, orientation
         except PIL.Image.DecompressionBombError as error:

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from .images import crop_around
 from .records import Instance, PairRecord
-from .vlm import VLM, PromptTemplate, Request, ask
+from .vlm import VLM, PromptTemplate, Request, ask, in_threads
 
 
 class Verdict(BaseModel):
@@ -65,8 +65,8 @@ class Judge:
     def __call__(self, pairs: list[PairRecord]) -> list[PairRecord]:
         """Fills in `preference`; a pair with an instance that has no valid answer becomes an error."""
         instances = [(pair, instance) for pair in pairs if pair.status == "ok" for instance in pair.instances]
-        requests = [request for pair, instance in instances for request in self.requests(pair, instance)]
-        answers = ask(self.vlm, requests)
+        requests = in_threads(lambda asked: self.requests(*asked), instances)
+        answers = ask(self.vlm, [request for both in requests for request in both])
         for index, (pair, instance) in enumerate(instances):
             first, swapped = answers[2 * index], answers[2 * index + 1]
             instance.answer, instance.swapped_answer = first.raw, swapped.raw

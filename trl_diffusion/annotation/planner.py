@@ -21,7 +21,7 @@ from pydantic import BaseModel, StringConstraints
 
 from .images import limit_pixels
 from .records import PairRecord
-from .vlm import VLM, PromptTemplate, Request, ask
+from .vlm import VLM, PromptTemplate, Request, ask, in_threads
 
 
 Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=80)]
@@ -71,13 +71,13 @@ class Planner:
     def __call__(self, pairs: list[PairRecord]) -> list[PairRecord]:
         """Fills in `labels`; a pair without a valid answer becomes an error."""
         pairs_left = [pair for pair in pairs if pair.status == "ok"]
-        answers = ask(self.vlm, [self.request(pair) for pair in pairs_left])
+        answers = ask(self.vlm, in_threads(self.request, pairs_left))
         for pair, answer in zip(pairs_left, answers, strict=True):
             pair.planner_answer = answer.raw
             if answer.value is None:
                 pair.fail(f"planner: {answer.error}")
                 continue
-            labels = list({label.lower(): label for label in reversed(answer.value.instances)}.values())[::-1]
+            labels = without_repetitions(answer.value.instances)
             pair.labels = labels[: self.max_instances]
             for label in labels[self.max_instances :]:
                 pair.drop(label, f"beyond the first {self.max_instances} instances")
@@ -87,3 +87,11 @@ class Planner:
         text = self.prompt.render(prompt=pair.prompt, max_instances=self.max_instances)
         images = tuple(limit_pixels(image.upright, self.max_pixels) for image in (pair.chosen, pair.rejected))
         return Request(text, images, Plan)
+
+
+def without_repetitions(labels: list[str]) -> list[str]:
+    """Each label once, as it is written first, whatever its case."""
+    unique = {}
+    for label in labels:
+        unique.setdefault(label.lower(), label)
+    return list(unique.values())

@@ -57,10 +57,11 @@ def upright_image(image: PIL.Image.Image) -> PIL.Image.Image:
     Returns:
         `PIL.Image.Image`: the image as people see it.
     """
-    image = PIL.ImageOps.exif_transpose(image)
+    if image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) != 1:  # else the image would only be copied
+        image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # PIL would clip 16 bits to 8, and nearly all of them are then white
         image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def prepare_image(
