@@ -21,6 +21,9 @@ from safetensors import safe_open
 
 from tests import tiny
 from trl_diffusion.cli.main import COMMANDS, main
+from trl_diffusion.quickstart.drawing import shipped
+from trl_diffusion.quickstart.paintings import painting_dataset
+from trl_diffusion.quickstart.world import preference_dataset
 
 
 def run(*args) -> subprocess.CompletedProcess:
@@ -136,3 +139,62 @@ def test_show_masks_draws_a_picture_a_row(folders, tmp_path, capsys):
     assert pictures == ["0000.png", "0001.png", "0002.png"]
     assert Image.open(tmp_path / "0000.png").width == 2 * (512 + 8) + 8
     assert "Drew 3 rows" in capsys.readouterr().out
+
+
+def test_annotating_pairs_and_going_on(tmp_path, capsys):
+    """`trl-diffusion annotate-instances` writes shards and says what they hold; the same command again changes nothing."""
+    (tmp_path / "data").mkdir()
+    preference_dataset(6, seed=0).remove_columns("instances").to_parquet(tmp_path / "data" / "train.parquet")
+    flags = ["--dataset_name", tmp_path / "data", "--vlm", "oracle", "--detector", "oracle", "--rows_per_shard", 4]
+    command = [*map(str, ["annotate-instances", *flags, "--crop_size", 64, "--output_dir", tmp_path / "out"])]
+    assert main(command) == 0
+    assert "rows 6, ok 6, rejected 0, error 0" in capsys.readouterr().out
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    assert sorted(path.name for path in files if path.suffix == ".parquet") == [
+        "annotations-000000.parquet",
+        "annotations-000001.parquet",
+    ]
+    assert main(command) == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == files
+    assert main([*command, "--dataset_streaming"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {next(iter(files)).parent.name}
+
+    assert main([*command, "--preview", "2"]) == 0
+    assert "Nothing else was written" in capsys.readouterr().out
+    assert (tmp_path / "out" / "preview.html").read_text().count("<article>") == 2
+
+
+def test_annotating_images(tmp_path, capsys):
+    """`trl-diffusion annotate-attributes` takes any columns by a mapping, and a tree of one's own."""
+    (tmp_path / "data").mkdir()
+    dataset = painting_dataset(3, seed=0).rename_columns({"image": "picture", "prompt": "title"})
+    dataset.to_parquet(tmp_path / "data" / "train.parquet")
+    flags = ["--dataset_name", tmp_path / "data", "--criteria", shipped("criteria.yaml"), "--vlm", "oracle"]
+    flags += ["--columns", '{"image": "picture", "prompt": "title"}', "--output_dir", tmp_path / "out"]
+    assert main(["annotate-attributes", *map(str, flags)]) == 0
+    assert "rows 3, ok 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--dataset_split", "test"],
+            "The dataset has no split `test`; it has train. Name one with `--dataset_split`.",
+        ),
+        (["--columns", "{"], "`--columns` is no JSON"),
+        (["--columns", '{"prompt": "text"}'], "The dataset lacks text"),
+        (
+            ["--vlm", "no/such-model"],
+            "'no/such-model' is neither a folder nor a model that the Hub or its cache gives",
+        ),
+        (["--vlm_base_url", "localhost:8000", "--vlm", "x"], "must start with http:// or https://"),
+        (["--max_error_rate", "2"], "`--max_error_rate` must be in [0, 1]"),
+        (["--judge_prompt", "missing.md"], "The prompt of the judge cannot be read"),
+    ],
+)
+def test_mistakes_in_annotating(folders, tmp_path, capsys, flags, message):
+    """A mistake is one readable line, before any model is loaded."""
+    base = ["--dataset_name", str(folders / "data"), "--vlm", "oracle", "--detector", "oracle"]
+    assert main(["annotate-instances", *base, "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err

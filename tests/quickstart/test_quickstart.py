@@ -59,6 +59,10 @@ def test_it_writes_results_pictures_and_a_report(tmp_path):
     assert (
         results["seed"] == 0 and results["seconds"] > 0 and {"trl", "diffusers", "torch"} <= set(results["versions"])
     )
+    scenes, paintings = (results["annotations"][name] for name in ("scenes", "paintings"))
+    assert scenes["ok"] == paintings["ok"] == 64
+    assert scenes["instances"] == 128 and scenes["conflicts"] == round(0.46 * 64)
+    assert paintings["positive_attributes"] + paintings["negative_attributes"] == 4 * 64
     assert Image.open(tmp_path / "samples.png").width == 8 + 4 * (160 + 8)
     assert Image.open(tmp_path / "paintings.png").width == 8 + 5 * (160 + 8)
     report = (tmp_path / "report.md").read_text()
@@ -72,7 +76,8 @@ def test_it_repeats_itself_and_every_arm_trains(tmp_path, half, arms):
     """The same seed draws the same images, bit for bit; another arm or another seed draws others."""
     images = {}
     for key, name, seed in (("once", arms[0], 0), ("twice", arms[0], 0), ("other", arms[1], 0), ("seed", arms[0], 1)):
-        images[key] = [image.tobytes() for image in half.run_arm(name, small(tmp_path, seed=seed))[1]]
+        args = small(tmp_path, seed=seed)
+        images[key] = [image.tobytes() for image in half.run_arm(name, args, half.annotate(args)[0])[1]]
     assert images["once"] == images["twice"]
     assert images["once"] != images["other"] and images["once"] != images["seed"]
 
@@ -81,7 +86,8 @@ def test_it_repeats_itself_and_every_arm_trains(tmp_path, half, arms):
 def test_training_leaves_the_shipped_pipeline_alone(tmp_path, half, arm):
     """What comes with the package is read and never written."""
     before = load_pipeline(half.BASE).unet.state_dict()
-    half.run_arm(arm, small(tmp_path))
+    args = small(tmp_path)
+    half.run_arm(arm, args, half.annotate(args)[0])
     assert all(torch.equal(value, before[name]) for name, value in load_pipeline(half.BASE).unet.state_dict().items())
 
 

@@ -141,6 +141,7 @@ def run(
     max_error_rate: float = 0.01,
     retry_errors: bool = False,
     num_rows: int | None = None,
+    disable_tqdm: bool = False,
 ) -> "Run":
     """
     Annotates a dataset, or what is left of it.
@@ -160,6 +161,8 @@ def run(
             Annotate again what an earlier run left as errors, with the other rows of its shard.
         num_rows (`int`, *optional*):
             How many rows a stream has, for the progress bar.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Show no progress bar.
 
     Returns:
         [`Run`]: the finished run.
@@ -180,6 +183,7 @@ def run(
             initial=state.counts["rows"] * task.images_per_row,
             unit="image",
             desc="Annotating",
+            disable=disable_tqdm,
         ) as bar:
             for rows, stream_state in executor(task, rest):
                 state.write(rows, stream_state, max_error_rate)

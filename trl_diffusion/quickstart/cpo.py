@@ -15,18 +15,28 @@
 """The quickstart's second half: does a model learn qualities from an expert that can tell them apart?"""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from datasets import Dataset
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
 
+from ..annotation.attribute_expert import AttributeExpert
+from ..annotation.attributes import attribute_task
+from ..annotation.join import join_annotations, load_annotations
+from ..annotation.records import image_columns, prepare_rows
+from ..annotation.run import run, run_locally
+from ..criteria import Criteria
+from ..data.formats import ATTRIBUTE_COLUMNS
 from ..trainer.attribute_sft_config import AttributeSFTConfig
 from ..trainer.attribute_sft_trainer import AttributeSFTTrainer
 from ..trainer.complex_po_config import ComplexPOConfig
 from ..trainer.complex_po_trainer import ComplexPOTrainer
 from .drawing import FAST, draw, load_pipeline, shipped
+from .oracle import OracleVLM
 from .paintings import evaluation_prompts, inspect_painting, painting_dataset
 
 
@@ -57,13 +67,28 @@ TARGET_MODULES = [
 ]
 
 
-def run_arm(name: str, args: "QuickstartArguments") -> tuple[dict[str, float], list[Image.Image]]:
+def unlabelled_paintings(args: "QuickstartArguments") -> Dataset:
+    """Paintings whose qualities are not known."""
+    return painting_dataset(args.num_paintings, seed=args.seed).remove_columns(list(ATTRIBUTE_COLUMNS))
+
+
+def annotate(args: "QuickstartArguments") -> tuple[str, dict[str, int]]:
+    """Reads the qualities of the paintings: the run's folder and what it counted."""
+    torch.set_num_threads(1)
+    rows, columns = prepare_rows(unlabelled_paintings(args), image_columns)
+    source = {"name": "paintings", "split": "paintings", "num_paintings": args.num_paintings, "seed": args.seed}
+    task = attribute_task(AttributeExpert(OracleVLM(), Criteria.load(CRITERIA)), source, columns)
+    finished = run(rows, task, Path(args.output_dir) / "annotations", run_locally, disable_tqdm=True)
+    return str(finished.folder), dict(finished.counts)
+
+
+def run_arm(name: str, args: "QuickstartArguments", annotations: str) -> tuple[dict[str, float], list[Image.Image]]:
     """Trains the base as an arm does (or not), draws, and counts: the scores and the first images."""
     torch.set_num_threads(1)
     start = time.perf_counter()
     pipeline = load_pipeline(BASE)
     if name in ARMS:
-        train(pipeline, name, args)
+        train(pipeline, name, args, annotations)
     trained = time.perf_counter()
     prompts = evaluation_prompts(args.num_samples, seed=args.seed)
     images = draw(pipeline, prompts, args.seed)
@@ -76,9 +101,9 @@ def run_arm(name: str, args: "QuickstartArguments") -> tuple[dict[str, float], l
     return scores, images[:8]
 
 
-def train(pipeline: StableDiffusionPipeline, name: str, args: "QuickstartArguments") -> None:
+def train(pipeline: StableDiffusionPipeline, name: str, args: "QuickstartArguments", annotations: str) -> None:
     """Trains a LoRA on the pipeline's denoiser, in place."""
-    paintings = painting_dataset(args.num_paintings, seed=args.seed)
+    paintings = join_annotations(unlabelled_paintings(args), load_annotations(annotations))
     settings = {"seed": args.seed, "max_steps": args.max_steps, "criteria": CRITERIA, **FAST, **TRAINING}
     lora = LoraConfig(r=16, lora_alpha=16, target_modules=TARGET_MODULES)
     if name == "sft":
@@ -111,7 +136,7 @@ def score(images: list[Image.Image], prompts: list[str]) -> dict[str, float]:
     }
 
 
-def report(results: dict, args: "QuickstartArguments") -> str:
+def report(results: dict, counts: dict[str, int], args: "QuickstartArguments") -> str:
     """Markdown on what was run and what came out."""
     rows = [
         f"| {title} | {r['negatives']:.2f} | {r['match']:.3f} |"
@@ -123,8 +148,9 @@ def report(results: dict, args: "QuickstartArguments") -> str:
 
 A tiny Stable Diffusion pipeline paints one shape on a ground. Its outline is whole or bitten, its colour vivid or pale, its
 place the middle or aside, its ground bright or murky: each is negative half of the time, and one image in 16 has no
-negative at all. {args.num_paintings} paintings are labelled with their qualities; prompts name none of them. The expert, a LoRA
-that comes with the package, was trained with the qualities in its prompts, and paints them as they are named.
+negative at all; prompts name none of them. `annotate-attributes`, with an oracle in the place of the model, read
+{counts["positive_attributes"]} positive and {counts["negative_attributes"]} negative qualities in {counts["ok"]} paintings. The
+expert, a LoRA that comes with the package, was trained with the qualities in its prompts, and paints them as they are named.
 
 {table}
 

@@ -15,14 +15,23 @@
 """The quickstart's first half: does it help to know which object contradicts the label?"""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from datasets import Dataset
 from PIL import Image
 
+from ..annotation.instances import instance_task
+from ..annotation.join import join_annotations, load_annotations
+from ..annotation.judge import Judge
+from ..annotation.planner import Planner
+from ..annotation.records import pair_columns, prepare_rows
+from ..annotation.run import run, run_locally
 from ..trainer.instance_dpo_config import InstanceDPOConfig
 from ..trainer.instance_dpo_trainer import InstanceDPOTrainer
 from .drawing import FAST, draw, load_pipeline
+from .oracle import OracleDetector, OracleVLM
 from .world import evaluation_prompts, inspect_image, preference_dataset
 
 
@@ -45,7 +54,23 @@ TRAINING = {
 }
 
 
-def run_arm(name: str, args: "QuickstartArguments") -> tuple[dict[str, float], list[Image.Image]]:
+def unlabelled_pairs(args: "QuickstartArguments") -> Dataset:
+    """Pairs of which only the image-level label is known."""
+    return preference_dataset(args.num_pairs, seed=args.seed).remove_columns("instances")
+
+
+def annotate(args: "QuickstartArguments") -> tuple[str, dict[str, int]]:
+    """Finds the instances of the pairs, and judges them: the run's folder and what it counted."""
+    torch.set_num_threads(1)
+    rows, columns = prepare_rows(unlabelled_pairs(args), pair_columns)
+    vlm = OracleVLM()
+    source = {"name": "scenes", "split": "scenes", "num_pairs": args.num_pairs, "seed": args.seed}
+    task = instance_task(Planner(vlm), OracleDetector(), Judge(vlm, crop_size=64), source, columns)
+    finished = run(rows, task, Path(args.output_dir) / "annotations", run_locally, disable_tqdm=True)
+    return str(finished.folder), dict(finished.counts)
+
+
+def run_arm(name: str, args: "QuickstartArguments", annotations: str) -> tuple[dict[str, float], list[Image.Image]]:
     """Trains the base as an arm does (or not), draws, and counts: the scores and the first images."""
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -57,7 +82,7 @@ def run_arm(name: str, args: "QuickstartArguments") -> tuple[dict[str, float], l
             args=InstanceDPOConfig(
                 args.output_dir, seed=args.seed, max_steps=args.max_steps, **FAST, **TRAINING, **ARMS[name][1]
             ),
-            train_dataset=preference_dataset(args.num_pairs, seed=args.seed),
+            train_dataset=join_annotations(unlabelled_pairs(args), load_annotations(annotations)),
         ).train()
     trained = time.perf_counter()
     prompts = evaluation_prompts(args.num_samples, seed=args.seed)
@@ -81,7 +106,7 @@ def score(images: list[Image.Image], prompts: list[str]) -> dict[str, float]:
     return shares | {"n": len(findings)}
 
 
-def report(results: dict, args: "QuickstartArguments") -> str:
+def report(results: dict, counts: dict[str, int], args: "QuickstartArguments") -> str:
     """Markdown on what was run and what came out."""
     rows = [
         f"| {title} | {r['clean_a']:.3f} | {r['clean_b']:.3f} | {r['match_a']:.3f} | {r['match_b']:.3f} |"
@@ -94,7 +119,9 @@ def report(results: dict, args: "QuickstartArguments") -> str:
 A tiny Stable Diffusion pipeline draws two shapes, A (large, left) and B (smaller, right), each with a bite out of its
 outline about half of the time. {args.num_pairs} pairs of scenes say which of two images is better. Shape A decides: it is
 whole in the chosen image and bitten in the rejected one. In 46 % of the pairs shape B is whole in the *rejected* image, and
-the label is wrong about it.
+the label is wrong about it. Nobody says so: the instances are found by `annotate-instances`, with an oracle in the place of the
+models. It saw {counts["instances"]} instances in {counts["ok"]} pairs, {counts["conflicts"]} of them
+({counts["conflicts"] / counts["instances"]:.1%}) drawn better in the rejected image.
 
 {table}
 

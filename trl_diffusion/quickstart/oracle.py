@@ -78,7 +78,7 @@ class OracleDetector(Detector):
 
     def detect_shape(self, image: Image.Image, label: str) -> Detection | None:
         side, color, kind = LABEL.fullmatch(label).groups()
-        found = world.inspect_place(image, world.PLACES[SIDES.index(side)], (color, kind))
+        found = look(image.tobytes(), image.size, side, color, kind)
         if not found.match:
             return None
         return Detection([coordinate / world.SIZE for coordinate in found.box], found.quality)
@@ -86,11 +86,18 @@ class OracleDetector(Detector):
 
 def plan(images: tuple[Image.Image, ...], prompt: str) -> list[str]:
     """The shapes that the prompt names and both images show, with the side that tells two of one name apart."""
-    findings = zip(*(world.inspect_image(image, prompt) for image in images), strict=True)
-    named = zip(SIDES, world.parse_prompt(prompt), findings, strict=True)
+    named = zip(SIDES, world.parse_prompt(prompt), strict=True)
     return [
-        f"{side} {color} {kind}" for side, (color, kind), found in named if all(finding.match for finding in found)
+        f"{side} {color} {kind}"
+        for side, (color, kind) in named
+        if all(look(image.tobytes(), image.size, side, color, kind).match for image in images)
     ]
+
+
+@lru_cache(maxsize=4096)
+def look(pixels: bytes, size: tuple[int, int], side: str, color: str, kind: str) -> world.Finding:
+    """What is seen on one side of an image; the planner and the detector ask for the same."""
+    return world.inspect_place(Image.frombytes("RGB", size, pixels), world.PLACES[SIDES.index(side)], (color, kind))
 
 
 def crop_quality(crop: Image.Image, color: str, kind: str) -> float:

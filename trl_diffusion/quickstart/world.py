@@ -316,8 +316,6 @@ def inspect_image(image: Image.Image, prompt: str) -> list[Finding]:
     Raises:
         `ValueError`: If the image has another size, or the prompt does not have this world's form.
     """
-    if image.size != (SIZE, SIZE):
-        raise ValueError(f"the oracle reads images of {SIZE}x{SIZE} pixels, not {image.size[0]}x{image.size[1]}")
     return [inspect_place(image, place, named) for place, named in zip(PLACES, parse_prompt(prompt), strict=True)]
 
 
@@ -335,7 +333,12 @@ def inspect_place(image: Image.Image, place: Place, named: tuple[str, str]) -> F
 
     Returns:
         `Finding`: What is seen.
+
+    Raises:
+        `ValueError`: If the image has another size.
     """
+    if image.size != (SIZE, SIZE):
+        raise ValueError(f"the oracle reads images of {SIZE}x{SIZE} pixels, not {image.size[0]}x{image.size[1]}")
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) - np.array(BACKGROUND, dtype=np.float32)
     departure = pixels[:, slice(*place.columns)].reshape(-1, 3)
     quality, template, color = best_fit(departure, np.ones(len(departure), dtype=np.float32), place)

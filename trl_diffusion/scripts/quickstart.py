@@ -23,8 +23,10 @@ Its first half is IAPO, on pairs of scenes with two shapes: the label of a pair 
 pairs shape B, drawn better in the rejected image, contradicts it. Diffusion-DPO follows the label over the whole image; IAPO
 takes the contradicting B out of the loss.
 
+The instances are found first, as `trl-diffusion annotate-instances` finds them, with an oracle in the place of its models.
+
 Its second half is CPO, on tiny paintings with four qualities, each of which is there or not: an expert that knows the
-qualities by their words teaches a model that draws them without words.
+qualities by their words teaches a model that draws them without words. They are annotated in the same way.
 
 What each model then draws, and whether it is what the prompt names, is counted by the worlds' oracles.
 """
@@ -47,7 +49,7 @@ class QuickstartArguments:
 
     Parameters:
         output_dir (`str`, *optional*, defaults to `"quickstart"`):
-            Where `results.json`, `samples.png`, `paintings.png` and `report.md` go.
+            Where `results.json`, `samples.png`, `paintings.png`, `report.md` and the annotations go.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the data, of the training and of the samples.
         num_pairs (`int`, *optional*, defaults to `2048`):
@@ -81,15 +83,17 @@ def main(args: QuickstartArguments) -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     print(
-        f"Drawing {args.num_samples} images with each of two bases, and with {len(iapo.ARMS) + len(cpo.ARMS)} models that "
-        "are trained first.",
+        f"Annotating {args.num_pairs} pairs and {args.num_paintings} paintings, then drawing {args.num_samples} images with "
+        f"each of two bases, and with {len(iapo.ARMS) + len(cpo.ARMS)} models that are trained first.",
         flush=True,
     )
     # Two processes of one thread each: the tensors are small, and more threads would mostly wait for one another.
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
+        annotating = {half: pool.submit(half.annotate, args) for half in (iapo, cpo)}
+        annotations = {half: run.result() for half, run in annotating.items()}
         runs = {
-            half: {name: pool.submit(half.run_arm, name, args) for name in ("base", *half.ARMS)}
-            for half in (iapo, cpo)
+            half: {name: pool.submit(half.run_arm, name, args, run_folder) for name in ("base", *half.ARMS)}
+            for half, (run_folder, _) in annotations.items()
         }
         outcomes = {half: {name: run.result() for name, run in arms.items()} for half, arms in runs.items()}
 
@@ -98,6 +102,7 @@ def main(args: QuickstartArguments) -> None:
     scores = {half: {name: scores for name, (scores, _) in arms.items()} for half, arms in outcomes.items()}
     results = scores[iapo] | {
         "cpo": scores[cpo],
+        "annotations": {"scenes": annotations[iapo][1], "paintings": annotations[cpo][1]},
         "seed": args.seed,
         "seconds": round(time.perf_counter() - start, 1),
         "versions": {package: version(package) for package in PACKAGES},
@@ -126,9 +131,9 @@ def report(results: dict, args: QuickstartArguments) -> str:
 
     return f"""# Quickstart
 
-{iapo.report(results, args)}
+{iapo.report(results, results["annotations"]["scenes"], args)}
 
-{cpo.report(results["cpo"], args)}
+{cpo.report(results["cpo"], results["annotations"]["paintings"], args)}
 
 Seed {results["seed"]}; {results["seconds"]:.0f} seconds in all.
 {", ".join(f"{package} {number}" for package, number in results["versions"].items())}.
