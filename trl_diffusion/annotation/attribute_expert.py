@@ -53,7 +53,7 @@ class AttributeExpert:
         prompt_path (`str` or `Path`, *optional*):
             A prompt of one's own, a Jinja template with the places `prompt`, `dimension` and `attributes`.
         max_pixels (`int`, *optional*, defaults to `1003520`):
-            An image with more pixels is shown smaller. The default is what Qwen2.5-VL sees at most.
+            An image with more pixels is shown smaller. The default is the limit that Qwen recommends.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ class Planner:
         max_instances (`int`, *optional*, defaults to `5`):
             How many instances a pair may have; more are dropped, and recorded.
         max_pixels (`int`, *optional*, defaults to `1003520`):
-            An image with more pixels is shown smaller. The default is what Qwen2.5-VL sees at most.
+            An image with more pixels is shown smaller. The default is the limit that Qwen recommends.
     """
 
     def __init__(

@@ -48,6 +48,8 @@ class AnnotateInstancesArguments(AnnotationArguments):
             Branch, tag or commit on the Hub.
         detector_threshold (`float`, *optional*, defaults to `0.3`):
             Hits with a lower score do not count.
+        detector_dtype (`str`, *optional*, defaults to `"float32"`):
+            Type of the detector's weights.
         detector_batch_size (`int`, *optional*, defaults to `16`):
             Images that the detector looks at at once.
         planner_prompt (`str`, *optional*), judge_prompt (`str`, *optional*):
@@ -72,6 +74,7 @@ class AnnotateInstancesArguments(AnnotationArguments):
     )
     detector_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     detector_threshold: float = field(default=0.3, metadata={"help": "Hits with a lower score do not count."})
+    detector_dtype: str = field(default="float32", metadata={"help": "Type of the detector's weights."})
     detector_batch_size: int = field(default=16, metadata={"help": "Images that the detector looks at at once."})
     planner_prompt: str | None = field(default=None, metadata={"help": "A file with a prompt of one's own."})
     judge_prompt: str | None = field(default=None, metadata={"help": "A file with a prompt of one's own."})
@@ -116,6 +119,7 @@ def get_detector(args: AnnotateInstancesArguments):
         revision=args.detector_revision,
         threshold=args.detector_threshold,
         batch_size=args.detector_batch_size,
+        dtype=args.detector_dtype,
     )
 
 
