@@ -386,6 +386,8 @@ def test_flags_in_the_text(page):
     ("page", "heading", "command"),
     [
         ("quickstart.md", "Flags", "quickstart"),
+        ("cli.md", "annotate-instances", "annotate-instances"),
+        ("cli.md", "annotate-attributes", "annotate-attributes"),
         ("cli.md", "show-masks", "show-masks"),
         ("cli.md", "show-criteria", "show-criteria"),
     ],
