@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .annotation.join import join_annotations, load_annotations
     from .criteria import Criteria
     from .data.formats import attribute_features, instance_pair_features
     from .sampling import negative_preference_guidance, sample_images
@@ -51,6 +52,8 @@ _MODULES = {
     "SampleImagesCallback": "trainer.callbacks",
     "attribute_features": "data.formats",
     "instance_pair_features": "data.formats",
+    "join_annotations": "annotation.join",
+    "load_annotations": "annotation.join",
     "negative_preference_guidance": "sampling",
     "sample_images": "sampling",
 }

@@ -185,6 +185,30 @@ def test_done_rows_are_not_asked_again(tmp_path):
     assert vlm.prompts.total() == 4 and finished.counts["rows"] == 12
 
 
+def test_a_dataset_that_grows(tmp_path):
+    """A last shard that was not full is done again when there are rows to fill it; then all is as if there always were."""
+    for number in (6, 10, 10):
+        vlm = Asked()
+        annotate(world(20).select(range(number)), tmp_path / "grown", vlm)
+    assert vlm.prompts.total() == 0
+    annotate(world(20).select(range(10)), tmp_path / "at once")
+    assert contents(tmp_path / "grown") == contents(tmp_path / "at once")
+
+
+def test_a_finished_stream_is_not_read_again(tmp_path):
+    """The same command after the end of a stream costs nothing."""
+    read = []
+
+    def rows():
+        for row in world(6):
+            read.append(row["id"])
+            yield row
+
+    for _ in range(2):
+        finished = annotate(IterableDataset.from_generator(rows, features=world(1).features), tmp_path)
+        assert finished.counts["rows"] == len(read) == 6
+
+
 def test_a_stream_goes_on_where_it_stood(tmp_path):
     """After a stop, a stream of several files does not open the files that are done."""
     opened = []

@@ -113,7 +113,7 @@ class TransformersDetector(Detector):
         self.threshold = threshold
         self.batch_size = batch_size
         self.dtype = dtype
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device
 
     def describe(self) -> dict:
         return {
@@ -122,6 +122,14 @@ class TransformersDetector(Detector):
             "threshold": self.threshold,
             "dtype": self.dtype,
         }
+
+    def __getstate__(self) -> dict:
+        # Another process loads the model itself, onto its own device
+        return {name: value for name, value in self.__dict__.items() if name not in ("model", "processor")}
+
+    @property
+    def device(self) -> str:
+        return self._device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
     def processor(self):
@@ -149,7 +157,10 @@ class TransformersDetector(Detector):
         """As `detect`, for images of one size."""
         images = [image for image, _ in queries]
         labels = [[label.replace(".", " ")] for _, label in queries]  # a full stop would end Grounding DINO's phrase
-        inputs = self.processor(images=images, text=labels, padding=True, return_tensors="pt").to(self.device)
+        padding = self.processor.text_kwargs.get("padding", True)  # OWL-ViT's takes texts of one length only
+        inputs = self.processor(images=images, text=labels, padding=padding, truncation=True, return_tensors="pt").to(
+            self.device
+        )
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         sizes = [(image.height, image.width) for image in images]
         results = self.processor.post_process_grounded_object_detection(

@@ -20,18 +20,20 @@ import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 
 import httpx2
 import PIL.Image
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import hf_raise_for_status
+from pydantic import BaseModel
 
-from .vlm import VLM, GenerationError, Request
+from .vlm import VLM, GenerationError, Request, in_threads
 
 
 JPEG_QUALITY = 95
-LONGEST_WAIT = 60.0  # seconds between two tries
+LONGEST_WAIT = 60.0  # seconds between two tries, before chance makes them longer
 TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # status codes of a server that may yet answer
 
 
@@ -50,7 +52,8 @@ class EndpointVLM(VLM):
             Seconds that a request may take.
         max_tries (`int`, *optional*, defaults to `6`):
             How often a request is made before it counts as an error. Between tries of a server that is busy, out of order
-            or silent, the wait doubles from a second, or is what the server asks for.
+            or silent, the wait doubles from a second, or is what the server asks for; by chance up to half as long again,
+            so that not all come back at once.
         max_new_tokens (`int`, *optional*, defaults to `512`):
             An answer's longest length in tokens.
     """
@@ -64,8 +67,14 @@ class EndpointVLM(VLM):
         max_tries: int = 6,
         max_new_tokens: int = 512,
     ):
-        if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"The server's address must start with http:// or https://, got {base_url!r}.")
+        try:
+            url = httpx2.URL(base_url)
+        except httpx2.InvalidURL as error:
+            raise ValueError(f"The server's address {base_url!r} is none: {error}.") from error
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ValueError(
+                f"The server's address must be like 'http://localhost:8000/v1' or 'https://server/v1', got {base_url!r}."
+            )
         self.base_url = base_url
         self.model = model
         self.concurrency = concurrency
@@ -78,30 +87,32 @@ class EndpointVLM(VLM):
         return {
             "model": self.model,
             "revision": "the server's",
-            "server": self.base_url,
             "decoding": "temperature 0, seed 0, response_format json_schema where offered",
             "max_new_tokens": self.max_new_tokens,
             "images": f"JPEG, quality {JPEG_QUALITY}",
         }
 
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "client"}  # connections stay here
+
     @cached_property
     def client(self) -> InferenceClient:
-        # Without a key of its own the client would send the user's Hub token to any server.
+        # Without a key of its own, or with an empty one, the client would send the user's Hub token to any server.
         return ChatClient(
-            base_url=self.base_url, timeout=self.timeout, api_key=os.environ.get("OPENAI_API_KEY", "none")
+            base_url=self.base_url, timeout=self.timeout, api_key=os.environ.get("OPENAI_API_KEY") or "none"
         )
 
     def generate(self, requests: list[Request]) -> list[str | GenerationError]:
         images = {id(image): image for request in requests for image in request.images}
+        urls = dict(zip(images, in_threads(data_url, images.values()), strict=True))
         with ThreadPoolExecutor(self.concurrency) as pool:
-            urls = dict(zip(images, pool.map(data_url, images.values()), strict=True))
-            return list(pool.map(lambda request: self.answer(request, urls), requests))
+            return list(pool.map(lambda request: self.answer(request, urls, self.offers_schemas), requests))
 
-    def answer(self, request: Request, urls: dict[int, str]) -> str | GenerationError:
+    def answer(self, request: Request, urls: dict[int, str], with_schema: bool) -> str | GenerationError:
         """Makes one request, as often as it takes."""
         content = [{"type": "image_url", "image_url": {"url": urls[id(image)]}} for image in request.images]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": request.text}]}]
-        problem, with_schema = "", self.offers_schemas
+        problem = ""
         for attempt in range(self.max_tries):
             try:
                 completion = self.client.chat_completion(
@@ -110,7 +121,7 @@ class EndpointVLM(VLM):
                     max_tokens=self.max_new_tokens,
                     temperature=0.0,
                     seed=0,
-                    response_format=response_format(request) if with_schema else None,
+                    response_format=response_format(request.schema) if with_schema else None,
                 )
                 text = completion.choices[0].message.content or ""
                 self.offers_schemas = self.offers_schemas and with_schema
@@ -118,23 +129,30 @@ class EndpointVLM(VLM):
             except HfHubHTTPError as error:
                 status = error.response.status_code
                 problem = f"the server answers {status}: {' '.join(error.response.text.split())[:200]}"
-                if status in (400, 422) and with_schema:
-                    with_schema = False  # perhaps it offers none: the same again without
-                    continue
+                if status in (400, 422) and with_schema:  # perhaps it offers none: the same again without
+                    return self.answer(request, urls, with_schema=False)
                 if status not in TRY_AGAIN:
                     return GenerationError(problem)
                 wait = seconds_asked_for(error)
-            except (InferenceTimeoutError, httpx2.TransportError) as error:
+            except httpx2.RequestError as error:
                 problem, wait = f"the server does not answer: {type(error).__name__} {error}".strip(), None
             except (ValueError, TypeError, LookupError, AttributeError):  # what parsing raises
                 problem, wait = "the server's answer is no chat completion", None
             if attempt + 1 < self.max_tries:
-                time.sleep(min(2**attempt if wait is None else wait, LONGEST_WAIT) * random.uniform(0.75, 1.25))
+                time.sleep(min(2**attempt if wait is None else wait, LONGEST_WAIT) * random.uniform(1, 1.5))
         return GenerationError(f"{problem} ({self.max_tries} tries)")
 
 
 class ChatClient(InferenceClient):
-    """The client as it is, but that a JSON schema goes out in OpenAI's form; it would go out in an older server's."""
+    """
+    The client as it is, but for two things. A JSON schema goes out in OpenAI's form; it would go out in an older server's.
+    And connections are its own: those that are shared with the Hub refuse every server, this machine too, where
+    HF_HUB_OFFLINE is set, and are at most a hundred.
+    """
+
+    @cached_property
+    def connections(self) -> httpx2.Client:
+        return httpx2.Client(timeout=self.timeout, limits=httpx2.Limits(max_connections=None), follow_redirects=True)
 
     def _inner_post(self, request_parameters, *, stream=False):
         payload = request_parameters.json
@@ -144,11 +162,14 @@ class ChatClient(InferenceClient):
                 "type": "json_schema",
                 "json_schema": {"name": "answer", "schema": schema, "strict": True},
             }
-        return super()._inner_post(request_parameters, stream=stream)
+        response = self.connections.post(request_parameters.url, json=payload, headers=request_parameters.headers)
+        hf_raise_for_status(response)
+        return response.content
 
 
-def response_format(request: Request) -> dict:
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": request.schema.model_json_schema()}}
+@cache
+def response_format(schema: type[BaseModel]) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema.model_json_schema()}}
 
 
 def data_url(image: PIL.Image.Image) -> str:

@@ -174,7 +174,7 @@ def run(
     state = Run(task, output_dir)
     try:
         if retry_errors:
-            state.forget_errors()
+            state.forget(lambda index: bool(state.errors[index]))
         rest = state.rest(dataset)
         if isinstance(dataset, Dataset):
             num_rows = len(dataset)
@@ -246,6 +246,8 @@ class Run:
         self.errors: dict[int, list[tuple[str, str]]] = {}  # id and reason of the errors of each shard
         self.counts: Counter[str] = Counter(dict.fromkeys(("rows", *STATUSES), 0))
         self.seen: set[str] = set()
+        manifest = self.folder / MANIFEST
+        self.complete = manifest.exists() and json.loads(manifest.read_text())["complete"]
         for path in sorted(self.folder.glob("annotations-*.parquet")):
             self.add(int(path.stem.removeprefix("annotations-")), pq.read_table(path).to_pylist())
 
@@ -269,7 +271,8 @@ class Run:
 
     def rest(self, dataset: Dataset | IterableDataset) -> Rest:
         """
-        What is left to do. A stream goes on where it stood, without reading what came before.
+        What is left to do. A stream goes on where it stood, without reading what came before; one that was read to its end is
+        not read again.
 
         Args:
             dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -282,6 +285,11 @@ class Run:
             `ValueError`: If the dataset's ids are not those of the shards.
         """
         size = self.task.rows_per_shard
+        if isinstance(dataset, Dataset):
+            # A last shard that was not full, in a dataset that has grown since
+            self.forget(lambda index: index * size + len(self.shards[index]) < min((index + 1) * size, len(dataset)))
+        elif self.complete:
+            return Rest(dataset.take(0))
         done = {index * size + place for index, ids in self.shards.items() for place in range(len(ids))}
         if isinstance(dataset, Dataset):
             present = dataset[self.task.description["columns"]["id"]]
@@ -388,13 +396,14 @@ class Run:
                 "and the same command goes on after them."
             ) from error
 
-    def forget_errors(self) -> None:
-        """Removes every shard that has an error, so that its rows are missing."""
-        for index, errors in self.errors.items():
-            if errors:
+    def forget(self, is_wanting: Callable[[int], bool]) -> None:
+        """Removes the shards of which this holds, by their numbers, so that their rows are missing."""
+        if wanting := [index for index in self.shards if is_wanting(index)]:
+            self.write_manifest(complete=False)
+            self.saved_state.unlink(missing_ok=True)
+            for index in wanting:
                 self.path(index).unlink()
-        self.saved_state.unlink(missing_ok=True)
-        self.read()
+            self.read()
 
 
 def listed(errors: list[tuple[str, str]], most: int = 10) -> str:

@@ -17,7 +17,7 @@
 from functools import cached_property
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from .revisions import pinned, resolve_revision
@@ -57,7 +57,7 @@ class TransformersVLM(VLM):
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         self.dtype = dtype
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device
 
     def describe(self) -> dict:
         return {
@@ -67,6 +67,14 @@ class TransformersVLM(VLM):
             "max_new_tokens": self.max_new_tokens,
             "dtype": self.dtype,
         }
+
+    def __getstate__(self) -> dict:
+        # Another process loads the model itself, onto its own device
+        return {name: value for name, value in self.__dict__.items() if name not in ("model", "processor")}
+
+    @property
+    def device(self) -> str:
+        return self._device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
     def model(self):
@@ -92,24 +100,38 @@ class TransformersVLM(VLM):
         return texts
 
     @torch.inference_mode()
-    def generate_batch(self, requests: list[Request]) -> list[str]:
+    def generate_batch(self, requests: list[Request]) -> list[str | GenerationError]:
         """As `generate`, at once."""
-        prompts = [self.render(request) for request in requests]
-        images = [list(request.images) for request in requests]
-        inputs = self.processor(
-            text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt"
-        ).to(self.device, self.model.dtype)
+        try:
+            inputs = self.encode([self.chat(request) for request in requests]).to(self.device, self.model.dtype)
+        except ValueError as error:  # the processor refuses a request, such as an image that is far too thin
+            if len(requests) == 1:
+                return [GenerationError(f"the model does not take this request: {error}")]
+            return [text for request in requests for text in self.generate_batch([request])]
         tokens = self.model.generate(
             **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None
         )
         return self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    def render(self, request: Request) -> str:
-        """The request in the model's chat format."""
-        content = [{"type": "image"} for _ in request.images] + [{"type": "text", "text": request.text}]
+    def encode(self, chats: list[list[dict]]) -> BatchFeature:
+        """The model's inputs, with the start of its answer."""
         return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
         )
+
+    def chat(self, request: Request) -> list[dict]:
+        """The request as a chat. A control token of the model's in its text, such as a place for an image, is broken up."""
+        text = request.text
+        for token in self.processor.tokenizer.added_tokens_decoder.values():
+            if token.special:
+                text = text.replace(token.content, f"{token.content[:1]} {token.content[1:]}")
+        content = [{"type": "image", "image": image} for image in request.images]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
 def size(request: Request) -> tuple[int, int]:

@@ -19,8 +19,9 @@ server, or a program that knows the answers. What it says is worth nothing until
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from importlib import resources
@@ -83,6 +84,12 @@ def batched(items: list, size: int) -> Iterator[list]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
+def in_threads(function: Callable, items: Iterable) -> list:
+    """Applies a function to all items, side by side: PIL's work on pixels leaves the other cores free."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(function, items))
+
+
 class GenerationError(Exception):
     """A model gave no text at all: the server did not answer, or refused."""
 
@@ -133,7 +140,8 @@ def ask(vlm: VLM, requests: list[Request]) -> list[Answer]:
             for i in again
         ]
         for index, text in zip(again, vlm.generate(retries), strict=True):
-            answers[index] = validate(text, requests[index].schema)
+            answer = validate(text, requests[index].schema)
+            answers[index] = replace(answer, raw=answer.raw or answers[index].raw)
     return answers
 
 
@@ -190,8 +198,7 @@ class PromptTemplate:
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"The prompt of the {name.replace('_', ' ')} cannot be read: {error}.") from error
         try:
-            environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-            self._template = environment.from_string(self.text)
+            compiled(self.text)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"{path}, line {error.lineno}: this is no Jinja template: {error.message}.") from error
         self.path = path
@@ -214,7 +221,7 @@ class PromptTemplate:
             `ValueError`: If the template has a place that nothing is known for.
         """
         try:
-            return self._template.render(values).strip()
+            return compiled(self.text).render(values).strip()
         except jinja2.UndefinedError as error:
             raise ValueError(f"{self.path}: {error}; the places of this prompt are {', '.join(values)}.") from error
 
@@ -222,3 +229,9 @@ class PromptTemplate:
 @cache
 def shipped_prompt(name: str) -> str:
     return resources.files("trl_diffusion").joinpath("annotation", "prompts", f"{name}.md").read_text(encoding="utf-8")
+
+
+@cache  # and not kept in the prompt: a template does not pickle
+def compiled(text: str) -> jinja2.Template:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(text)

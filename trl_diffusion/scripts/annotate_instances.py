@@ -102,7 +102,8 @@ def main(args: AnnotateInstancesArguments) -> None:
         tie_policy=args.tie_policy,
         rows_per_shard=args.rows_per_shard,
     )
-    executor = get_executor(args, args.ray_detector_actors, args.ray_detector_gpus)
+    detector_gpus = 0 if args.detector == ORACLE else args.ray_detector_gpus
+    executor = get_executor(args, args.ray_detector_actors, detector_gpus)
     annotate(args, task, dataset, num_rows, executor)
 
 

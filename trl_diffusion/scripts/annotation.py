@@ -227,7 +227,7 @@ def get_executor(
 
     return RayExecutor(
         vlm_actors=args.ray_vlm_actors,
-        vlm_gpus=0 if args.vlm_base_url else args.ray_vlm_gpus,
+        vlm_gpus=0 if args.vlm_base_url or args.vlm == ORACLE else args.ray_vlm_gpus,
         detector_actors=detector_actors,
         detector_gpus=detector_gpus,
     )

@@ -77,6 +77,8 @@ PACKAGES = ("trl-diffusion", "trl", "transformers", "diffusers", "peft", "torch"
 
 
 def main(args: QuickstartArguments) -> None:
+    from datasets import disable_progress_bars
+
     from trl_diffusion.quickstart import cpo, iapo
 
     start = time.perf_counter()
@@ -88,7 +90,7 @@ def main(args: QuickstartArguments) -> None:
         flush=True,
     )
     # Two processes of one thread each: the tensors are small, and more threads would mostly wait for one another.
-    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=disable_progress_bars) as pool:
         annotating = {half: pool.submit(half.annotate, args) for half in (iapo, cpo)}
         annotations = {half: run.result() for half, run in annotating.items()}
         runs = {

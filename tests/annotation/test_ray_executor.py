@@ -1,0 +1,374 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
+
+from trl_diffusion.annotation.instances import instance_task
+from trl_diffusion.annotation.judge import Judge
+from trl_diffusion.annotation.planner import Planner
+from trl_diffusion.annotation.ray_executor import RayExecutor, Reader, RoleWorker, gpu_share, pack, portable, unpack
+from trl_diffusion.annotation.records import STATUSES, Record, pair_columns, prepare_rows
+from trl_diffusion.annotation.run import Rest, Run, Task, run, run_locally
+from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
+from trl_diffusion.quickstart.world import preference_dataset
+
+
+# Every actor imports torch, which takes seconds: few runs, with several tests to each.
+
+OBJECT_STORE = 80_000_000  # bytes, about the least that Ray takes
+PARCELS = 800  # of 200 kB each: twice what fits in there
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray = pytest.importorskip("ray")
+    ray.init(
+        num_cpus=2,
+        object_store_memory=OBJECT_STORE,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}},  # for this module's roles
+    )
+    yield
+    ray.shutdown()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file that a finished run leaves, but its lock and where the stream stood."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
+
+
+def read(folder: Path) -> list[dict]:
+    return [row for path in sorted(folder.rglob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+class Watched:
+    """
+    A role that notes the processes it runs in, begins when there are as many as are expected, and kills the first that has
+    done a certain record.
+    """
+
+    def __init__(self, role, notes: Path, expected: int = 1, fatal_id: str | None = None):
+        self.role = role
+        self.notes = notes
+        self.expected = expected
+        self.fatal_id = fatal_id
+
+    def describe(self) -> dict:
+        return self.role.describe()
+
+    def __call__(self, records):
+        (self.notes / f"process-{os.getpid()}").touch()
+        wait_for(lambda: len(processes(self.notes)) >= self.expected)
+        self.role(records)
+        killed = self.notes / "killed"
+        if self.fatal_id in [record.id for record in records] and not killed.exists():
+            killed.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def processes(notes: Path) -> set[int]:
+    return {int(path.name.removeprefix("process-")) for path in notes.glob("process-*")}
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ray_that_is_not_installed_is_asked_for(monkeypatch):
+    """Without Ray the error says what to install."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r'pip install "trl-diffusion\[ray\]"'):
+        RayExecutor()
+
+
+@pytest.mark.parametrize(
+    ("actors", "gpus", "share"), [(3, 0, 0), (3, 1, 1 / 3), (3, 2, 1 / 2), (3, 3, 1), (3, 8, 1), (9, 8, 1 / 2)]
+)
+def test_actors_share_the_gpus(actors, gpus, share):
+    """An actor has a whole GPU, or the n-th part of one for the smallest n with room for all."""
+    assert gpu_share(actors, gpus) == share
+    assert share == 0 or gpus * int(1 / share) >= actors
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "pools"),
+    [
+        ({}, 0, [(1, 0), (1, 0), (1, 0)]),
+        ({}, 1, [(1, 1 / 3), (1, 1 / 3), (1, 1 / 3)]),
+        ({"vlm_actors": 2, "detector_actors": 3}, 8, [(2, 1), (3, 1), (2, 1)]),
+        ({"vlm_gpus": 0}, 1, [(1, 0), (1, 1), (1, 0)]),
+        ({"vlm_gpus": 0.4, "detector_gpus": 0.2}, 1, [(1, 0.4), (1, 0.2), (1, 0.4)]),
+        ({"vlm_gpus": 2}, 4, [(1, 2), (1, 1), (1, 2)]),
+    ],
+)
+def test_roles_have_their_pools(options, gpus, pools, caplog):
+    """Planner, detector and judge get the actors and GPUs that their options say; more than there are is warned of."""
+    pytest.importorskip("ray")
+    vlm = OracleVLM()
+    assert RayExecutor(**options).pools((Planner(vlm), OracleDetector(), Judge(vlm)), gpus) == pools
+    warned = [record.message for record in caplog.records]
+    assert len(warned) == (sum(actors * each for actors, each in pools) > gpus + 1e-9)
+    assert not warned or "ask for 5 GPUs, and the cluster has 4" in warned[0]
+
+
+# ----- pairs, and the roles of IAPO -----
+
+
+POISON = {
+    5: {"bytes": b"", "path": None},
+    17: {"bytes": b"GIF89a, or so it says", "path": None},
+    18: {"bytes": None, "path": "/no/such/file.png"},
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(cluster, tmp_path_factory) -> tuple[Run, Run, Path]:
+    """A local run, one with Ray in which a process is killed, and what was noted about that process."""
+    notes = tmp_path_factory.mktemp("notes")
+    dataset, columns = prepare_rows(preference_dataset(60, 0), pair_columns)
+    dataset = dataset.map(lambda row, number: {"chosen": POISON.get(number, row["chosen"])}, with_indices=True)
+    vlm = OracleVLM()
+    planner, judge = Planner(vlm), Judge(vlm, crop_size=64)
+
+    def annotate(detector, name: str, executor) -> Run:
+        task = instance_task(planner, detector, judge, {"name": "world", "split": "train"}, columns, rows_per_shard=8)
+        return run(dataset, task, tmp_path_factory.mktemp(name), executor, max_error_rate=0.1)
+
+    local = annotate(OracleDetector(), "local", run_locally)
+    return local, annotate(Watched(OracleDetector(), notes, fatal_id=dataset["id"][30]), "ray", RayExecutor()), notes
+
+
+def test_shards_and_manifest_are_those_of_a_local_run(pairs):
+    """Which executor ran changes no byte of what is written."""
+    local, ray, _ = pairs
+    assert len(contents(local.folder)) == 9
+    assert ray.folder.name == local.folder.name
+    assert contents(ray.folder) == contents(local.folder)
+
+
+def test_the_batch_of_a_killed_process_is_done_again(pairs):
+    """A process killed at its work is replaced, and every row is there, once and in order."""
+    _, ray, notes = pairs
+    killed = int((notes / "killed").read_text())
+    assert len(processes(notes)) == 2 and killed in processes(notes)
+    assert [row["id"] for row in read(ray.folder)] == [f"world-0-{number:05d}" for number in range(60)]
+    assert ray.counts["ok"] == 60 - len(POISON) and ray.counts["instances"] > 0
+
+
+def test_images_that_cannot_be_read_are_errors(pairs):
+    """Empty, garbled and missing images each make an error row that says so, and no others are made."""
+    errors = {number: row["reason"] for number, row in enumerate(read(pairs[1].folder)) if row["status"] == 2}
+    assert STATUSES[2] == "error" and sorted(errors) == sorted(POISON)
+    assert "expected an image" in errors[5]
+    assert "no image that can be read" in errors[17]
+    assert "No such file" in errors[18]
+
+
+# ----- a stream that is larger than Ray's memory, and a role that weighs -----
+
+
+@dataclass
+class Parcel(Record):
+    content: bytes = b""
+    weight: int = 0
+
+    def to_row(self) -> dict:
+        return {"id": self.id, "status": self.status, "reason": self.reason, "weight": self.weight}
+
+
+def read_parcel(row: dict) -> Parcel:
+    return Parcel(row["id"], "", content=row["content"])
+
+
+class Scales:
+    """A role that takes some time, and breaks at a certain record."""
+
+    def __init__(self, broken_by: str | None = None):
+        self.broken_by = broken_by
+
+    def __call__(self, parcels: list[Parcel]) -> None:
+        time.sleep(0.05)
+        for parcel in parcels:
+            if parcel.id == self.broken_by:
+                raise KeyError(f"the scales broke under parcel {parcel.id}")
+            parcel.weight = len(parcel.content) + parcel.content[0]
+
+
+def weigh(role) -> Task:
+    return Task(
+        read=read_parcel,
+        roles=(role,),
+        features=Features(
+            id=Value("string"),
+            status=ClassLabel(names=list(STATUSES)),
+            reason=Value("string"),
+            weight=Value("int64"),
+        ),
+        description={"task": "weigh", "columns": {"id": "id"}},
+        count=lambda rows: Counter(weight=sum(row["weight"] for row in rows)),
+        split="train",
+        rows_per_shard=16,
+        images_per_row=1,
+    )
+
+
+def make_parcels(starts: list[int], log: Path, fatal: int | None):
+    """Parcels, with a log of what was read; the first process that comes to a certain one is killed."""
+    for start in starts:
+        for number in range(start, start + 16):
+            first_time = not log.exists() or number not in read_rows(log)
+            with log.open("a") as file:
+                print(number, file=file)
+            if number == fatal and first_time:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield {"id": str(number), "content": bytes([number % 256]) * 200_000}
+
+
+def stream(log: Path, fatal: int | None = None) -> IterableDataset:
+    starts = list(range(0, PARCELS, 16))
+    return IterableDataset.from_generator(make_parcels, gen_kwargs={"starts": starts, "log": log, "fatal": fatal})
+
+
+def read_rows(log: Path) -> list[int]:
+    return [int(line) for line in log.read_text().split()]
+
+
+class Stop(Exception):
+    pass
+
+
+@dataclass
+class StoppedRun:
+    """A run that was stopped locally after 10 shards, and with Ray and two actors after 10 more."""
+
+    folder: Path
+    notes: Path
+    read_at_first_shard: list[int]
+
+
+@pytest.fixture(scope="module")
+def stopped(cluster, tmp_path_factory) -> StoppedRun:
+    notes, folder = tmp_path_factory.mktemp("notes"), tmp_path_factory.mktemp("stopped")
+    progress = []
+
+    def ten_shards(executor):
+        def stop(task, rest):
+            for number, shard in enumerate(executor(task, rest)):
+                progress.append(read_rows(notes / "log"))
+                if number == 10:
+                    raise Stop
+                yield shard
+
+        return stop
+
+    for executor, role in (
+        (run_locally, Scales()),
+        (RayExecutor(vlm_actors=2), Watched(Scales(), notes, expected=2)),
+    ):
+        (notes / "log").unlink(missing_ok=True)
+        progress.clear()
+        with pytest.raises(Stop):
+            run(stream(notes / "log"), weigh(role), folder, ten_shards(executor))
+    return StoppedRun(folder, notes, progress[0])
+
+
+def test_a_stream_is_read_as_it_is_used(stopped):
+    """When the first shard is done, less is read than fits in the object store, which is half of the stream."""
+    assert PARCELS / 2 == OBJECT_STORE / 200_000
+    assert 16 <= len(stopped.read_at_first_shard) < PARCELS / 2
+
+
+def test_actors_share_the_work(stopped):
+    """Two actors are two processes, and neither waits for the other to end."""
+    assert len(processes(stopped.notes)) == 2
+
+
+def test_a_stopped_run_leaves_no_process_behind(stopped):
+    """The actors end with the driver's iteration."""
+    wait_for(lambda: not any(Path(f"/proc/{process}").exists() for process in processes(stopped.notes)))
+
+
+def test_either_executor_goes_on_where_the_other_stopped(stopped, tmp_path):
+    """
+    A run that was stopped locally and with Ray, went on with Ray, had its reader killed, was broken by a role and ended locally
+    is, byte for byte, a local run that never stopped. What the role raises is what it raises locally, after the same shards,
+    and says where.
+    """
+    uninterrupted = run(stream(tmp_path / "log"), weigh(Scales()), tmp_path / "uninterrupted", run_locally)
+    assert uninterrupted.counts["weight"] == sum(200_000 + number % 256 for number in range(PARCELS))
+    errors = {}
+    for name, executor, fatal in (("local", run_locally, None), ("ray", RayExecutor(), 420)):
+        shutil.copytree(stopped.folder, tmp_path / name)
+        assert len(read(tmp_path / name)) == 320
+        with pytest.raises(KeyError) as caught:
+            run(stream(tmp_path / f"{name}.log", fatal), weigh(Scales("500")), tmp_path / name, executor)
+        errors[name] = caught.value
+        assert len(read(tmp_path / name)) == 496
+    assert str(errors["ray"]) == str(errors["local"]) == "'the scales broke under parcel 500'"
+    assert "in __call__\n    raise KeyError" in errors["ray"].__notes__[0]
+    rows = read_rows(tmp_path / "ray.log")
+    assert rows.count(420) == 2 and rows.index(420) < rows.index(421)  # the one that was killed, and the one after it
+    assert min(rows) >= 304  # a shard of the stream before what was missing, at most
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local") != contents(tmp_path / "uninterrupted")
+    run(stream(tmp_path / "log"), weigh(Scales()), tmp_path / "ray", run_locally)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "uninterrupted")
+    assert [row["id"] for row in read(tmp_path / "ray")] == [str(number) for number in range(PARCELS)]
+
+
+def test_what_a_role_raises_passes_by_the_later_roles():
+    """An error goes through a role as it is, and the role does nothing."""
+    shard = pack(KeyError("no scales"))
+    assert RoleWorker(Scales(), last=True)(shard) is shard
+
+
+def test_what_reading_raises_comes_after_the_shards_before_it():
+    """Two shards are read, and then comes the error of the row that has no content."""
+    rows = Dataset.from_list([{"id": str(number), "content": b"x"} for number in range(5)] + [{"id": "5"}])
+
+    def read_checked(row):
+        if row["content"] is None:
+            raise ValueError(f"parcel {row['id']} is empty")
+        return read_parcel(row)
+
+    *shards, (error, _) = (unpack(shard) for shard in Reader(read_checked, 2, Rest(rows))(pack([])))
+    assert [[parcel.id for parcel in parcels] for parcels, _ in shards] == [["0", "1"], ["2", "3"]]
+    assert (type(error), str(error)) == (ValueError, "parcel 5 is empty")
+
+
+class Awkward(Exception):
+    """Does not pickle: it takes two arguments and keeps one."""
+
+    def __init__(self, what: str, why: str):
+        super().__init__(f"{what}, {why}")
+
+
+def test_an_error_that_does_not_pickle_still_says_what_happened():
+    """Its text travels in a `RuntimeError`."""
+    error = portable(Awkward("no", "because"))
+    assert (type(error), str(error)) == (RuntimeError, "Awkward: no, because")
