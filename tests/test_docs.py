@@ -42,10 +42,18 @@ from trl_diffusion import (
     InstanceDPOConfig,
     attribute_features,
 )
+from trl_diffusion.annotation.instances import instance_task
+from trl_diffusion.annotation.judge import Judge
+from trl_diffusion.annotation.planner import Planner
+from trl_diffusion.annotation.records import pair_columns, prepare_rows
+from trl_diffusion.annotation.run import run as annotate
+from trl_diffusion.annotation.run import run_locally
 from trl_diffusion.cli.main import COMMANDS, TRAINING_COMMANDS
 from trl_diffusion.criteria import parse_criteria
 from trl_diffusion.data.collators import AttributeCollator, InstancePairCollator
 from trl_diffusion.data.formats import check_attribute_columns, prepare_dataset
+from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
+from trl_diffusion.quickstart.world import preference_dataset
 
 
 ROOT = Path(__file__).parents[1]
@@ -219,6 +227,17 @@ def test_python_of_instance_dpo_trainer(tiny_hub):
     check_metrics(trainer, "instance_dpo_trainer.md")
 
 
+def test_python_of_annotation(tiny_hub, monkeypatch):
+    """The page joins the annotations of a run with their source; what comes out has the trainers' columns."""
+    pairs = preference_dataset(4, seed=0)
+    source, columns = prepare_rows(pairs.remove_columns("instances"), pair_columns)
+    roles = Planner(OracleVLM()), OracleDetector(), Judge(OracleVLM(), crop_size=64)
+    annotate(source, instance_task(*roles, {"name": "world", "split": "train"}, columns), "annotations", run_locally)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: source.to_iterable_dataset())
+    joined = list(run("annotation.md")["train_dataset"])
+    assert [row["id"] for row in joined] == pairs["id"] and set(joined[0]) == set(pairs.features)
+
+
 def test_python_of_speed(tiny_hub):
     """The page precomputes and trains."""
     scope = run("speed.md")
@@ -318,6 +337,7 @@ def test_python_names_exist(page):
 def test_every_page_with_python_is_run():
     """A new page with Python needs a test above."""
     assert {page for page in PAGES if blocks(page, "python")} == {
+        "annotation.md",
         "attribute_sft_trainer.md",
         "complex_po_trainer.md",
         "criteria.md",
@@ -358,9 +378,11 @@ def test_command_lines(page, line, tmp_path):
         assert remaining == []
     elif program == "python":
         script, *words = words
+        files = [ROOT / script]
         if script == "-m":
-            script = f"{words[0].replace('.', '/')}/__main__.py"
-        source = (ROOT / script).read_text(encoding="utf-8")
+            module = ROOT / words[0].replace(".", "/")
+            files = [module / "__main__.py", *module.parent.glob("common.py")]
+        source = "".join(file.read_text(encoding="utf-8") for file in files)
         assert all(f'"{word}"' in source for word in words if word.startswith("--"))
     elif program == "accelerate":
         namespace = launch_command_parser().parse_args(words[1:])

@@ -20,10 +20,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from datasets import load_dataset
+from datasets import load_dataset, load_from_disk
 
 from tests import tiny
 from trl_diffusion.cli.main import TRAINING_COMMANDS
+from trl_diffusion.quickstart.world import preference_dataset
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -93,6 +94,20 @@ def test_a_folder_of_ones_own_format_trains(tmp_path):
         "--output_dir", tmp_path / "out", "--use_peft", "--max_steps", 1, "--report_to", "none",
     )  # fmt: skip
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_pairs_are_annotated_and_joined(tmp_path):
+    """annotate_pairs.py finds the instances of the quickstart's scenes, and writes what the trainer takes."""
+    (tmp_path / "data").mkdir()
+    pairs = preference_dataset(6, seed=0)
+    pairs.remove_columns("instances").to_parquet(tmp_path / "data" / "train.parquet")
+    flags = ["--dataset_name", tmp_path / "data", "--vlm", "oracle", "--detector", "oracle"]
+    out = run("annotate_pairs.py", *flags, "--output_dir", tmp_path / "out")
+    assert "3 of 12 instances contradict their pair's label." in out  # 46 % of the six B, none of the A
+    dataset = load_from_disk(tmp_path / "out" / "dataset")
+    assert dataset.features == pairs.features and dataset["id"] == pairs["id"]
+    for found, true in zip(dataset["instances"], pairs["instances"], strict=True):
+        assert [instance["preference"] for instance in found] == [instance["preference"] for instance in true]
 
 
 def test_both_stages_of_cpo_in_one_script(tmp_path):

@@ -281,6 +281,17 @@ def test_an_id_that_comes_twice_is_rejected_the_second_time(tmp_path):
         assert finished.counts["rejected"] == 2 and finished.counts["instances"] == 14
 
 
+def test_a_repeated_id_whose_first_row_is_an_error(tmp_path):
+    """Trying an error again does not take the second row of its id for the first."""
+    dataset = world(5)
+    doubled = dataset.select([0, 1, 2, 3, 0, 4])
+    with pytest.raises(ValueError, match="rows are errors"):
+        annotate(doubled, tmp_path, Asked(failing=dataset["prompt"][0]))
+    finished = annotate(doubled, tmp_path, retry_errors=True)
+    assert finished.counts["error"] == 0 and finished.counts["rejected"] == 1
+    assert [STATUSES[row["status"]] for row in read(tmp_path)] == ["ok", "ok", "ok", "ok", "rejected", "ok"]
+
+
 def test_errors_are_rows_with_a_reason_and_a_limit(tmp_path):
     """A few errors are rows; a rate above the limit ends the run with status and list, and nothing is lost."""
     dataset = world(12)

@@ -72,11 +72,7 @@ class AttributeExpert:
         return {
             "model": self.vlm.describe(),
             "prompt": self.prompt.describe(),
-            "criteria": {
-                "name": self.criteria.name,
-                "attributes": len(self.criteria.attributes),
-                "sha256": sha256(repr(self.criteria.attributes).encode()).hexdigest()[:16],
-            },
+            "criteria": describe_criteria(self.criteria),
             "max_pixels": self.max_pixels,
         }
 
@@ -114,3 +110,18 @@ class AttributeExpert:
     def ordered(self, ids: list[str]) -> list[str]:
         """Ids in the order of the tree."""
         return [attribute.id for attribute in self.criteria.attributes if attribute.id in ids]
+
+
+def describe_criteria(criteria: Criteria) -> dict[str, str | int]:
+    """
+    What tells a tree from others.
+
+    Args:
+        criteria ([`Criteria`]):
+            The tree.
+
+    Returns:
+        `dict`: `name`, number of `attributes`, and a hash of these with their forms and definitions.
+    """
+    digest = sha256(repr(criteria.attributes).encode()).hexdigest()[:16]
+    return {"name": criteria.name, "attributes": len(criteria.attributes), "sha256": digest}

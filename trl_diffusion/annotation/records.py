@@ -346,8 +346,11 @@ def read_pair(row: dict[str, Any], columns: dict[str, str], tie_policy: str = "d
     names = ("chosen", "rejected")
     if "image_0" in columns:
         label = row[columns["label_0"]]
-        if label not in (0, 0.5, 1) or ("has_label" in columns and row[columns["has_label"]] is False):
-            record.reject(f"the pair has no label: label_0 is {label}")
+        if "has_label" in columns and row[columns["has_label"]] is False:
+            record.reject("the pair has no label: has_label is false")
+            return record
+        if label not in (0, 0.5, 1):
+            record.reject(f"the pair has no label: {columns['label_0']} is {label}")
             return record
         names = ("image_1", "image_0") if label == 0 else ("image_0", "image_1")
         record.tie = label == 0.5

@@ -44,6 +44,7 @@ from .records import STATUSES, Record, open_images
 MANIFEST = "manifest.json"
 STREAM_STATE = ".stream_state.json"
 PACKAGES = ("trl-diffusion", "transformers", "datasets", "torch", "pillow")
+REPEATED_ID = "the id stands in an earlier row"
 ALLOWANCE_ROWS = 1000  # before that many rows are done, the rate of errors is counted as if they were
 
 Row = dict[str, Any]
@@ -264,7 +265,7 @@ class Run:
         statuses = [STATUSES[row["status"]] for row in rows]
         self.shards[index] = [row["id"] for row in rows]
         self.errors[index] = [(row["id"], row["reason"]) for row, what in zip(rows, statuses) if what == "error"]
-        self.seen.update(self.shards[index])
+        self.seen.update(row["id"] for row in rows if row["reason"] != REPEATED_ID)
         self.counts.update({"rows": len(rows)})
         self.counts.update(statuses)
         self.counts.update(self.task.count(rows))
@@ -325,7 +326,7 @@ class Run:
         """
         for row in rows:
             if row["id"] in self.seen:
-                row.update(status="rejected", reason="the id stands in an earlier row")
+                row.update(status="rejected", reason=REPEATED_ID)
             self.seen.add(row["id"])
         encoded = [self.task.features.encode_example(row) for row in rows]
         errors = [(row["id"], row["reason"]) for row in rows if row["status"] == "error"]

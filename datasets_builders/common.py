@@ -1,0 +1,639 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the builders share: where rows come from, the folder that comes out, its card, and the way to the Hub."""
+
+import argparse
+import json
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import (
+    BuilderConfig,
+    Dataset,
+    DatasetInfo,
+    GeneratorBasedBuilder,
+    IterableDataset,
+    SplitDict,
+    SplitGenerator,
+    SplitInfo,
+)
+from datasets.exceptions import DatasetGenerationError
+from datasets.info import DatasetInfosDict
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
+
+from trl_diffusion.annotation.join import entries, find_runs, join_annotations, read_manifest
+from trl_diffusion.annotation.records import STATUSES
+from trl_diffusion.annotation.run import Row
+from trl_diffusion.scripts.annotation import AnnotationArguments, load_rows
+from trl_diffusion.trainer.diffusion_trainer import DiffusionTrainer
+
+
+ANNOTATIONS = "annotations"  # the configuration without images
+SHARD_BYTES = 500_000_000  # of rows in a file, before compression
+FILES_PER_COMMIT = 50
+ROW_GROUP = 100
+BLOCK = 1000  # rows of annotations that are counted at once
+SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
+
+
+@dataclass
+class SourceConfig(BuilderConfig):
+    """
+    A configuration of a builder.
+
+    Args:
+        annotations_dir (`str`, *optional*, defaults to `""`):
+            Folder of a run, or the `output_dir` of runs.
+        source (`str`, *optional*, defaults to `""`):
+            The dataset that was annotated: a Hub id, a folder of Parquet files or images, or what `save_to_disk`
+            wrote.
+        source_config (`str`, *optional*):
+            Its configuration.
+        source_revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        source_streaming (`bool`, *optional*, defaults to `False`):
+            Stream it: nothing of it is kept on the disk.
+        columns (`str`, *optional*):
+            JSON, from our names to its columns, see [`annotation.records.pair_columns`].
+        criteria (`str`, *optional*, defaults to `"painting"`):
+            The tree of attributes, where there are attributes: a YAML file, or the name of a shipped one.
+    """
+
+    annotations_dir: str = ""
+    source: str = ""
+    source_config: str | None = None
+    source_revision: str | None = None
+    source_streaming: bool = False
+    columns: str | None = None
+    criteria: str = "painting"
+
+    def arguments(self, split: str) -> AnnotationArguments:
+        """The source as the annotation commands name it."""
+        return AnnotationArguments(
+            dataset_name=self.source,
+            dataset_config=self.source_config,
+            dataset_revision=self.source_revision,
+            dataset_streaming=self.source_streaming,
+            dataset_split=split,
+            columns=self.columns,
+        )
+
+    def load_stream(
+        self, split: str, find_columns: Callable[[list[str], dict[str, str] | None], dict[str, str]]
+    ) -> tuple[IterableDataset, dict[str, str]]:
+        """
+        Loads a split of the source.
+
+        Args:
+            split (`str`):
+                The split.
+            find_columns (`Callable`):
+                [`annotation.records.pair_columns`] or [`annotation.records.image_columns`].
+
+        Returns:
+            `tuple`: its rows, each read when it is asked for, and which columns hold what.
+        """
+        dataset, columns, _ = load_rows(self.arguments(split), find_columns)
+        return dataset.to_iterable_dataset() if isinstance(dataset, Dataset) else dataset, columns
+
+
+class AnnotatedDatasetBuilder(GeneratorBasedBuilder):
+    """
+    A builder with two configurations: the rows of the trainers, with their images, and the annotations as they were
+    written.
+    """
+
+    BUILDER_CONFIG_CLASS = SourceConfig
+
+    TASK: str  # of the runs, as their manifests call it
+    TEMPLATE: Path  # of the card
+    TAGS: list[str]
+    TRAINER: type[DiffusionTrainer]  # whose paper is cited
+
+    def annotations(self) -> dict[str, Dataset]:
+        """The annotations of each split."""
+        raise NotImplementedError
+
+    def joined(self, annotations: dict[str, Dataset]) -> dict[str, IterableDataset]:
+        """The rows of the trainers, of each split that has any."""
+        raise NotImplementedError
+
+    def describe(self, annotations: dict[str, Dataset]) -> dict[str, Any]:
+        """What the card says of this dataset, besides its name and the source's."""
+        raise NotImplementedError
+
+    def runs(self) -> dict[str, Path]:
+        """
+        Finds the runs.
+
+        Returns:
+            `dict[str, Path]`: the folder of each split's.
+
+        Raises:
+            `ValueError`: If there are none, or they are another builder's.
+        """
+        runs = find_runs(self.config.annotations_dir)
+        for run in runs.values():
+            if (task := read_manifest(run)["task"]) != self.TASK:
+                raise ValueError(
+                    f"{run} holds annotations of {task}, and `{self.name}` is built from {self.TASK}: `trl-diffusion "
+                    f"annotate-{self.TASK}` makes them."
+                )
+        return runs
+
+    def rows(self) -> dict[str, Dataset | IterableDataset]:
+        """
+        The rows of this configuration.
+
+        Returns:
+            `dict`: those of each split. With images these are streams, in the source's order.
+
+        Raises:
+            `ValueError`: If the configuration with images has no rows.
+        """
+        self.expected: dict[str, int] = {}
+        self.counts: dict[str, Counter] = {}
+        annotations = self.annotations()
+        if self.config.name == ANNOTATIONS:
+            return annotations
+        if not (joined := self.joined(annotations)):
+            raise ValueError(
+                f"Of the rows in {self.config.annotations_dir}, none is ok: there is nothing to train on."
+            )
+        return joined
+
+    def join(
+        self,
+        split: str,
+        stream: IterableDataset,
+        annotations: Dataset,
+        columns: dict[str, str],
+        ties: bool = False,
+    ) -> dict[str, IterableDataset]:
+        """The joined rows of a split, if there are any, and note of how many there should be."""
+        is_tie = annotations["tie"][:] if "tie" in annotations.column_names else [False] * len(annotations)
+        number = sum(
+            STATUSES[status] == "ok" and tie == ties
+            for status, tie in zip(annotations["status"][:], is_tie, strict=True)
+        )
+        if not number:
+            return {}
+        self.expected[split], self.counts[split] = number, Counter()
+        return {split: join_annotations(stream, annotations, columns, ties, self.counts[split])}
+
+    def check_complete(self) -> None:
+        """
+        Checks that the annotations have found their rows, once they have been read.
+
+        Raises:
+            `ValueError`: If the source lacks rows.
+        """
+        for split, number in self.expected.items():
+            if self.counts[split]["joined"] < number:
+                raise ValueError(
+                    f"{number:,} rows belong into the split {split}, and the source has "
+                    f"{self.counts[split]['joined']:,} of them. Name the dataset, and its revision, that the "
+                    "annotations were made from."
+                )
+
+    def _split_generators(self, dl_manager) -> list[SplitGenerator]:
+        return [SplitGenerator(name=split, gen_kwargs={"rows": rows}) for split, rows in self.rows().items()]
+
+    def _generate_examples(self, rows: Dataset | IterableDataset) -> Iterator[tuple[int, Row]]:
+        # Images that were decoded would be encoded anew
+        yield from enumerate(rows.decode(False) if isinstance(rows, IterableDataset) else rows)
+
+
+# ----- the folder -----
+
+
+def build(builder: AnnotatedDatasetBuilder, folder: Path) -> DatasetInfo:
+    """
+    Writes a configuration: Parquet files with the images inside, named as `push_to_hub` names them.
+
+    Args:
+        builder ([`AnnotatedDatasetBuilder`]):
+            The builder.
+        folder (`Path`):
+            Where the configuration's folder goes.
+
+    Returns:
+        [`~datasets.DatasetInfo`]: columns and splits.
+
+    Raises:
+        `ValueError`: If source and annotations do not fit.
+    """
+    target = folder / builder.config.name
+    try:
+        builder.download_and_prepare(str(target), file_format="parquet", max_shard_size=SHARD_BYTES)
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from None
+    builder.check_complete()
+    for split in builder.info.splits:
+        files = sorted(target.glob(f"{builder.name}-{split}-*.parquet")) or [
+            target / f"{builder.name}-{split}.parquet"
+        ]
+        for number, file in enumerate(files):
+            file.rename(target / f"{split}-{number:05d}-of-{len(files):05d}.parquet")
+    builder.info.download_size = sum(file.stat().st_size for file in target.glob("*.parquet"))
+    (target / "dataset_info.json").unlink()  # the card says it
+    for lock in folder.glob("*.lock"):
+        lock.unlink()
+    return builder.info
+
+
+# ----- the card -----
+
+
+def make_card(
+    builder: AnnotatedDatasetBuilder,
+    described: dict[str, Any],
+    infos: dict[str, DatasetInfo],
+    name: str,
+) -> DatasetCard:
+    """
+    Writes the card.
+
+    Args:
+        builder ([`AnnotatedDatasetBuilder`]):
+            The builder, of either configuration.
+        described (`dict`):
+            What it says of the annotations.
+        infos (`dict[str, DatasetInfo]`):
+            The configurations whose files lie beside the card; the first is the default.
+        name (`str`):
+            Hub id or folder, by which the dataset is loaded.
+
+    Returns:
+        [`~huggingface_hub.DatasetCard`]
+    """
+    number = sum(split.num_examples for split in infos[ANNOTATIONS].splits.values())
+    data = DatasetCardData(
+        pretty_name=name.split("/")[-1],
+        license="unknown",
+        task_categories=["text-to-image"],
+        size_categories=[next((size for most, size in SIZES.items() if number < most), "n>10M")],
+        tags=["trl_diffusion", "preference-alignment", *builder.TAGS],
+    )
+    DatasetInfosDict(infos).to_dataset_card_data(data)
+    configs = {
+        config: {"data_files": [{"split": split, "path": f"{config}/{split}-*"} for split in info.splits]}
+        for config, info in infos.items()
+    }
+    configs[next(iter(configs))]["default"] = True
+    MetadataConfigs(configs).to_dataset_card_data(data)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": "{:,}".format, "cell": cell, "fenced": fenced}
+    config = builder.config
+    arguments = [json.dumps(value) for value in (public(config.source), config.source_config) if value]
+    arguments += [f"revision={json.dumps(config.source_revision)}"] if config.source_revision else []
+    text = environment.from_string(builder.TEMPLATE.read_text(encoding="utf-8")).render(
+        described,
+        name=name,
+        is_on_hub="/" in name,
+        has_images=len(infos) > 1,
+        citation=builder.TRAINER._paper["citation"],
+        share=share,
+        source=public(config.source),
+        arguments=", ".join(arguments),
+        mapping=config.arguments("").mapping,
+    )
+    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+
+
+def public(name: str) -> str:
+    """A dataset's or model's name; where it is a path, its last part, since the rest means nothing to anybody else."""
+    is_path = Path(name).is_dir() or Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
+    return Path(name).name if is_path else name
+
+
+def describe_role(role: dict[str, Any]) -> dict[str, Any]:
+    """
+    What a card says of a role.
+
+    Args:
+        role (`dict`):
+            What the manifest says of it.
+
+    Returns:
+        `dict`: `settings` by their names, and its `prompt`, or `None`.
+    """
+    found = dict(entries(role))
+    prompt = found.pop("prompt.text", None)
+    for name in ("prompt.sha256", "model.server"):  # the text is there; the address is one of the annotator's network
+        found.pop(name, None)
+    settings = {name.removeprefix("model."): value for name, value in found.items()}
+    return {"settings": settings | {"model": public(settings["model"])}, "prompt": prompt}
+
+
+def blocks(annotations: Dataset) -> Iterator[list[Row]]:
+    """Annotations, some rows at a time."""
+    for start in range(0, len(annotations), BLOCK):
+        yield annotations.select(range(start, min(start + BLOCK, len(annotations)))).to_list()
+
+
+def count_statuses(rows: list[Row]) -> Counter:
+    """How many rows there are, and of each status."""
+    counts = Counter(dict.fromkeys(("rows", *STATUSES), 0))
+    counts.update((STATUSES[row["status"]] for row in rows), rows=len(rows))
+    return counts
+
+
+def count_reasons(rows: list[Row]) -> Counter:
+    """How many rows are not ok, by status and the beginning of the reason."""
+    return Counter(
+        (STATUSES[row["status"]], re.sub("([:,]).*", "\\1 …", row["reason"], flags=re.DOTALL))
+        for row in rows
+        if STATUSES[row["status"]] != "ok"
+    )
+
+
+def join_versions(manifests: list[dict[str, Any]]) -> dict[str, str]:
+    """The versions of the packages that runs used."""
+    names = dict.fromkeys(name for manifest in manifests for name in manifest["versions"])
+    return {name: ", ".join(dict.fromkeys(manifest["versions"][name] for manifest in manifests)) for name in names}
+
+
+def share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "none"
+
+
+def cell(value: Any) -> str:
+    """A value in a table of Markdown."""
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def fenced(text: str) -> str:
+    """Text as it is, in Markdown, fenced by more backticks than it has anywhere."""
+    fence = "`" * (max([2, *map(len, re.findall("`+", text))]) + 1)
+    return f"{fence}text\n{text.strip()}\n{fence}"
+
+
+# ----- the Hub -----
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    builder: AnnotatedDatasetBuilder,
+    described: dict[str, Any],
+    infos: dict[str, DatasetInfo],
+    streamed: AnnotatedDatasetBuilder | None,
+    private: bool,
+) -> None:
+    """
+    Pushes a dataset: its files first, and last the card that declares them.
+
+    Args:
+        folder (`Path`):
+            What was built.
+        repo_id (`str`):
+            Where it goes.
+        builder ([`AnnotatedDatasetBuilder`]):
+            The builder, for the card.
+        described (`dict`):
+            What it says of the annotations.
+        infos (`dict[str, DatasetInfo]`):
+            The configurations of the folder that go along.
+        streamed ([`AnnotatedDatasetBuilder`], *optional*):
+            A builder whose rows go from the source to the Hub.
+        private (`bool`):
+            Whether a repository that is new is private.
+
+    Raises:
+        `ValueError`: If the source lacks rows.
+    """
+    api = HfApi()
+    api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
+    files = [f"{config}/*.parquet" for config in infos]
+    api.upload_folder(
+        repo_id=repo_id,
+        repo_type="dataset",
+        folder_path=folder,
+        allow_patterns=[*files, "criteria.yaml"],
+        delete_patterns=files,  # of an earlier push
+        commit_message=f"Upload {' and '.join(infos)}",
+    )
+    if streamed:
+        infos = {streamed.config.name: push_stream(api, repo_id, streamed), **infos}
+    api.upload_file(
+        repo_id=repo_id,
+        repo_type="dataset",
+        path_or_fileobj=str(make_card(builder, described, infos, repo_id)).encode(),
+        path_in_repo="README.md",
+        commit_message="Upload card",
+    )
+
+
+def push_stream(api: HfApi, repo_id: str, builder: AnnotatedDatasetBuilder) -> DatasetInfo:
+    """
+    Pushes a configuration whose rows come from the source as they are asked for. One file at a time is on the disk,
+    and one row group in memory; the source is read once for each split. (`IterableDataset.push_to_hub` fails at a
+    shard without rows.)
+
+    Args:
+        api ([`~huggingface_hub.HfApi`]):
+            The Hub.
+        repo_id (`str`):
+            The repository.
+        builder ([`AnnotatedDatasetBuilder`]):
+            The builder.
+
+    Returns:
+        [`~datasets.DatasetInfo`]: columns and splits.
+
+    Raises:
+        `ValueError`: If the source lacks rows; then nothing of it is in the repository.
+    """
+    name, info = builder.config.name, builder.info.copy()
+    info.splits, info.download_size, info.dataset_size = SplitDict(), 0, 0
+    additions = []
+    for split, rows in builder.rows().items():
+        info.splits.add(SplitInfo(split, num_examples=0, num_bytes=0))
+        with tempfile.TemporaryDirectory() as scratch:
+            for number, (file, num_rows, num_bytes) in enumerate(write_files(rows, Path(scratch))):
+                addition = CommitOperationAdd(f"{name}/{split}-{number:05d}.parquet", file)
+                api.preupload_lfs_files(repo_id, [addition], repo_type="dataset")
+                additions.append(addition)
+                info.splits[split].num_examples += num_rows
+                info.splits[split].num_bytes += num_bytes
+                info.download_size += file.stat().st_size
+                info.dataset_size += num_bytes
+                file.unlink()
+    builder.check_complete()
+    paths = {addition.path_in_repo for addition in additions}
+    stale = [path for path in api.list_repo_files(repo_id, repo_type="dataset") if path.startswith(f"{name}/")]
+    operations = [*additions, *(CommitOperationDelete(path) for path in stale if path not in paths)]
+    for start in range(0, len(operations), FILES_PER_COMMIT):
+        api.create_commit(
+            repo_id,
+            operations[start : start + FILES_PER_COMMIT],
+            commit_message=f"Upload {name}",
+            repo_type="dataset",
+        )
+    return info
+
+
+def write_files(rows: IterableDataset, folder: Path) -> Iterator[tuple[Path, int, int]]:
+    """
+    Writes a stream as Parquet files. A file is begun when the one before has been taken.
+
+    Args:
+        rows ([`~datasets.IterableDataset`]):
+            The stream.
+        folder (`Path`):
+            Where the files go.
+
+    Yields:
+        `tuple[Path, int, int]`: a file, its rows, and their size in bytes before compression.
+    """
+    features, iterator = rows.features, iter(rows.decode(False))
+    blocks = iter(lambda: [features.encode_example(row) for row in islice(iterator, ROW_GROUP)], [])
+    tables = (pa.Table.from_pylist(block, schema=features.arrow_schema) for block in blocks)
+    for number in count():
+        path, num_rows, num_bytes = folder / f"{number}.parquet", 0, 0
+        with pq.ParquetWriter(path, features.arrow_schema) as writer:
+            for table in tables:
+                writer.write_table(table)
+                num_rows += table.num_rows
+                num_bytes += table.nbytes
+                if num_bytes > SHARD_BYTES:
+                    break
+        if not num_rows:
+            return
+        yield path, num_rows, num_bytes
+
+
+# ----- the command -----
+
+
+def make_parser(name: str, images: str) -> argparse.ArgumentParser:
+    """
+    The flags of both builders.
+
+    Args:
+        name (`str`):
+            Name of the builder.
+        images (`str`):
+            Its configuration with images.
+
+    Returns:
+        `argparse.ArgumentParser`
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m datasets_builders.{name}",
+        description="Builds a dataset from annotations and the dataset that was annotated: a folder with a card, that "
+        "`load_dataset` reads.",
+    )
+    parser.add_argument(
+        "--dataset_name",
+        required=True,
+        help="The dataset that was annotated: a Hub id, a folder of Parquet files or images, or what `save_to_disk` "
+        "wrote.",
+    )
+    parser.add_argument("--dataset_config", help="Its configuration.")
+    parser.add_argument("--dataset_revision", help="Branch, tag or commit on the Hub.")
+    parser.add_argument(
+        "--dataset_streaming", action="store_true", help="Stream it: nothing of it is kept on the disk."
+    )
+    parser.add_argument("--columns", help="JSON, from our names to its columns.")
+    parser.add_argument(
+        "--annotations_dir", required=True, help="Folder of a run, or the `--output_dir` of the annotation command."
+    )
+    parser.add_argument("--output_dir", required=True, type=Path, help="Folder for the dataset; new or empty.")
+    parser.add_argument(
+        "--no_images", action="store_true", help=f"Build the annotations alone, without the configuration `{images}`."
+    )
+    parser.add_argument(
+        "--push_to_hub", metavar="USER/NAME", help="Push the annotations and the card to this repository."
+    )
+    parser.add_argument(
+        "--push_images",
+        action="store_true",
+        help=f"Push `{images}` as well. With `--no_images` its rows go from the source to the Hub, past the disk.",
+    )
+    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
+    return parser
+
+
+def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace, criteria: str | None = None) -> None:
+    """
+    Builds a dataset, and pushes it if that is asked for.
+
+    Args:
+        builder_class (`type[AnnotatedDatasetBuilder]`):
+            The builder.
+        args (`argparse.Namespace`):
+            The flags of [`make_parser`].
+        criteria (`str`, *optional*):
+            The tree of attributes.
+
+    Raises:
+        `ValueError`: If the folder holds something, or source and annotations do not fit.
+    """
+    if args.push_images and not args.push_to_hub:
+        raise ValueError("`--push_images` needs a repository: name one with `--push_to_hub`.")
+    if args.push_to_hub and args.push_to_hub.count("/") != 1:
+        raise ValueError(f"`--push_to_hub` names a repository as USER/NAME, got {args.push_to_hub!r}.")
+    folder = args.output_dir.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{args.output_dir} is there already, and holds something. Name another `--output_dir`.")
+    options = {
+        "annotations_dir": args.annotations_dir,
+        "source": args.dataset_name,
+        "source_config": args.dataset_config,
+        "source_revision": args.dataset_revision,
+        "source_streaming": args.dataset_streaming,
+        "columns": args.columns,
+        "criteria": criteria,
+    }
+    name = args.push_to_hub or folder.name
+    images = builder_class.DEFAULT_CONFIG_NAME
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        builders = {
+            config: builder_class(config_name=config, cache_dir=scratch, **options) for config in (images, ANNOTATIONS)
+        }
+        described = builders[ANNOTATIONS].describe(builders[ANNOTATIONS].annotations())
+        built = Path(scratch) / "built"
+        built.mkdir()
+        infos = {ANNOTATIONS: build(builders[ANNOTATIONS], built)}
+        if not args.no_images:
+            infos = {images: build(builders[images], built), **infos}
+        if criteria and Path(criteria).is_file():
+            shutil.copy(criteria, built / "criteria.yaml")
+        make_card(builders[ANNOTATIONS], described, infos, name).save(built / "README.md")
+        if folder.exists():
+            folder.rmdir()
+        built.rename(folder)
+        for config, info in infos.items():
+            for split in info.splits.values():
+                print(f"{args.output_dir}: {config}, {split.name}: {split.num_examples:,} rows")
+        if args.push_to_hub:
+            pushed = {config: info for config, info in infos.items() if config == ANNOTATIONS or args.push_images}
+            streamed = builders[images] if args.push_images and args.no_images else None
+            push(folder, args.push_to_hub, builders[ANNOTATIONS], described, pushed, streamed, args.private)
+            print(f"Pushed to https://huggingface.co/datasets/{args.push_to_hub}.")

@@ -1,0 +1,40 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Builds a dataset for `AttributeSFTTrainer` and `ComplexPOTrainer` from the annotations of
+`trl-diffusion annotate-attributes`.
+
+```bash
+python -m datasets_builders.painting_attributes \
+    --dataset_name user/paintings \
+    --annotations_dir annotations \
+    --criteria painting \
+    --output_dir painting-attributes
+```
+"""
+
+from datasets_builders.common import main, make_parser
+from datasets_builders.painting_attributes import PaintingAttributes
+
+
+if __name__ == "__main__":
+    parser = make_parser("painting_attributes", PaintingAttributes.DEFAULT_CONFIG_NAME)
+    parser.add_argument(
+        "--criteria",
+        default="painting",
+        help="The tree that the images were annotated with: a YAML file, or the name of a shipped one.",
+    )
+    args = parser.parse_args()
+    main(PaintingAttributes, args, args.criteria)

@@ -1,0 +1,70 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Annotates pairs of images with instances, puts both together, and pushes the dataset that `InstanceDPOTrainer` trains on.
+
+```bash
+python examples/scripts/annotate_pairs.py --dataset_name my_pairs --output_dir annotations --push_to_hub user/my-pairs
+```
+
+`my_pairs` has the columns `prompt`, `chosen` and `rejected`, see docs/source/dataset_formats.md. Stopped and started again, it
+goes on where it was. Without `--push_to_hub` the dataset is written to `annotations/dataset`. `--vlm oracle --detector oracle`
+annotates the scenes of the quickstart without any model.
+
+For more than a few thousand pairs take the command, `trl-diffusion annotate-instances`, and a server; for a dataset with a card,
+`python -m datasets_builders.pickapic_instance`.
+"""
+
+import argparse
+from pathlib import Path
+
+from datasets import load_dataset
+
+from trl_diffusion import join_annotations, load_annotations
+from trl_diffusion.annotation.detector import TransformersDetector
+from trl_diffusion.annotation.instances import instance_task
+from trl_diffusion.annotation.judge import Judge
+from trl_diffusion.annotation.planner import Planner
+from trl_diffusion.annotation.records import pair_columns, prepare_rows
+from trl_diffusion.annotation.run import run, run_locally
+from trl_diffusion.annotation.transformers_vlm import TransformersVLM
+from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("--dataset_name", required=True, help="Hub id or folder of the pairs.")
+    parser.add_argument("--split", default="train", help="The split to annotate.")
+    parser.add_argument("--vlm", default="Qwen/Qwen2.5-VL-7B-Instruct", help="Planner and judge.")
+    parser.add_argument("--detector", default="IDEA-Research/grounding-dino-base", help="Zero-shot detector.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the annotations.")
+    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="Repository for the dataset.")
+    args = parser.parse_args()
+
+    pairs = load_dataset(args.dataset_name, split=args.split)
+    vlm = OracleVLM() if args.vlm == "oracle" else TransformersVLM(args.vlm)
+    detector = OracleDetector() if args.detector == "oracle" else TransformersDetector(args.detector)
+
+    rows, columns = prepare_rows(pairs, pair_columns)
+    source = {"name": args.dataset_name, "split": args.split}
+    task = instance_task(Planner(vlm), detector, Judge(vlm), source, columns)
+    finished = run(rows, task, args.output_dir, run_locally)
+    print(f"{finished.counts['conflicts']} of {finished.counts['instances']} instances contradict their pair's label.")
+
+    dataset = join_annotations(pairs, load_annotations(finished.folder))
+    if args.push_to_hub:
+        dataset.push_to_hub(args.push_to_hub, split=args.split)
+    else:
+        dataset.save_to_disk(args.output_dir / "dataset")
