@@ -68,7 +68,9 @@ class Record:
         self.status, self.reason = "rejected", reason
 
     def fail(self, reason: str) -> None:
-        self.status, self.reason = "error", reason
+        """Makes the row an error; of several reasons the first stays."""
+        if self.status != "error":
+            self.status, self.reason = "error", reason
 
 
 @dataclass

@@ -1,0 +1,523 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The model behind a server, asked over real HTTP: what goes out, what comes back, and what is tried again."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import tiny
+from tests.annotation import tiny_models
+from trl_diffusion.annotation import endpoint_vlm
+from trl_diffusion.annotation.endpoint_vlm import EndpointVLM, data_url
+from trl_diffusion.annotation.images import StoredImage
+from trl_diffusion.annotation.judge import Judge, Verdict
+from trl_diffusion.annotation.planner import Plan, Planner
+from trl_diffusion.annotation.records import Instance, PairRecord
+from trl_diffusion.annotation.transformers_vlm import TransformersVLM
+from trl_diffusion.annotation.vlm import GenerationError, Request
+
+
+Reply = tuple[int, dict[str, str], str]
+CLOSE, HANG = "close", "hang"  # what a server may do in place of a reply
+
+
+def completion(text: str | None) -> Reply:
+    """What an OpenAI-compatible server answers."""
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+    return 200, {"Content-Type": "application/json"}, json.dumps(body)
+
+
+def failure(status: int, body: str = "", **headers: str) -> Reply:
+    return status, {name.replace("_", "-"): value for name, value in headers.items()}, body
+
+
+class Server(ThreadingHTTPServer):
+    """A real server on this machine. `script` says what to do with each payload; `posts` are the requests that came."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, script: Callable[[dict], Reply | str]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.posts, self.lock = script, [], threading.Lock()
+        self.released = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        """A client that hangs up on a server that hangs is what some tests are about."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        with self.server.lock:
+            self.server.posts.append(SimpleNamespace(path=self.path, headers=headers, payload=payload))
+        reply = self.server.script(payload)
+        if reply == HANG:
+            self.server.released.wait()
+        if reply in (CLOSE, HANG):
+            self.close_connection = True
+            return
+        status, headers, body = reply
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body.encode()))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, format, *args):
+        """Nothing: the output belongs to the tests."""
+
+
+@contextmanager
+def serving(*replies: Reply | str, script: Callable[[dict], Reply | str] | None = None) -> Iterator[Server]:
+    """A server that gives these replies in turn, the last one again and again; or what `script` says."""
+    left = list(replies)
+    with Server(script or (lambda payload: left.pop(0) if len(left) > 1 else left[0])) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.released.set()
+            server.shutdown()
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """The seconds that the client wanted to wait, without waiting."""
+    waits = []
+    monkeypatch.setattr(endpoint_vlm, "time", SimpleNamespace(sleep=waits.append))
+    return waits
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def plan_request(text: str = "Which things are visible?", *sizes: tuple[int, int]) -> Request:
+    return Request(text, tuple(tiny.image(seed, *size) for seed, size in enumerate(sizes)), Plan)
+
+
+def text_of(payload: dict) -> str:
+    return payload["messages"][0]["content"][-1]["text"]
+
+
+def decoded(url: str) -> Image.Image:
+    """The image of a data URL."""
+    head, data = url.split(",", 1)
+    assert head == "data:image/jpeg;base64"
+    image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+    assert image.format == "JPEG"
+    return image.convert("RGB")
+
+
+def in_range(waits: list[float], expected: list[float]) -> bool:
+    """Whether each wait is as long as it should be, or by chance up to half as long again."""
+    return len(waits) == len(expected) and all(
+        base <= wait <= 1.5 * base for wait, base in zip(waits, expected, strict=True)
+    )
+
+
+class TestRequests:
+    def test_a_request_goes_out_in_the_form_of_openai(self):
+        """One POST with model, limit, temperature 0, a seed, the images before the text, and the schema of the answer."""
+        request = plan_request("What is there? ü", (40, 32), (32, 48))
+        with serving(completion('{"instances": []}')) as server:
+            (text,) = EndpointVLM(server.url, "qwen", max_new_tokens=77).generate([request])
+        assert text == '{"instances": []}'
+        (post,) = server.posts
+        assert post.path == "/v1/chat/completions" and post.headers["content-type"] == "application/json"
+        (message,) = post.payload.pop("messages")
+        *images, words = message["content"]
+        assert message["role"] == "user" and words == {"type": "text", "text": "What is there? ü"}
+        for part, image in zip(images, request.images, strict=True):
+            assert part == {"type": "image_url", "image_url": {"url": data_url(image)}}
+            assert decoded(data_url(image)).size == image.size
+        post.payload.pop("stream", None)
+        assert post.payload == {
+            "model": "qwen",
+            "max_tokens": 77,
+            "temperature": 0.0,
+            "seed": 0,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": Plan.model_json_schema(), "strict": True},
+            },
+        }
+
+    def test_pixels_arrive_as_they_are(self):
+        """A smooth image comes out of its data URL two levels from what it was, at most ten where colours end."""
+        across, down = np.meshgrid(np.linspace(0, 255, 64), np.linspace(0, 255, 48))
+        image = Image.fromarray(np.stack([across, down, 255 - across], axis=-1).astype(np.uint8))
+        errors = np.abs(np.asarray(decoded(data_url(image)), int) - np.asarray(image, int))
+        assert errors.mean() <= 2 and errors.max() <= 10
+
+    def test_an_image_is_encoded_once(self, monkeypatch):
+        """Requests about the same images, such as the judge's in both orders, share their data URLs."""
+        encoded = []
+        monkeypatch.setattr(endpoint_vlm, "data_url", lambda image: encoded.append(image) or data_url(image))
+        a, b = tiny.image(0), tiny.image(1)
+        with serving(completion('{"better": "A"}')) as server:
+            EndpointVLM(server.url, "qwen").generate([Request("?", images, Verdict) for images in ((a, b), (b, a))])
+        assert len(encoded) == 2
+        urls = {
+            tuple(part["image_url"]["url"] for part in post.payload["messages"][0]["content"][:2])
+            for post in server.posts
+        }
+        assert urls == {(data_url(a), data_url(b)), (data_url(b), data_url(a))}
+
+    @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
+    def test_the_path_is_completed(self, ending):
+        """The address may end with the host or with its version."""
+        with serving(completion("{}")) as server:
+            EndpointVLM(f"http://127.0.0.1:{server.server_port}{ending}", "qwen").generate([plan_request()])
+        assert [post.path for post in server.posts] == ["/v1/chat/completions"]
+
+    @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://server/v1", "http://", "http://server:80x/v1", ""])
+    def test_an_address_that_is_none_is_refused(self, url):
+        """What is no address of a server is a ValueError with the address, before any request."""
+        with pytest.raises(ValueError, match=re.escape(repr(url))):
+            EndpointVLM(url, "qwen")
+
+    def test_the_description_is_that_of_the_answers(self):
+        """Where the server stands, how fast it is asked and how often change no answer, and so not the description."""
+        one = EndpointVLM("http://localhost:8000/v1", "qwen", concurrency=1, timeout=1, max_tries=1)
+        assert one.describe() == EndpointVLM("https://server/v1", "qwen").describe()
+        assert one.describe() != EndpointVLM("http://localhost:8000/v1", "qwen", max_new_tokens=9).describe()
+
+
+class TestKeys:
+    @pytest.fixture
+    def hub_token(self, tmp_path, monkeypatch) -> str:
+        """A Hub token where the Hub's client looks for one."""
+        token = "hf_secret"
+        (tmp_path / "token").write_text(token)
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        assert huggingface_hub.get_token() == token
+        return token
+
+    @pytest.mark.parametrize("key, sent", [(None, "Bearer none"), ("", "Bearer none"), ("sk-mine", "Bearer sk-mine")])
+    def test_the_hub_token_is_never_sent(self, hub_token, monkeypatch, key, sent):
+        """A server gets OPENAI_API_KEY where it is set, and never the user's Hub token, in whichever header."""
+        if key is not None:
+            monkeypatch.setenv("OPENAI_API_KEY", key)
+        with serving(completion("{}")) as server:
+            EndpointVLM(server.url, "qwen").generate([plan_request()])
+        (post,) = server.posts
+        assert post.headers["authorization"] == sent
+        assert hub_token not in json.dumps([post.headers, post.payload, post.path])
+
+
+def test_a_server_is_asked_where_the_hub_may_not_be(monkeypatch):
+    """HF_HUB_OFFLINE is about the Hub: a server on this machine is asked all the same."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert huggingface_hub.constants.is_offline_mode()
+    with serving(completion("fine")) as server:
+        assert EndpointVLM(server.url, "qwen", max_tries=1).generate([plan_request()]) == ["fine"]
+
+
+class TestConcurrency:
+    @pytest.mark.parametrize("concurrency, rounds", [(1, 3), (4, 3), (120, 1)])
+    def test_as_many_requests_are_under_way_as_allowed(self, concurrency, rounds):
+        """A server that answers none before `concurrency` are there answers all, in the order of the requests."""
+        together = threading.Barrier(concurrency, timeout=20)
+        in_flight = []
+
+        def script(payload: dict) -> Reply:
+            together.wait()
+            in_flight.append(together.parties)
+            return completion(f"answer to {text_of(payload)}")
+
+        requests = [plan_request(f"question {index}", (8, 8)) for index in range(concurrency * rounds)]
+        with serving(script=script) as server:
+            texts = EndpointVLM(server.url, "qwen", concurrency=concurrency, max_tries=1).generate(requests)
+        assert texts == [f"answer to question {index}" for index in range(len(requests))]
+        assert len(server.posts) == len(requests)
+
+    def test_no_more_requests_are_under_way_than_allowed(self):
+        """With three at once the server never sees a fourth."""
+        lock, open_now, most = threading.Lock(), 0, 0
+
+        def script(payload: dict) -> Reply:
+            nonlocal open_now, most
+            with lock:
+                open_now, most = open_now + 1, max(most, open_now + 1)
+            time.sleep(0.02)
+            with lock:
+                open_now -= 1
+            return completion("fine")
+
+        with serving(script=script) as server:
+            EndpointVLM(server.url, "qwen", concurrency=3).generate([plan_request()] * 12)
+        assert most == 3
+
+    def test_answers_keep_their_order_whichever_comes_first(self):
+        """The first request is answered last, and its text still stands first."""
+        others = threading.Semaphore(0)
+
+        def script(payload: dict) -> Reply:
+            if text_of(payload) == "question 0":
+                for _ in range(3):
+                    assert others.acquire(timeout=20)
+            else:
+                others.release()
+            return completion(text_of(payload))
+
+        with serving(script=script) as server:
+            texts = EndpointVLM(server.url, "qwen").generate([plan_request(f"question {i}") for i in range(4)])
+        assert texts == [f"question {index}" for index in range(4)]
+
+
+class TestTries:
+    def ask(self, server: Server, max_tries: int = 6, timeout: float = 20) -> str | GenerationError:
+        (answer,) = EndpointVLM(server.url, "qwen", max_tries=max_tries, timeout=timeout).generate([plan_request()])
+        return answer
+
+    def test_a_busy_server_is_given_the_time_that_it_asks_for(self, waits):
+        """After 429 with Retry-After the client waits no shorter than that, and asks once more."""
+        with serving(failure(429, Retry_After="7"), completion("fine")) as server:
+            assert self.ask(server) == "fine"
+        assert len(server.posts) == 2 and in_range(waits, [7])
+
+    @pytest.mark.parametrize(
+        "asked, expected", [("3600", 60), ("0", 0), ("Wed, 21 Oct 2065 07:28:00 GMT", 1), ("soon", 1)]
+    )
+    def test_odd_wishes_are_met_half_way(self, waits, asked, expected):
+        """A server that asks for an hour gets a minute; a date or a word is as no wish at all."""
+        with serving(failure(503, Retry_After=asked), completion("fine")) as server:
+            assert self.ask(server) == "fine"
+        assert in_range(waits, [expected])
+
+    @pytest.mark.parametrize("trouble", [failure(500, "oops"), failure(529), failure(408), failure(502), CLOSE])
+    def test_a_server_that_recovers_is_asked_until_then(self, waits, trouble):
+        """Two failures cost two waits, of one and of two seconds, and no answer."""
+        with serving(trouble, trouble, completion("fine")) as server:
+            assert self.ask(server) == "fine"
+        assert len(server.posts) == 3 and in_range(waits, [1, 2])
+
+    def test_a_server_that_stays_broken_is_left_alone(self, waits):
+        """After `max_tries` requests the answer is an error with the server's own words; waits double up to a minute."""
+        with serving(failure(500, "CUDA\n  out of memory")) as server:
+            answer = self.ask(server, max_tries=9)
+        assert isinstance(answer, GenerationError)
+        assert str(answer) == "the server answers 500: CUDA out of memory (9 tries)"
+        assert len(server.posts) == 9 and in_range(waits, [1, 2, 4, 8, 16, 32, 60, 60])
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "<html><body>Welcome to nginx!</body></html>",
+            "",
+            "null",
+            "[]",
+            '"fine"',
+            '{"error": {"message": "no such model"}}',
+            '{"choices": null}',
+            '{"choices": []}',
+            '{"choices": [{"index": 0}]}',
+            '{"choices": [{"index": 0, "message": null}]}',
+        ],
+    )
+    def test_what_is_no_completion_is_tried_again(self, waits, body):
+        """Status 200 with anything but a completion is a failure like others: recovered from, or an error in the end."""
+        with serving(failure(200, body), completion("fine")) as server:
+            assert self.ask(server) == "fine"
+        assert len(server.posts) == 2 and in_range(waits, [1])
+        with serving(failure(200, body)) as server:
+            answer = self.ask(server, max_tries=2)
+        assert isinstance(answer, GenerationError) and len(server.posts) == 2
+        assert str(answer) == "the server's answer is no chat completion (2 tries)"
+
+    def test_a_completion_without_words_is_an_empty_text(self, waits):
+        """A model that says nothing was asked successfully."""
+        with serving(completion(None)) as server:
+            assert self.ask(server) == ""
+        assert len(server.posts) == 1 and waits == []
+
+    def test_a_silent_server_is_asked_again_after_the_timeout(self, waits):
+        """A server that never answers costs `timeout` seconds a try, then the next try or an error."""
+        with serving(HANG, completion("fine")) as server:
+            start = time.monotonic()
+            assert self.ask(server, timeout=0.3) == "fine"
+            assert 0.3 <= time.monotonic() - start < 10
+        assert in_range(waits, [1])
+        with serving(HANG) as server:
+            answer = self.ask(server, max_tries=2, timeout=0.2)
+        assert isinstance(answer, GenerationError) and "the server does not answer: ReadTimeout" in str(answer)
+
+    def test_no_server_at_all_is_an_error_with_a_reason(self, waits):
+        """A port on which nothing listens is tried as often as any server."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+            answers = EndpointVLM(url, "qwen", max_tries=3).generate([plan_request(), plan_request()])
+        assert ["the server does not answer: ConnectError" in str(answer) for answer in answers] == [True, True]
+        assert len(waits) == 4
+
+    @pytest.mark.parametrize("status", [401, 403, 404, 413])
+    def test_a_refusal_is_not_tried_again(self, waits, status):
+        """A wrong key, a wrong name or a request too large fails at once, with status and words of the server."""
+        with serving(failure(status, '{"error": "not for you"}')) as server:
+            answer = self.ask(server)
+        assert isinstance(answer, GenerationError)
+        assert str(answer) == f'the server answers {status}: {{"error": "not for you"}}'
+        assert len(server.posts) == 1 and waits == []
+
+    def test_one_failure_among_others_is_one_error(self, waits):
+        """Each request has its own tries: the others get their answers, in their order."""
+
+        def script(payload: dict) -> Reply:
+            return failure(404, "gone") if text_of(payload) == "question 1" else completion(text_of(payload))
+
+        with serving(script=script) as server:
+            first, second, third = EndpointVLM(server.url, "qwen").generate(
+                [plan_request(f"question {index}") for index in range(3)]
+            )
+        assert (first, str(second), third) == ("question 0", "the server answers 404: gone", "question 2")
+
+
+class TestSchemas:
+    @pytest.mark.parametrize("status", [400, 422])
+    @pytest.mark.parametrize("max_tries", [1, 6])
+    def test_a_server_without_schemas_is_asked_without(self, waits, status, max_tries):
+        """A server that refuses `response_format` gets the same request without it at once, and later ones never with it."""
+
+        def script(payload: dict) -> Reply:
+            return failure(status, "unknown field") if "response_format" in payload else completion(text_of(payload))
+
+        with serving(script=script) as server:
+            vlm = EndpointVLM(server.url, "qwen", max_tries=max_tries)
+            assert vlm.generate([plan_request("first")]) == ["first"]
+            assert ["response_format" in post.payload for post in server.posts] == [True, False]
+            assert vlm.generate([plan_request(text) for text in "abc"]) == ["a", "b", "c"]
+        assert ["response_format" in post.payload for post in server.posts] == [True] + [False] * 4
+        assert waits == []
+
+    def test_a_request_that_is_bad_for_another_reason_costs_no_schemas(self, waits):
+        """A request that fails with and without a schema is an error, and the next one has its schema again."""
+
+        def script(payload: dict) -> Reply:
+            return failure(400, "image too small") if text_of(payload) == "bad" else completion("fine")
+
+        with serving(script=script) as server:
+            vlm = EndpointVLM(server.url, "qwen")
+            (answer,) = vlm.generate([plan_request("bad")])
+            assert str(answer) == "the server answers 400: image too small"
+            assert vlm.generate([plan_request("good")]) == ["fine"]
+        assert ["response_format" in post.payload for post in server.posts] == [True, False, True]
+
+
+IMAGES_ONLY = """
+from transformers import Qwen2_5_VLProcessor
+
+
+class ImagesOnly(Qwen2_5_VLProcessor):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        super().__init__(image_processor=image_processor, tokenizer=tokenizer, chat_template=chat_template)
+"""
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> Path:
+    return tiny_models.taught_once(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def transformers_server(taught, tmp_path_factory) -> Iterator[tuple[str, str]]:
+    """`transformers serve` with the taught model: its address, and the model's name there."""
+    root = tmp_path_factory.mktemp("serve")
+    # The server loads processors by AutoProcessor, which wants torchvision for the part that reads videos. A processor of
+    # the folder's own has no such part.
+    folder = shutil.copytree(taught, root / "model")
+    (folder / "images_only.py").write_text(IMAGES_ONLY)
+    names = {"processor_class": "ImagesOnly", "auto_map": {"AutoProcessor": "images_only.ImagesOnly"}}
+    (folder / "processor_config.json").write_text(json.dumps(names))
+    command = [Path(sys.executable).with_name("transformers"), "serve", folder]
+    options = ["--trust-remote-code", "--device", "cpu", "--dtype", "float32", "--port", "0", "--host", "127.0.0.1"]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules")}
+    log = root / "log.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen([*command, *options], env=environment, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 120
+        while not (found := re.search(r"running on (http://\S+)", log.read_text())):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield f"{found[1]}/v1", str(folder)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_a_server_of_transformers_answers_as_the_model_in_this_process(taught, transformers_server):
+    """Through `transformers serve` the roles' requests get the texts that the model gives here for the same JPEGs."""
+    url, model = transformers_server
+    local = TransformersVLM(str(taught), dtype="float32", device="cpu", max_new_tokens=64)
+    lessons = tiny_models.Lessons(local)
+    asked = [make() for make in (lessons.plan, lessons.inspection) + (lessons.verdict,) * 8]
+    requests = [request for request, _ in asked]
+    texts = EndpointVLM(url, model, concurrency=4, max_new_tokens=64).generate(requests)
+    sent = [
+        Request(request.text, tuple(decoded(data_url(image)) for image in request.images), request.schema)
+        for request in requests
+    ]
+    assert texts == local.generate(sent)
+    assert [json.loads(text) for text in texts] == [answer for _, answer in asked]
+
+
+def test_roles_work_through_a_server_of_transformers(transformers_server):
+    """Planner and judge get their answers over HTTP, and a verdict that follows from the pixels holds in both orders."""
+    url, model = transformers_server
+    vlm = EndpointVLM(url, model, max_new_tokens=64)
+    rng = np.random.default_rng(5)
+    pairs = []
+    for bright in ((True, False), (False, True), (True, True)):
+        chosen, rejected = (StoredImage.read(tiny_models.shade(rng, light, 64, 48)) for light in bright)
+        pairs.append(PairRecord("x", "a cow", chosen=chosen, rejected=rejected))
+    Planner(vlm)(pairs)
+    assert [pair.labels for pair in pairs] == [tiny_models.LABELS] * 3
+    for pair in pairs:
+        pair.instances = [Instance("cow", [0.2, 0.2, 0.8, 0.8], [0.1, 0.3, 0.7, 0.9], 1.0, 1.0)]
+    Judge(vlm, crop_size=28)(pairs)
+    assert [pair.instances[0].preference for pair in pairs] == ["chosen", "rejected", "tie"]
