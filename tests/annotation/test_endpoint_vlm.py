@@ -192,10 +192,23 @@ class TestRequests:
         errors = np.abs(np.asarray(decoded(data_url(image)), int) - np.asarray(image, int))
         assert errors.mean() <= 2 and errors.max() <= 10
 
+    def test_a_file_goes_out_as_it_is(self):
+        """Where a request has an image's own JPEG file, the server gets its bytes, and of the others an encoding."""
+        images, buffer = (tiny.image(0), tiny.image(1)), io.BytesIO()
+        images[1].save(buffer, format="JPEG", quality=30)
+        with serving(completion('{"instances": []}')) as server:
+            EndpointVLM(server.url, "qwen").generate([Request("?", images, Plan, (None, buffer.getvalue()))])
+        (post,) = server.posts
+        first, second = (part["image_url"]["url"] for part in post.payload["messages"][0]["content"][:2])
+        assert first == data_url(images[0])
+        assert base64.b64decode(second.split(",")[1]) == buffer.getvalue()
+
     def test_an_image_is_encoded_once(self, monkeypatch):
         """Requests about the same images, such as the judge's in both orders, share their data URLs."""
         encoded = []
-        monkeypatch.setattr(endpoint_vlm, "data_url", lambda image: encoded.append(image) or data_url(image))
+        monkeypatch.setattr(
+            endpoint_vlm, "data_url", lambda image, file: encoded.append(image) or data_url(image, file)
+        )
         a, b = tiny.image(0), tiny.image(1)
         with serving(completion('{"better": "A"}')) as server:
             EndpointVLM(server.url, "qwen").generate([Request("?", images, Verdict) for images in ((a, b), (b, a))])

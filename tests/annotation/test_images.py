@@ -145,6 +145,21 @@ def test_a_huge_image_is_made_smaller_and_its_boxes_are_not():
     assert image.stored_box(red_box(image.upright)) == pytest.approx(box, abs=4)
 
 
+@pytest.mark.parametrize(
+    "format, orientation, most, is_file",
+    [("JPEG", None, 10000, True), ("JPEG", 1, 10000, True), ("JPEG", 6, 10000, False), ("JPEG", None, 900, False)]
+    + [("PNG", None, 10000, False)],
+)
+def test_a_file_is_shown_only_where_it_shows_just_the_image(format, orientation, most, is_file):
+    """A JPEG goes to a server as it is, unless it lies on its side or is too large; other formats do not."""
+    image = StoredImage(encode(scene(60, 40, (5, 5, 30, 30)), format, orientation))
+    shown, file = image.shown(most)
+    assert (file == image.data) if is_file else (file is None)
+    assert shown.width * shown.height <= most
+    grey = StoredImage(encode(Image.new("L", (8, 8)), "JPEG"))
+    assert grey.shown(most)[1] is None
+
+
 def test_boxes_are_clipped_to_the_image():
     """A detector's box that reaches beyond the image ends at its edge."""
     image = StoredImage(encode(Image.new("RGB", (50, 20))))

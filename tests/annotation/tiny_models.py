@@ -220,8 +220,8 @@ class Lessons:
         return tuple(self.rng.integers(28, 65, 2).tolist())
 
     def prompt(self) -> str:
-        """One to 150 words, of the shipped prompts' and such as mean nothing, and more often few than many."""
-        count = int(150 ** self.rng.random())
+        """One to fifty words, of the shipped prompts' and such as mean nothing, and more often few than many."""
+        count = int(50 ** self.rng.random())
         letters = self.rng.choice(list(ascii_letters + ",.-"), (count, 7))
         nonsense = ["".join(word[: self.rng.integers(1, 8)]) for word in letters]
         return " ".join(self.rng.permutation([*nonsense, *self.rng.choice(prompt_words(), count)])[:count])

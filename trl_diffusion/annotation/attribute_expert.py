@@ -22,7 +22,6 @@ from typing import Literal
 from pydantic import BaseModel, create_model, model_validator
 
 from ..criteria import Criteria
-from .images import limit_pixels
 from .records import ImageRecord
 from .vlm import VLM, PromptTemplate, Request, ask, in_threads
 
@@ -105,7 +104,8 @@ class AttributeExpert:
     def request(self, image: ImageRecord, dimension: str) -> Request:
         attributes = self.criteria.select(dimension)
         text = self.prompt.render(prompt=image.prompt, dimension=dimension.replace("_", " "), attributes=attributes)
-        return Request(text, (limit_pixels(image.image.upright, self.max_pixels),), self.schemas[dimension])
+        shown, file = image.image.shown(self.max_pixels)
+        return Request(text, (shown,), self.schemas[dimension], (file,))
 
     def ordered(self, ids: list[str]) -> list[str]:
         """Ids in the order of the tree."""

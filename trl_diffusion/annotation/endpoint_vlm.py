@@ -89,7 +89,7 @@ class EndpointVLM(VLM):
             "revision": "the server's",
             "decoding": "temperature 0, seed 0, response_format json_schema where offered",
             "max_new_tokens": self.max_new_tokens,
-            "images": f"JPEG, quality {JPEG_QUALITY}",
+            "images": f"JPEG, quality {JPEG_QUALITY} where the file is not one",
         }
 
     def __getstate__(self) -> dict:
@@ -104,7 +104,9 @@ class EndpointVLM(VLM):
 
     def generate(self, requests: list[Request]) -> list[str | GenerationError]:
         images = {id(image): image for request in requests for image in request.images}
-        urls = dict(zip(images, in_threads(data_url, images.values()), strict=True))
+        files = {id(image): file for request in requests for image, file in zip(request.images, request.files)}
+        encoded = in_threads(lambda key: data_url(images[key], files.get(key)), images)
+        urls = dict(zip(images, encoded, strict=True))
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(lambda request: self.answer(request, urls, self.offers_schemas), requests))
 
@@ -172,10 +174,13 @@ def response_format(schema: type[BaseModel]) -> dict:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema.model_json_schema()}}
 
 
-def data_url(image: PIL.Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=JPEG_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def data_url(image: PIL.Image.Image, file: bytes | None = None) -> str:
+    """An image in JSON, by its own JPEG file where there is one."""
+    if file is None:
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=JPEG_QUALITY)
+        file = buffer.getvalue()
+    return f"data:image/jpeg;base64,{base64.b64encode(file).decode()}"
 
 
 def seconds_asked_for(error: HfHubHTTPError) -> float | None:

@@ -125,6 +125,20 @@ class StoredImage:
         """The image as people see it, RGB, made smaller where it has more than `MOST_PIXELS`."""
         return self._opened[0]
 
+    def shown(self, max_pixels: int) -> tuple[PIL.Image.Image, bytes | None]:
+        """
+        The image for a model.
+
+        Args:
+            max_pixels (`int`):
+                An image with more pixels is made smaller.
+
+        Returns:
+            `tuple`: the upright image, and the file, if it is a JPEG that shows just this.
+        """
+        image = limit_pixels(self.upright, max_pixels)
+        return image, self.data if image.format == "JPEG" else None  # PIL forgets the format with any change
+
     def stored_box(self, box: list[float]) -> list[float]:
         """
         Moves a box from the upright image to the file.

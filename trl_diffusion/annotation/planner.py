@@ -19,7 +19,6 @@ from typing import Annotated
 
 from pydantic import BaseModel, StringConstraints
 
-from .images import limit_pixels
 from .records import PairRecord
 from .vlm import VLM, PromptTemplate, Request, ask, in_threads
 
@@ -85,8 +84,8 @@ class Planner:
 
     def request(self, pair: PairRecord) -> Request:
         text = self.prompt.render(prompt=pair.prompt, max_instances=self.max_instances)
-        images = tuple(limit_pixels(image.upright, self.max_pixels) for image in (pair.chosen, pair.rejected))
-        return Request(text, images, Plan)
+        images, files = zip(*(image.shown(self.max_pixels) for image in (pair.chosen, pair.rejected)), strict=True)
+        return Request(text, images, Plan, files)
 
 
 def without_repetitions(labels: list[str]) -> list[str]:

@@ -53,11 +53,14 @@ class Request:
             The images that it is about, in their order.
         schema (`type[BaseModel]`):
             What the answer must validate as.
+        files (`tuple[bytes | None, ...]`, *optional*):
+            Of each image the JPEG file that shows just this, where there is one: it need not be encoded again.
     """
 
     text: str
     images: tuple[PIL.Image.Image, ...]
     schema: type[BaseModel]
+    files: tuple[bytes | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,8 @@ def ask(vlm: VLM, requests: list[Request]) -> list[Answer]:
     again = [index for index, answer in enumerate(answers) if answer.error and answer.raw]
     if again:
         retries = [
-            Request(
-                RETRY.format(text=requests[i].text, raw=answers[i].raw[:500], error=answers[i].error),
-                requests[i].images,
-                requests[i].schema,
+            replace(
+                requests[i], text=RETRY.format(text=requests[i].text, raw=answers[i].raw[:500], error=answers[i].error)
             )
             for i in again
         ]
