@@ -21,8 +21,10 @@ from PIL import Image as PILImage
 from tests import tiny
 from trl_diffusion.annotation.images import StoredImage
 from trl_diffusion.annotation.records import (
+    IMAGE_ANNOTATION_FEATURES,
     PAIR_ANNOTATION_FEATURES,
     Instance,
+    encode_row,
     image_columns,
     pair_columns,
     prepare_rows,
@@ -166,6 +168,19 @@ def test_only_ok_rows_have_instances():
     assert set(row) == set(PAIR_ANNOTATION_FEATURES)
     record.fail("judge: no")
     assert record.to_row()["instances"] == [] and record.to_row()["status"] == "error"
+
+
+def test_encoded_rows_are_those_of_the_features():
+    """What is written of a row is what `datasets` would make of it by its features."""
+    record = read_pair(pick(), PICK)
+    record.instances = [
+        Instance("cat", [0, 0, 0.5, 1], [0.5, 0, 1, 1], 0.9, 0.8, preference, "a", "b")
+        for preference in ("chosen", "rejected", "tie")
+    ]
+    image = read_attribute_image({"image": png(3), "prompt": "a", "id": 4}, image_columns(["image", "prompt", "id"]))
+    image.fail("no")
+    for row, features in ((record.to_row(), PAIR_ANNOTATION_FEATURES), (image.to_row(), IMAGE_ANNOTATION_FEATURES)):
+        assert encode_row(row) == features.encode_example(row)
 
 
 def test_a_stored_image_travels_without_its_pixels():

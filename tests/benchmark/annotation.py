@@ -40,7 +40,7 @@ from trl_diffusion.annotation.judge import Judge
 from trl_diffusion.annotation.planner import Plan, Planner
 from trl_diffusion.annotation.records import pair_columns, prepare_rows
 from trl_diffusion.annotation.run import run, run_locally
-from trl_diffusion.annotation.vlm import VLM, Request
+from trl_diffusion.annotation.vlm import CORES, VLM, Request
 from trl_diffusion.data.formats import instance_pair_features
 
 
@@ -139,7 +139,7 @@ def measure(num_pairs: int, size: int) -> dict:
             return instance_task(Planner(vlm), InstantDetector(), Judge(vlm), source, columns)
 
         def decode():
-            with ThreadPoolExecutor() as pool:
+            with ThreadPoolExecutor(CORES) as pool:
                 for _ in pool.map(task(InstantVLM()).open, rows):
                     pass
 

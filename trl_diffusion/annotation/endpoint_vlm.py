@@ -15,9 +15,9 @@
 """A vision-language model behind an OpenAI-compatible server, such as vLLM."""
 
 import base64
-import io
 import os
 import random
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
@@ -177,9 +177,12 @@ def response_format(schema: type[BaseModel]) -> dict:
 def data_url(image: PIL.Image.Image, file: bytes | None = None) -> str:
     """An image in JSON, by its own JPEG file where there is one."""
     if file is None:
-        buffer = io.BytesIO()
-        image.save(buffer, format="JPEG", quality=JPEG_QUALITY)
-        file = buffer.getvalue()
+        with (
+            tempfile.TemporaryFile() as written
+        ):  # into a file on the disk PIL writes without holding up other threads
+            image.save(written, format="JPEG", quality=JPEG_QUALITY)
+            written.seek(0)
+            file = written.read()
     return f"data:image/jpeg;base64,{base64.b64encode(file).decode()}"
 
 

@@ -181,7 +181,7 @@ def crop_around(image: PIL.Image.Image, box: list[float], size: int, margin: flo
     corner = round((inside[0] - left) * scale), round((inside[1] - top) * scale)
     extent = round((inside[2] - left) * scale) - corner[0], round((inside[3] - top) * scale) - corner[1]
     extent = max(extent[0], 1), max(extent[1], 1)
-    part = image.resize(extent, PIL.Image.Resampling.BICUBIC, box=inside, reducing_gap=2)
+    part = image.resize(extent, PIL.Image.Resampling.BILINEAR, box=inside, reducing_gap=2)
     if extent == (size, size):
         return part
     crop = PIL.Image.new("RGB", (size, size), PADDING)

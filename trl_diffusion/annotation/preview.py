@@ -29,7 +29,7 @@ from ..criteria import Criteria
 from .attribute_expert import AttributeExpert
 from .images import crop_around, limit_pixels
 from .judge import Judge
-from .records import ImageRecord, PairRecord, Record
+from .records import ImageRecord, PairRecord, Record, encode_row
 from .run import Task
 
 
@@ -57,7 +57,7 @@ def preview(task: Task, dataset: Dataset | IterableDataset) -> str:
         shown = [show_pair(record, roles[Judge]) for record in records]
     else:
         shown = [show_image(record, roles[AttributeExpert].criteria) for record in records]
-    rows = [task.features.encode_example(record.to_row()) for record in records]
+    rows = [encode_row(record.to_row()) for record in records]
     models = [role.describe() for role in task.roles]
     template = resources.files("trl_diffusion").joinpath("templates", "preview.html").read_text(encoding="utf-8")
     return (

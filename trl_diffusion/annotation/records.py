@@ -221,6 +221,25 @@ IMAGE_ANNOTATION_FEATURES = Features(
 )
 
 
+def encode_row(row: dict[str, Any]) -> dict[str, Any]:
+    """
+    A row as Parquet holds it, with indices of class labels.
+
+    Args:
+        row (`dict`):
+            What `to_row` gives.
+
+    Returns:
+        `dict`
+    """
+    encoded = row | {"status": STATUSES.index(row["status"])}
+    if "instances" in row:
+        encoded["instances"] = [
+            instance | {"preference": PREFERENCES.index(instance["preference"])} for instance in row["instances"]
+        ]
+    return encoded
+
+
 # ----- reading -----
 
 

@@ -38,7 +38,8 @@ from datasets import Dataset, Features, IterableDataset
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from .records import STATUSES, Record, open_images
+from .records import STATUSES, Record, encode_row, open_images
+from .vlm import CORES
 
 
 MANIFEST = "manifest.json"
@@ -205,7 +206,7 @@ def run_locally(task: Task, rest: Rest) -> Iterator[tuple[list[Row], dict | None
         stream_state = rest.stream_state()
         return list(decoders.map(task.open, block)), stream_state
 
-    with ThreadPoolExecutor() as decoders, ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(CORES) as decoders, ThreadPoolExecutor(1) as reader:
         following = reader.submit(read_block)
         while (block := following.result())[0]:
             following = reader.submit(read_block)
@@ -328,7 +329,7 @@ class Run:
             if row["id"] in self.seen:
                 row.update(status="rejected", reason=REPEATED_ID)
             self.seen.add(row["id"])
-        encoded = [self.task.features.encode_example(row) for row in rows]
+        encoded = [encode_row(row) for row in rows]
         errors = [(row["id"], row["reason"]) for row in rows if row["status"] == "error"]
         done, most = (
             self.counts["rows"] + len(rows),
