@@ -182,6 +182,7 @@ POISON = {
     "truncated png": (encode(scene(64, 64, (5, 5, 30, 30)))[:90], "broken"),
     "bomb": (bomb(20000), "claims too many pixels"),
     "smaller bomb": (bomb(10000), "claims 100,000,000 pixels"),
+    "thread": (encode(Image.new("RGB", (2000, 1))), "2000 x 1 pixels"),
     "noise": (bytes(range(256)), "no image that can be read"),
 }
 

@@ -188,7 +188,7 @@ def test_annotating_images(tmp_path, capsys):
             ["--vlm", "no/such-model"],
             "'no/such-model' is neither a folder nor a model that the Hub or its cache gives",
         ),
-        (["--vlm_base_url", "localhost:8000", "--vlm", "x"], "must start with http:// or https://"),
+        (["--vlm_base_url", "localhost:8000", "--vlm", "x"], "The server's address must be like"),
         (["--max_error_rate", "2"], "`--max_error_rate` must be in [0, 1]"),
         (["--judge_prompt", "missing.md"], "The prompt of the judge cannot be read"),
     ],

@@ -84,7 +84,7 @@ class TransformersDetector(Detector):
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"IDEA-Research/grounding-dino-base"`):
-            Hub id or folder: Grounding DINO, MM Grounding DINO, OWL-ViT, OWLv2, OmDet-Turbo.
+            Hub id or folder: Grounding DINO, MM Grounding DINO, OWL-ViT, OWLv2 (needs scipy), OmDet-Turbo (torchvision).
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         threshold (`float`, *optional*, defaults to `0.3`):

@@ -31,6 +31,7 @@ from ..data.transforms import upright_image
 INVERSE_ORIENTATIONS = {6: 8, 8: 6}  # the others undo themselves
 BOMB_PIXELS = 89_478_485  # where PIL starts to warn
 MOST_PIXELS = 2048 * 2048  # no role sees more, and thousands of images are in memory at once
+LONGEST_SIDE = 200  # in shorter sides; Qwen's models refuse more, and Grounding DINO's processor crashes at some point
 PADDING = (127, 127, 127)
 
 
@@ -92,6 +93,11 @@ class StoredImage:
             pixels = image.width * image.height
             if pixels > BOMB_PIXELS:
                 raise ValueError(f"the image claims {pixels:,} pixels; more than {BOMB_PIXELS:,} are refused")
+            if max(image.size) > LONGEST_SIDE * min(image.size):
+                raise ValueError(
+                    f"the image is {image.width} x {image.height} pixels: models take none that is more than {LONGEST_SIDE} "
+                    "times as long as it is wide"
+                )
             image.load()
             orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1)
             return limit_pixels(upright_image(image), MOST_PIXELS), image.size, orientation
