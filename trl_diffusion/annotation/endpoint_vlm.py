@@ -177,9 +177,8 @@ def response_format(schema: type[BaseModel]) -> dict:
 def data_url(image: PIL.Image.Image, file: bytes | None = None) -> str:
     """An image in JSON, by its own JPEG file where there is one."""
     if file is None:
-        with (
-            tempfile.TemporaryFile() as written
-        ):  # into a file on the disk PIL writes without holding up other threads
+        # Into a file on the disk PIL writes without holding up other threads
+        with tempfile.TemporaryFile() as written:
             image.save(written, format="JPEG", quality=JPEG_QUALITY)
             written.seek(0)
             file = written.read()

@@ -22,9 +22,9 @@ from typing import Any
 
 import PIL.Image
 import torch
-from datasets.utils.file_utils import xopen
 
 from ..boxes import denormalize_boxes, orient_boxes
+from ..data.formats import image_content
 from ..data.transforms import upright_image
 
 
@@ -63,18 +63,12 @@ class StoredImage:
             `ValueError`: If the value holds no image.
             `OSError`: If a file is missing.
         """
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, str):
-            with xopen(value, "rb") as file:
-                value = file.read()
-        if isinstance(value, PIL.Image.Image):
-            buffer = io.BytesIO()
-            value.save(buffer, format="PNG", exif=value.getexif())
-            value = buffer.getvalue()
-        if not isinstance(value, bytes):
-            raise ValueError(f"expected an image, its bytes or a path, got {type(value).__name__}")
-        return cls(value)
+        content = image_content(value)
+        if isinstance(content, bytes):
+            return cls(content)
+        buffer = io.BytesIO()
+        content.save(buffer, format="PNG", exif=content.getexif())
+        return cls(buffer.getvalue())
 
     def __getstate__(self) -> dict:
         return {"data": self.data}  # the pixels stay behind when an image goes to another process
@@ -115,7 +109,7 @@ class StoredImage:
         Raises:
             `ValueError`: If it cannot be read; says why.
         """
-        assert self._opened
+        _ = self._opened  # no assert: this must happen under `python -O` too
 
     @property
     def readable(self) -> bool:

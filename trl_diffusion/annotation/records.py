@@ -26,7 +26,6 @@ from .images import StoredImage
 
 SCHEMA_VERSION = 1  # counts up with every change of the features below or of what they mean
 STATUSES = ("ok", "rejected", "error")
-TIE_POLICIES = ("drop", "keep")
 
 PAIR_COLUMNS = {"id": "id", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 PICK_A_PIC_COLUMNS = {

@@ -331,13 +331,10 @@ class Run:
             self.seen.add(row["id"])
         encoded = [encode_row(row) for row in rows]
         errors = [(row["id"], row["reason"]) for row in rows if row["status"] == "error"]
-        done, most = (
-            self.counts["rows"] + len(rows),
-            max_error_rate * max(self.counts["rows"] + len(rows), ALLOWANCE_ROWS),
-        )
-        if self.counts["error"] + len(errors) > most:
+        num_rows, num_errors = self.counts["rows"] + len(rows), self.counts["error"] + len(errors)
+        if num_errors > max_error_rate * max(num_rows, ALLOWANCE_ROWS):
             raise ValueError(
-                f"Stopped: {self.counts['error'] + len(errors)} of {done} rows are errors, more than `--max_error_rate` "
+                f"Stopped: {num_errors} of {num_rows} rows are errors, more than `--max_error_rate` "
                 f"{max_error_rate:g} allows. {self.counts['rows']} rows are written, and the same command goes on after them. "
                 f"The last errors:\n{listed(errors)}"
             )

@@ -195,17 +195,34 @@ def image_size(value: Any) -> tuple[int, int]:
     return image.size if turned else (image.height, image.width)
 
 
-def _open_lazily(value: Any) -> PIL.Image.Image:
+def image_content(value: Any) -> PIL.Image.Image | bytes:
+    """
+    Reads an image of a dataset, without opening it.
+
+    Args:
+        value (`PIL.Image.Image`, `bytes`, `str` or `dict`):
+            As [`data.formats.open_image`] takes it.
+
+    Returns:
+        `PIL.Image.Image` or `bytes`: the image where the value is one, else its file.
+
+    Raises:
+        `ValueError`: If the value holds no image.
+        `OSError`: If the file is missing.
+    """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, PIL.Image.Image):
+    if isinstance(value, PIL.Image.Image | bytes):
         return value
-    if isinstance(value, bytes):
-        return PIL.Image.open(io.BytesIO(value))
     if isinstance(value, str):
         with xopen(value, "rb") as file:  # a path on disk, in an archive or on the Hub
-            return PIL.Image.open(io.BytesIO(file.read()))
+            return file.read()
     raise ValueError(f"expected an image, its bytes or a path, got {type(value).__name__}")
+
+
+def _open_lazily(value: Any) -> PIL.Image.Image:
+    content = image_content(value)
+    return PIL.Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
 
 
 def check_box(box: Any, width: int, height: int) -> list[float]:
