@@ -30,7 +30,6 @@ from tests.annotation import tiny_models
 from trl_diffusion.annotation.detector import Detection, TransformersDetector, best_hit
 from trl_diffusion.annotation.judge import Verdict
 from trl_diffusion.annotation.planner import Plan
-from trl_diffusion.annotation.revisions import resolve_revision
 from trl_diffusion.annotation.transformers_vlm import TransformersVLM
 from trl_diffusion.annotation.vlm import (
     VLM,
@@ -40,6 +39,7 @@ from trl_diffusion.annotation.vlm import (
     ask,
     validate,
 )
+from trl_diffusion.revisions import resolve_revision
 
 
 class Scripted(VLM):

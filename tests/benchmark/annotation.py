@@ -40,7 +40,8 @@ from trl_diffusion.annotation.judge import Judge
 from trl_diffusion.annotation.planner import Plan, Planner
 from trl_diffusion.annotation.records import pair_columns, prepare_rows
 from trl_diffusion.annotation.run import run, run_locally
-from trl_diffusion.annotation.vlm import CORES, VLM, Request
+from trl_diffusion.annotation.vlm import VLM, Request
+from trl_diffusion.batching import CORES
 from trl_diffusion.data.formats import instance_pair_features
 
 

@@ -21,9 +21,10 @@ from typing import Literal
 
 from pydantic import BaseModel, create_model, model_validator
 
+from ..batching import in_threads
 from ..criteria import Criteria
 from .records import ImageRecord
-from .vlm import VLM, PromptTemplate, Request, ask, in_threads
+from .vlm import VLM, PromptTemplate, Request, ask
 
 
 class DimensionAnswer(BaseModel):

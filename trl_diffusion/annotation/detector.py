@@ -23,10 +23,10 @@ import PIL.Image
 import torch
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
+from ..batching import batched
 from ..boxes import normalize_boxes
+from ..revisions import pinned, resolve_revision
 from .records import Instance, PairRecord
-from .revisions import pinned, resolve_revision
-from .vlm import batched
 
 
 class Detection(NamedTuple):

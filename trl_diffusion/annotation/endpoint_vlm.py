@@ -29,7 +29,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import hf_raise_for_status
 from pydantic import BaseModel
 
-from .vlm import VLM, GenerationError, Request, in_threads
+from ..batching import in_threads
+from .vlm import VLM, GenerationError, Request
 
 
 JPEG_QUALITY = 95

@@ -19,9 +19,10 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from ..batching import in_threads
 from .images import crop_around
 from .records import Instance, PairRecord
-from .vlm import VLM, PromptTemplate, Request, ask, in_threads
+from .vlm import VLM, PromptTemplate, Request, ask
 
 
 class Verdict(BaseModel):

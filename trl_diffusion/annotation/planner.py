@@ -19,8 +19,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, StringConstraints
 
+from ..batching import in_threads
 from .records import PairRecord
-from .vlm import VLM, PromptTemplate, Request, ask, in_threads
+from .vlm import VLM, PromptTemplate, Request, ask
 
 
 Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=80)]

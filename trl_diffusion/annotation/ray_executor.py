@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ..batching import in_threads
 from .detector import Detector
 from .records import Record, open_images
 from .run import Rest, Role, Row, Task
-from .vlm import in_threads
 
 
 if TYPE_CHECKING:

@@ -38,8 +38,8 @@ from datasets import Dataset, Features, IterableDataset
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from ..batching import CORES
 from .records import STATUSES, Record, encode_row, open_images
-from .vlm import CORES
 
 
 MANIFEST = "manifest.json"

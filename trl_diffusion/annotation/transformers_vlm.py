@@ -20,8 +20,9 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from .revisions import pinned, resolve_revision
-from .vlm import VLM, GenerationError, Request, batched
+from ..batching import batched
+from ..revisions import pinned, resolve_revision
+from .vlm import VLM, GenerationError, Request
 
 
 class TransformersVLM(VLM):

@@ -18,10 +18,7 @@ A model is anything with `generate`, from requests to raw texts: one in this pro
 server, or a program that knows the answers. What it says is worth nothing until pydantic has validated it.
 """
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
@@ -81,20 +78,6 @@ class Answer:
     raw: str
     value: BaseModel | None = None
     error: str | None = None
-
-
-def batched(items: list, size: int) -> Iterator[list]:
-    """Cuts a list into lists of at most `size`."""
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-CORES = os.cpu_count() or 1  # with more threads than that, they wait for one another
-
-
-def in_threads(function: Callable, items: Iterable) -> list:
-    """Applies a function to all items, side by side: PIL's work on pixels leaves the other cores free."""
-    with ThreadPoolExecutor(CORES) as pool:
-        return list(pool.map(function, items))
 
 
 class GenerationError(Exception):

@@ -55,6 +55,12 @@ def resolve_revision(model_name_or_path: str, revision: str | None = None) -> st
     return Path(config).parent.name  # .../snapshots/<commit>/config.json
 
 
+def digest_of_file(path: Path) -> str:
+    """What stands in the place of a revision for a single file: `"sha256:..."`."""
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
+
 def pinned(revision: str) -> dict[str, str]:
     """The keywords of `from_pretrained` for a resolved revision; a folder has none."""
     return {} if revision.startswith("sha256:") else {"revision": revision}
