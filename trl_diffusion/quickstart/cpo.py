@@ -16,7 +16,7 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -65,6 +65,7 @@ TARGET_MODULES = [
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "time_emb_proj"),
 ]
+LORA = LoraConfig(r=16, lora_alpha=16, target_modules=TARGET_MODULES)
 
 
 def unlabelled_paintings(args: "QuickstartArguments") -> Dataset:
@@ -88,7 +89,12 @@ def run_arm(name: str, args: "QuickstartArguments", annotations: str) -> tuple[d
     start = time.perf_counter()
     pipeline = load_pipeline(BASE)
     if name in ARMS:
-        train(pipeline, name, args, annotations)
+        paintings = join_annotations(unlabelled_paintings(args), load_annotations(annotations))
+        settings = {"output_dir": args.output_dir, "seed": args.seed, "max_steps": args.max_steps}
+        if name == "sft":
+            train_sft(pipeline, paintings, settings)
+        else:
+            train_cpo(pipeline, paintings, settings | ARMS[name][1])
     trained = time.perf_counter()
     prompts = evaluation_prompts(args.num_samples, seed=args.seed)
     images = draw(pipeline, prompts, args.seed)
@@ -101,28 +107,30 @@ def run_arm(name: str, args: "QuickstartArguments", annotations: str) -> tuple[d
     return scores, images[:8]
 
 
-def train(pipeline: StableDiffusionPipeline, name: str, args: "QuickstartArguments", annotations: str) -> None:
-    """Trains a LoRA on the pipeline's denoiser, in place."""
-    paintings = join_annotations(unlabelled_paintings(args), load_annotations(annotations))
-    settings = {"seed": args.seed, "max_steps": args.max_steps, "criteria": CRITERIA, **FAST, **TRAINING}
-    lora = LoraConfig(r=16, lora_alpha=16, target_modules=TARGET_MODULES)
-    if name == "sft":
-        trainer = AttributeSFTTrainer(
-            pipeline,
-            # Without attributes in the prompts: what is left is the choice of the images
-            args=AttributeSFTConfig(args.output_dir, attribute_dropout=1.0, **settings),
-            train_dataset=paintings.filter(lambda row: not row["negative_attributes"]),
-            peft_config=lora,
-        )
-    else:
-        trainer = ComplexPOTrainer(
-            pipeline,
-            expert=shipped(EXPERT),
-            args=ComplexPOConfig(args.output_dir, beta=BETA, **settings, **ARMS[name][1]),
-            train_dataset=paintings,
-            peft_config=lora,
-        )
+def train_sft(pipeline: StableDiffusionPipeline, paintings: Dataset, settings: dict[str, Any]) -> AttributeSFTTrainer:
+    """Trains a LoRA on the paintings without negatives."""
+    trainer = AttributeSFTTrainer(
+        pipeline,
+        # Without attributes in the prompts: what is left is the choice of the images
+        args=AttributeSFTConfig(criteria=CRITERIA, attribute_dropout=1.0, **FAST, **TRAINING, **settings),
+        train_dataset=paintings.filter(lambda row: not row["negative_attributes"]),
+        peft_config=LORA,
+    )
     trainer.train()
+    return trainer
+
+
+def train_cpo(pipeline: StableDiffusionPipeline, paintings: Dataset, settings: dict[str, Any]) -> ComplexPOTrainer:
+    """Trains a LoRA on what the expert predicts."""
+    trainer = ComplexPOTrainer(
+        pipeline,
+        expert=shipped(EXPERT),
+        args=ComplexPOConfig(criteria=CRITERIA, beta=BETA, **FAST, **TRAINING, **settings),
+        train_dataset=paintings,
+        peft_config=LORA,
+    )
+    trainer.train()
+    return trainer
 
 
 def score(images: list[Image.Image], prompts: list[str]) -> dict[str, float]:

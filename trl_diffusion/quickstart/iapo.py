@@ -16,10 +16,11 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from ..annotation.instances import instance_task
@@ -76,14 +77,9 @@ def run_arm(name: str, args: "QuickstartArguments", annotations: str) -> tuple[d
     start = time.perf_counter()
     pipeline = load_pipeline(BASE)
     if name in ARMS:
-        # All weights of the denoiser, in place
-        InstanceDPOTrainer(
-            pipeline,
-            args=InstanceDPOConfig(
-                args.output_dir, seed=args.seed, max_steps=args.max_steps, **FAST, **TRAINING, **ARMS[name][1]
-            ),
-            train_dataset=join_annotations(unlabelled_pairs(args), load_annotations(annotations)),
-        ).train()
+        pairs = join_annotations(unlabelled_pairs(args), load_annotations(annotations))
+        settings = {"output_dir": args.output_dir, "seed": args.seed, "max_steps": args.max_steps}
+        train(pipeline, pairs, settings | ARMS[name][1])
     trained = time.perf_counter()
     prompts = evaluation_prompts(args.num_samples, seed=args.seed)
     images = draw(pipeline, prompts, args.seed)
@@ -94,6 +90,13 @@ def run_arm(name: str, args: "QuickstartArguments", annotations: str) -> tuple[d
         flush=True,
     )
     return scores, images[:8]
+
+
+def train(pipeline: StableDiffusionPipeline, pairs: Dataset, settings: dict[str, Any]) -> InstanceDPOTrainer:
+    """Trains all weights of the pipeline's denoiser, in place."""
+    trainer = InstanceDPOTrainer(pipeline, args=InstanceDPOConfig(**FAST, **TRAINING, **settings), train_dataset=pairs)
+    trainer.train()
+    return trainer
 
 
 def score(images: list[Image.Image], prompts: list[str]) -> dict[str, float]:
