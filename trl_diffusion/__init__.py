@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .annotation.join import join_annotations, load_annotations
     from .criteria import Criteria
     from .data.formats import attribute_features, instance_pair_features
+    from .evaluation.callback import EvaluationCallback
     from .sampling import negative_preference_guidance, sample_images
     from .trainer.attribute_sft_config import AttributeSFTConfig
     from .trainer.attribute_sft_trainer import AttributeSFTTrainer
@@ -46,6 +47,7 @@ _MODULES = {
     "Criteria": "criteria",
     "DiffusionConfig": "trainer.diffusion_config",
     "DiffusionTrainer": "trainer.diffusion_trainer",
+    "EvaluationCallback": "evaluation.callback",
     "InstanceDPOConfig": "trainer.instance_dpo_config",
     "InstanceDPOTrainer": "trainer.instance_dpo_trainer",
     "ModelConfig": "trainer.model_config",

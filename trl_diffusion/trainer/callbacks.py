@@ -23,7 +23,6 @@ import torch
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from ..sampling import sample_images
 from ..visualization import image_grid
 
 
@@ -60,8 +59,8 @@ class SampleImagesCallback(TrainerCallback):
         policy = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
         if self.base_images is None:
             with self.trainer.reference(policy) as base:
-                self.base_images = self._draw(base)
-        images = self._draw(policy)
+                self.base_images = self.trainer.draw(base, args.sample_prompts)
+        images = self.trainer.draw(policy, args.sample_prompts)
         grid = image_grid(
             [list(pair) for pair in zip(self.base_images, images, strict=True)],
             column_labels=["base", f"step {state.global_step}"],
@@ -71,21 +70,6 @@ class SampleImagesCallback(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         grid.save(folder / f"step-{state.global_step:06d}.png")
         self._report(grid, args, state)
-
-    def _draw(self, denoiser: torch.nn.Module) -> list[PIL.Image.Image]:
-        args, was_training = self.trainer.args, denoiser.training
-        denoiser.eval()
-        with self.trainer.backbone.drawing_with(denoiser) as pipeline:
-            images = sample_images(
-                pipeline,
-                args.sample_prompts,
-                seed=args.seed,
-                batch_size=args.per_device_eval_batch_size,
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-            )
-        denoiser.train(was_training)
-        return images
 
     def _report(self, grid: PIL.Image.Image, args, state):
         if "wandb" in args.report_to:

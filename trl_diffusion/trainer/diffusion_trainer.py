@@ -24,6 +24,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import AutocastKwargs
@@ -43,6 +44,7 @@ from ..data.buckets import BucketSampler, bucket_sizes
 from ..data.caching import TENSORS, TensorTable
 from ..data.formats import prepare_dataset
 from ..noising import fixed_timesteps, keyed_generator, keyed_noise, keyed_timesteps
+from ..sampling import sample_images
 from .callbacks import NonFiniteLossCallback, SampleImagesCallback
 from .diffusion_config import DiffusionConfig
 from .hub import diffusion_model_card
@@ -575,6 +577,33 @@ class DiffusionTrainer(_BaseTrainer):
         for name, value in self._averaged_metrics("eval").items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
+
+    def draw(self, denoiser: torch.nn.Module, prompts: list[str]) -> list[PIL.Image.Image]:
+        """
+        Draws prompts, always from the same noise, as `args.num_inference_steps` and `args.guidance_scale` say.
+
+        Args:
+            denoiser (`torch.nn.Module`):
+                Policy or reference, not wrapped.
+            prompts (`list[str]`):
+                The prompts.
+
+        Returns:
+            `list[PIL.Image.Image]`: an image a prompt.
+        """
+        was_training = denoiser.training
+        denoiser.eval()
+        with self.backbone.drawing_with(denoiser) as pipeline:
+            images = sample_images(
+                pipeline,
+                prompts,
+                seed=self.args.seed,
+                batch_size=self.args.per_device_eval_batch_size,
+                num_inference_steps=self.args.num_inference_steps,
+                guidance_scale=self.args.guidance_scale,
+            )
+        denoiser.train(was_training)
+        return images
 
     # ---- Saving and loading: what diffusers reads ----
 

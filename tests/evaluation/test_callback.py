@@ -1,0 +1,114 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Scores during training are those of the pictures that the policy draws, and change nothing of the training."""
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from trl_diffusion import EvaluationCallback, InstanceDPOConfig, InstanceDPOTrainer, sample_images
+from trl_diffusion.metrics.scorer import Scorer, ScoringError
+
+
+PROMPTS = ["a red circle", "a cat and a dog", "a blue square"]
+
+
+class Brightness(Scorer):
+    """Mean value of a picture's pixels."""
+
+    name = "brightness"
+
+    def prepare(self, image):
+        return np.asarray(image, dtype=np.float64).mean()
+
+    def score_batch(self, prepared, prompts):
+        return list(prepared)
+
+
+class Silent(Brightness):
+    """A judge that never answers."""
+
+    name = "silent"
+
+    def score_batch(self, prepared, prompts):
+        return [ScoringError("no answer")] * len(prepared)
+
+
+class Darkness(Brightness):
+    name = "darkness"
+    higher_is_better = False
+
+
+def make_trainer(output_dir, peft_config=None, **settings):
+    args = InstanceDPOConfig(str(output_dir), num_inference_steps=2, **tiny.FAST | settings)
+    return InstanceDPOTrainer(tiny.sd_pipeline(), args=args, train_dataset=tiny.pairs(), peft_config=peft_config)
+
+
+@pytest.mark.parametrize("peft_config", [None, tiny.lora()], ids=["full", "lora"])
+def test_what_is_logged_are_the_scores_of_what_is_drawn(tmp_path, peft_config):
+    """Before training, every `steps` steps and at the end: means over the prompts, and wins against the base."""
+    trainer = make_trainer(tmp_path, peft_config, learning_rate=0.05)
+    settings = {"seed": trainer.args.seed, "num_inference_steps": 2, "guidance_scale": trainer.args.guidance_scale}
+    base = [np.asarray(image).mean() for image in sample_images(tiny.sd_pipeline(), PROMPTS, **settings)]
+    trainer.add_callback(EvaluationCallback(trainer, PROMPTS, [Brightness(), Darkness()], steps=2))
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "eval_brightness" in entry]
+    assert [entry["step"] for entry in entries] == [0, 2, 3]
+    assert entries[0]["eval_brightness"] == pytest.approx(np.mean(base))
+    assert entries[0]["eval_brightness_win_rate"] == 0.5  # the base against itself: ties
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    trained = [np.asarray(image).mean() for image in trainer.draw(policy, PROMPTS)]
+    assert entries[-1]["eval_brightness"] == pytest.approx(np.mean(trained))
+    wins = np.mean([(1 + np.sign(own - other)) / 2 for own, other in zip(trained, base, strict=True)])
+    assert entries[-1]["eval_brightness_win_rate"] == pytest.approx(wins)
+    assert entries[-1]["eval_darkness_win_rate"] == pytest.approx(1 - wins)
+    assert wins != 0.5
+
+
+def test_training_is_as_without(tmp_path):
+    """Losses, weights and what training records are those of a training without the callback."""
+    trainers = [make_trainer(tmp_path) for _ in range(2)]
+    trainers[1].add_callback(EvaluationCallback(trainers[1], PROMPTS, [Brightness()], steps=1))
+    for trainer in trainers:
+        trainer.train()
+    logs = [
+        [
+            {k: v for k, v in entry.items() if "runtime" not in k and "second" not in k}
+            for entry in trainer.state.log_history
+        ]
+        for trainer in trainers
+    ]
+    assert [entry for entry in logs[1] if "eval_brightness" not in entry] == logs[0]
+    assert not any("rewards/margins" in entry for entry in logs[1] if "eval_brightness" in entry)
+    assert tiny.max_difference(*(tiny.weights(trainer.model) for trainer in trainers)) == 0
+
+
+def test_a_judge_without_answers_does_not_stop_a_training(tmp_path, caplog):
+    """What nothing got a score for is left out of the log, and said."""
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(EvaluationCallback(trainer, PROMPTS, [Silent(), Brightness()], steps=10))
+    trainer.train()
+    assert not any("eval_silent" in entry for entry in trainer.state.log_history)
+    assert sum("eval_brightness" in entry for entry in trainer.state.log_history) == 2
+    assert "`silent` at step 3: 3 of 3 pictures have no score; the first because of this: no answer" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "prompts, scorers, steps", [([], [Brightness()], 1), (PROMPTS, [], 1), (PROMPTS, [Brightness()], 0)]
+)
+def test_it_needs_prompts_scorers_and_steps(tmp_path, prompts, scorers, steps):
+    """Nothing to draw, nothing that scores and no steps between are mistakes."""
+    with pytest.raises(ValueError, match="at least (one|1)"):
+        EvaluationCallback(make_trainer(tmp_path), prompts, scorers, steps)

@@ -1,0 +1,208 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The study's core holds on one seed, and each of four planted mistakes breaks it; its tables are what its runs say."""
+
+import json
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import trl_diffusion.trainer.instance_dpo_trainer as instance_dpo
+from trl_diffusion.masks import instance_masks
+from trl_diffusion.quickstart import iapo
+from trl_diffusion.quickstart.drawing import load_pipeline
+from trl_diffusion.quickstart.study import (
+    FIGURES,
+    WORLDS,
+    StudyArguments,
+    collect,
+    folder_of,
+    outcome,
+    picture,
+    run_scene,
+    run_seed,
+    table,
+)
+from trl_diffusion.quickstart.world import preference_dataset
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "source"
+SEED = 21
+
+
+# ---- The core, and what breaks it ----
+
+
+def check(runs: dict[str, dict]) -> None:
+    """What must come out: each method does what it is for, and breaks nothing."""
+    base, dpo, covering = runs["base"], runs["dpo"], runs["covering_0.0"]
+    assert dpo["clean_a"] > base["clean_a"] + 0.1  # the label decides about A
+    assert covering["clean_b"] > dpo["clean_b"] + 0.08  # of B it is wrong in 46 % of the pairs
+    assert min(run[f"match_{shape}"] for run in (dpo, covering) for shape in "ab") > 0.97
+    assert dpo["loss"] < math.log(2) - 0.02 and dpo["rewards/margins"] > 0.05  # the policy left the reference
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory):
+    return StudyArguments(str(tmp_path_factory.mktemp("study")), [SEED], num_rows=1024, max_steps=80, num_samples=256)
+
+
+@pytest.fixture(scope="module")
+def healthy(args):
+    return {name: run_scene(name, SEED, args) for name in ("base", "dpo", "covering_0.0")}
+
+
+def swapped_loss(chosen_errors, rejected_errors, ref_chosen_errors, ref_rejected_errors, beta):
+    return SOUND_LOSS(rejected_errors, chosen_errors, ref_rejected_errors, ref_chosen_errors, beta)
+
+
+def inverted_masks(boxes, judged, conflicts, height, width, w_neg, mask_overlap):
+    return instance_masks(boxes, judged, judged & ~conflicts, height, width, w_neg, mask_overlap)
+
+
+def unresized_masks(boxes, judged, conflicts, height, width, w_neg, mask_overlap):
+    """On the pixels' grid, of which the latents' shape cuts out the corner."""
+    masks = instance_masks(boxes, judged, conflicts, 4 * height, 4 * width, w_neg, mask_overlap)
+    return masks[:, :height, :width]
+
+
+SOUND_LOSS = instance_dpo.diffusion_dpo_loss
+
+
+@pytest.mark.slow
+def test_the_core_holds(healthy):
+    """Diffusion-DPO draws A clean more often, IAPO B too, both what the prompt names, and the loss falls below ln 2."""
+    check(healthy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arm, name, mistake",
+    [
+        ("dpo", "diffusion_dpo_loss", swapped_loss),
+        ("covering_0.0", "instance_masks", inverted_masks),
+        ("covering_0.0", "instance_masks", unresized_masks),
+    ],
+)
+def test_a_planted_mistake_breaks_the_core(healthy, args, monkeypatch, one_thread, arm, name, mistake):
+    """Chosen and rejected swapped, preferences of instances inverted, masks not resized: the drawn pictures tell."""
+    monkeypatch.setattr(instance_dpo, name, mistake)
+    with pytest.raises(AssertionError):
+        check(healthy | {arm: run_scene(arm, SEED, args)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("thawed", [False, True])
+def test_a_reference_that_moves_breaks_the_core(healthy, args, monkeypatch, one_thread, thawed):
+    """A reference that is the policy itself leaves the loss at ln 2 and the margins at 0, whatever is drawn."""
+
+    @contextmanager
+    def moving(self, model):
+        with torch.no_grad():
+            yield model
+
+    if thawed:
+        monkeypatch.setattr(instance_dpo.InstanceDPOTrainer, "reference", moving)
+    pairs = preference_dataset(args.num_rows, seed=SEED)
+    settings = {"output_dir": args.output_dir, "seed": SEED, "max_steps": args.max_steps, "w_neg": 1.0}
+    trained = outcome(iapo.train(load_pipeline(iapo.BASE), pairs, settings))
+    if thawed:
+        assert trained["rewards/margins"] == 0 and trained["loss"] == pytest.approx(math.log(2))
+        with pytest.raises(AssertionError):
+            check(healthy | {"dpo": healthy["dpo"] | trained})
+    else:
+        check(healthy | {"dpo": healthy["dpo"] | trained})
+
+
+# ---- The tables ----
+
+
+def study_of(values: dict[str, list[float]], world: str) -> dict:
+    """A study in which every figure of an arm is its values."""
+    figures = FIGURES[world][0]
+    runs = [
+        {"arm": name, "seed": seed, **dict.fromkeys(figures, values.get(name, [0.5, 0.7])[seed])}
+        for name in WORLDS[world][0]
+        for seed in range(2)
+    ]
+    return {"runs": {world: runs}}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_table_holds_mean_deviation_and_paired_difference(world):
+    """Means and standard deviations over the seeds; differences are taken seed by seed, with their standard error."""
+    figures, reference, _ = FIGURES[world]
+    lines = table(study_of({reference: [0.25, 0.75], "base": [0.5, 1.5]}, world), world).splitlines()
+    base, compared = (
+        next(line for line in lines if line.startswith(f"| {WORLDS[world][0][n].title} |"))
+        for n in ("base", reference)
+    )
+    cells = [cell.strip() for cell in base.strip("|").split("|")]
+    # mean 1, deviation sqrt(0.5); differences 0.25 and 0.75: mean 0.5, deviation sqrt(0.125), error a sqrt(2)-th of it
+    assert cells == ["base", *["1.000 ± 0.707"] * len(figures), "+0.500 ± 0.250"]
+    assert compared.endswith("|  |")
+    assert len(lines) == 2 + len(WORLDS[world][0])
+    assert len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_picture_shows_every_run(world):
+    """A panel a figure, with a point for every arm and seed at its value."""
+    study = study_of({"base": [0.1, 0.2]}, world)
+    panels = picture(study, world).axes
+    assert len(panels) == len(FIGURES[world][0])
+    for panel in panels:
+        points = [line for line in panel.lines if line.get_linestyle() == "None"]
+        assert len(points) == len(WORLDS[world][0])
+        assert sorted(points[0].get_xdata()) == [0.1, 0.2]
+
+
+def test_runs_are_kept(tmp_path, one_thread, monkeypatch):
+    """A run that is on the disk is not repeated, and what is collected are the runs."""
+    args = StudyArguments(str(tmp_path), [1])
+    calls = []
+
+    def run(name, seed, args):
+        calls.append(name)
+        return {"clean_a": len(calls)}
+
+    for world, (arms, _) in list(WORLDS.items()):
+        monkeypatch.setitem(WORLDS, world, (arms, run))
+        run_seed(world, 1, args)
+    assert calls == [name for arms, _ in WORLDS.values() for name in arms]
+    Path(folder_of("scenes", "dpo", 1, args) + ".json").unlink()
+    run_seed("scenes", 1, args)
+    assert calls[-1] == "dpo" and len(calls) == 1 + sum(len(arms) for arms, _ in WORLDS.values())
+    runs = collect(args)["runs"]["scenes"]
+    assert [run["arm"] for run in runs] == list(WORLDS["scenes"][0])
+    assert {run["clean_a"] for run in runs if run["arm"] == "dpo"} == {len(calls)}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_page_holds_the_tables_of_the_published_runs(world):
+    """The tables of the documentation are those that the recorded runs give."""
+    study = json.loads((DOCS / "benchmarks" / "study.json").read_text())
+    assert table(study, world) in (DOCS / "study.md").read_text()

@@ -1,0 +1,113 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Scores during training."""
+
+from typing import TYPE_CHECKING
+
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+
+from ..metrics.scorer import Scorer
+from ..metrics.win_rate import win_rate
+
+
+if TYPE_CHECKING:
+    from ..trainer.diffusion_trainer import DiffusionTrainer
+
+
+logger = get_logger(__name__)
+
+
+class EvaluationCallback(TrainerCallback):
+    """
+    Draws a few prompts, always from the same noise, and scores the pictures: before training, every `steps` steps and after
+    the last one. Logs, for each scorer, `eval_<name>`, the mean score, and `eval_<name>_win_rate`, the share of the prompts
+    whose picture scores better than that of the model before training, ties one half. A figure that no picture got a score
+    for is left out, with a warning.
+
+    Pictures are drawn as the trainer's `num_inference_steps` and `guidance_scale` say.
+
+    Args:
+        trainer ([`DiffusionTrainer`]):
+            The trainer.
+        prompts (`list[str]`):
+            The prompts.
+        scorers (`list[Scorer]`):
+            What scores, such as [`metrics.pickscore.PickScoreScorer`].
+        steps (`int`, *optional*, defaults to `100`):
+            Optimizer steps between two evaluations.
+
+    Raises:
+        `ValueError`: If there are no prompts or no scorers, or `steps` is not positive.
+
+    Example:
+
+    ```python
+    from trl_diffusion import EvaluationCallback
+    from trl_diffusion.metrics.pickscore import PickScoreScorer
+
+    trainer.add_callback(EvaluationCallback(trainer, ["an eagle over a lake", "two cats"], [PickScoreScorer()], steps=50))
+    ```
+    """
+
+    def __init__(self, trainer: "DiffusionTrainer", prompts: list[str], scorers: list[Scorer], steps: int = 100):
+        if not prompts or not scorers:
+            raise ValueError("An `EvaluationCallback` needs at least one prompt and one scorer.")
+        if steps < 1:
+            raise ValueError(f"`steps` must be at least 1, got {steps}.")
+        self.trainer = trainer
+        self.prompts = prompts
+        self.scorers = scorers
+        self.steps = steps
+        self.base_scores: dict[str, list[float | None]] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._evaluate(state, control)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
+            self._evaluate(state, control)
+
+    def _evaluate(self, state, control):
+        if not state.is_world_process_zero:
+            return
+        trainer, model = self.trainer, self.trainer.model
+        policy = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if not self.base_scores:
+            with trainer.reference(policy) as base:
+                images = trainer.draw(base, self.prompts)
+            self.base_scores = {scorer.name: self._score(scorer, images).values for scorer in self.scorers}
+        images, logs = trainer.draw(policy, self.prompts), {}
+        for scorer in self.scorers:
+            scores, base_scores = self._score(scorer, images), self.base_scores[scorer.name]
+            if scores.errors:
+                logger.warning(
+                    f"`{scorer.name}` at step {state.global_step}: {len(scores.errors)} of {len(images)} pictures have no "
+                    f"score; the first because of this: {next(iter(scores.errors.values()))}"
+                )
+            if not scores.scored:
+                continue
+            logs[f"eval_{scorer.name}"] = scores.mean
+            if any(None not in pair for pair in zip(scores.values, base_scores, strict=True)):
+                compared = win_rate(scores.values, base_scores, scorer.higher_is_better)
+                logs[f"eval_{scorer.name}_win_rate"] = compared["win_rate"]
+        was_training, should_log = model.training, control.should_log
+        model.eval()  # as the Trainer evaluates: what training has recorded since its last log stays there
+        trainer.log(logs)
+        model.train(was_training)
+        control.should_log = should_log  # which a log takes back: the step's own is still to come
+
+    def _score(self, scorer: Scorer, images):
+        return scorer.score(images, self.prompts, batch_size=self.trainer.args.per_device_eval_batch_size)
