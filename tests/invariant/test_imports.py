@@ -27,7 +27,10 @@ import trl_diffusion
 
 PACKAGE = Path(trl_diffusion.__file__).parent
 MATHEMATICS = ["boxes", "masks", "noising", "inversion", "losses", "criteria"]  # each may import those before it
-OPTIONAL = {"ray", "vllm", "gradio", "wandb", "trackio", "bitsandbytes", "deepspeed", "tensorboard"}
+OPTIONAL = {
+    *("ray", "vllm", "gradio", "wandb", "trackio", "bitsandbytes", "deepspeed", "tensorboard"),
+    *("matplotlib", "torchmetrics"),
+}
 # What nothing but itself, `scripts`, `cli` and `quickstart` may import
 APPLICATIONS = ["scripts", "cli", "quickstart"]
 
@@ -153,13 +156,13 @@ def test_backbones_and_data_import_the_mathematics(module):
 
 @pytest.mark.parametrize("module", modules_of("trainer"))
 def test_trainers_import_what_lies_below(module):
-    """Trainers import neither annotation nor metrics nor the applications, nor anything by way of the package itself."""
-    assert not internal_rooms(module) & {"", "annotation", "metrics", *APPLICATIONS}
+    """Trainers import neither annotation nor metrics nor evaluation nor the applications, nor anything by way of the package itself."""
+    assert not internal_rooms(module) & {"", "annotation", "metrics", "evaluation", *APPLICATIONS}
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if room(m) not in ("", "trainer", *APPLICATIONS)])
 def test_nothing_below_imports_trainers(module):
-    """Trainers and applications are imported by applications alone: annotation and metrics keep away from trainers."""
+    """Trainers and applications are imported by applications alone: annotation, metrics and evaluation keep away from trainers."""
     assert not internal_rooms(module) & {"", "trainer", *APPLICATIONS}
 
 

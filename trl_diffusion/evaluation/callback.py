@@ -14,17 +14,11 @@
 
 """Scores during training."""
 
-from typing import TYPE_CHECKING
-
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
 from ..metrics.scorer import Scorer
 from ..metrics.win_rate import win_rate
-
-
-if TYPE_CHECKING:
-    from ..trainer.diffusion_trainer import DiffusionTrainer
 
 
 logger = get_logger(__name__)
@@ -41,7 +35,7 @@ class EvaluationCallback(TrainerCallback):
 
     Args:
         trainer ([`DiffusionTrainer`]):
-            The trainer.
+            The trainer, of any method.
         prompts (`list[str]`):
             The prompts.
         scorers (`list[Scorer]`):
@@ -62,7 +56,7 @@ class EvaluationCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, trainer: "DiffusionTrainer", prompts: list[str], scorers: list[Scorer], steps: int = 100):
+    def __init__(self, trainer, prompts: list[str], scorers: list[Scorer], steps: int = 100):
         if not prompts or not scorers:
             raise ValueError("An `EvaluationCallback` needs at least one prompt and one scorer.")
         if steps < 1:

@@ -56,7 +56,8 @@ def main(args: AnnotateAttributesArguments) -> None:
     from trl_diffusion.annotation.attribute_expert import AttributeExpert
     from trl_diffusion.annotation.attributes import attribute_task
     from trl_diffusion.annotation.records import image_columns
-    from trl_diffusion.scripts.annotation import annotate, get_executor, get_vlm, load_rows
+    from trl_diffusion.scripts.annotation import annotate, get_executor, load_rows
+    from trl_diffusion.scripts.judges import get_vlm
 
     criteria = Criteria.load(args.criteria)
     dataset, columns, num_rows = load_rows(args, image_columns)

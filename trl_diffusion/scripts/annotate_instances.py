@@ -31,27 +31,18 @@ from dataclasses import dataclass, field
 
 from trl import TrlParser
 
-from trl_diffusion.scripts.annotation import ORACLE, AnnotationArguments
+from trl_diffusion.scripts.annotation import AnnotationArguments
+from trl_diffusion.scripts.judges import ORACLE, DetectorArguments
 
 
 @dataclass
-class AnnotateInstancesArguments(AnnotationArguments):
+class AnnotateInstancesArguments(DetectorArguments, AnnotationArguments):
     """
-    Arguments of `trl-diffusion annotate-instances` besides those of both annotation commands.
+    Arguments of `trl-diffusion annotate-instances` besides those of both annotation commands and of the detector.
 
     Parameters:
         tie_policy (`str`, *optional*, defaults to `"drop"`):
             Pairs of which neither image is better: `"drop"` rejects them, `"keep"` annotates them and marks them.
-        detector (`str`, *optional*, defaults to `"IDEA-Research/grounding-dino-base"`):
-            The zero-shot detector: a Hub id, a folder, or `oracle`.
-        detector_revision (`str`, *optional*):
-            Branch, tag or commit on the Hub.
-        detector_threshold (`float`, *optional*, defaults to `0.3`):
-            Hits with a lower score do not count.
-        detector_dtype (`str`, *optional*, defaults to `"float32"`):
-            Type of the detector's weights.
-        detector_batch_size (`int`, *optional*, defaults to `16`):
-            Images that the detector looks at at once.
         planner_prompt (`str`, *optional*), judge_prompt (`str`, *optional*):
             Files with prompts of one's own.
         max_instances (`int`, *optional*, defaults to `5`):
@@ -68,14 +59,6 @@ class AnnotateInstancesArguments(AnnotationArguments):
         default="drop",
         metadata={"help": "Reject pairs of which neither image is better, or keep them.", "choices": ["drop", "keep"]},
     )
-    detector: str = field(
-        default="IDEA-Research/grounding-dino-base",
-        metadata={"help": "The zero-shot detector: a Hub id, a folder, or `oracle`."},
-    )
-    detector_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
-    detector_threshold: float = field(default=0.3, metadata={"help": "Hits with a lower score do not count."})
-    detector_dtype: str = field(default="float32", metadata={"help": "Type of the detector's weights."})
-    detector_batch_size: int = field(default=16, metadata={"help": "Images that the detector looks at at once."})
     planner_prompt: str | None = field(default=None, metadata={"help": "A file with a prompt of one's own."})
     judge_prompt: str | None = field(default=None, metadata={"help": "A file with a prompt of one's own."})
     max_instances: int = field(default=5, metadata={"help": "Instances of a pair, at most."})
@@ -89,7 +72,8 @@ def main(args: AnnotateInstancesArguments) -> None:
     from trl_diffusion.annotation.judge import Judge
     from trl_diffusion.annotation.planner import Planner
     from trl_diffusion.annotation.records import pair_columns
-    from trl_diffusion.scripts.annotation import annotate, get_executor, get_vlm, load_rows
+    from trl_diffusion.scripts.annotation import annotate, get_executor, load_rows
+    from trl_diffusion.scripts.judges import get_detector, get_vlm
 
     dataset, columns, num_rows = load_rows(args, pair_columns)
     vlm = get_vlm(args)
@@ -105,23 +89,6 @@ def main(args: AnnotateInstancesArguments) -> None:
     detector_gpus = 0 if args.detector == ORACLE else args.ray_detector_gpus
     executor = get_executor(args, args.ray_detector_actors, detector_gpus)
     annotate(args, task, dataset, num_rows, executor)
-
-
-def get_detector(args: AnnotateInstancesArguments):
-    """The detector that the flags name."""
-    if args.detector == ORACLE:
-        from trl_diffusion.quickstart.oracle import OracleDetector
-
-        return OracleDetector()
-    from trl_diffusion.annotation.detector import TransformersDetector
-
-    return TransformersDetector(
-        args.detector,
-        revision=args.detector_revision,
-        threshold=args.detector_threshold,
-        batch_size=args.detector_batch_size,
-        dtype=args.detector_dtype,
-    )
 
 
 def make_parser(prog: str | None = None) -> TrlParser:

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the annotation commands share: where rows come from, which models answer, what runs them."""
+"""What the annotation commands share: where rows come from, what runs the roles."""
 
 import json
 from collections.abc import Callable
@@ -22,18 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset
 
+from .judges import ORACLE, VLMArguments
+
 
 if TYPE_CHECKING:
     from ..annotation.run import Executor, Task
-    from ..annotation.vlm import VLM
-
-ORACLE = "oracle"
 
 
 @dataclass
-class AnnotationArguments:
+class AnnotationArguments(VLMArguments):
     """
-    Arguments of the annotation commands.
+    Arguments of the annotation commands besides those of the vision-language model.
 
     Parameters:
         dataset_name (`str`, *optional*):
@@ -58,22 +57,6 @@ class AnnotationArguments:
             Annotate the shards with errors again.
         preview (`int`, *optional*):
             Annotate so many rows into `preview.html`, and nothing else.
-        vlm (`str`, *optional*, defaults to `"Qwen/Qwen2.5-VL-7B-Instruct"`):
-            The vision-language model: a Hub id, a folder, a name on the server, or `oracle`.
-        vlm_revision (`str`, *optional*):
-            Branch, tag or commit on the Hub.
-        vlm_base_url (`str`, *optional*):
-            An OpenAI-compatible server that offers the model; left out, it runs in this process.
-        vlm_batch_size (`int`, *optional*, defaults to `8`):
-            Requests that the model in this process answers at once.
-        vlm_dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights in this process.
-        vlm_max_new_tokens (`int`, *optional*, defaults to `512`):
-            An answer's longest length in tokens.
-        vlm_concurrency (`int`, *optional*, defaults to `32`):
-            Requests that are under way to the server at once.
-        vlm_timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds that the server may take for one.
         executor (`str`, *optional*, defaults to `"local"`):
             `"local"`: this process; `"ray"`: actor pools of Ray Data.
         ray_vlm_actors (`int`, *optional*, defaults to `1`):
@@ -100,23 +83,6 @@ class AnnotationArguments:
     preview: int | None = field(
         default=None, metadata={"help": "Annotate so many rows into `preview.html`, and nothing else."}
     )
-    vlm: str = field(
-        default="Qwen/Qwen2.5-VL-7B-Instruct",
-        metadata={
-            "help": "The vision-language model: a Hub id, a folder, a name on the server, or `oracle`, which knows the "
-            "quickstart's worlds."
-        },
-    )
-    vlm_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
-    vlm_base_url: str | None = field(
-        default=None,
-        metadata={"help": "An OpenAI-compatible server that offers the model, such as http://localhost:8000/v1."},
-    )
-    vlm_batch_size: int = field(default=8, metadata={"help": "Requests answered at once, in this process."})
-    vlm_dtype: str = field(default="auto", metadata={"help": "Type of the weights, in this process."})
-    vlm_max_new_tokens: int = field(default=512, metadata={"help": "An answer's longest length in tokens."})
-    vlm_concurrency: int = field(default=32, metadata={"help": "Requests under way at once, to the server."})
-    vlm_timeout: float = field(default=120.0, metadata={"help": "Seconds that the server may take for a request."})
     executor: str = field(
         default="local",
         metadata={"help": "This process, or actor pools of Ray Data.", "choices": ["local", "ray"]},
@@ -125,15 +91,14 @@ class AnnotationArguments:
     ray_vlm_gpus: float | None = field(default=None, metadata={"help": "GPUs of each of them."})
 
     def __post_init__(self):
-        for name in ("rows_per_shard", "vlm_batch_size", "vlm_max_new_tokens", "vlm_concurrency", "ray_vlm_actors"):
+        super().__post_init__()
+        for name in ("rows_per_shard", "ray_vlm_actors"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` must be at least 1, got {getattr(self, name)}.")
         if self.preview is not None and self.preview < 1:
             raise ValueError(f"`--preview` must be at least 1, got {self.preview}.")
         if not 0 <= self.max_error_rate <= 1:
             raise ValueError(f"`--max_error_rate` must be in [0, 1], got {self.max_error_rate}.")
-        if self.vlm_base_url and self.vlm_revision:
-            raise ValueError("`--vlm_revision` is for a model in this process; the server decides on its own.")
 
     @property
     def mapping(self) -> dict[str, str] | None:
@@ -158,45 +123,6 @@ class AnnotationArguments:
             "split": self.dataset_split,
         }
         return {name: value for name, value in source.items() if value is not None}
-
-
-def get_vlm(args: AnnotationArguments) -> "VLM":
-    """
-    The vision-language model that the flags name.
-
-    Args:
-        args ([`AnnotationArguments`]):
-            The flags.
-
-    Returns:
-        [`VLM`]
-
-    Raises:
-        `ValueError`: If there is no such model.
-    """
-    if args.vlm == ORACLE:
-        from ..quickstart.oracle import OracleVLM
-
-        return OracleVLM()
-    if args.vlm_base_url:
-        from ..annotation.endpoint_vlm import EndpointVLM
-
-        return EndpointVLM(
-            args.vlm_base_url,
-            args.vlm,
-            concurrency=args.vlm_concurrency,
-            timeout=args.vlm_timeout,
-            max_new_tokens=args.vlm_max_new_tokens,
-        )
-    from ..annotation.transformers_vlm import TransformersVLM
-
-    return TransformersVLM(
-        args.vlm,
-        revision=args.vlm_revision,
-        batch_size=args.vlm_batch_size,
-        max_new_tokens=args.vlm_max_new_tokens,
-        dtype=args.vlm_dtype,
-    )
 
 
 def get_executor(
