@@ -62,7 +62,7 @@ class Detector(ABC):
 
     @abstractmethod
     def describe(self) -> dict:
-        """What a detection depends on: model, revision, thresholds. For the manifest."""
+        """What a detection depends on: `model`, `revision`, thresholds. For the manifest."""
 
     def __call__(self, pairs: list[PairRecord]) -> list[PairRecord]:
         """Fills in `instances`."""

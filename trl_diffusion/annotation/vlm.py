@@ -102,7 +102,7 @@ class VLM(ABC):
 
     @abstractmethod
     def describe(self) -> dict:
-        """What an answer depends on besides the request: model, revision, decoding parameters. For the manifest."""
+        """What an answer depends on besides the request: `model`, `revision`, decoding parameters. For the manifest."""
 
 
 def ask(vlm: VLM, requests: list[Request]) -> list[Answer]:
@@ -169,7 +169,7 @@ class PromptTemplate:
 
     Args:
         name (`str`):
-            Name of a prompt that the package ships: `"planner"`, `"judge"`, `"attribute_expert"`.
+            Name of a prompt that the package ships: `"planner"`, `"judge"`, `"attribute_expert"`, `"things"`.
         path (`str` or `Path`, *optional*):
             A file to take in its place, a Jinja template with the same places.
 

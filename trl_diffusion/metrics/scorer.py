@@ -23,7 +23,7 @@ import io
 import math
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -242,6 +242,12 @@ def _name(image: ImageLike) -> str:
     if isinstance(image, dict):
         return image.get("path") or ""
     return "" if isinstance(image, PIL.Image.Image) else str(image)
+
+
+def qualified_name(function: Callable) -> str:
+    """What a function is called, with its module; for an object that can be called, its class."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 class ImageMetric(evaluate.Metric, ABC):

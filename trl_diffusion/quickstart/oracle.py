@@ -42,7 +42,7 @@ CROP_MARGIN = 1.25  # of the judge that cuts the crops
 
 
 class OracleVLM(VLM):
-    """Plans and judges scenes of two shapes, and reads paintings."""
+    """Plans and judges scenes of two shapes, names what a prompt for one asks for, and reads paintings."""
 
     def describe(self) -> dict:
         return {"model": "oracle", "revision": "1"}
@@ -58,6 +58,8 @@ class OracleVLM(VLM):
             first, second = (crop_quality(crop, color, kind) for crop in request.images)
             # Told to choose, it sticks to the first where they are equal: in both orders, and the judge makes it a tie.
             return {"better": "B" if second - first > world.TIE_MARGIN else "A"}
+        if "things" in request.schema.model_fields:
+            return {"things": named_shapes(world.PROMPT.search(request.text)[0])}
         assert issubclass(request.schema, DimensionAnswer)
         asked = get_args(get_args(request.schema.model_fields["positive"].annotation)[0])
         found = paintings.inspect_painting(request.images[0], paintings.PROMPT.search(request.text)[0])
@@ -86,12 +88,16 @@ class OracleDetector(Detector):
 
 def plan(images: tuple[Image.Image, ...], prompt: str) -> list[str]:
     """The shapes that the prompt names and both images show, with the side that tells two of one name apart."""
-    named = zip(SIDES, world.parse_prompt(prompt), strict=True)
     return [
-        f"{side} {color} {kind}"
-        for side, (color, kind) in named
-        if all(look(image.tobytes(), image.size, side, color, kind).match for image in images)
+        label
+        for label in named_shapes(prompt)
+        if all(look(image.tobytes(), image.size, *LABEL.fullmatch(label).groups()).match for image in images)
     ]
+
+
+def named_shapes(prompt: str) -> list[str]:
+    """The shapes that a prompt names."""
+    return [f"{side} {' '.join(shape)}" for side, shape in zip(SIDES, world.parse_prompt(prompt), strict=True)]
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,112 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""#A_neg of CPO (arXiv 2601.04300): how many attributes of a tree of criteria an image has in their negative form."""
+
+from collections.abc import Callable, Collection
+
+import PIL.Image
+
+from trl_diffusion.annotation.attribute_expert import AttributeExpert
+from trl_diffusion.annotation.images import StoredImage
+from trl_diffusion.annotation.records import ImageRecord, open_images
+from trl_diffusion.batching import in_threads
+from trl_diffusion.data.transforms import upright_image
+from trl_diffusion.metrics.scorer import ImageMetric, Scorer, ScoringError, qualified_name
+
+
+class NumNegativeAttributesScorer(Scorer):
+    """
+    Number of negative attributes of an image, as an expert sees them: #A_neg of CPO (arXiv 2601.04300). Lower is better.
+
+    Numbers compare where expert and tree are the same: a tree with more leaves finds more.
+
+    Args:
+        expert ([`AttributeExpert`] or `Callable`):
+            Who looks: the expert of the annotation, or a function from an upright RGB image and its prompt to the ids of
+            the image's negative attributes, such as a trained classifier. A function may raise [`ScoringError`] about an
+            image that it has no answer for.
+
+    Raises:
+        `ValueError`: If the expert is neither.
+    """
+
+    name = "num_negative_attributes"
+    higher_is_better = False
+
+    def __init__(self, expert: AttributeExpert | Callable[[PIL.Image.Image, str], Collection[str]]):
+        super().__init__()
+        if not callable(expert):
+            raise ValueError(
+                "`expert` must be an `AttributeExpert`, or a function from an image and its prompt to the ids of its "
+                f"negative attributes, got {expert!r}."
+            )
+        self.expert = expert
+        if isinstance(expert, AttributeExpert):
+            described = expert.describe()
+            self.weights = {
+                described["model"]["model"]: described["model"]["revision"],
+                "prompt of the expert": f"sha256:{described['prompt']['sha256']}",
+                f"criteria {described['criteria']['name']}": f"sha256:{described['criteria']['sha256']}",
+            }
+        else:
+            self.weights = {qualified_name(expert): "unknown"}
+
+    def prepare(self, image: PIL.Image.Image) -> PIL.Image.Image | StoredImage:
+        image = upright_image(image)
+        if isinstance(self.expert, AttributeExpert):
+            return StoredImage.read(image)  # as PNG: nothing is lost
+        return image
+
+    def score_batch(self, prepared: list, prompts: list[str]) -> list[float | ScoringError]:
+        if not isinstance(self.expert, AttributeExpert):
+            return [self.count(image, prompt) for image, prompt in zip(prepared, prompts, strict=True)]
+        records = [ImageRecord("", prompt, image=image) for image, prompt in zip(prepared, prompts, strict=True)]
+        in_threads(open_images, records)  # what no model takes becomes an error
+        return [
+            float(len(record.negative_attributes)) if record.status == "ok" else ScoringError(record.reason)
+            for record in self.expert(records)
+        ]
+
+    def count(self, image: PIL.Image.Image, prompt: str) -> float | ScoringError:
+        """What a function says of one image."""
+        try:
+            found = self.expert(image, prompt)
+        except ScoringError as error:
+            return error
+        if isinstance(found, str) or not (
+            isinstance(found, Collection) and all(isinstance(name, str) for name in found)
+        ):
+            raise ValueError(
+                f"{qualified_name(self.expert)} must return the ids of an image's negative attributes, such as "
+                f"['outline'], or [] where it has none; got {found!r}."
+            )
+        return float(len(set(found)))
+
+
+class NumNegativeAttributes(ImageMetric):
+    """
+    [`NumNegativeAttributesScorer`] as a module of `evaluate`:
+    `evaluate.load(metric_path("num_negative_attributes"), expert=expert).compute(images=[...], prompts=[...])`.
+    """
+
+    citation = """\
+@article{meng2026beyond,
+    title  = {{Beyond Binary Preference: Aligning Diffusion Models to Fine-grained Criteria by Decoupling Attributes}},
+    author = {Meng, Chenye and Li, Zejian and Liu, Zhongni and Li, Yize and Xie, Changle and Jia, Kaixin and Yang, Ling and
+              Deng, Huanghuang and Ding, Shiying and Zhang, Shengyuan and Li, Jiayi and Sun, Lingyun},
+    year   = {2026},
+    eprint = {arXiv:2601.04300},
+}"""
+    scorer_type = NumNegativeAttributesScorer
