@@ -23,7 +23,7 @@ import pytest
 from datasets import load_dataset, load_from_disk
 
 from tests import tiny
-from trl_diffusion.cli.main import TRAINING_COMMANDS
+from trl_diffusion.cli.main import LAUNCHED_COMMANDS
 from trl_diffusion.quickstart.world import preference_dataset
 
 
@@ -41,7 +41,7 @@ def run(script: str, *args) -> str:
 def test_every_recipe_is_a_configuration(path, tmp_path):
     """Every key of a shipped YAML file is a field of the dataclasses of its command, or a flag of `accelerate launch`."""
     command, flags = re.search(r"trl-diffusion (\S+) --config (.*)", path.read_text()).groups()
-    assert command in TRAINING_COMMANDS and flags.startswith(f"examples/configs/{path.name} ")
+    assert command in LAUNCHED_COMMANDS and flags.startswith(f"examples/configs/{path.name} ")
     config = tmp_path / path.name
     config.write_text(path.read_text() + "use_cpu: true\n")  # bf16 on no GPU is refused otherwise
     script = import_module(f"trl_diffusion.scripts.{command.replace('-', '_')}")

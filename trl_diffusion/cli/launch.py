@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Running a training script through `accelerate launch`, on as many devices as the machine has."""
+"""Running a script through `accelerate launch`, on as many devices as the machine has."""
 
 from types import ModuleType
 
@@ -23,7 +23,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 def launch(script: ModuleType, parser: TrlParser, flags: list[str]) -> None:
     """
-    Launches a training script. Flags that it does not know, from the command line or from its YAML file, go to
+    Launches a script. Flags that it does not know, from the command line or from its YAML file, go to
     `accelerate launch`; `--accelerate_config` takes a file or the name of a configuration that TRL ships.
 
     Args:

@@ -26,13 +26,14 @@ COMMANDS = {
     "complex-po": "Train with complex preference optimization (CPO), asking an expert",
     "annotate-instances": "Find the instances that the images of a pair share, and judge which image draws each better (IAPO)",
     "annotate-attributes": "Find the attributes of a tree of criteria that each image has (CPO)",
+    "evaluate": "Draw the same prompts with several models, from the same noise, and score what they draw",
     "show-masks": "Draw the instance masks of a dataset over its images",
     "show-criteria": "Print a tree of criteria, and draw it",
     "quickstart": "Train IAPO and CPO on two embedded worlds and compare them with what they improve on, in minutes on a CPU",
     "env": "Print the environment information",
 }
 # These run through `accelerate launch`, which takes the flags that the script does not know.
-TRAINING_COMMANDS = ("instance-dpo", "attribute-sft", "complex-po")
+LAUNCHED_COMMANDS = ("instance-dpo", "attribute-sft", "complex-po", "evaluate")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     script = import_module(f"..scripts.{command.replace('-', '_')}", package=__package__)
     script_parser = script.make_parser(prog=f"trl-diffusion {command}")
     try:
-        if command in TRAINING_COMMANDS:
+        if command in LAUNCHED_COMMANDS:
             from .launch import launch
 
             launch(script, script_parser, flags)

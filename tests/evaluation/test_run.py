@@ -1,0 +1,201 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""An evaluation draws, scores and reports, and does nothing twice."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests import tiny
+from trl_diffusion.evaluation import run
+from trl_diffusion.evaluation.models import resolve_model
+from trl_diffusion.evaluation.prompts import load_prompts
+from trl_diffusion.evaluation.protocols import load_protocol
+from trl_diffusion.metrics.fid import fid_from_features
+from trl_diffusion.metrics.scorer import Scorer, open_image
+from trl_diffusion.scripts.evaluate import OF_ALL_IMAGES, EvaluateArguments, get_models, get_scorers, make_parser
+from trl_diffusion.scripts.judges import DetectorArguments, VLMArguments
+
+
+PROMPTS = ["a red circle", "a cat and a dog", "a blue square"]
+PROTOCOL = load_protocol(None, num_inference_steps=2, guidance_scale=2.0, images_per_prompt=2, height=32, width=32)
+
+
+def brightness(image) -> float:
+    return np.asarray(open_image(image), dtype=np.float64).mean()
+
+
+class Brightness(Scorer):
+    """Mean value of an image's pixels."""
+
+    name = "brightness"
+    scored = 0
+
+    def prepare(self, image):
+        return brightness(image)
+
+    def score_batch(self, prepared, prompts):
+        Brightness.scored += len(prepared)
+        return list(prepared)
+
+
+class Means:
+    """In the place of Inception: three features, the mean of each colour."""
+
+    spec = "means_3"
+    weights = {"means": "1"}
+
+    def __init__(self, device=None):
+        pass
+
+    def __call__(self, images, batch_size=32, disable_tqdm=True):
+        images = sorted(Path(images).glob("*.png")) if isinstance(images, str | Path) else images
+        return torch.tensor(np.array([np.asarray(open_image(image)).mean(axis=(0, 1)) for image in images]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two tiny pipelines, prompts, and a folder of references."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        tiny.sd_pipeline().save_pretrained(folder / name)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    (folder / "references").mkdir()
+    for seed in range(5):
+        tiny.image(seed).save(folder / "references" / f"{seed}.png")
+    return folder
+
+
+def evaluate(folder, output_dir, names=("first", "second"), limit=None, **settings):
+    specs = [resolve_model(name, str(folder / name)) for name in names]
+    prompts = load_prompts(folder / "prompts.txt", limit)
+    scorers = {"brightness": Brightness}
+    return run.evaluate_models(specs, prompts, PROTOCOL, scorers, output_dir, disable_tqdm=True, **settings)
+
+
+def test_the_figures_are_those_of_the_images(folder, tmp_path, monkeypatch):
+    """Means, win rates and FID are what the written images give, and every file that the report names is there."""
+    monkeypatch.setattr(run, "InceptionFeatures", Means)
+    summary = evaluate(folder, tmp_path, corpus_metrics=("fid",), references=folder / "references", batch_size=2)
+    files = {name: sorted((tmp_path / "images" / name).glob("*.png")) for name in ("first", "second")}
+    assert [path.name for path in files["first"]] == [f"{p:05d}_{i}.png" for p in range(3) for i in range(2)]
+    values = {name: np.array([brightness(path) for path in paths]) for name, paths in files.items()}
+    for name in values:
+        assert summary["scores"][name]["brightness"]["mean"] == pytest.approx(values[name].mean())
+        expected = fid_from_features(Means()(files[name]), Means()(folder / "references"))
+        assert summary["scores"][name]["fid"]["value"] == pytest.approx(expected)
+        assert summary["scores"][name]["fid"]["full_name"] == "fid_means_3_n6"
+    wins = (values["second"] > values["first"]) + (values["second"] == values["first"]) / 2
+    assert summary["win_rates"]["second"]["brightness"]["win_rate"] == pytest.approx(wins.mean())
+    assert summary["baseline"] == "first" and list(summary["models"]) == ["first", "second"]
+    assert json.loads((tmp_path / "summary.json").read_text())["scores"] == summary["scores"]
+    assert summary["settings"]["prompts"] | {"digest": "", "source": ""} == {
+        "source": "",
+        "revision": None,
+        "digest": "",
+        "number": 3,
+    }
+    report = (tmp_path / "report.md").read_text()
+    for file in ("distributions.png", "win_rates.png", "gallery.html"):
+        assert (tmp_path / file).stat().st_size > 1000 and f"({file})" in report
+    table = pq.read_table(tmp_path / "scores.parquet")
+    assert [(tmp_path / image).exists() for image in table["image"].to_pylist()] == [True] * 12
+
+
+def test_nothing_is_done_twice(folder, tmp_path):
+    """The same command draws and scores nothing; a further model or prompt costs itself alone, and changes no figure."""
+    Brightness.scored = 0
+    evaluate(folder, tmp_path, names=["first"], limit=2)
+    assert Brightness.scored == 4
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").rglob("*.png")}
+    evaluate(folder, tmp_path, names=["first"], limit=2)
+    assert Brightness.scored == 4
+    extended = evaluate(folder, tmp_path)
+    assert Brightness.scored == 12
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    afresh = evaluate(folder, tmp_path / "afresh")
+    assert extended["scores"] == afresh["scores"] and extended["win_rates"] == afresh["win_rates"]
+
+
+def test_images_drawn_elsewhere_are_compared_in_place(folder, tmp_path):
+    """A folder of images is scored where it lies, and its figures are those of the model that drew it."""
+    drawn = evaluate(folder, tmp_path / "drawn", names=["first"])
+    images = tmp_path / "drawn" / "images" / "first"
+    specs = [resolve_model("elsewhere", str(images))]
+    found = run.evaluate_models(
+        specs, load_prompts(folder / "prompts.txt"), PROTOCOL, {"brightness": Brightness}, tmp_path / "found"
+    )
+    mean = found["scores"]["elsewhere"]["brightness"]["mean"]
+    assert mean == drawn["scores"]["first"]["brightness"]["mean"]
+    assert not (tmp_path / "found" / "images").exists()
+
+
+def test_names_and_references_are_asked_for(folder, tmp_path):
+    """Two models of one name, and FID without references, are mistakes that are said before anything is drawn."""
+    with pytest.raises(ValueError, match="Two models are called first"):
+        evaluate(folder, tmp_path, names=["first", "first"])
+    with pytest.raises(ValueError, match="fid compare with `references`"):
+        evaluate(folder, tmp_path, corpus_metrics=("fid",))
+    assert not list(tmp_path.iterdir())
+
+
+# ---- The flags ----
+
+
+def flags(*words: str) -> EvaluateArguments:
+    return make_parser().parse_args_and_config(list(words))[0]
+
+
+def test_models_of_the_flags(folder):
+    """Names, the base of LoRAs and negative LoRAs reach the models; a negative LoRA of no model is a mistake."""
+    (spec,) = get_models(flags("--models", f"mine={folder / 'first'}"))
+    assert (spec.name, spec.path, spec.kind) == ("mine", str(folder / "first"), "pipeline")
+    with pytest.raises(ValueError, match="`--models` is missing"):
+        get_models(flags())
+    with pytest.raises(ValueError, match="`--negative_loras` names other, and `--models` has no such model"):
+        get_models(flags("--models", f"mine={folder / 'first'}", "--negative_loras", "other=user/lora"))
+
+
+def test_every_metric_of_the_flags_has_its_scorer(monkeypatch):
+    """Each metric that scores images gets the scorer of its name, on the CPU where that is asked for."""
+    from importlib import import_module
+
+    from trl_diffusion.scripts.evaluate import SCORERS
+
+    names = [*SCORERS, "num_negative_attributes", "caption_match"]
+    args = flags("--metrics", *names, *OF_ALL_IMAGES, "--use_cpu", "--criteria", "painting")
+    scorers = get_scorers(args, VLMArguments(vlm="oracle"), DetectorArguments(detector="oracle"))
+    assert list(scorers) == names
+    asked = {}
+    for name in SCORERS:
+        scorer = getattr(import_module(f"trl_diffusion.metrics.{name}"), SCORERS[name])
+        assert scorer.name == name
+        asked.clear()
+        monkeypatch.setattr(scorer, "__init__", lambda self, device=None: asked.update(device=device))
+        assert isinstance(scorers[name](), scorer) and asked == {"device": "cpu"}
+    for name in ("num_negative_attributes", "caption_match"):
+        assert scorers[name]().name == name
+
+
+@pytest.mark.parametrize("flag", ["batch_size", "scoring_batch_size"])
+def test_batches_hold_an_image(flag):
+    """A batch of no image is a mistake."""
+    with pytest.raises(ValueError, match=f"`--{flag}` must be at least 1, got 0"):
+        EvaluateArguments(**{flag: 0})

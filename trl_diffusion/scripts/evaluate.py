@@ -1,0 +1,276 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Compares models: each draws the same prompts from the same noise, and metrics score what it drew.
+
+```bash
+trl-diffusion evaluate \
+    --models base=stable-diffusion-v1-5/stable-diffusion-v1-5 iapo=sd15-iapo-lora \
+    --base_model stable-diffusion-v1-5/stable-diffusion-v1-5 \
+    --prompts parti --protocol iapo_sd15 \
+    --metrics pickscore hpsv2 aesthetic clip_score image_reward \
+    --output_dir evaluation
+```
+
+After a stop the same command goes on, and with another model or metric it does what is new. With several GPUs all of them
+draw; the first one scores.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from trl import TrlParser
+
+from trl_diffusion.scripts.judges import DetectorArguments, VLMArguments
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trl_diffusion.evaluation.models import ModelSpec
+    from trl_diffusion.metrics.scorer import Scorer
+
+# module and class of each metric of single images that needs nothing but its weights
+SCORERS = {
+    "pickscore": "PickScoreScorer",
+    "hpsv2": "HPSv2Scorer",
+    "hpsv2_1": "HPSv2_1Scorer",
+    "aesthetic": "AestheticScorer",
+    "clip_score": "CLIPScoreScorer",
+    "image_reward": "ImageRewardScorer",
+}
+JUDGED = ("num_negative_attributes", "caption_match")
+OF_ALL_IMAGES = ("fid", "kid")
+
+
+@dataclass
+class EvaluateArguments:
+    """
+    Arguments of `trl-diffusion evaluate` besides those of the vision-language model and the detector.
+
+    Parameters:
+        models (`list[str]`, *optional*):
+            The models, each `NAME=WHERE` with a Hub id or folder of a pipeline, a LoRA, a training's checkpoint or images. The
+            first one is the baseline of the win rates.
+        base_model (`str`, *optional*):
+            The pipeline that LoRAs are put on. Defaults to what a LoRA's card names.
+        negative_loras (`list[str]`, *optional*):
+            `NAME=WHERE`: a LoRA for the unconditional branch of guidance of the model NAME (Diffusion-NPO).
+        prompts (`str`, *optional*, defaults to `"parti"`):
+            `parti`, `hpdv2`, `pickapic`, a file, or a dataset of the Hub.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column of the prompts, in a file or dataset of one's own.
+        prompt_split (`str`, *optional*, defaults to `"train"`):
+            Split of a dataset.
+        prompt_revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        num_prompts (`int`, *optional*):
+            Draw so many prompts only, taken at even distances.
+        protocol (`str`, *optional*):
+            How to draw: `iapo_sd15`, `iapo_sdxl`, `cpo_sdxl`, or a YAML file. The next seven flags win over it.
+        num_inference_steps (`int`, *optional*):
+            Sampling steps; 50 without a protocol.
+        guidance_scale (`float`, *optional*):
+            Classifier-free guidance; 7.5 without a protocol.
+        scheduler (`str`, *optional*):
+            Class of diffusers that samples; the model's own without a protocol.
+        height (`int`, *optional*), width (`int`, *optional*):
+            Size in pixels; the model's own without a protocol.
+        images_per_prompt (`int`, *optional*):
+            Images of each prompt; 1 without a protocol.
+        seed (`int`, *optional*):
+            Seed of the noise; 0 without a protocol.
+        metrics (`list[str]`, *optional*, defaults to `["pickscore", "hpsv2", "aesthetic", "clip_score"]`):
+            What scores: `pickscore`, `hpsv2`, `hpsv2_1`, `aesthetic`, `clip_score`, `image_reward`, `fid`, `kid`,
+            `num_negative_attributes`, `caption_match`.
+        references (`str`, *optional*):
+            A folder of images that `fid` and `kid` compare with.
+        criteria (`str`, *optional*, defaults to `"painting"`):
+            The tree of `num_negative_attributes`: a YAML file, or the name of a shipped one.
+        output_dir (`str`, *optional*, defaults to `"evaluation"`):
+            Where images, scores, tables, plots and the gallery go.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Images that a process draws at a time.
+        scoring_batch_size (`int`, *optional*, defaults to `16`):
+            Images scored at a time.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type of the weights that draw: float16 on a GPU and float32 else, or named.
+        use_cpu (`bool`, *optional*, defaults to `False`):
+            Stay on the CPU.
+        retry_errors (`bool`, *optional*, defaults to `False`):
+            Score again what an earlier run left as errors.
+    """
+
+    models: list[str] | None = field(
+        default=None,
+        metadata={"help": "The models, each NAME=WHERE: a pipeline, a LoRA, a checkpoint, or a folder of images."},
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "The pipeline that LoRAs are put on. Defaults to what a LoRA's card names."}
+    )
+    negative_loras: list[str] | None = field(
+        default=None,
+        metadata={"help": "NAME=WHERE: a LoRA for the unconditional branch of guidance of the model NAME."},
+    )
+    prompts: str = field(
+        default="parti", metadata={"help": "`parti`, `hpdv2`, `pickapic`, a file, or a dataset of the Hub."}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompts."})
+    prompt_split: str = field(default="train", metadata={"help": "Split of a dataset."})
+    prompt_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    num_prompts: int | None = field(
+        default=None, metadata={"help": "Draw so many prompts only, taken at even distances."}
+    )
+    protocol: str | None = field(
+        default=None, metadata={"help": "How to draw: `iapo_sd15`, `iapo_sdxl`, `cpo_sdxl`, or a YAML file."}
+    )
+    num_inference_steps: int | None = field(default=None, metadata={"help": "Sampling steps."})
+    guidance_scale: float | None = field(default=None, metadata={"help": "Classifier-free guidance."})
+    scheduler: str | None = field(default=None, metadata={"help": "Class of diffusers that samples."})
+    height: int | None = field(default=None, metadata={"help": "Height in pixels."})
+    width: int | None = field(default=None, metadata={"help": "Width in pixels."})
+    images_per_prompt: int | None = field(default=None, metadata={"help": "Images of each prompt."})
+    seed: int | None = field(default=None, metadata={"help": "Seed of the noise."})
+    metrics: list[str] = field(
+        default_factory=lambda: ["pickscore", "hpsv2", "aesthetic", "clip_score"],
+        metadata={"help": "What scores.", "choices": [*SCORERS, *OF_ALL_IMAGES, *JUDGED]},
+    )
+    references: str | None = field(
+        default=None, metadata={"help": "A folder of images that `fid` and `kid` compare with."}
+    )
+    criteria: str = field(
+        default="painting",
+        metadata={"help": "The tree of `num_negative_attributes`: a YAML file, or the name of a shipped one."},
+    )
+    output_dir: str = field(
+        default="evaluation", metadata={"help": "Where images, scores, tables, plots and the gallery go."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Images that a process draws at a time."})
+    scoring_batch_size: int = field(default=16, metadata={"help": "Images scored at a time."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the weights that draw: float16 on a GPU and float32 else, or named.",
+            "choices": ["auto", "float32", "float16", "bfloat16"],
+        },
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
+    retry_errors: bool = field(default=False, metadata={"help": "Score again what an earlier run left as errors."})
+
+    def __post_init__(self):
+        for name in ("batch_size", "scoring_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`--{name}` must be at least 1, got {getattr(self, name)}.")
+
+
+def main(args: EvaluateArguments, vlm_args: VLMArguments, detector_args: DetectorArguments) -> None:
+    from trl_diffusion.evaluation.prompts import load_prompts
+    from trl_diffusion.evaluation.protocols import load_protocol
+    from trl_diffusion.evaluation.run import evaluate_models
+
+    of_all_images = tuple(name for name in OF_ALL_IMAGES if name in args.metrics)
+    if of_all_images and not args.references:
+        raise ValueError(
+            f"`--references` is missing: the folder of images that {' and '.join(of_all_images)} compare with."
+        )
+    protocol = load_protocol(
+        args.protocol,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        scheduler=args.scheduler,
+        height=args.height,
+        width=args.width,
+        images_per_prompt=args.images_per_prompt,
+        seed=args.seed,
+    )
+    scorers = get_scorers(args, vlm_args, detector_args)
+    specs = get_models(args)
+    prompt_set = load_prompts(
+        args.prompts, args.num_prompts, args.prompt_column, args.prompt_split, args.prompt_revision
+    )
+    summary = evaluate_models(
+        specs,
+        prompt_set,
+        protocol,
+        scorers,
+        args.output_dir,
+        of_all_images,
+        args.references,
+        batch_size=args.batch_size,
+        scoring_batch_size=args.scoring_batch_size,
+        dtype=args.dtype,
+        use_cpu=args.use_cpu,
+        retry_errors=args.retry_errors,
+    )
+    if summary is not None:
+        print(f"Evaluated {', '.join(summary['models'])}: look at report.md and gallery.html in {args.output_dir}.")
+
+
+def get_models(args: EvaluateArguments) -> list["ModelSpec"]:
+    """The models that the flags name, pinned."""
+    from trl_diffusion.evaluation.models import parse_model, resolve_model
+
+    if not args.models:
+        raise ValueError(
+            "`--models` is missing: name what to compare, such as `--models base=user/base aligned=my-lora`."
+        )
+    negative_loras = dict(parse_model(text) for text in args.negative_loras or [])
+    named = [parse_model(text) for text in args.models]
+    if unknown := sorted(negative_loras.keys() - {name for name, _ in named}):
+        raise ValueError(f"`--negative_loras` names {', '.join(unknown)}, and `--models` has no such model.")
+    return [resolve_model(name, where, args.base_model, negative_loras.get(name)) for name, where in named]
+
+
+def get_scorers(
+    args: EvaluateArguments, vlm_args: VLMArguments, detector_args: DetectorArguments
+) -> dict[str, "Callable[[], Scorer]"]:
+    """What makes the scorer of each metric that the flags name."""
+    from importlib import import_module
+
+    from trl_diffusion.criteria import Criteria
+    from trl_diffusion.scripts.judges import get_detector, get_vlm
+
+    device = "cpu" if args.use_cpu else None
+    criteria = Criteria.load(args.criteria) if "num_negative_attributes" in args.metrics else None
+
+    def of_weights(name: str) -> "Scorer":
+        return getattr(import_module(f"trl_diffusion.metrics.{name}"), SCORERS[name])(device=device)
+
+    def num_negative_attributes() -> "Scorer":
+        from trl_diffusion.annotation.attribute_expert import AttributeExpert
+        from trl_diffusion.metrics.num_negative_attributes import NumNegativeAttributesScorer
+
+        return NumNegativeAttributesScorer(AttributeExpert(get_vlm(vlm_args), criteria))
+
+    def caption_match() -> "Scorer":
+        from trl_diffusion.metrics.caption_match import CaptionMatchScorer, VLMThings
+
+        return CaptionMatchScorer(get_detector(detector_args), VLMThings(get_vlm(vlm_args)))
+
+    judged = {"num_negative_attributes": num_negative_attributes, "caption_match": caption_match}
+    return {
+        name: judged[name] if name in judged else partial(of_weights, name)
+        for name in args.metrics
+        if name not in OF_ALL_IMAGES
+    }
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    return TrlParser((EvaluateArguments, VLMArguments, DetectorArguments), prog=prog)
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
