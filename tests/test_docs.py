@@ -48,7 +48,7 @@ from trl_diffusion.annotation.planner import Planner
 from trl_diffusion.annotation.records import pair_columns, prepare_rows
 from trl_diffusion.annotation.run import run as annotate
 from trl_diffusion.annotation.run import run_locally
-from trl_diffusion.cli.main import COMMANDS, LAUNCHED_COMMANDS
+from trl_diffusion.cli.main import COMMANDS, LAUNCHED_COMMANDS, script_of
 from trl_diffusion.criteria import parse_criteria
 from trl_diffusion.data.collators import AttributeCollator, InstancePairCollator
 from trl_diffusion.data.formats import check_attribute_columns, prepare_dataset
@@ -86,8 +86,7 @@ def section(page: str, heading: str) -> str:
 
 def parsers(command: str) -> list:
     """The parsers that read the flags of a command: its own, and the launcher's for a command that it starts."""
-    script = importlib.import_module(f"trl_diffusion.scripts.{command.replace('-', '_')}")
-    own = script.make_parser(prog=command)
+    own = script_of(command).make_parser(prog=command)
     own.add_argument("--config")
     launcher = launch_command_parser()
     launcher.add_argument("--accelerate_config")

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import json
 import subprocess
 import sys
 
@@ -198,3 +199,21 @@ def test_mistakes_in_annotating(folders, tmp_path, capsys, flags, message):
     base = ["--dataset_name", str(folders / "data"), "--vlm", "oracle", "--detector", "oracle"]
     assert main(["annotate-instances", *base, "--output_dir", str(tmp_path / "out"), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_evaluating(tmp_path):
+    """`trl-diffusion evaluate` draws with both bases of the quickstart, and the oracle knows which one draws scenes."""
+    (tmp_path / "prompts.txt").write_text("a red circle and a blue square\na green square and a red triangle\n")
+    models = [f"scenes={shipped('base_pipeline')}", f"paintings={shipped('painting_base')}"]
+    flags = ["--models", *models, "--prompts", tmp_path / "prompts.txt", "--num_inference_steps", 10]
+    flags += ["--guidance_scale", 2, "--metrics", "caption_match", "--vlm", "oracle", "--detector", "oracle"]
+    flags += ["--use_cpu", "--num_processes", 1, "--output_dir", tmp_path / "out"]
+    result = run("evaluate", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "Evaluated scenes, paintings: look at report.md and gallery.html" in result.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    means = {model: scores["caption_match"]["mean"] for model, scores in summary["scores"].items()}
+    assert means["scenes"] > 0.7 > 0.3 > means["paintings"]
+    assert summary["win_rates"]["paintings"]["caption_match"]["win_rate"] < 0.5
+    result = run("evaluate", *flags, "--seed", 1)
+    assert result.returncode != 0 and "seed" in result.stderr.splitlines()[-1]

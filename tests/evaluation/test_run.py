@@ -29,7 +29,7 @@ from trl_diffusion.evaluation.prompts import load_prompts
 from trl_diffusion.evaluation.protocols import load_protocol
 from trl_diffusion.metrics.fid import fid_from_features
 from trl_diffusion.metrics.scorer import Scorer, open_image
-from trl_diffusion.scripts.evaluate import OF_ALL_IMAGES, EvaluateArguments, get_models, get_scorers, make_parser
+from trl_diffusion.scripts.evaluate_models import OF_ALL_IMAGES, EvaluateArguments, get_models, get_scorers, make_parser
 from trl_diffusion.scripts.judges import DetectorArguments, VLMArguments
 
 
@@ -177,7 +177,7 @@ def test_every_metric_of_the_flags_has_its_scorer(monkeypatch):
     """Each metric that scores images gets the scorer of its name, on the CPU where that is asked for."""
     from importlib import import_module
 
-    from trl_diffusion.scripts.evaluate import SCORERS
+    from trl_diffusion.scripts.evaluate_models import SCORERS
 
     names = [*SCORERS, "num_negative_attributes", "caption_match"]
     args = flags("--metrics", *names, *OF_ALL_IMAGES, "--use_cpu", "--criteria", "painting")

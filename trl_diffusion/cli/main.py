@@ -17,9 +17,10 @@
 import argparse
 import sys
 from importlib import import_module
+from types import ModuleType
 
 
-# Each is a script in `trl_diffusion/scripts/` that can also be run alone.
+# Each is a script in `trl_diffusion/scripts/` that can also be run alone, see `script_of`.
 COMMANDS = {
     "instance-dpo": "Train with instance-aware preference optimization (IAPO), or with Diffusion-DPO",
     "attribute-sft": "Train the expert of complex preference optimization (CPO) on images with attributes",
@@ -34,6 +35,13 @@ COMMANDS = {
 }
 # These run through `accelerate launch`, which takes the flags that the script does not know.
 LAUNCHED_COMMANDS = ("instance-dpo", "attribute-sft", "complex-po", "evaluate")
+
+
+def script_of(command: str) -> ModuleType:
+    """The script of a command."""
+    # As `evaluate.py` it would hide the package of that name from itself
+    name = "evaluate_models" if command == "evaluate" else command.replace("-", "_")
+    return import_module(f"..scripts.{name}", package=__package__)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     flags = argv[argv.index(command) + 1 :]
-    script = import_module(f"..scripts.{command.replace('-', '_')}", package=__package__)
+    script = script_of(command)
     script_parser = script.make_parser(prog=f"trl-diffusion {command}")
     try:
         if command in LAUNCHED_COMMANDS:

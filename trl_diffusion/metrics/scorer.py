@@ -158,11 +158,8 @@ class Scorer(ABC):
                 f"{'no' if prompts is None else len(prompts)} prompts."
             )
         scores = Scores([])
-        with (
-            ThreadPoolExecutor(CORES) as pool,
-            tqdm(total=len(images), desc=self.name, disable=disable_tqdm) as progress,
-        ):
-            for prepared in self._prepared(images, batch_size, pool):
+        with tqdm(total=len(images), desc=self.name, disable=disable_tqdm) as progress:
+            for prepared in prepared_batches(images, self.prepare, batch_size):
                 done = len(scores.values)
                 of_batch = prompts[done : done + len(prepared)] if prompts is not None else None
                 for place, value in enumerate(self.score_batch(prepared, of_batch), start=done):
@@ -177,16 +174,6 @@ class Scorer(ABC):
                     scores.values.append(value)
                 progress.update(len(prepared))
         return scores
-
-    def _prepared(self, images: list[ImageLike], batch_size: int, pool: ThreadPoolExecutor) -> Iterator[list]:
-        """Batches that are prepared one ahead of the model."""
-        ahead: list[Future] | None = None
-        for batch in batched(images, batch_size):
-            submitted = [pool.submit(lambda image: self.prepare(open_image(image)), image) for image in batch]
-            if ahead is not None:
-                yield [future.result() for future in ahead]
-            ahead = submitted
-        yield [future.result() for future in ahead]
 
     def result(self, scores: Scores) -> dict[str, Any]:
         """
@@ -208,6 +195,33 @@ class Scorer(ABC):
             "higher_is_better": self.higher_is_better,
             "weights": self.weights,
         }
+
+
+def prepared_batches(
+    images: list[ImageLike], prepare: Callable[[PIL.Image.Image], Any], batch_size: int
+) -> Iterator[list]:
+    """
+    Reads and prepares images in threads, one batch ahead of the model.
+
+    Args:
+        images (`list[PIL.Image.Image | str | Path | dict]` of length `N`, at least 1):
+            The images.
+        prepare (`Callable`):
+            What is made of each.
+        batch_size (`int`):
+            Images in a batch.
+
+    Yields:
+        `list`: what `prepare` made of the images of a batch.
+    """
+    with ThreadPoolExecutor(CORES) as pool:
+        ahead: list[Future] | None = None
+        for batch in batched(images, batch_size):
+            submitted = [pool.submit(lambda image: prepare(open_image(image)), image) for image in batch]
+            if ahead is not None:
+                yield [future.result() for future in ahead]
+            ahead = submitted
+        yield [future.result() for future in ahead]
 
 
 def open_image(image: ImageLike) -> PIL.Image.Image:

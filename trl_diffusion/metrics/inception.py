@@ -1,0 +1,432 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""What FID and KID share: the Inception v3 of 2015-12-05 of TensorFlow, on which FID is defined, and the images' way into it.
+
+Where the original FID (Heusel et al., NeurIPS 2017, https://github.com/bioinf-jku/TTUR) lets TensorFlow resize the images,
+which aliases, images are resized as Clean-FID does (Parmar et al., CVPR 2022, https://github.com/GaParmar/clean-fid).
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from datasets import Features, Image
+from torch import nn
+from tqdm import tqdm
+
+from trl_diffusion.metrics.scorer import ImageLike, prepared_batches
+from trl_diffusion.metrics.weights import load_tensors, local_file, read_tensors
+
+
+# torch-fidelity publishes the same file under another name, which ends, as this one, with the beginning of its SHA-256.
+URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+SHA256 = "6726825d"
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class Convolution(nn.Module):
+    """
+    Convolution, batch normalisation, ReLU.
+
+    Args:
+        in_channels (`int`):
+            Channels of the input.
+        out_channels (`int`):
+            Channels of the output.
+        kernel_size (`int` or `tuple[int, int]`):
+            Size of the kernel.
+        stride (`int`, *optional*, defaults to `1`):
+            Stride.
+        padding (`str`, *optional*, defaults to `"same"`):
+            `"same"` keeps the size, `"valid"` pads nothing.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int = 1,
+        padding: str = "same",
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+def average_pool(x: torch.Tensor) -> torch.Tensor:
+    """Means over 3x3 positions, at the border over those inside: TensorFlow's, where torchvision counts padding as zeros."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def max_pool(x: torch.Tensor) -> torch.Tensor:
+    """Maxima over 3x3 positions."""
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+class InceptionA(nn.Module):
+    """Kernels of 1, 5 and twice 3, at 35x35."""
+
+    def __init__(self, channels: int, pool_channels: int):
+        super().__init__()
+        self.branch1x1 = Convolution(channels, 64, 1)
+        self.branch5x5_1 = Convolution(channels, 48, 1)
+        self.branch5x5_2 = Convolution(48, 64, 5)
+        self.branch3x3dbl_1 = Convolution(channels, 64, 1)
+        self.branch3x3dbl_2 = Convolution(64, 96, 3)
+        self.branch3x3dbl_3 = Convolution(96, 96, 3)
+        self.branch_pool = Convolution(channels, pool_channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        small = self.branch1x1(x)
+        large = self.branch5x5_2(self.branch5x5_1(x))
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        pooled = self.branch_pool(average_pool(x))
+        return torch.cat([small, large, double, pooled], dim=1)
+
+
+class InceptionB(nn.Module):
+    """From 35x35 to 17x17."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.branch3x3 = Convolution(channels, 384, 3, stride=2, padding="valid")
+        self.branch3x3dbl_1 = Convolution(channels, 64, 1)
+        self.branch3x3dbl_2 = Convolution(64, 96, 3)
+        self.branch3x3dbl_3 = Convolution(96, 96, 3, stride=2, padding="valid")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        single = self.branch3x3(x)
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([single, double, F.max_pool2d(x, 3, stride=2)], dim=1)
+
+
+class InceptionC(nn.Module):
+    """Kernels of 7 in rows and columns, at 17x17."""
+
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        self.branch1x1 = Convolution(channels, 192, 1)
+        self.branch7x7_1 = Convolution(channels, inner, 1)
+        self.branch7x7_2 = Convolution(inner, inner, (1, 7))
+        self.branch7x7_3 = Convolution(inner, 192, (7, 1))
+        self.branch7x7dbl_1 = Convolution(channels, inner, 1)
+        self.branch7x7dbl_2 = Convolution(inner, inner, (7, 1))
+        self.branch7x7dbl_3 = Convolution(inner, inner, (1, 7))
+        self.branch7x7dbl_4 = Convolution(inner, inner, (7, 1))
+        self.branch7x7dbl_5 = Convolution(inner, 192, (1, 7))
+        self.branch_pool = Convolution(channels, 192, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        small = self.branch1x1(x)
+        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
+        pooled = self.branch_pool(average_pool(x))
+        return torch.cat([small, single, double, pooled], dim=1)
+
+
+class InceptionD(nn.Module):
+    """From 17x17 to 8x8."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.branch3x3_1 = Convolution(channels, 192, 1)
+        self.branch3x3_2 = Convolution(192, 320, 3, stride=2, padding="valid")
+        self.branch7x7x3_1 = Convolution(channels, 192, 1)
+        self.branch7x7x3_2 = Convolution(192, 192, (1, 7))
+        self.branch7x7x3_3 = Convolution(192, 192, (7, 1))
+        self.branch7x7x3_4 = Convolution(192, 192, 3, stride=2, padding="valid")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        small = self.branch3x3_2(self.branch3x3_1(x))
+        large = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
+        return torch.cat([small, self.branch7x7x3_4(large), F.max_pool2d(x, 3, stride=2)], dim=1)
+
+
+class InceptionE(nn.Module):
+    """Kernels of 3 in rows beside columns, at 8x8."""
+
+    def __init__(self, channels: int, pool: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.pool = pool
+        self.branch1x1 = Convolution(channels, 320, 1)
+        self.branch3x3_1 = Convolution(channels, 384, 1)
+        self.branch3x3_2a = Convolution(384, 384, (1, 3))
+        self.branch3x3_2b = Convolution(384, 384, (3, 1))
+        self.branch3x3dbl_1 = Convolution(channels, 448, 1)
+        self.branch3x3dbl_2 = Convolution(448, 384, 3)
+        self.branch3x3dbl_3a = Convolution(384, 384, (1, 3))
+        self.branch3x3dbl_3b = Convolution(384, 384, (3, 1))
+        self.branch_pool = Convolution(channels, 192, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        small = self.branch1x1(x)
+        single = self.branch3x3_1(x)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        pooled = self.branch_pool(self.pool(x))
+        split = [self.branch3x3_2a(single), self.branch3x3_2b(single)]
+        split += [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
+        return torch.cat([small, *split, pooled], dim=1)
+
+
+class InceptionV3(nn.Module):
+    """
+    Inception v3 (Szegedy et al., CVPR 2016) as FID has it: average pools count no padding, and the last block pools maxima.
+    Parameters have torchvision's names.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = Convolution(3, 32, 3, stride=2, padding="valid")
+        self.Conv2d_2a_3x3 = Convolution(32, 32, 3, padding="valid")
+        self.Conv2d_2b_3x3 = Convolution(32, 64, 3)
+        self.Conv2d_3b_1x1 = Convolution(64, 80, 1, padding="valid")
+        self.Conv2d_4a_3x3 = Convolution(80, 192, 3, padding="valid")
+        self.Mixed_5b = InceptionA(192, pool_channels=32)
+        self.Mixed_5c = InceptionA(256, pool_channels=64)
+        self.Mixed_5d = InceptionA(288, pool_channels=64)
+        self.Mixed_6a = InceptionB(288)
+        self.Mixed_6b = InceptionC(768, inner=128)
+        self.Mixed_6c = InceptionC(768, inner=160)
+        self.Mixed_6d = InceptionC(768, inner=160)
+        self.Mixed_6e = InceptionC(768, inner=192)
+        self.Mixed_7a = InceptionD(768)
+        self.Mixed_7b = InceptionE(1280, pool=average_pool)
+        self.Mixed_7c = InceptionE(2048, pool=max_pool)
+        # Not used. Its 1008 classes tell FID's weights from torchvision's, which have 1000 and otherwise the same tensors.
+        self.fc = nn.Linear(2048, 1008)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            pixels (`torch.Tensor` of shape `(B, 3, 299, 299)`):
+                Red, green and blue from 0 to 255.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 2048)`: the last block's means over positions.
+        """
+        x = (pixels - 128) / 128
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
+        x = F.max_pool2d(x, 3, stride=2)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (B, 192, 71, 71)
+        x = F.max_pool2d(x, 3, stride=2)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (B, 288, 35, 35)
+        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))  # (B, 768, 17, 17)
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (B, 2048, 8, 8)
+        return x.mean(dim=(2, 3))
+
+
+def fetch_inception() -> tuple[Path, str]:
+    """
+    The published weights, from torch.hub's cache or over the network.
+
+    Returns:
+        `tuple[Path, str]`: the file, and a digest of it in the place of a revision.
+
+    Raises:
+        `ValueError`: If they cannot be had, or are not the published ones; says how to fetch them.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
+        except (OSError, HTTPException, RuntimeError) as error:  # the last where the digest is another
+            raise ValueError(
+                f"The weights of FID's Inception are not at {path}, and could not be fetched from {URL}: {error} Where the "
+                "network is, fetch them there, and put them in that place, or say where they are with `weights_path`."
+            ) from error
+    path, digest = local_file(path)
+    if not digest.startswith(f"sha256:{SHA256}"):
+        raise ValueError(f"{path} is not what {URL} gives, but {digest}: delete it, and it is fetched again.")
+    return path, digest
+
+
+def resize(image: PIL.Image.Image) -> torch.Tensor:
+    """
+    Clean-FID's resizing: bicubic and antialiased, each channel by itself and in floating point, so that nothing is rounded.
+
+    Args:
+        image (`PIL.Image.Image`):
+            Image of any size and mode. Transparency is dropped, and gray is red, green and blue alike.
+
+    Returns:
+        `torch.Tensor` of shape `(3, 299, 299)`, from 0 to 255.
+    """
+    channels = [
+        channel.convert("F").resize((299, 299), PIL.Image.Resampling.BICUBIC)
+        for channel in image.convert("RGB").split()
+    ]
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])).clamp(0, 255)
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """
+    The images of a folder and of the folders in it.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder.
+
+    Returns:
+        `list[Path]`: files whose names end as images' do, in order.
+
+    Raises:
+        `ValueError`: If there is no such folder, or no image in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(f"The folder {folder} has no images: no file in it ends with {', '.join(IMAGE_SUFFIXES)}.")
+    return files
+
+
+class InceptionFeatures:
+    """
+    What FID and KID see of images. Call it with images to get their features.
+
+    Attributes:
+        spec (`str`):
+            What features depend on besides the images: `inception2015`, the network; `2048`, the features of its last pool;
+            `clean`, the resizing.
+        weights (`dict[str, str]`):
+            Where the weights are from, and a digest of them.
+
+    Args:
+        weights_path (`str` or `Path`, *optional*):
+            A file in the layout of the published one, which is fetched otherwise.
+        device (`str`, *optional*):
+            Where the network is. Defaults to the GPU, or to the CPU where there is none.
+
+    Raises:
+        `ValueError`: If the weights cannot be had, or the file lacks tensors or has others.
+    """
+
+    spec = "inception2015_2048_clean"
+
+    def __init__(self, weights_path: str | Path | None = None, device: str | None = None):
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        path, digest = fetch_inception() if weights_path is None else local_file(weights_path)
+        self.weights = {str(weights_path or URL): digest}
+        network = InceptionV3()
+        # Counters of batches mean nothing after training, and not every version of PyTorch has saved them
+        counters = {
+            name: value for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")
+        }
+        load_tensors(network, counters | read_tensors(path), str(path))
+        self.network = network.to(self.device).eval()
+
+    @torch.inference_mode()
+    def __call__(
+        self, images: list[ImageLike] | str | Path, batch_size: int = 32, disable_tqdm: bool = True
+    ) -> torch.Tensor:
+        """
+        Features of images.
+
+        Args:
+            images (`list[PIL.Image.Image | str | Path | dict]` of length `N`, `str` or `Path`):
+                The images, or their files, which are read batch by batch; or a folder.
+            batch_size (`int`, *optional*, defaults to `32`):
+                Images at a time.
+            disable_tqdm (`bool`, *optional*, defaults to `True`):
+                Show no progress.
+
+        Returns:
+            `torch.Tensor` of shape `(N, 2048)`, on the CPU.
+
+        Raises:
+            `ValueError`: If there are no images, a file is no image, or features are not finite.
+        """
+        if isinstance(images, str | Path):
+            images = image_files(images)
+        if not images:
+            raise ValueError("There are no images to compute Inception's features of.")
+        features = []
+        with tqdm(total=len(images), desc="inception", disable=disable_tqdm) as progress:
+            for prepared in prepared_batches(images, resize, batch_size):
+                features.append(self.network(torch.stack(prepared).to(self.device)).cpu())
+                progress.update(len(prepared))
+        features = torch.cat(features)
+        if not features.isfinite().all():
+            raise ValueError(f"Features are not finite: the weights {', '.join(self.weights)} are damaged.")
+        return features
+
+
+class InceptionMetric(evaluate.Metric, ABC):
+    """
+    A distance between images and references, which need not be as many, as a module of `evaluate`:
+    `metric.compute(images=[...], references=[...], batch_size=32)`, where either may be a folder. The network is made once,
+    when the first images come.
+
+    Args:
+        weights_path (`str` or `Path`, *optional*):
+            As for [`InceptionFeatures`].
+        device (`str`, *optional*):
+            As for [`InceptionFeatures`].
+        settings:
+            Arguments of [`~evaluate.Metric`].
+    """
+
+    citation: str
+
+    def __init__(self, *args, weights_path: str | Path | None = None, device: str | None = None, **settings):
+        self.weights_path, self.device = weights_path, device
+        super().__init__(*args, **settings)
+
+    @cached_property
+    def extractor(self) -> InceptionFeatures:
+        return InceptionFeatures(self.weights_path, self.device)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=inspect.cleandoc(type(self).__doc__),
+            citation=self.citation,
+            inputs_description=inspect.cleandoc(InceptionMetric.__doc__),
+            features=Features({"images": Image(decode=False)}),
+        )
+
+    def compute(
+        self,
+        *,
+        images: list[ImageLike] | str | Path | None = None,
+        references: list[ImageLike] | str | Path | None = None,
+        **settings,
+    ) -> dict[str, Any]:
+        """Computes the distance between images and references."""
+        # `evaluate` passes `references` on as a feature only, and all features must be equally long
+        if references is None:
+            raise ValueError(f"{type(self).__name__} needs `references`: images, or a folder of images.")
+        if isinstance(images, str | Path):
+            images = [str(path) for path in image_files(images)]
+        return super().compute(images=images, reference_images=references, **settings)
+
+    @abstractmethod
+    def _compute(self, images: list[ImageLike], reference_images: list[ImageLike] | str | Path) -> dict[str, Any]: ...
