@@ -33,10 +33,14 @@ def sample_images(
     batch_size: int = 8,
     num_inference_steps: int = 25,
     guidance_scale: float = 7.5,
+    height: int | None = None,
+    width: int | None = None,
+    keys: list[int | str] | None = None,
+    disable_tqdm: bool = False,
 ) -> list[PIL.Image.Image]:
     """
-    Draws one image a prompt. The noise of the n-th image depends on the seed and on n only: every model that is given the
-    same prompts and seed starts from the same noise, whatever the batch size.
+    Draws one image a prompt. The noise of an image depends on the seed and its key only: every model that is given the same
+    prompts and seed starts from the same noise, whatever the batch size.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -51,20 +55,32 @@ def sample_images(
             Sampling steps.
         guidance_scale (`float`, *optional*, defaults to `7.5`):
             Classifier-free guidance.
+        height (`int`, *optional*):
+            Height in pixels. Defaults to the pipeline's.
+        width (`int`, *optional*):
+            Width in pixels. Defaults to the pipeline's.
+        keys (`list[int | str]`, *optional*):
+            What each image's noise depends on beside the seed, such as the prompt's id. Defaults to the position.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Show no progress.
 
     Returns:
         `list[PIL.Image.Image]`: the images, in the order of the prompts.
     """
+    if keys is None:
+        keys = list(range(len(prompts)))
     images = []
     bar = getattr(pipeline, "_progress_bar_config", {})
     try:
-        for start in _progress(pipeline, range(0, len(prompts), batch_size)):
-            batch = prompts[start : start + batch_size]
+        for start in _progress(pipeline, range(0, len(prompts), batch_size), disable_tqdm):
+            batch = slice(start, start + batch_size)
             images += pipeline(
-                batch,
-                generator=[keyed_generator(seed, start + index, "sample") for index in range(len(batch))],
+                prompts[batch],
+                generator=[keyed_generator(seed, key, "sample") for key in keys[batch]],
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                height=height,
+                width=width,
             ).images
     finally:
         pipeline.set_progress_bar_config(**bar)
@@ -180,9 +196,9 @@ def _branch(value, branch: int, rows: int):
     return value
 
 
-def _progress(pipeline: DiffusionPipeline, batches: Iterable[int]) -> Iterable[int]:
+def _progress(pipeline: DiffusionPipeline, batches: Iterable[int], disable: bool) -> Iterable[int]:
     # One bar for all batches is enough: the pipeline's own, a new one for each batch, is silenced.
-    pipeline.set_progress_bar_config(disable=False, desc="Sampling", leave=False)
+    pipeline.set_progress_bar_config(disable=disable, desc="Sampling", leave=False)
     bar = pipeline.progress_bar(batches)
     pipeline.set_progress_bar_config(disable=True)
     return bar

@@ -42,7 +42,7 @@ CROP_MARGIN = 1.25  # of the judge that cuts the crops
 
 
 class OracleVLM(VLM):
-    """Plans and judges scenes of two shapes, names what a prompt for one asks for, and reads paintings."""
+    """Plans and judges scenes of two shapes, names what a prompt asks for, and reads paintings."""
 
     def describe(self) -> dict:
         return {"model": "oracle", "revision": "1"}
@@ -59,7 +59,8 @@ class OracleVLM(VLM):
             # Told to choose, it sticks to the first where they are equal: in both orders, and the judge makes it a tie.
             return {"better": "B" if second - first > world.TIE_MARGIN else "A"}
         if "things" in request.schema.model_fields:
-            return {"things": named_shapes(world.PROMPT.search(request.text)[0])}
+            prompt = world.PROMPT.search(request.text) or paintings.PROMPT.search(request.text)
+            return {"things": named_shapes(prompt[0])}
         assert issubclass(request.schema, DimensionAnswer)
         asked = get_args(get_args(request.schema.model_fields["positive"].annotation)[0])
         found = paintings.inspect_painting(request.images[0], paintings.PROMPT.search(request.text)[0])
@@ -70,7 +71,7 @@ class OracleVLM(VLM):
 
 
 class OracleDetector(Detector):
-    """Finds the shapes that [`OracleVLM`] plans."""
+    """Finds the shapes that [`OracleVLM`] names."""
 
     def describe(self) -> dict:
         return {"model": "oracle", "revision": "1"}
@@ -79,6 +80,9 @@ class OracleDetector(Detector):
         return [self.detect_shape(image, label) for image, label in queries]
 
     def detect_shape(self, image: Image.Image, label: str) -> Detection | None:
+        if paintings.PROMPT.fullmatch(f"a {label}"):  # it may be anywhere in a painting
+            is_there = paintings.inspect_painting(image, f"a {label}").match
+            return Detection([0.0, 0.0, 1.0, 1.0], 1.0) if is_there else None
         side, color, kind = LABEL.fullmatch(label).groups()
         found = look(image.tobytes(), image.size, side, color, kind)
         if not found.match:
@@ -96,7 +100,9 @@ def plan(images: tuple[Image.Image, ...], prompt: str) -> list[str]:
 
 
 def named_shapes(prompt: str) -> list[str]:
-    """The shapes that a prompt names."""
+    """The shapes that a prompt names: two on their sides of a scene, or the one of a painting."""
+    if paintings.PROMPT.fullmatch(prompt):
+        return [prompt.removeprefix("a ")]
     return [f"{side} {' '.join(shape)}" for side, shape in zip(SIDES, world.parse_prompt(prompt), strict=True)]
 
 

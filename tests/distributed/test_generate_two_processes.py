@@ -1,0 +1,79 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests import tiny
+from trl_diffusion.evaluation.generate import generate
+from trl_diffusion.evaluation.models import resolve_model
+from trl_diffusion.evaluation.prompts import load_prompts
+from trl_diffusion.evaluation.protocols import Protocol
+
+
+ROOT = Path(__file__).parents[2]
+PROTOCOL = Protocol(num_inference_steps=2, guidance_scale=3.0, images_per_prompt=2)
+# What each process draws and returns goes to a file of its own
+SCRIPT = """
+import os
+import sys
+from pathlib import Path
+from trl_diffusion.evaluation import generate as module
+from trl_diffusion.evaluation.models import resolve_model
+from trl_diffusion.evaluation.prompts import load_prompts
+from trl_diffusion.evaluation.protocols import Protocol
+
+root = Path(sys.argv[1])
+drawn, sample_images = [], module.sample_images
+
+def spy(*args, **settings):
+    drawn.extend(settings["keys"])
+    return sample_images(*args, **settings)
+
+module.sample_images = spy
+rows = module.generate(
+    resolve_model("m", str(root / "model")),
+    load_prompts(root / "prompts.txt"),
+    Protocol(num_inference_steps=2, guidance_scale=3.0, images_per_prompt=2),
+    root / "two",
+    batch_size=1,
+    use_cpu=True,
+)
+lines = [" ".join(drawn), " ".join(row.path.name for row in rows if row.path.exists())]
+(root / f"process-{os.environ['RANK']}").write_text("\\n".join(lines))
+"""
+
+
+def test_two_processes_draw_what_one_does(tmp_path):
+    """
+    Two processes deal out what is missing, none draws what the other does or what is there, each returns all images when all
+    are there, and the files are those of one process.
+    """
+    tiny.sd_pipeline().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na cat\n")
+    spec, prompts = resolve_model("m", str(tmp_path / "model")), load_prompts(tmp_path / "prompts.txt")
+    rows = generate(spec, prompts, PROTOCOL, tmp_path / "one", batch_size=1, use_cpu=True, disable_tqdm=True)
+    generate(spec, prompts.select(1), PROTOCOL, tmp_path / "two", batch_size=1, use_cpu=True, disable_tqdm=True)
+
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run([*launcher, tmp_path / "script.py", tmp_path], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    ends = [(tmp_path / f"process-{rank}").read_text().split("\n") for rank in (0, 1)]
+    assert [drawn.split() for drawn, _ in ends] == [["00001/0", "00002/0"], ["00001/1", "00002/1"]]
+    assert {returned for _, returned in ends} == {" ".join(row.path.name for row in rows)}
+    files = [{path.name: path.read_bytes() for path in (tmp_path / run).rglob("*.png")} for run in ("one", "two")]
+    assert files[0] == files[1] and len(files[0]) == 6
+    assert result.stderr.count("Drawing with m:   0%") == 1  # one bar

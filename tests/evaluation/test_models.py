@@ -1,0 +1,307 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import CLIPConfig, CLIPImageProcessor
+
+from tests import tiny
+from tests.evaluation.loras import save_lora
+from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer, negative_preference_guidance
+from trl_diffusion.evaluation import models as module
+from trl_diffusion.evaluation.models import (
+    guidance_of,
+    load_pipeline,
+    parse_model,
+    resolve_dtype,
+    resolve_model,
+)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """A pipeline and two LoRAs for it."""
+    root = tmp_path_factory.mktemp("models")
+    tiny.sd_pipeline().save_pretrained(root / "base")
+    save_lora(tiny.sd_pipeline(), root / "lora", seed=1)
+    save_lora(tiny.sd_pipeline(), root / "reversed", seed=2, r=2, alpha=3)
+    return {name: str(root / name) for name in ("base", "lora", "reversed")}
+
+
+def draw(pipeline) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
+    return pipeline("a red circle", generator=generator, **settings).images[0]
+
+
+def card(folder: Path, base_model: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(f"---\nbase_model: {base_model}\n---\n\n# A LoRA\n")
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("dpo=user/name", ("dpo", "user/name")),
+            ("user/sd-1.5", ("sd-1.5", "user/sd-1.5")),
+            ("runs/x/checkpoint-200/", ("checkpoint-200", "runs/x/checkpoint-200/")),
+            ("a=runs/lr=1e-5", ("a", "runs/lr=1e-5")),
+        ],
+    )
+    def test_names(self, text, expected):
+        """A name stands before the first '='; without one it is the last part of the path."""
+        assert parse_model(text) == expected
+
+    @pytest.mark.parametrize("text", ["runs/lr=1e-5", "=x", "a b=x", "../x=y"])
+    def test_names_that_no_folder_can_have(self, text):
+        """Names become folders; what cannot be one is refused with the form that is asked for."""
+        with pytest.raises(ValueError, match="Write NAME=WHERE"):
+            parse_model(text)
+
+    def test_no_model(self):
+        """A name alone names no model."""
+        with pytest.raises(ValueError, match="names no model: write NAME=WHERE"):
+            parse_model("dpo=")
+
+
+class TestKinds:
+    def test_a_pipeline(self, folders):
+        """A folder with `model_index.json` is a pipeline, pinned by what belongs to it; a base is not for it."""
+        spec = resolve_model("m", folders["base"], base="ignored")
+        assert (spec.kind, spec.base, spec.negative_lora) == ("pipeline", None, None)
+        assert spec.revision.startswith("sha256:")
+
+    def test_what_lies_beside_a_pipeline_does_not_count(self, tmp_path):
+        """The state of a training or drawn images beside it change nothing; other weights or settings do."""
+        tiny.sd_pipeline().save_pretrained(tmp_path / "m")
+        before = resolve_model("m", str(tmp_path / "m")).revision
+        (tmp_path / "m" / "optimizer.pt").write_bytes(b"state")
+        (tmp_path / "m" / "images").mkdir()
+        (tmp_path / "m" / "images" / "x_0.png").write_bytes(b"png")
+        assert resolve_model("m", str(tmp_path / "m")).revision == before
+        config = tmp_path / "m" / "scheduler" / "scheduler_config.json"
+        config.write_text(config.read_text().replace("epsilon", "v_prediction"))
+        assert resolve_model("m", str(tmp_path / "m")).revision != before
+
+    def test_other_weights_are_another_revision(self, tmp_path):
+        """The digest is of the weights."""
+        revisions = set()
+        for seed in (0, 1, 0):
+            tiny.sd_pipeline(seed=seed).save_pretrained(tmp_path / "m")
+            revisions.add(resolve_model("m", str(tmp_path / "m")).revision)
+        assert len(revisions) == 2
+
+    def test_a_lora(self, folders):
+        """A LoRA and its base are pinned each."""
+        spec = resolve_model("m", folders["lora"], base=folders["base"], negative_lora=folders["reversed"])
+        assert (spec.kind, spec.base, spec.negative_lora) == ("lora", folders["base"], folders["reversed"])
+        assert spec.base_revision == resolve_model("b", folders["base"]).revision
+        other = resolve_model("m", folders["reversed"], base=folders["base"])
+        assert spec.negative_lora_revision == other.revision != spec.revision
+
+    def test_moving_a_folder_changes_no_description(self, folders, tmp_path, monkeypatch):
+        """A folder is described by its last name and what is in it, however its path is written."""
+        described = resolve_model("m", folders["lora"], base=folders["base"]).describe()
+        assert described["path"] == "lora" and described["base"] == "base"
+        monkeypatch.chdir(Path(folders["base"]).parent)
+        assert resolve_model("other", "lora/", base="./base").describe() == described
+
+    def test_a_base_out_of_the_card(self, folders, tmp_path):
+        """The card's `base_model` is the base, also of a checkpoint, whose card is one folder up; one given wins."""
+        out = tmp_path / "out"
+        for folder in (out, out / "checkpoint-200", out / "elsewhere"):
+            save_lora(tiny.sd_pipeline(), folder)
+        card(out, folders["base"])
+        assert resolve_model("m", str(out)).base == folders["base"]
+        assert resolve_model("m", str(out / "checkpoint-200")).base == folders["base"]
+        other = str(tmp_path / "other")
+        tiny.sd_pipeline(seed=1).save_pretrained(other)
+        assert resolve_model("m", str(out), base=other).base == other
+        with pytest.raises(ValueError, match="has no README.md that names one `base_model`. Pass"):
+            resolve_model("m", str(out / "elsewhere"))
+
+    @pytest.mark.parametrize("base_model", ["[a/b, c/d]", "null", "[]"])
+    def test_a_card_that_names_no_single_base(self, tmp_path, base_model):
+        """What to put the LoRA on is asked for."""
+        save_lora(tiny.sd_pipeline(), tmp_path / "lora")
+        card(tmp_path / "lora", base_model)
+        with pytest.raises(ValueError, match="names one `base_model`"):
+            resolve_model("m", str(tmp_path / "lora"))
+
+    def test_images(self, tmp_path):
+        """A folder of images, or with a list of them, is one of images, pinned by its files."""
+        tiny.image(0).save(tmp_path / "00000_0.JPG", format="jpeg")
+        spec = resolve_model("m", str(tmp_path))
+        assert spec.kind == "images" and spec.revision.startswith("sha256:")
+        (tmp_path / "00000_0.JPG").rename(tmp_path / "00001_0.jpg")
+        assert resolve_model("m", str(tmp_path)).revision != spec.revision
+
+    def test_a_lora_with_samples_beside_it(self, folders, tmp_path):
+        """Images beside weights make no folder of images."""
+        save_lora(tiny.sd_pipeline(), tmp_path)
+        tiny.image(0).save(tmp_path / "sample.png")
+        assert resolve_model("m", str(tmp_path), base=folders["base"]).kind == "lora"
+
+    def test_mistakes(self, folders, tmp_path):
+        """Each says what was looked for, or what is in the wrong place."""
+        with pytest.raises(
+            ValueError, match="no model_index.json .*, no pytorch_lora_weights.safetensors .* and no images"
+        ):
+            resolve_model("m", str(tmp_path))
+        with pytest.raises(ValueError, match="gave neither model_index.json nor pytorch_lora_weights.safetensors"):
+            resolve_model("m", "user/no-such-model")
+        with pytest.raises(
+            ValueError, match="'/no/such/folder' is nothing that can be evaluated: there is no such folder"
+        ):
+            resolve_model("m", "/no/such/folder")
+        with pytest.raises(ValueError, match="is a file: name its folder"):
+            resolve_model("m", f"{folders['lora']}/pytorch_lora_weights.safetensors")
+        with pytest.raises(ValueError, match="The base of the LoRA .* must be a pipeline"):
+            resolve_model("m", folders["lora"], base=folders["reversed"])
+        with pytest.raises(ValueError, match="`negative_lora` must be a LoRA"):
+            resolve_model("m", folders["base"], negative_lora=folders["base"])
+        tiny.sd_pipeline().save_pretrained(tmp_path)
+        save_lora(tiny.sd_pipeline(), tmp_path)
+        with pytest.raises(ValueError, match="holds a pipeline .* and a LoRA"):
+            resolve_model("m", str(tmp_path))
+        (tmp_path / "images").mkdir()
+        tiny.image(0).save(tmp_path / "images" / "a_0.png")
+        with pytest.raises(ValueError, match="`negative_lora` cannot change them"):
+            resolve_model("m", str(tmp_path / "images"), negative_lora=folders["reversed"])
+
+    def test_on_the_hub(self, tmp_path, monkeypatch):
+        """A repository is what its files say, pinned by its commit; a LoRA's card is read there too."""
+        root = tmp_path / "hub"
+        for repo_id, filename in (
+            ("user/base", "model_index.json"),
+            ("user/lora", "pytorch_lora_weights.safetensors"),
+            ("user/lora", "README.md"),
+        ):
+            path = root / repo_id / "snapshots" / COMMIT / filename
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("---\nbase_model: user/base\n---\n")
+
+        def download(repo_id, filename):
+            path = root / repo_id / "snapshots" / COMMIT / filename
+            if not path.exists():
+                raise EntryNotFoundError(f"no {filename}")
+            return str(path)
+
+        monkeypatch.setattr(module, "hf_hub_download", download)
+        spec = resolve_model("m", "user/lora")
+        assert (spec.kind, spec.path, spec.revision) == ("lora", "user/lora", COMMIT)
+        assert (spec.base, spec.base_revision) == ("user/base", COMMIT)
+        assert resolve_model("m", "user/base").kind == "pipeline"
+
+
+class TestLoading:
+    def test_a_lora_keeps_its_strength(self, folders):
+        """A LoRA whose alpha is not its rank draws what plain diffusers draws with it."""
+        pipeline = load_pipeline(resolve_model("m", folders["lora"], base=folders["base"]), torch.float32, CPU)
+        plain = StableDiffusionPipeline.from_pretrained(folders["base"])
+        without = draw(plain)
+        plain.load_lora_weights(folders["lora"])
+        assert {layer.scaling["evaluated"] for layer in pipeline.unet.modules() if hasattr(layer, "lora_A")} == {2.0}
+        assert np.array_equal(draw(pipeline), draw(plain))
+        assert abs(draw(pipeline) - without).max() > 1e-2
+
+    @pytest.mark.parametrize("kind", ["lora", "pipeline"])
+    def test_a_negative_lora(self, folders, kind):
+        """Within its guidance, a model draws what `negative_preference_guidance` draws with the two adapters by hand."""
+        where, base = (folders["lora"], folders["base"]) if kind == "lora" else (folders["base"], None)
+        spec = resolve_model("m", where, base, negative_lora=folders["reversed"])
+        pipeline = load_pipeline(spec, torch.float32, CPU)
+        with guidance_of(spec, pipeline):
+            drawn = draw(pipeline)
+        plain = StableDiffusionPipeline.from_pretrained(folders["base"])
+        plain.load_lora_weights(folders["lora"], adapter_name="a")
+        plain.load_lora_weights(folders["reversed"], adapter_name="b")
+        with negative_preference_guidance(plain, "a" if kind == "lora" else None, "b"):
+            assert np.array_equal(drawn, draw(plain))
+        spec = resolve_model("m", where, base)
+        pipeline = load_pipeline(spec, torch.float32, CPU)
+        with guidance_of(spec, pipeline):
+            assert abs(drawn - draw(pipeline)).max() > 1e-2
+
+    def test_a_safety_checker_is_left_out(self, tmp_path, caplog):
+        """The checker is not loaded, which a line of the log says; nothing is said where there is none."""
+        pipeline = tiny.sd_pipeline()
+        small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = CLIPConfig(
+            text_config=small, vision_config=small | {"image_size": 32, "patch_size": 16}, projection_dim=8
+        )
+        StableDiffusionPipeline(
+            **{**pipeline.components, "safety_checker": StableDiffusionSafetyChecker(config)}
+            | {"feature_extractor": CLIPImageProcessor(size=32, crop_size=32)},
+        ).save_pretrained(tmp_path)
+        assert StableDiffusionPipeline.from_pretrained(tmp_path).safety_checker is not None
+        with caplog.at_level(logging.WARNING):
+            loaded = load_pipeline(resolve_model("m", str(tmp_path)), torch.float32, CPU)
+        assert loaded.safety_checker is None and "safety checker" in caplog.text
+        caplog.clear()
+        pipeline.save_pretrained(tmp_path / "without")
+        load_pipeline(resolve_model("m", str(tmp_path / "without")), torch.float32, CPU)
+        assert "safety checker" not in caplog.text
+
+    @pytest.mark.parametrize("peft_config", [tiny.lora(4, 16), None], ids=["lora", "full"])
+    def test_a_checkpoint_of_a_training(self, tmp_path, folders, peft_config):
+        """What a trainer saves in `checkpoint-2` is a model, with the very weights that were trained."""
+        args = InstanceDPOConfig(
+            str(tmp_path / "out"), **tiny.FAST | {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+        )
+        trainer = InstanceDPOTrainer(
+            folders["base"], args=args, train_dataset=tiny.pairs(4, False), peft_config=peft_config
+        )
+        trainer.train()
+        spec = resolve_model("m", str(tmp_path / "out" / "checkpoint-2"), base=folders["base"])
+        assert spec.kind == ("lora" if peft_config else "pipeline")
+        pipeline = load_pipeline(spec, torch.float32, CPU)
+        trained = trainer.accelerator.unwrap_model(trainer.model).eval()
+        inputs = {
+            "sample": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+            "timestep": torch.tensor([500]),
+            "encoder_hidden_states": torch.ones(1, 12, 16),
+        }
+        with torch.no_grad():
+            outputs = [unet(**inputs).sample for unet in (pipeline.unet, trained, tiny.sd_pipeline().unet)]
+        torch.testing.assert_close(outputs[0], outputs[1], atol=1e-6, rtol=1e-5)
+        assert (outputs[0] - outputs[2]).abs().max() > 1e-4
+
+
+class TestTypes:
+    def test_types(self):
+        """By name; by default half precision on a CUDA device and single elsewhere."""
+        assert resolve_dtype("auto", torch.device("cuda", 1)) == torch.float16
+        assert resolve_dtype("auto", CPU) == resolve_dtype("auto", torch.device("mps")) == torch.float32
+        assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
+        with pytest.raises(ValueError, match="must be 'auto', 'float32', 'float16', 'bfloat16', got 'fp16'"):
+            resolve_dtype("fp16", CPU)
+
+    def test_a_pipeline_is_loaded_in_its_type(self, folders):
+        """All weights have it, those of a LoRA too."""
+        pipeline = load_pipeline(resolve_model("m", folders["lora"], folders["base"]), torch.bfloat16, CPU)
+        assert {weight.dtype for weight in pipeline.unet.parameters()} == {torch.bfloat16}

@@ -1,0 +1,133 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from dataclasses import fields
+
+import pytest
+import yaml
+
+from trl_diffusion.evaluation.protocols import SETTINGS, Protocol, load_protocol, shipped_protocols
+
+
+class TestShipped:
+    def test_names(self):
+        """The papers' protocols come with the package."""
+        assert shipped_protocols() == ["cpo_sdxl", "iapo_sd15", "iapo_sdxl"]
+
+    @pytest.mark.parametrize("name", shipped_protocols())
+    def test_they_load(self, name):
+        """Each goes by its own name, and says where its settings are from and which are not confirmed."""
+        protocol = load_protocol(name)
+        assert protocol.name == name and protocol.source and set(protocol.unknown) <= set(SETTINGS)
+
+    def test_what_diffusion_dpo_draws_with(self):
+        """50 steps, guidance 7.5 on SD1.5 and 5 on SDXL, seed 0, one image a prompt, the model's own scheduler and size."""
+        sd, sdxl = load_protocol("iapo_sd15"), load_protocol("iapo_sdxl")
+        assert (sd.guidance_scale, sdxl.guidance_scale) == (7.5, 5.0)
+        for protocol in (sd, sdxl):
+            assert (protocol.num_inference_steps, protocol.seed, protocol.images_per_prompt) == (50, 0, 1)
+            assert (protocol.scheduler, protocol.height, protocol.width) == (None, None, None)
+
+
+class TestFiles:
+    def write(self, path, **settings) -> str:
+        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return str(path)
+
+    def test_all_keys(self, tmp_path):
+        """A file may set all that there is."""
+        settings = {
+            "name": "mine",
+            "num_inference_steps": 20,
+            "guidance_scale": 5,
+            "scheduler": "DDIMScheduler",
+            "height": 512,
+            "width": 768,
+            "images_per_prompt": 4,
+            "seed": -1,
+            "unknown": ["seed"],
+            "source": "a paper",
+        }
+        assert set(settings) == {field.name for field in fields(Protocol)}
+        protocol = load_protocol(self.write(tmp_path / "x.yaml", **settings))
+        assert protocol == Protocol(**settings | {"unknown": ("seed",)})
+
+    def test_what_is_left_out(self, tmp_path):
+        """The rest are defaults, and a file without a name goes by its own."""
+        protocol = load_protocol(self.write(tmp_path / "mine.yaml", seed=3))
+        assert protocol == Protocol(name="mine", seed=3)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("steps: 3", "x.yaml has the unknown key steps; the keys are name, num_inference_steps, guidance_scale"),
+            ("- seed", "x.yaml must be a mapping"),
+            ("", "x.yaml must be a mapping"),
+            ("seed: [", "x.yaml is no YAML"),
+            (
+                "num_inference_steps: 0",
+                "x.yaml: `num_inference_steps` of the protocol must be a whole number .* got 0",
+            ),
+            ("num_inference_steps: 2.5", "`num_inference_steps` .* got 2.5"),
+            ("images_per_prompt: null", "`images_per_prompt` .* got None"),
+            ("height: -1", "`height` .* got -1"),
+            ("seed: one", "`seed` .* got 'one'"),
+            ("guidance_scale: high", "`guidance_scale` .* got 'high'"),
+            ("scheduler: Euler", "must be a scheduler of diffusers, such as 'DDIMScheduler', got 'Euler'"),
+            ("scheduler: UNet2DConditionModel", "must be a scheduler of diffusers"),
+            ("unknown: [steps]", "`unknown` of the protocol lists steps; the settings are num_inference_steps"),
+        ],
+    )
+    def test_mistakes(self, tmp_path, content, message):
+        """A mistake is a ValueError that names the file, the key and what would do."""
+        (tmp_path / "x.yaml").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_protocol(tmp_path / "x.yaml")
+
+    def test_no_such_protocol(self):
+        """The message names those that there are."""
+        with pytest.raises(
+            ValueError, match="no protocol 'iapo'. There are cpo_sdxl, iapo_sd15, iapo_sdxl; else name"
+        ):
+            load_protocol("iapo")
+
+
+class TestFlags:
+    def test_flags_win(self):
+        """What is given takes the place of the protocol's, stands in its name, and is nothing unknown any more."""
+        protocol = load_protocol("iapo_sd15", num_inference_steps=5, seed=0)
+        assert protocol.num_inference_steps == 5 and protocol.guidance_scale == 7.5
+        assert protocol.name == "iapo_sd15, num_inference_steps=5"
+        assert set(load_protocol("iapo_sd15").unknown) - set(protocol.unknown) == {"num_inference_steps", "seed"}
+
+    def test_flags_alone(self):
+        """Without a protocol, the rest are defaults."""
+        protocol = load_protocol(
+            guidance_scale=2.0, height=64, width=32, images_per_prompt=2, scheduler="PNDMScheduler"
+        )
+        assert protocol == Protocol(
+            guidance_scale=2.0, height=64, width=32, images_per_prompt=2, scheduler="PNDMScheduler"
+        )
+        assert load_protocol() == Protocol()
+
+    def test_every_setting_has_a_flag(self):
+        """No setting of a protocol is out of reach."""
+        other = dict(zip(SETTINGS, (3, 1.5, "DDIMScheduler", 8, 16, 2, 9), strict=True))
+        protocol = load_protocol("cpo_sdxl", **other)
+        assert {name: getattr(protocol, name) for name in SETTINGS} == other and protocol.unknown == ()
+
+    def test_flags_are_checked(self):
+        """A flag that will not do is a ValueError."""
+        with pytest.raises(ValueError, match="`images_per_prompt` .* got 0"):
+            load_protocol("iapo_sd15", images_per_prompt=0)

@@ -1,0 +1,421 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The prompts that models are compared on: benchmarks, datasets of the Hub, files."""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import load_dataset
+from huggingface_hub import HfApi, hf_hub_download
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """
+    A published set of prompts: small files in a dataset repository of the Hub.
+
+    Args:
+        repo_id (`str`):
+            The repository.
+        revision (`str`):
+            The commit, or the branch where none is pinned.
+        files (`dict[str, str | None]`):
+            The files and the group of each; `None` where the groups stand in the file, or there are none.
+        prompt_column (`str`):
+            The file's column of prompts.
+        group_column (`str`):
+            The file's column of groups.
+    """
+
+    repo_id: str
+    revision: str
+    files: dict[str, str | None]
+    prompt_column: str = "prompt"
+    group_column: str = "group"
+
+
+BENCHMARKS = {
+    # PartiPrompts (arXiv:2206.10789): 1632 prompts in 12 categories
+    "parti": Benchmark(
+        "nateraw/parti-prompts",
+        "944b156abfdad7627c3221b5ec4f6a6fb060a197",
+        {"PartiPrompts.tsv": None},
+        prompt_column="Prompt",
+        group_column="Category",
+    ),
+    # HPD v2 (arXiv:2306.09341): 800 prompts in each of four styles
+    "hpdv2": Benchmark(
+        "zhwang/HPDv2",
+        "b9517430f34b1080d4f741118d2a440155a165cd",
+        {f"benchmark/{style}.json": style for style in ("anime", "concept-art", "paintings", "photo")},
+    ),
+    # Pick-a-Pic v2 (arXiv:2305.01569): the 500 prompts of `test_unique`, from the edition without images
+    "pickapic": Benchmark(
+        "yuvalkirstain/pickapic_v2_no_images",
+        "main",
+        {"data/test_unique-00000-of-00001-e852c19ead276a89.parquet": None},
+        prompt_column="caption",
+    ),
+}
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    A prompt.
+
+    Args:
+        id (`str`):
+            Its id, part of the names of its images' files.
+        text (`str`):
+            What is drawn.
+        group (`str`, *optional*):
+            The category or style that the prompt belongs to.
+    """
+
+    id: str
+    text: str
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """
+    Prompts, all of a source or a selection of them.
+
+    Args:
+        name (`str`):
+            Name of the benchmark, Hub id of the dataset, or name of the file.
+        revision (`str`, *optional*):
+            The commit on the Hub; `None` for a file.
+        digest (`str`):
+            `"sha256:..."` over the ids and texts of all prompts of the source, selected or not.
+        prompts (`tuple[Prompt, ...]`):
+            The prompts.
+    """
+
+    name: str
+    revision: str | None
+    digest: str
+    prompts: tuple[Prompt, ...]
+
+    def select(self, limit: int) -> "PromptSet":
+        """
+        Takes prompts at even distances. The groups of a benchmark, which stand one after another, so keep their shares, where
+        the first prompts would all be of one group; and twice the limit keeps the prompts of the limit, where a shuffle
+        would take others.
+
+        Args:
+            limit (`int`):
+                How many prompts to take. All where there are fewer.
+
+        Returns:
+            [`PromptSet`]: the selection. The prompts keep their ids, and the set its digest.
+
+        Raises:
+            `ValueError`: If `limit` is less than 1.
+        """
+        if limit < 1:
+            raise ValueError(f"The limit of prompts must be at least 1, got {limit}.")
+        num = len(self.prompts)
+        taken = min(limit, num)
+        return replace(self, prompts=tuple(self.prompts[place * num // taken] for place in range(taken)))
+
+
+def load_prompts(
+    source: str | Path,
+    limit: int | None = None,
+    prompt_column: str = "prompt",
+    split: str = "train",
+    revision: str | None = None,
+) -> PromptSet:
+    """
+    Loads prompts.
+
+    A prompt's id is the source's own where that has a column `id`, and else the position, counted from 0 and padded with
+    zeros; the ids of `hpdv2` begin with the style. Groups are Parti's categories, HPD v2's styles, or a column `group`.
+
+    Args:
+        source (`str` or `Path`):
+            - `"parti"`, `"hpdv2"` or `"pickapic"`;
+            - a file: `.txt` with a prompt a line, `.json` with a list of strings, or `.jsonl`, `.csv`, `.tsv` or `.parquet`
+              with columns;
+            - a dataset of the Hub. Of Parquet files only these columns are fetched, no images.
+        limit (`int`, *optional*):
+            Takes so many prompts, at even distances, see [`evaluation.prompts.PromptSet.select`].
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column of the prompts, in a file or a dataset.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of a dataset.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub. Defaults to the one that is pinned for a benchmark, and `main` for a dataset.
+
+    Returns:
+        [`PromptSet`]
+
+    Raises:
+        `ValueError`: If there is no such source, or it cannot be fetched or read; if it has no prompts, or lacks the column;
+            if a prompt is empty; if an id stands twice or cannot be part of a file's name.
+    """
+    source = str(source)
+    if source in BENCHMARKS:
+        name, (rows, commit) = source, read_benchmark(BENCHMARKS[source], revision)
+    elif Path(source).suffix in READERS or Path(source).exists():
+        name, rows, commit = Path(source).name, read_file(Path(source), prompt_column), None
+    elif HUB_ID.fullmatch(source):
+        name, (rows, commit) = source, read_dataset(source, prompt_column, split, revision)
+    else:
+        raise ValueError(
+            f"There are no prompts called {source!r}. There are {', '.join(BENCHMARKS)}; else name a file "
+            f"({', '.join(READERS)}) or a dataset of the Hub, such as user/name."
+        )
+    prompts = make_prompts(rows, name)
+    digest = hashlib.sha256(json.dumps([(prompt.id, prompt.text) for prompt in prompts]).encode()).hexdigest()
+    prompt_set = PromptSet(name, commit, f"sha256:{digest[:16]}", prompts)
+    return prompt_set if limit is None else prompt_set.select(limit)
+
+
+def make_prompts(rows: list[Row], name: str) -> tuple[Prompt, ...]:
+    """
+    Makes prompts of rows, and checks them.
+
+    Args:
+        rows (`list[dict]`):
+            Rows with `prompt`, and `id` and `group`, either of which may be `None`.
+        name (`str`):
+            Name of the source, for messages.
+
+    Returns:
+        `tuple[Prompt, ...]`
+
+    Raises:
+        `ValueError`: If there are none, one is empty, or an id will not do.
+    """
+    if not rows:
+        raise ValueError(f"{name} holds no prompts.")
+    prompts: dict[str, Prompt] = {}  # by their ids in small letters: not every file system tells them from capitals
+    for number, row in enumerate(rows):
+        text, where = row["prompt"], f"row {number} of {name}, counted from 0,"
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"The prompt in {where} is {text!r}. Write a text, or take the row out.")
+        prompt_id = f"{number:05d}" if row["id"] is None else str(row["id"])
+        if not SAFE_NAME.fullmatch(prompt_id):
+            raise ValueError(
+                f"The id {prompt_id!r} in {where} cannot be part of a file's name. Ids are made of at most 200 letters "
+                "from a to z, digits, '.', '_' and '-', and begin with a letter or digit."
+            )
+        if (earlier := prompts.get(prompt_id.lower())) is not None:
+            raise ValueError(
+                f"The id {prompt_id!r} in {where} stands in an earlier row as {earlier.id!r}. Ids name the images' "
+                "files: they must be unique, and differ in more than capital letters."
+            )
+        prompts[prompt_id.lower()] = Prompt(prompt_id, text, None if row["group"] in (None, "") else str(row["group"]))
+    return tuple(prompts.values())
+
+
+# ----- sources -----
+
+
+def read_benchmark(benchmark: Benchmark, revision: str | None) -> tuple[list[Row], str]:
+    """
+    Reads a benchmark.
+
+    Args:
+        benchmark ([`Benchmark`]):
+            The benchmark.
+        revision (`str`, *optional*):
+            Branch, tag or commit, in place of the pinned one.
+
+    Returns:
+        `tuple[list[dict], str]`: rows for [`evaluation.prompts.make_prompts`], and the commit.
+
+    Raises:
+        `ValueError`: If a file cannot be fetched; says how to.
+    """
+    repo_id, revision = benchmark.repo_id, revision or benchmark.revision
+    rows = []
+    for filename, group in benchmark.files.items():
+        try:
+            path = Path(hf_hub_download(repo_id, filename, revision=revision, repo_type="dataset"))
+        except OSError as error:
+            raise ValueError(
+                f"{filename} of https://huggingface.co/datasets/{repo_id} is not in the cache, and could not be fetched: "
+                f"{str(error).splitlines()[0]} Where the network is, run `hf download {repo_id} {filename} --revision "
+                f"{revision} --repo-type dataset`, and bring the Hub's cache along (`HF_HOME`); or name a mirror of it "
+                "on the Hub, or a file of prompts."
+            ) from error
+        revision = path.parents[len(Path(filename).parts) - 1].name  # .../snapshots/<commit>/<filename>
+        of_file = read_file(path, benchmark.prompt_column, benchmark.group_column)
+        if group is not None:
+            of_file = [
+                {"id": f"{group}-{number:05d}", "prompt": row["prompt"], "group": group}
+                for number, row in enumerate(of_file)
+            ]
+        rows += of_file
+    return rows, revision
+
+
+def read_dataset(repo_id: str, prompt_column: str, split: str, revision: str | None) -> tuple[list[Row], str]:
+    """
+    Reads a dataset of the Hub as a stream, and of Parquet files no more than the columns that are needed.
+
+    Args:
+        repo_id (`str`):
+            The dataset.
+        prompt_column (`str`):
+            Column of the prompts.
+        split (`str`):
+            The split.
+        revision (`str`, *optional*):
+            Branch, tag or commit.
+
+    Returns:
+        `tuple[list[dict], str]`: rows for [`evaluation.prompts.make_prompts`], and the commit.
+
+    Raises:
+        `ValueError`: If it cannot be read, or lacks the split or the column.
+    """
+    try:
+        commit = HfApi().dataset_info(repo_id, revision=revision).sha
+        dataset = load_dataset(repo_id, split=split, revision=commit, streaming=True)
+        if dataset.column_names is not None:  # CSV and JSON do not know before they are read
+            columns = [name for name in ("id", prompt_column, "group") if name in dataset.column_names]
+            check_column(prompt_column, dataset.column_names, repo_id)
+            if dataset.info.builder_name == "parquet":
+                dataset = load_dataset(repo_id, split=split, revision=commit, streaming=True, columns=columns)
+            dataset = dataset.select_columns(columns)
+        return chosen_columns(dataset, repo_id, prompt_column), commit
+    except (OSError, httpx2.HTTPError) as error:
+        raise ValueError(
+            f"{repo_id} is no file, and https://huggingface.co/datasets/{repo_id} could not be read: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def read_file(path: Path, prompt_column: str, group_column: str = "group") -> list[Row]:
+    """
+    Reads a file of prompts.
+
+    Args:
+        path (`Path`):
+            The file.
+        prompt_column (`str`):
+            Column of the prompts. A `.txt` or `.json` has but one.
+        group_column (`str`, *optional*, defaults to `"group"`):
+            Column of the groups, where there is one.
+
+    Returns:
+        `list[dict]`: rows for [`evaluation.prompts.make_prompts`].
+
+    Raises:
+        `ValueError`: If there is no such file, it cannot be read, or it lacks the column.
+    """
+    if path.suffix not in READERS:
+        raise ValueError(f"{path} is no file of prompts: these end in {', '.join(READERS)}.")
+    if not path.is_file():
+        raise ValueError(f"There is no file of prompts at {path}.")
+    try:
+        rows = READERS[path.suffix](path)
+    except (ValueError, csv.Error, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read as a file of prompts: {error}.") from error
+    if path.suffix in (".txt", ".json"):
+        prompt_column = "prompt"
+    return chosen_columns(rows, str(path), prompt_column, group_column)
+
+
+def chosen_columns(rows: Iterable[Row], name: str, prompt_column: str, group_column: str = "group") -> list[Row]:
+    chosen = []
+    for number, row in enumerate(rows):
+        check_column(prompt_column, row, f"Row {number} of {name}, counted from 0,")
+        chosen.append({"id": row.get("id"), "prompt": row[prompt_column], "group": row.get(group_column)})
+    return chosen
+
+
+def check_column(prompt_column: str, columns: Iterable[str], where: str) -> None:
+    if prompt_column not in columns:
+        raise ValueError(
+            f"{where} has no {prompt_column!r}; it has {', '.join(map(repr, columns))}. Name the column of the prompts with "
+            "`prompt_column`."
+        )
+
+
+def read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8-sig").removesuffix("\n")  # some editors put a mark before the first letter
+
+
+def read_txt(path: Path) -> list[Row]:
+    text = read_text(path)
+    return [{"prompt": line} for line in text.split("\n")] if text else []
+
+
+def read_json(path: Path) -> list[Row]:
+    texts = json.loads(read_text(path))
+    if not isinstance(texts, list):
+        raise ValueError("it holds no list of strings")
+    return [{"prompt": text} for text in texts]
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(read_txt(path)):
+        try:
+            rows.append(dict(json.loads(line["prompt"])))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"row {number}, counted from 0, is no JSON object ({error})") from error
+    return rows
+
+
+def read_csv(path: Path) -> list[Row]:
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        # Not strict with tabs: Parti has a prompt that begins with a word in quotes, which pandas, and so everybody, reads
+        # without them
+        rows = list(csv.DictReader(file, delimiter=delimiter, strict=delimiter == ","))
+    for number, row in enumerate(rows):
+        if None in row:
+            raise ValueError(
+                f"row {number}, counted from 0, has more cells than there are columns. Put texts with {delimiter!r} "
+                "in quotes"
+            )
+    return rows
+
+
+def read_parquet(path: Path) -> list[Row]:
+    is_data = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary)  # images may be many gigabytes
+    columns = [column.name for column in pq.read_schema(path) if not any(check(column.type) for check in is_data)]
+    return pq.read_table(path, columns=columns).to_pylist()
+
+
+READERS = {
+    ".txt": read_txt,
+    ".json": read_json,
+    ".jsonl": read_jsonl,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}

@@ -1,0 +1,190 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""How images are drawn for a comparison: the settings of a paper, with what it leaves open marked, or one's own."""
+
+from dataclasses import dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import yaml
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """
+    How images are drawn.
+
+    Args:
+        name (`str`, *optional*, defaults to `"own"`):
+            Name of the protocol; where settings of a paper's were changed, with these.
+        num_inference_steps (`int`, *optional*, defaults to `50`):
+            Sampling steps.
+        guidance_scale (`float`, *optional*, defaults to `7.5`):
+            Classifier-free guidance.
+        scheduler (`str`, *optional*):
+            Class of diffusers that samples, such as `"DDIMScheduler"`. Defaults to the pipeline's own.
+        height (`int`, *optional*):
+            Height in pixels. Defaults to the pipeline's.
+        width (`int`, *optional*):
+            Width in pixels. Defaults to the pipeline's.
+        images_per_prompt (`int`, *optional*, defaults to `1`):
+            Images drawn of each prompt.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the noise.
+        unknown (`tuple[str, ...]`, *optional*):
+            The settings that no public source of the paper confirms: the values here are this project's.
+        source (`str`, *optional*):
+            Where the settings are from.
+
+    Raises:
+        `ValueError`: If a setting will not do.
+    """
+
+    name: str = "own"
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    scheduler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    images_per_prompt: int = 1
+    seed: int = 0
+    unknown: tuple[str, ...] = ()
+    source: str = ""
+
+    def __post_init__(self):
+        for name in ("num_inference_steps", "height", "width", "images_per_prompt"):
+            value = getattr(self, name)
+            if value is None and name in ("height", "width"):
+                continue
+            if type(value) is not int or value < 1:
+                raise ValueError(f"`{name}` of the protocol must be a whole number of at least 1, got {value!r}.")
+        if type(self.seed) is not int:
+            raise ValueError(f"`seed` of the protocol must be a whole number, got {self.seed!r}.")
+        if type(self.guidance_scale) not in (int, float):
+            raise ValueError(f"`guidance_scale` of the protocol must be a number, got {self.guidance_scale!r}.")
+        if self.scheduler is not None and not is_scheduler(self.scheduler):
+            raise ValueError(
+                "`scheduler` of the protocol must be a scheduler of diffusers, such as 'DDIMScheduler', got "
+                f"{self.scheduler!r}."
+            )
+        if strange := set(self.unknown) - set(SETTINGS):
+            raise ValueError(
+                f"`unknown` of the protocol lists {', '.join(sorted(map(str, strange)))}; the settings are "
+                f"{', '.join(SETTINGS)}."
+            )
+
+
+SETTINGS = tuple(field.name for field in fields(Protocol) if field.name not in ("name", "unknown", "source"))
+
+
+def is_scheduler(name: str) -> bool:
+    scheduler = getattr(diffusers, str(name), None)
+    return isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)
+
+
+def load_protocol(
+    name_or_path: str | Path | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    scheduler: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    images_per_prompt: int | None = None,
+    seed: int | None = None,
+) -> Protocol:
+    """
+    Loads a protocol. Settings that are given here take the place of the protocol's, and stand in its name.
+
+    Args:
+        name_or_path (`str` or `Path`, *optional*):
+            A protocol that comes with the package, see [`evaluation.protocols.shipped_protocols`], or a YAML file. The
+            defaults of [`evaluation.protocols.Protocol`] if left out.
+        num_inference_steps, guidance_scale, scheduler, height, width, images_per_prompt, seed (*optional*):
+            See [`evaluation.protocols.Protocol`].
+
+    Returns:
+        [`Protocol`]
+
+    Raises:
+        `ValueError`: If there is no such protocol, it has a key that there is not, or a setting will not do.
+    """
+    given = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "scheduler": scheduler,
+        "height": height,
+        "width": width,
+        "images_per_prompt": images_per_prompt,
+        "seed": seed,
+    }
+    protocol = Protocol() if name_or_path is None else read_protocol(name_or_path)
+    given = {name: value for name, value in given.items() if value is not None}
+    changed = [f"{name}={value}" for name, value in given.items() if value != getattr(protocol, name)]
+    return replace(
+        protocol,
+        name=", ".join([protocol.name, *changed]) if name_or_path is not None else protocol.name,
+        unknown=tuple(name for name in protocol.unknown if name not in given),
+        **given,
+    )
+
+
+def read_protocol(name_or_path: str | Path) -> Protocol:
+    """
+    Reads a protocol.
+
+    Args:
+        name_or_path (`str` or `Path`):
+            One that comes with the package, or a YAML file.
+
+    Returns:
+        [`Protocol`]
+
+    Raises:
+        `ValueError`: If there is none, or it cannot be read as one.
+    """
+    shipped = shipped_protocols()
+    if str(name_or_path) in shipped:
+        path = resources.files("trl_diffusion").joinpath("protocols", f"{name_or_path}.yaml")
+    else:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise ValueError(
+                f"There is no protocol {str(name_or_path)!r}. There are {', '.join(shipped)}; else name a YAML file."
+            )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The protocol {path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"The protocol {path} must be a mapping of settings, such as `seed: 0`.")
+    known = [field.name for field in fields(Protocol)]
+    if strange := [str(key) for key in content if key not in known]:
+        raise ValueError(
+            f"The protocol {path} has the unknown key {', '.join(strange)}; the keys are {', '.join(known)}."
+        )
+    settings: dict[str, Any] = {"name": Path(path.name).stem} | content
+    settings["unknown"] = tuple(settings.get("unknown") or ())
+    try:
+        return Protocol(**settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def shipped_protocols() -> list[str]:
+    """Names of the protocols that come with the package."""
+    folder = resources.files("trl_diffusion").joinpath("protocols")
+    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
