@@ -341,7 +341,9 @@ def test_every_page_with_python_is_run():
         "complex_po_trainer.md",
         "criteria.md",
         "dataset_formats.md",
+        "evaluation.md",
         "instance_dpo_trainer.md",
+        "metrics.md",
         "quickstart.md",
         "speed.md",
     }

@@ -50,7 +50,7 @@ def resolve_revision(model_name_or_path: str, revision: str | None = None) -> st
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError) as error:
         raise ValueError(
             f"{model_name_or_path!r} is neither a folder nor a model that the Hub or its cache gives: "
-            f"{str(error).splitlines()[0]}"
+            f"{str(error).splitlines()[0]} Where the network is, `hf download {model_name_or_path}` fetches it."
         ) from error
     return Path(config).parent.name  # .../snapshots/<commit>/config.json
 

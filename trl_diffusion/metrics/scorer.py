@@ -247,7 +247,7 @@ def open_image(image: ImageLike) -> PIL.Image.Image:
         with PIL.Image.open(source) as file:
             file.load()
             return file
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, AttributeError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"{_name(image) or 'A stored image'} cannot be read as an image: {error}.") from error
 
 
@@ -282,6 +282,11 @@ class ImageMetric(evaluate.Metric, ABC):
     def __init__(self, *args, **settings):
         known = inspect.signature(self.scorer_type).parameters
         self.scorer_settings = {name: settings.pop(name) for name in known if name in settings}
+        # `evaluate` would drop these in silence
+        if unknown := sorted(settings.keys() - inspect.signature(evaluate.Metric).parameters.keys()):
+            raise ValueError(
+                f"`{self.scorer_type.name}` has no setting {', '.join(unknown)}; there is {', '.join(known)}."
+            )
         super().__init__(*args, **settings)
 
     @property

@@ -96,7 +96,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise what their parsers raise
-        raise ValueError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds no state dict.")
     return content.get("state_dict", content)
 
 

@@ -1,0 +1,54 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The CLIP score: how well an image fits its prompt, to a CLIP that nobody tuned on preferences."""
+
+from trl_diffusion.metrics.clip import VIT_H_14, CosineScorer, load_clip
+from trl_diffusion.metrics.scorer import ImageMetric
+
+
+class CLIPScoreScorer(CosineScorer):
+    """
+    CLIP score: 100 times the cosine of image and prompt in the CLIP ViT-H/14 of LAION. Higher is better.
+
+    A negative cosine stays negative. CLIPScore as Hessel et al. (2021) define it cuts it at 0, multiplies by 2.5, and is
+    computed with OpenAI's ViT-B/32: scores of different models cannot be compared.
+
+    Args:
+        model_name_or_path (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
+            Hub id or folder of the CLIP, with its tokenizer and image processor.
+        device (`str`, *optional*):
+            Where the model is. Defaults to the GPU, or to the CPU where there is none.
+    """
+
+    name = "clip_score"
+
+    def __init__(self, model_name_or_path: str = VIT_H_14, device: str | None = None):
+        model, revision = load_clip(model_name_or_path)
+        super().__init__(model, model_name_or_path, revision, device)
+
+
+class CLIPScore(ImageMetric):
+    """
+    [`CLIPScoreScorer`] as a module of `evaluate`:
+    `evaluate.load(metric_path("clip_score")).compute(images=[...], prompts=[...])`.
+    """
+
+    scorer_type = CLIPScoreScorer
+    citation = """@inproceedings{hessel2021clipscore,
+  title={{CLIPScore}: A Reference-free Evaluation Metric for Image Captioning},
+  author={Hessel, Jack and Holtzman, Ari and Forbes, Maxwell and Le Bras, Ronan and Choi, Yejin},
+  booktitle={Proceedings of EMNLP},
+  year={2021}
+}"""

@@ -1,0 +1,52 @@
+# Copyright 2026 The trl_diffusion authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Human Preference Score v2.1: HPS v2 with weights that were published later."""
+
+from trl_diffusion.metrics.hpsv2 import HPSv2Scorer
+from trl_diffusion.metrics.scorer import ImageMetric
+
+
+class HPSv2_1Scorer(HPSv2Scorer):
+    """
+    HPS v2.1: as [`HPSv2Scorer`], with weights that its authors trained on better data. Higher is better.
+
+    Not comparable with HPS v2: the two differ by more than models do.
+
+    Args:
+        weights_path (`str` or `Path`, *optional*):
+            A file in the layout of `HPS_v2.1_compressed.pt`. Defaults to that file of `xswu/HPSv2` on the Hub.
+        clip_name_or_path (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
+            Hub id or folder of the CLIP that was tuned, for its config, tokenizer and image processor.
+        device (`str`, *optional*):
+            Where the model is. Defaults to the GPU, or to the CPU where there is none.
+    """
+
+    name = "hpsv2_1"
+    filename = "HPS_v2.1_compressed.pt"
+
+
+class HPSv2_1(ImageMetric):
+    """
+    [`HPSv2_1Scorer`] as a module of `evaluate`:
+    `evaluate.load(metric_path("hpsv2_1")).compute(images=[...], prompts=[...])`.
+    """
+
+    scorer_type = HPSv2_1Scorer
+    citation = """@article{wu2023human,
+  title={Human Preference Score v2: A Solid Benchmark for Evaluating Human Preferences of Text-to-Image Synthesis},
+  author={Wu, Xiaoshi and Hao, Yiming and Sun, Keqiang and Chen, Yixiong and Zhu, Feng and Zhao, Rui and Li, Hongsheng},
+  journal={arXiv preprint arXiv:2306.09341},
+  year={2023}
+}"""
