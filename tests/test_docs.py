@@ -33,6 +33,8 @@ from PIL import Image
 
 import trl_diffusion
 from tests import tiny
+from tests.evaluation.loras import save_lora
+from tests.metrics.test_clip_scorers import clip_folder
 from trl_diffusion import (
     AttributeSFTConfig,
     AttributeSFTTrainer,
@@ -52,6 +54,9 @@ from trl_diffusion.cli.main import COMMANDS, LAUNCHED_COMMANDS, script_of
 from trl_diffusion.criteria import parse_criteria
 from trl_diffusion.data.collators import AttributeCollator, InstancePairCollator
 from trl_diffusion.data.formats import check_attribute_columns, prepare_dataset
+from trl_diffusion.evaluation.protocols import load_protocol, shipped_protocols
+from trl_diffusion.metrics import METRICS
+from trl_diffusion.metrics.scorer import open_image
 from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
 from trl_diffusion.quickstart.world import preference_dataset
 
@@ -235,6 +240,96 @@ def test_python_of_annotation(tiny_hub, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: source.to_iterable_dataset())
     joined = list(run("annotation.md")["train_dataset"])
     assert [row["id"] for row in joined] == pairs["id"] and set(joined[0]) == set(pairs.features)
+
+
+def folders_of_the_hub(*names: str) -> None:
+    """Folders that are called like repositories of the Hub, so that a name finds them."""
+    for name in names:
+        Path(name).mkdir(parents=True)
+
+
+def test_python_of_metrics(tiny_hub, monkeypatch):
+    """The page scores by tiny weights: `evaluate` and the plain scorer agree, and the figures of its comments are right."""
+
+    class Features:
+        spec, weights = "means", {"means": "1"}
+
+        def __init__(self, weights_path=None, device=None):
+            pass
+
+        def __call__(self, images, batch_size=32, disable_tqdm=True):
+            files = images if isinstance(images, list) else sorted(Path(images).iterdir())
+            return torch.stack(
+                [torch.tensor(open_image(file).resize((1, 1)).getpixel((0, 0))).double() for file in files]
+            )
+
+    monkeypatch.setattr("trl_diffusion.metrics.inception.InceptionFeatures", Features)
+    folders_of_the_hub("Qwen/Qwen2.5-VL-7B-Instruct", "IDEA-Research/grounding-dino-base", "references")
+    clip_folder(Path("yuvalkirstain/PickScore_v1"))
+    clip_folder(Path("laion/CLIP-ViT-H-14-laion2B-s32B-b79K"))
+    for seed, name in enumerate(("eagle", "cats", "dog")):
+        tiny.image(seed).save(f"{name}.png")
+        for other in (10, 20):
+            tiny.image(seed + other).save(f"references/{seed}-{other}.png")
+
+    scope = run("metrics.md")
+    scores = scope["scores"]
+    (alone,) = scope["pickscore"].scorer.score(["eagle.png"], ["an eagle over a lake"]).values
+    assert alone == pytest.approx(scores.values[0], abs=1e-4)
+    assert set(scope["result"]) == {"win_rate", "lower", "upper", "num_pairs", "num_ties", "left_out"}
+    assert f"# {scope['result']['win_rate']}, and a 95 % interval" in read("metrics.md")
+    assert scope["results"][0]["num_references"] == 6
+    assert [next(iter(result)).split("_")[0] for result in scope["results"]] == ["fid", "kid"]
+    for name in ("num_negative", "caption_match"):
+        assert scope[name].scorer_settings
+
+
+def test_every_metric_is_on_its_page():
+    """The page names each metric by its module's name, no other in its table, and which of them look at the prompt."""
+    page = read("metrics.md")
+    assert all(f"`{name}`" in page or f'metric_path("{name}")' in page for name in METRICS)
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*\| (yes|no) \|", section("metrics.md", "Scores of single images"), re.MULTILINE
+    )
+    assert {name for name, _ in rows} == set(METRICS) - {"fid", "kid", "win_rate"}
+    for name, needs in rows:
+        module = importlib.import_module(f"trl_diffusion.metrics.{name}")
+        (scorer,) = [
+            c for c in vars(module).values() if getattr(c, "name", None) == name and c.__module__ == module.__name__
+        ]
+        assert scorer.needs_prompts == (needs == "yes")
+
+
+def test_python_of_evaluation(tiny_hub, monkeypatch):
+    """The page compares a tiny pipeline with a LoRA on it, and its callback logs scores."""
+    base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    tiny.sd_pipeline().save_pretrained(base)
+    save_lora(tiny.sd_pipeline(), Path("sd15-iapo-lora"))
+    clip_folder(Path("yuvalkirstain/PickScore_v1"))
+    clip_folder(Path("laion/CLIP-ViT-H-14-laion2B-s32B-b79K"))
+    rows = [{"id": None, "prompt": prompt, "group": None} for prompt in ("a red cat", "a dog", "a blue circle")]
+    monkeypatch.setattr("trl_diffusion.evaluation.prompts.read_benchmark", lambda benchmark, revision: (rows, "1"))
+    scope = run("evaluation.md")
+    assert list(scope["summary"]["scores"]) == ["base", "iapo"]
+    folder = Path("evaluation")
+    for name in re.findall(r"^- `([\w.]+)`", read("evaluation.md"), re.MULTILINE):
+        assert (folder / name).exists(), name
+    assert [path.name for path in sorted((folder / "images" / "iapo").glob("*.png"))] == [
+        f"0000{i}_0.png" for i in range(3)
+    ]
+    logged = [entry for entry in scope["trainer"].state.log_history if "eval_pickscore" in entry]
+    assert [entry["step"] for entry in logged] == [0, 1] and logged[0]["eval_pickscore_win_rate"] == 0.5
+
+
+def test_the_protocols_are_on_their_page():
+    """The table lists the protocols that are shipped, with their settings, all of which are unknown."""
+    table = section("evaluation.md", "Protocols")
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| ([\d.]+) \|", table, re.MULTILINE)
+    assert {name for name, _, _ in rows} == set(shipped_protocols())
+    for name, steps, guidance in rows:
+        protocol = load_protocol(name)
+        assert (protocol.num_inference_steps, protocol.guidance_scale) == (int(steps), float(guidance))
+        assert protocol.unknown
 
 
 def test_python_of_speed(tiny_hub):

@@ -156,6 +156,15 @@ def test_names_and_references_are_asked_for(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("package", ["matplotlib", "torchmetrics"])
+def test_missing_packages_are_named_before_anything_is_drawn(folder, tmp_path, monkeypatch, package):
+    """Without a package of the extra nothing is drawn, and the message says what to install."""
+    monkeypatch.setattr(run, "find_spec", lambda name: None if name == package else name)
+    with pytest.raises(ValueError, match=rf'needs {package}: `pip install "trl-diffusion\[evaluation\]"`'):
+        evaluate(folder, tmp_path, corpus_metrics=("kid",), references=folder / "references")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- The flags ----
 
 

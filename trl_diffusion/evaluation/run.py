@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def evaluate_models(
         `dict`: what [`evaluation.report.summarize`] gives, in the main process; `None` in the others, which only draw.
 
     Raises:
-        `ValueError`: If two models have one name, `references` are missing, or see [`evaluation.generate.generate`] and
+        `ValueError`: If two models have one name, `references` or a package are missing, or see [`evaluation.generate.generate`] and
             [`evaluation.scores.score_models`].
     """
     names = [spec.name for spec in specs]
@@ -100,6 +101,9 @@ def evaluate_models(
         raise ValueError(f"Two models are called {', '.join(twice)}: write NAME=WHERE to tell them apart.")
     if corpus_metrics and references is None:
         raise ValueError(f"{' and '.join(corpus_metrics)} compare with `references`: name a folder of images.")
+    for package in ("matplotlib", *(["torchmetrics"] if corpus_metrics else [])):
+        if find_spec(package) is None:  # said now, and not after hours of drawing
+            raise ValueError(f'An evaluation needs {package}: `pip install "trl-diffusion[evaluation]"`.')
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     images = {
