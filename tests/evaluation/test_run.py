@@ -29,7 +29,13 @@ from trl_diffusion.evaluation.prompts import load_prompts
 from trl_diffusion.evaluation.protocols import load_protocol
 from trl_diffusion.metrics.fid import fid_from_features
 from trl_diffusion.metrics.scorer import Scorer, open_image
-from trl_diffusion.scripts.evaluate_models import OF_ALL_IMAGES, EvaluateArguments, get_models, get_scorers, make_parser
+from trl_diffusion.scripts.evaluate_models import (
+    OF_ALL_IMAGES,
+    EvaluateArguments,
+    get_models,
+    get_scorers,
+    make_parser,
+)
 from trl_diffusion.scripts.judges import DetectorArguments, VLMArguments
 
 
@@ -176,8 +182,6 @@ def test_models_of_the_flags(folder):
     """Names, the base of LoRAs and negative LoRAs reach the models; a negative LoRA of no model is a mistake."""
     (spec,) = get_models(flags("--models", f"mine={folder / 'first'}"))
     assert (spec.name, spec.path, spec.kind) == ("mine", str(folder / "first"), "pipeline")
-    with pytest.raises(ValueError, match="`--models` is missing"):
-        get_models(flags())
     with pytest.raises(ValueError, match="`--negative_loras` names other, and `--models` has no such model"):
         get_models(flags("--models", f"mine={folder / 'first'}", "--negative_loras", "other=user/lora"))
 
@@ -189,7 +193,9 @@ def test_every_metric_of_the_flags_has_its_scorer(monkeypatch):
     from trl_diffusion.scripts.evaluate_models import SCORERS
 
     names = [*SCORERS, "num_negative_attributes", "caption_match"]
-    args = flags("--metrics", *names, *OF_ALL_IMAGES, "--use_cpu", "--criteria", "painting")
+    words = ["--metrics", *names, *OF_ALL_IMAGES, "--references", "folder", "--use_cpu", "--criteria", "painting"]
+    args = flags("--models", "x", *words)
+    assert args.corpus_metrics == OF_ALL_IMAGES
     scorers = get_scorers(args, VLMArguments(vlm="oracle"), DetectorArguments(detector="oracle"))
     assert list(scorers) == names
     asked = {}
@@ -203,8 +209,19 @@ def test_every_metric_of_the_flags_has_its_scorer(monkeypatch):
         assert scorers[name]().name == name
 
 
-@pytest.mark.parametrize("flag", ["batch_size", "scoring_batch_size"])
-def test_batches_hold_an_image(flag):
-    """A batch of no image is a mistake."""
-    with pytest.raises(ValueError, match=f"`--{flag}` must be at least 1, got 0"):
-        EvaluateArguments(**{flag: 0})
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"models": ["x"], "batch_size": 0}, "`--batch_size` must be at least 1, got 0"),
+        ({"models": ["x"], "scoring_batch_size": 0}, "`--scoring_batch_size` must be at least 1, got 0"),
+        ({}, "`--models` is missing"),
+        (
+            {"models": ["x"], "metrics": ["pickscore", "kid", "fid"]},
+            "`--references` is missing: .* kid and fid compare",
+        ),
+    ],
+)
+def test_mistakes_in_the_flags(settings, message):
+    """What can be told from the flags alone is told before anything is launched."""
+    with pytest.raises(ValueError, match=message):
+        EvaluateArguments(**settings)

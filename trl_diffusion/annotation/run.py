@@ -21,11 +21,9 @@ in it follows from the rows and from what the manifest describes, so a run that 
 import hashlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import count, islice
@@ -39,6 +37,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..batching import CORES
+from ..files import write_file
 from .records import STATUSES, Record, encode_row, open_images
 
 
@@ -379,21 +378,7 @@ class Run:
         self.write_file(self.folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
     def write_file(self, path: Path, content: bytes) -> None:
-        """Writes a file whole or not at all."""
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise ValueError(
-                f"{path} cannot be written: {error.strerror}. {self.counts['rows']} rows are written and safe: make room, "
-                "and the same command goes on after them."
-            ) from error
+        write_file(path, content, safe=f"{self.counts['rows']} rows are written and safe")
 
     def forget(self, is_wanting: Callable[[int], bool]) -> None:
         """Removes the shards of which this holds, by their numbers, so that their rows are missing."""

@@ -26,8 +26,9 @@ from urllib.parse import quote
 import jinja2
 import pyarrow as pa
 
+from ..files import write_file
 from .report import LABELS, SCORE_DIGITS, best, decimals, finite
-from .scores import metrics_of, write_file
+from .scores import metrics_of
 
 
 GALLERY = "gallery.html"

@@ -38,11 +38,11 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..batching import batched, in_threads
+from ..files import write_file
 from ..sampling import sample_images
 from .models import METADATA_FILE, ModelSpec, guidance_of, is_image, load_pipeline, resolve_dtype
 from .prompts import Prompt, PromptSet, read_jsonl
 from .protocols import SETTINGS, Protocol
-from .scores import write_file
 
 
 logger = logging.getLogger(__name__)

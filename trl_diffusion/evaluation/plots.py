@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from ..files import write_file
 from .report import LABELS, finite
-from .scores import metrics_of, write_file
+from .scores import metrics_of
 
 
 if TYPE_CHECKING:

@@ -24,8 +24,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from ..files import write_file
 from ..metrics.win_rate import win_rate
-from .scores import metrics_of, write_file
+from .scores import metrics_of
 
 
 SUMMARY, REPORT, LATEX = "summary.json", "report.md", "tables.tex"

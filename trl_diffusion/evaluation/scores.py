@@ -24,9 +24,7 @@ import io
 import json
 import logging
 import math
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +34,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..batching import batched, in_threads
+from ..files import write_file
 from ..metrics.scorer import Scorer
 
 
@@ -251,22 +250,3 @@ def write_table(path: Path, table: pa.Table) -> None:
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_file(path, buffer.getvalue())
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ValueError(
-            f"{path} cannot be written: {error.strerror}. What was written before is safe: make room, and the same command "
-            "goes on after it."
-        ) from error

@@ -39,6 +39,7 @@ from datasets import Dataset, disable_progress_bars
 from diffusers import StableDiffusionPipeline
 from trl import TrlParser
 
+from trl_diffusion.files import write_file
 from trl_diffusion.quickstart import cpo, iapo
 from trl_diffusion.quickstart.drawing import FAST, draw, load_pipeline
 from trl_diffusion.quickstart.paintings import evaluation_prompts as painting_prompts
@@ -230,10 +231,7 @@ def run_seed(world: str, seed: int, args: StudyArguments) -> None:
         start = time.perf_counter()
         record = run(name, seed, args) | {"arm": name, "seed": seed}
         record["seconds"] = round(time.perf_counter() - start, 1)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(record))
-        unfinished.rename(file)
+        write_file(file, json.dumps(record).encode())
         print(f"{world}, {name}, seed {seed}: {record['seconds']:.0f} s", flush=True)
 
 

@@ -174,6 +174,19 @@ class EvaluateArguments:
         for name in ("batch_size", "scoring_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` must be at least 1, got {getattr(self, name)}.")
+        if not self.models:
+            raise ValueError(
+                "`--models` is missing: name what to compare, such as `--models base=user/base aligned=my-lora`."
+            )
+        if self.corpus_metrics and not self.references:
+            raise ValueError(
+                f"`--references` is missing: the folder of images that {' and '.join(self.corpus_metrics)} compare with."
+            )
+
+    @property
+    def corpus_metrics(self) -> tuple[str, ...]:
+        """Those of `metrics` that compare all images of a model with `references`."""
+        return tuple(name for name in self.metrics if name in OF_ALL_IMAGES)
 
 
 def main(args: EvaluateArguments, vlm_args: VLMArguments, detector_args: DetectorArguments) -> None:
@@ -181,11 +194,6 @@ def main(args: EvaluateArguments, vlm_args: VLMArguments, detector_args: Detecto
     from trl_diffusion.evaluation.protocols import load_protocol
     from trl_diffusion.evaluation.run import evaluate_models
 
-    of_all_images = tuple(name for name in OF_ALL_IMAGES if name in args.metrics)
-    if of_all_images and not args.references:
-        raise ValueError(
-            f"`--references` is missing: the folder of images that {' and '.join(of_all_images)} compare with."
-        )
     protocol = load_protocol(
         args.protocol,
         num_inference_steps=args.num_inference_steps,
@@ -207,7 +215,7 @@ def main(args: EvaluateArguments, vlm_args: VLMArguments, detector_args: Detecto
         protocol,
         scorers,
         args.output_dir,
-        of_all_images,
+        args.corpus_metrics,
         args.references,
         batch_size=args.batch_size,
         scoring_batch_size=args.scoring_batch_size,
@@ -223,10 +231,6 @@ def get_models(args: EvaluateArguments) -> list["ModelSpec"]:
     """The models that the flags name, pinned."""
     from trl_diffusion.evaluation.models import parse_model, resolve_model
 
-    if not args.models:
-        raise ValueError(
-            "`--models` is missing: name what to compare, such as `--models base=user/base aligned=my-lora`."
-        )
     negative_loras = dict(parse_model(text) for text in args.negative_loras or [])
     named = [parse_model(text) for text in args.models]
     if unknown := sorted(negative_loras.keys() - {name for name, _ in named}):
