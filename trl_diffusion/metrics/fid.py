@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """The Fréchet distance between features of images (Heusel et al., NeurIPS 2017)."""
 
 import warnings

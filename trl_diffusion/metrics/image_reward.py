@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """ImageReward (Xu et al., NeurIPS 2023, https://github.com/THUDM/ImageReward): how people would rate an image of a prompt."""
 
 import re

@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """What FID and KID share: the Inception v3 of 2015-12-05 of TensorFlow, on which FID is defined, and the images' way into it.
 
 Where the original FID (Heusel et al., NeurIPS 2017, https://github.com/bioinf-jku/TTUR) lets TensorFlow resize the images,

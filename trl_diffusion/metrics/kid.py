@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """The maximum mean discrepancy between features of images (Binkowski et al., Demystifying MMD GANs, ICLR 2018)."""
 
 import warnings
