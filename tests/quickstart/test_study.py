@@ -30,6 +30,7 @@ from trl_diffusion.quickstart.study import (
     FIGURES,
     WORLDS,
     StudyArguments,
+    check_settings,
     collect,
     folder_of,
     outcome,
@@ -199,6 +200,14 @@ def test_runs_are_kept(tmp_path, one_thread, monkeypatch):
     runs = collect(args)["runs"]["scenes"]
     assert [run["arm"] for run in runs] == list(WORLDS["scenes"][0])
     assert {run["clean_a"] for run in runs if run["arm"] == "dpo"} == {len(calls)}
+
+
+def test_runs_of_other_settings_are_not_mixed(tmp_path):
+    """A folder keeps its settings; further seeds may come."""
+    check_settings(StudyArguments(str(tmp_path), [1]))
+    check_settings(StudyArguments(str(tmp_path), [1, 2]))
+    with pytest.raises(ValueError, match="'max_steps': 110.*'max_steps': 5.* choose another `--output_dir`"):
+        check_settings(StudyArguments(str(tmp_path), [1], max_steps=5))
 
 
 @pytest.mark.parametrize("world", WORLDS)

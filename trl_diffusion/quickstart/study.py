@@ -245,7 +245,7 @@ def collect(args: StudyArguments) -> dict[str, Any]:
         ]
         for world, (arms, _) in WORLDS.items()
     }
-    settings = {name: getattr(args, name) for name in ("seeds", "num_rows", "max_steps", "num_samples")}
+    settings = {"seeds": args.seeds, **settings_of(args)}
     return {"settings": settings, "versions": {package: version(package) for package in PACKAGES}, "runs": runs}
 
 
@@ -310,7 +310,24 @@ def picture(study: dict[str, Any], world: str):
     return shown
 
 
+def settings_of(args: StudyArguments) -> dict[str, int]:
+    """What every run of a folder has in common."""
+    return {name: getattr(args, name) for name in ("num_rows", "max_steps", "num_samples")}
+
+
+def check_settings(args: StudyArguments) -> None:
+    """Runs of other settings are not mixed: raises a `ValueError` where the folder holds such."""
+    file = Path(args.output_dir) / "settings.json"
+    if not file.exists():
+        write_file(file, json.dumps(settings_of(args)).encode())
+    elif (earlier := json.loads(file.read_text())) != settings_of(args):
+        raise ValueError(
+            f"{args.output_dir} holds runs with {earlier}, not {settings_of(args)}: choose another `--output_dir`."
+        )
+
+
 def main(args: StudyArguments) -> None:
+    check_settings(args)
     # Two processes of one thread each: the tensors are small, and more threads would mostly wait for one another.
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=disable_progress_bars) as pool:
         for run in [pool.submit(run_seed, world, seed, args) for seed in args.seeds for world in WORLDS]:
