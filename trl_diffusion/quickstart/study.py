@@ -302,6 +302,8 @@ def picture(study: dict[str, Any], world: str):
             color = "#D55E00" if name in ("base", reference) else "#0072B2"
             panel.plot(values, [row] * len(values), "o", color=color, alpha=0.5, markersize=4, markeredgewidth=0)
             panel.plot([statistics.fmean(values)] * 2, [row - 0.35, row + 0.35], color=color, linewidth=2)
+        if figure.startswith("match"):  # so that hardly anything looks like it
+            panel.set_xlim(left=min(0.88, panel.get_xlim()[0]), right=1.01)
         panel.set_title(heading, fontsize=10)
         panel.grid(axis="x", alpha=0.3)
         panel.set_axisbelow(True)
