@@ -30,6 +30,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -318,7 +319,9 @@ def settings_of(args: StudyArguments) -> dict[str, int]:
 
 
 def check_settings(args: StudyArguments) -> None:
-    """Runs of other settings are not mixed: raises a `ValueError` where the folder holds such."""
+    """Runs of other settings are not mixed, and the pictures can be drawn: raises a `ValueError` otherwise."""
+    if find_spec("matplotlib") is None:
+        raise ValueError('The study draws with matplotlib: `pip install "trl-diffusion[evaluation]"`.')
     file = Path(args.output_dir) / "settings.json"
     if not file.exists():
         write_file(file, json.dumps(settings_of(args)).encode())
