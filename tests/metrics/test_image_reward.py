@@ -104,27 +104,38 @@ def published_shapes(config: BlipConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def published_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
-    """A tiny file. Embeddings are so small that the eps of the first norms counts."""
-    generator = torch.Generator().manual_seed(seed)
+def published_tensors(config: BlipConfig | None = None, deviation: float = 0.5) -> dict[str, torch.Tensor]:
+    """A file, tiny unless a config says otherwise. Embeddings are so small that the eps of the first norms counts."""
+    config = config or tiny_config()
+    generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for name, shape in published_shapes(tiny_config()).items():
-        tensor = torch.randn(shape, generator=generator) * 0.5
+    for name, shape in published_shapes(config).items():
+        tensor = torch.randn(shape, generator=generator) * deviation
         if "norm" in name.lower() and name.endswith("weight"):
             tensor += 1
         elif "embed" in name and "LayerNorm" not in name or name.endswith("cls_token"):
             tensor *= 2e-3
         elif name.startswith("mlp") and name.endswith("weight"):
-            tensor *= 2.2 / math.sqrt(shape[1])  # rewards near 1
+            tensor *= 1.1 / deviation / math.sqrt(shape[1])  # rewards near 1
         tensors[name] = tensor
-    tensors["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
+    tensors["blip.text_encoder.embeddings.position_ids"] = torch.arange(config.text_config.max_position_embeddings)[
+        None
+    ]
     return tensors
 
 
-def plain_reward(tensors: dict[str, torch.Tensor], pixels: torch.Tensor, ids: list[int], mask: list[int]) -> float:
+def plain_reward(
+    tensors: dict[str, torch.Tensor],
+    pixels: torch.Tensor,
+    ids: list[int],
+    mask: list[int],
+    vision_heads: int = 2,
+    text_heads: int = 3,
+) -> float:
     """One image's reward after the published code, in float64 and out of the published names."""
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
-    patch, vision_heads, text_heads, vision_eps, text_eps = 16, 2, 3, 1e-6, 1e-12
+    patch, vision_eps, text_eps = 16, 1e-6, 1e-12
+    blocks, layers = (sum(name.endswith(last) for name in tensors) for last in ("norm1.weight", "self.query.weight"))
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
         return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
@@ -155,7 +166,7 @@ def plain_reward(tensors: dict[str, torch.Tensor], pixels: torch.Tensor, ids: li
             square = pixels[:, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch].double()
             x.append(kernel @ square.flatten() + tensors[f"{name}.patch_embed.proj.bias"])
     x = torch.stack(x) + tensors[f"{name}.pos_embed"][0]
-    for index in range(2):
+    for index in range(blocks):
         block = f"{name}.blocks.{index}"
         q, k, v = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x, vision_eps)).chunk(3, dim=1)
         x = x + linear(f"{block}.attn.proj", attend(q, k, v, vision_heads, [1] * len(x)))
@@ -166,7 +177,7 @@ def plain_reward(tensors: dict[str, torch.Tensor], pixels: torch.Tensor, ids: li
     x = tensors[f"{name}.embeddings.word_embeddings.weight"][ids]
     x = x + tensors[f"{name}.embeddings.position_embeddings.weight"][: len(ids)]
     x = norm(f"{name}.embeddings.LayerNorm", x, text_eps)
-    for index in range(2):
+    for index in range(layers // 2):  # each has two attentions
         block = f"{name}.encoder.layer.{index}"
         for attention, seen, visible in (("attention", None, mask), ("crossattention", image, [1] * len(image))):
             seen = x if seen is None else seen
@@ -207,18 +218,33 @@ def scorer(weights_path, tokenizer):
     return ImageRewardScorer(weights_path, tokenizer_name_or_path=tokenizer, config=tiny_config(), device="cpu")
 
 
+def padded(prompt: str) -> tuple[list[int], list[int]]:
+    """A prompt's tokens and which of them are no padding."""
+    ids = [2, *(WORDS.index(word) for word in prompt.split())][:34] + [3]
+    padding = 35 - len(ids)
+    return ids + [0] * padding, [1] * len(ids) + [0] * padding
+
+
 def test_rewards_are_those_of_the_published_code(scorer):
     """A score equals a plain float64 computation out of the published tensors to 1e-5, for padded and for cut prompts."""
     images = [picture(40, 32, seed=seed) for seed in range(3)]
     scores = scorer.score(images, PROMPTS).values
     assert max(scores) - min(scores) > 0.1
     for image, prompt, score in zip(images, PROMPTS, scores, strict=True):
-        ids = [2, *(WORDS.index(word) for word in prompt.split())][:34] + [3]
-        padding = 35 - len(ids)
-        expected = plain_reward(
-            published_tensors(), preprocess(image, 32), ids + [0] * padding, [1] * len(ids) + [0] * padding
-        )
+        expected = plain_reward(published_tensors(), preprocess(image, 32), *padded(prompt))
         assert score == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_rewards_at_true_size(tokenizer, tmp_path):
+    """So they are with the sizes of ImageReward-v1.0."""
+    tensors = published_tensors(published_config(), deviation=0.02)
+    torch.save(tensors, tmp_path / "ImageReward.pt")
+    scorer = ImageRewardScorer(tmp_path / "ImageReward.pt", tokenizer_name_or_path=tokenizer, device="cpu")
+    image = picture(300, 260)
+    (score,) = scorer.score([image], PROMPTS[:1]).values
+    expected = plain_reward(tensors, preprocess(image, 224), *padded(PROMPTS[0]), vision_heads=16, text_heads=12)
+    assert score == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_reward_is_normalised(weights_path, tokenizer, tmp_path):
