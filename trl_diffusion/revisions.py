@@ -52,7 +52,12 @@ def resolve_revision(model_name_or_path: str, revision: str | None = None) -> st
             f"{model_name_or_path!r} is neither a folder nor a model that the Hub or its cache gives: "
             f"{str(error).splitlines()[0]} Where the network is, `hf download {model_name_or_path}` fetches it."
         ) from error
-    return Path(config).parent.name  # .../snapshots/<commit>/config.json
+    return commit_of(Path(config), "config.json")
+
+
+def commit_of(path: Path, filename: str) -> str:
+    """The commit that a file of the Hub's cache is of: it lies at `.../snapshots/<commit>/<filename>`."""
+    return path.parents[len(Path(filename).parts) - 1].name
 
 
 def digest_of_file(path: Path) -> str:

@@ -15,6 +15,7 @@
 """An evaluation draws, scores and reports, and does nothing twice."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from trl_diffusion.metrics.fid import fid_from_features
 from trl_diffusion.metrics.scorer import Scorer, open_image
 from trl_diffusion.scripts.evaluate_models import (
     OF_ALL_IMAGES,
+    SCORERS,
     EvaluateArguments,
     get_models,
     get_scorers,
@@ -188,10 +190,6 @@ def test_models_of_the_flags(folder):
 
 def test_every_metric_of_the_flags_has_its_scorer(monkeypatch):
     """Each metric that scores images gets the scorer of its name, on the CPU where that is asked for."""
-    from importlib import import_module
-
-    from trl_diffusion.scripts.evaluate_models import SCORERS
-
     names = [*SCORERS, "num_negative_attributes", "caption_match"]
     words = ["--metrics", *names, *OF_ALL_IMAGES, "--references", "folder", "--use_cpu", "--criteria", "painting"]
     args = flags("--models", "x", *words)

@@ -581,6 +581,13 @@ def test_torchmetrics_is_named_where_it_is_missing(monkeypatch):
             compute(x, x)
 
 
+@pytest.mark.parametrize("name", ["fid", "kid"])
+def test_unknown_settings(name):
+    """A misspelt setting is refused, which `evaluate` would drop, and the published weights would be taken."""
+    with pytest.raises(ValueError, match=f"`{name}` has no setting weights_pth; there is weights_path, device"):
+        evaluate.load(metric_path(name), weights_pth="weights.pth")
+
+
 def test_kid_is_a_module_of_evaluate(weights_path, extractor, tmp_path):
     """`evaluate` gives the function's result for files, for folders and piece by piece, and wants references."""
     for place, sizes in (("images", (20, 30, 40)), ("references", (50, 60)), ("empty", ())):

@@ -14,10 +14,11 @@
 
 """Scores during training."""
 
+import PIL.Image
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from ..metrics.scorer import Scorer
+from ..metrics.scorer import Scorer, Scores
 from ..metrics.win_rate import win_rate
 
 
@@ -103,5 +104,5 @@ class EvaluationCallback(TrainerCallback):
         model.train(was_training)
         control.should_log = should_log  # which a log takes back: the step's own is still to come
 
-    def _score(self, scorer: Scorer, images):
+    def _score(self, scorer: Scorer, images: list[PIL.Image.Image]) -> Scores:
         return scorer.score(images, self.prompts, batch_size=self.trainer.args.per_device_eval_batch_size)

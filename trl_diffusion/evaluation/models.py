@@ -26,7 +26,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
-from ..revisions import digest_of_file, pinned, resolve_revision
+from ..revisions import commit_of, digest_of_file, pinned, resolve_revision
 from ..sampling import negative_preference_guidance
 from .prompts import SAFE_NAME
 
@@ -240,9 +240,11 @@ def _kind_and_revision(where: str) -> tuple[str, str]:
             f"{where} holds a pipeline ({PIPELINE_FILE}) and a LoRA ({LORA_FILE}): keep one of them there."
         )
     if PIPELINE_FILE in found:
-        return "pipeline", _pipeline_digest(folder) if folder.is_dir() else found[PIPELINE_FILE].parent.name
+        return "pipeline", _pipeline_digest(folder) if folder.is_dir() else commit_of(
+            found[PIPELINE_FILE], PIPELINE_FILE
+        )
     if LORA_FILE in found:
-        return "lora", digest_of_file(found[LORA_FILE]) if folder.is_dir() else found[LORA_FILE].parent.name
+        return "lora", digest_of_file(found[LORA_FILE]) if folder.is_dir() else commit_of(found[LORA_FILE], LORA_FILE)
     if folder.is_dir() and any(is_image(path) or path.name == METADATA_FILE for path in folder.iterdir()):
         return "images", resolve_revision(where)
     raise ValueError(f"{where!r} is nothing that can be evaluated: {missing}.")

@@ -29,6 +29,8 @@ import pyarrow.parquet as pq
 from datasets import load_dataset
 from huggingface_hub import HfApi, hf_hub_download
 
+from ..revisions import commit_of
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -269,7 +271,7 @@ def read_benchmark(benchmark: Benchmark, revision: str | None) -> tuple[list[Row
                 f"{revision} --repo-type dataset`, and bring the Hub's cache along (`HF_HOME`); or name a mirror of it "
                 "on the Hub, or a file of prompts."
             ) from error
-        revision = path.parents[len(Path(filename).parts) - 1].name  # .../snapshots/<commit>/<filename>
+        revision = commit_of(path, filename)
         of_file = read_file(path, benchmark.prompt_column, benchmark.group_column)
         if group is not None:
             of_file = [

@@ -59,7 +59,8 @@ def evaluate_models(
     disable_tqdm: bool = False,
 ) -> dict[str, Any] | None:
     """
-    Draws, scores and reports. What an earlier run left in the folder is not done again.
+    Draws, scores and reports. Images and scores that an earlier run left in the folder are not made again; FID and KID, which are
+    of all images, are.
 
     Args:
         specs (`list[ModelSpec]`):
@@ -93,8 +94,8 @@ def evaluate_models(
         `dict`: what [`evaluation.report.summarize`] gives, in the main process; `None` in the others, which only draw.
 
     Raises:
-        `ValueError`: If two models have one name, `references` or a package are missing, or see [`evaluation.generate.generate`] and
-            [`evaluation.scores.score_models`].
+        `ValueError`: If two models have one name, or `references` or a package are missing. See also
+            [`evaluation.generate.generate`] and [`evaluation.scores.score_models`].
     """
     names = [spec.name for spec in specs]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -35,7 +35,7 @@ from datasets import Features, Image
 from torch import nn
 from tqdm import tqdm
 
-from trl_diffusion.metrics.scorer import ImageLike, prepared_batches
+from trl_diffusion.metrics.scorer import ImageLike, check_settings, prepared_batches
 from trl_diffusion.metrics.weights import load_tensors, local_file, read_tensors
 
 
@@ -397,6 +397,7 @@ class InceptionMetric(evaluate.Metric, ABC):
     citation: str
 
     def __init__(self, *args, weights_path: str | Path | None = None, device: str | None = None, **settings):
+        check_settings(settings, type(self).__name__.lower(), ("weights_path", "device"))
         self.weights_path, self.device = weights_path, device
         super().__init__(*args, **settings)
 

@@ -23,7 +23,7 @@ import io
 import math
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -264,6 +264,25 @@ def qualified_name(function: Callable) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
+def check_settings(settings: dict[str, Any], name: str, known: Iterable[str]) -> None:
+    """
+    Checks what is left for [`~evaluate.Metric`], which would drop what it does not know in silence.
+
+    Args:
+        settings (`dict`):
+            The settings that the metric has not taken.
+        name (`str`):
+            The metric's name, for the message.
+        known (`Iterable[str]`):
+            The settings that it takes, likewise.
+
+    Raises:
+        `ValueError`: If one is neither the metric's nor that of [`~evaluate.Metric`].
+    """
+    if unknown := sorted(settings.keys() - inspect.signature(evaluate.Metric).parameters.keys()):
+        raise ValueError(f"`{name}` has no setting {', '.join(unknown)}; there is {', '.join(known)}.")
+
+
 class ImageMetric(evaluate.Metric, ABC):
     """
     A scorer as a module of `evaluate`: `metric.compute(images=[...], prompts=[...], batch_size=16)` gives what
@@ -282,11 +301,7 @@ class ImageMetric(evaluate.Metric, ABC):
     def __init__(self, *args, **settings):
         known = inspect.signature(self.scorer_type).parameters
         self.scorer_settings = {name: settings.pop(name) for name in known if name in settings}
-        # `evaluate` would drop these in silence
-        if unknown := sorted(settings.keys() - inspect.signature(evaluate.Metric).parameters.keys()):
-            raise ValueError(
-                f"`{self.scorer_type.name}` has no setting {', '.join(unknown)}; there is {', '.join(known)}."
-            )
+        check_settings(settings, self.scorer_type.name, known)
         super().__init__(*args, **settings)
 
     @property

@@ -22,7 +22,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file
 
-from trl_diffusion.revisions import digest_of_file
+from trl_diffusion.revisions import commit_of, digest_of_file
 
 
 def fetch_file(repo_id: str, filename: str, revision: str | None = None) -> tuple[Path, str]:
@@ -51,9 +51,7 @@ def fetch_file(repo_id: str, filename: str, revision: str | None = None) -> tupl
             f"{str(error).splitlines()[0]} Where the network is, run `hf download {repo_id} {filename}`, and bring the Hub's "
             "cache along (`HF_HOME`)."
         ) from error
-    return path, path.relative_to(path.parents[len(Path(filename).parts)]).parts[
-        0
-    ]  # .../snapshots/<commit>/<filename>
+    return path, commit_of(path, filename)
 
 
 def local_file(path: str | Path) -> tuple[Path, str]:
