@@ -105,6 +105,14 @@ def test_a_judge_without_answers_does_not_stop_a_training(tmp_path, caplog):
     assert "`silent` at step 3: 3 of 3 pictures have no score; the first because of this: no answer" in caplog.text
 
 
+def test_nothing_is_logged_where_there_is_nothing(tmp_path):
+    """Without any score there is no entry in the log beside those of the training."""
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(EvaluationCallback(trainer, PROMPTS, [Silent()], steps=1))
+    trainer.train()
+    assert all({"loss", "train_loss"} & entry.keys() for entry in trainer.state.log_history)
+
+
 @pytest.mark.parametrize(
     "prompts, scorers, steps", [([], [Brightness()], 1), (PROMPTS, [], 1), (PROMPTS, [Brightness()], 0)]
 )

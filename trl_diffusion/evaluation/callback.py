@@ -98,6 +98,8 @@ class EvaluationCallback(TrainerCallback):
             if any(None not in pair for pair in zip(scores.values, base_scores, strict=True)):
                 compared = win_rate(scores.values, base_scores, scorer.higher_is_better)
                 logs[f"eval_{scorer.name}_win_rate"] = compared["win_rate"]
+        if not logs:
+            return
         was_training, should_log = model.training, control.should_log
         model.eval()  # as the Trainer evaluates: what training has recorded since its last log stays there
         trainer.log(logs)
