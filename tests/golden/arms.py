@@ -1,0 +1,109 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Twenty steps of each trainer on tiny pipelines: what they log, to compare before and after a change."""
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trl_diffusion import (
+    AttributeSFTConfig,
+    AttributeSFTTrainer,
+    ComplexPOConfig,
+    ComplexPOTrainer,
+    InstanceDPOConfig,
+    InstanceDPOTrainer,
+)
+
+from .. import tiny
+
+
+STEPS = 20
+IAPO = {"learning_rate": 1e-4, "beta": 100.0}
+INVERSION = {"noise_source": "inversion", "inversion_steps": 4}
+# name: family, whether a LoRA is trained, trainer, settings
+ARMS: dict[str, tuple[str, bool, str, dict[str, Any]]] = {
+    **{
+        f"{trainer}-{family}-{'lora' if is_lora else 'full'}-{noise}": (
+            family,
+            is_lora,
+            trainer,
+            (IAPO | {"w_neg": -0.5, "mask_overlap": "covering"} if trainer == "iapo" else {"learning_rate": 1e-4})
+            | (INVERSION if noise == "inversion" else {}),
+        )
+        for trainer, noises in (("iapo", ("random", "inversion")), ("sft", ("random",)))
+        for family in ("sd", "sd_v", "sdxl")
+        for is_lora in (True, False)
+        for noise in noises
+    },
+    **{
+        f"cpo-{family}-lora-random": (family, True, "cpo", {"learning_rate": 1e-3, "beta": 50.0})
+        for family in ("sd", "sd_v", "sdxl")
+    },
+    "iapo-sd-lora-policy-inverts": (
+        *("sd", True, "iapo"),
+        IAPO | INVERSION | {"inversion_model": "policy", "inversion_eta": 0.1},
+    ),
+    "iapo-sd-full-precomputed": ("sd", False, "iapo", IAPO | {"precompute": True, "precompute_ref_preds": True}),
+    "iapo-sd-lora-dropout": (
+        *("sd", True, "iapo"),
+        IAPO | {"prompt_dropout": 0.5, "random_flip": True, "center_crop": False},
+    ),
+    "iapo-sdxl-lora-dropout": ("sdxl", True, "iapo", IAPO | {"prompt_dropout": 0.5}),
+    "iapo-sd-lora-bf16": ("sd", True, "iapo", IAPO | {"bf16": True}),
+    "cpo-sd-lora-unstabilized": (
+        *("sd", True, "cpo"),
+        {
+            **{"learning_rate": 1e-3, "beta": 50.0, "loss_type": "unstabilized", "attribute_targets": "paired"},
+            **{"target_strength": 1.5, "timestep_weighting": "min_snr"},
+        },
+    ),
+    "cpo-sd_v-lora-sigmoid": (
+        *("sd_v", True, "cpo"),
+        {"learning_rate": 1e-3, "beta": 50.0, "timestep_weighting": "sigmoid", "policy_condition": "positive"},
+    ),
+}
+NOT_RECORDED = ("runtime", "_per_second", "total_flos", "step", "epoch", "num_tokens")
+
+
+def record(name: str, changes: dict[str, Any] | None = None) -> dict[str, list[float]]:
+    """What an arm logs: each metric's values in order, an evaluation's last."""
+    family, is_lora, trainer_name, settings = ARMS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(trainer_name, family, is_lora, settings | (changes or {}), Path(folder))
+        trainer.train()
+        trainer.evaluate()
+        recorded: dict[str, list[float]] = {}
+        for entry in trainer.state.log_history:
+            for key, value in entry.items():
+                if isinstance(value, float) and math.isfinite(value) and not key.endswith(NOT_RECORDED):
+                    recorded.setdefault(key, []).append(value)
+    return recorded
+
+
+def _trainer(name: str, family: str, is_lora: bool, settings: dict[str, Any], folder: Path):
+    common = tiny.FAST | {"max_steps": STEPS, "use_cpu": True, "output_dir": str(folder)} | settings
+    if settings.get("precompute"):
+        common["precompute_dir"] = str(folder / "cache")
+    lora = tiny.lora(alpha=8) if is_lora else None
+    if name == "iapo":
+        data = {"train_dataset": tiny.pairs(8), "eval_dataset": tiny.pairs(2)}
+        return InstanceDPOTrainer(tiny.PIPELINES[family](), args=InstanceDPOConfig(**common), peft_config=lora, **data)
+    (folder / "criteria.yaml").write_text(tiny.CRITERIA)
+    common |= {"criteria": str(folder / "criteria.yaml")}
+    data = {"train_dataset": tiny.paintings(8), "eval_dataset": tiny.paintings(2), "peft_config": lora}
+    if name == "sft":
+        return AttributeSFTTrainer(
+            tiny.PIPELINES[family](), args=AttributeSFTConfig(attribute_dropout=0.3, **common), **data
+        )
+    base = tiny.FAST | {"learning_rate": 0.05, "use_cpu": True, "criteria": common["criteria"]}
+    expert = AttributeSFTTrainer(
+        tiny.PIPELINES[family](),
+        args=AttributeSFTConfig(str(folder / "expert"), **base),
+        train_dataset=tiny.paintings(8),
+        peft_config=tiny.lora(),
+    )
+    expert.train()
+    return ComplexPOTrainer(tiny.PIPELINES[family](), expert, args=ComplexPOConfig(**common), **data)
