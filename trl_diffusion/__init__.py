@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .criteria import Criteria
     from .data.formats import attribute_features, instance_pair_features
     from .evaluation.callback import EvaluationCallback
-    from .sampling import negative_preference_guidance, sample_images
+    from .guidance import negative_preference_guidance
+    from .sampling import sample_images
     from .trainer.attribute_sft_config import AttributeSFTConfig
     from .trainer.attribute_sft_trainer import AttributeSFTTrainer
     from .trainer.callbacks import SampleImagesCallback
@@ -45,7 +46,7 @@ _MODULES = {
     "instance_pair_features": "data.formats",
     "join_annotations": "annotation.join",
     "load_annotations": "annotation.join",
-    "negative_preference_guidance": "sampling",
+    "negative_preference_guidance": "guidance",
     "sample_images": "sampling",
 }
 

@@ -6,6 +6,8 @@
 import torch
 import torch.nn.functional as F
 
+from .noising import per_sample_errors
+
 
 def diffusion_dpo_loss(
     chosen_errors: torch.Tensor,
@@ -135,3 +137,44 @@ def complex_po_loss(
     rejected_rewards = (-scale if stabilized else scale) * (rejected_errors - ref_rejected_errors)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def complex_po_diagnostics(
+    losses: torch.Tensor,
+    chosen_errors: torch.Tensor,
+    second_errors: torch.Tensor,
+    ref_chosen_errors: torch.Tensor,
+    ref_second_errors: torch.Tensor,
+    model_pred: torch.Tensor,
+    ref_pred: torch.Tensor,
+    beta: float,
+    weights: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    How CPO moves the policy: the size of each term's gradient, and how far the policy has moved.
+
+    Args:
+        losses (`torch.Tensor` of shape `(B,)`):
+            The losses of [`losses.complex_po_loss`].
+        chosen_errors, second_errors, ref_chosen_errors, ref_second_errors (`torch.Tensor` of shape `(B,)`):
+            The errors that it was given, the second term's being those of `z_l` or of its reflection.
+        model_pred (`torch.Tensor` of shape `(B, C, h, w)`):
+            The policy's prediction.
+        ref_pred (`torch.Tensor` of shape `(B, C, h, w)`):
+            The reference's prediction.
+        beta (`float`):
+            As in the loss.
+        weights (`torch.Tensor` of shape `(B,)`):
+            As in the loss.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`, each of shape `(B,)`, without gradient: the norm of the gradient of
+        each of the two terms with respect to the prediction, and the drift: the policy's squared distance from the reference
+        over that of its targets. At the minimum of the stabilised loss the drift is at most 1, and at most 1/2 where a sample
+        has both terms.
+    """
+    with torch.no_grad():
+        slope = beta * weights * (1 - (-losses).exp()) / model_pred[0].numel() ** 0.5
+        targets = (ref_chosen_errors + ref_second_errors).clamp(min=1e-12)
+        drift = per_sample_errors(model_pred, ref_pred) / targets
+        return slope * chosen_errors.sqrt(), slope * second_errors.sqrt(), drift

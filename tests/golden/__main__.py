@@ -31,13 +31,14 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="Write what is logged to this file.")
     parser.add_argument("--compare", type=Path, help="Compare what is logged with this file.")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), help="Which arms; all of them by default.")
+    parser.add_argument("--settings", type=json.loads, default={}, help="JSON: settings to train with besides the arm's.")
     parser.add_argument("--tolerance", type=float, default=1e-6)
     args = parser.parse_args()
     torch.set_num_threads(1)
     golden = json.loads(args.compare.read_text()) if args.compare else {}
     recorded, moved = {}, []
     for name in args.arms:
-        recorded[name] = record(name)
+        recorded[name] = record(name, args.settings)
         if args.compare:
             before = golden[name]
             largest = {key: difference(before.get(key, []), recorded[name].get(key, [])) for key in before}

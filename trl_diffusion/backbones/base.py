@@ -1,19 +1,28 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What training asks of a diffusers pipeline, whatever its family."""
+"""What training needs of a diffusers pipeline, whatever its family."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+
+from ..process import Process
 
 
 class Backbone(ABC):
     """
-    Training's view of a diffusers pipeline: its denoiser, its encoders and its noise schedule.
+    A pipeline as training sees it: a denoiser, frozen encoders, and a process.
+
+    A family implements the abstract methods and sets the class attributes. Images are latents `(B, C, h, w)` everywhere
+    outside of a backbone; packing, position ids and further dimensions are its own. Prompts are dictionaries of tensors whose
+    first dimension is `B`, called conditions. Sequences are padded with zeros to the longest of the batch; where the family
+    masks the padding, `prompt_lengths` `(B,)` is among the conditions, and a cache stores each sequence at its own length.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -24,144 +33,69 @@ class Backbone(ABC):
             The pipeline family.
         denoiser_name (`str`):
             Name of the pipeline's component that is trained.
-        encoder_names (`tuple[str, ...]`):
-            Names of the frozen components that training needs.
-        tokenizer_names (`tuple[str, ...]`):
-            Names of the tokenizers that read a prompt.
+        text_encoder_names (`tuple[str, ...]`):
+            Names of the components that encode prompts.
         lora_target_modules (`tuple[str, ...]`):
-            Module names that a LoRA targets if its configuration names none: the attention projections.
-        alphas_cumprod (`torch.Tensor` of shape `(T,)`):
-            The noise schedule, float32.
-        prediction_type (`str`):
-            What the denoiser predicts, `"epsilon"` or `"v_prediction"`.
+            Names of the modules that a LoRA adapts if its configuration names none: the attention projections.
+        padded_conditions (`tuple[str, ...]`):
+            Names of the text conditions that `prompt_lengths` belongs to; none where padding is not masked.
+        process ([`process.Process`]):
+            How latents are noised, and what the denoiser predicts.
     """
 
     pipeline_class: type[DiffusionPipeline]
     denoiser_name: str
-    encoder_names: tuple[str, ...]
-    tokenizer_names: tuple[str, ...]
+    text_encoder_names: tuple[str, ...]
     lora_target_modules: tuple[str, ...]
+    padded_conditions: tuple[str, ...] = ()
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline = pipeline
+        self.process = self.make_process()
         for name in self.encoder_names:
             getattr(pipeline, name).requires_grad_(False).eval()
-        # Whatever scheduler the pipeline samples with, its configuration holds the schedule that the model was trained
-        # with, and DDPMScheduler computes that in float32.
-        self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.alphas_cumprod = self.noise_scheduler.alphas_cumprod
-        self.prediction_type = self.noise_scheduler.config.prediction_type
         self.device = torch.device("cpu")
         self.offloaded: tuple[str, ...] = ()
 
-    @property
-    def denoiser(self) -> torch.nn.Module:
-        """The component that is trained."""
-        return getattr(self.pipeline, self.denoiser_name)
-
-    @property
-    def default_resolution(self) -> int:
-        """Width and height in pixels that the denoiser was trained at."""
-        return self.denoiser.config.sample_size * self.pipeline.vae_scale_factor
-
-    @property
-    def size_multiple(self) -> int:
-        """What the sides of an image are multiples of, in pixels, so that VAE and denoiser halve them without rest."""
-        return self.pipeline.vae_scale_factor * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
-
-    def to(self, device: torch.device) -> None:
-        """Moves the encoders and the noise schedule to a device; the denoiser is the Trainer's to move."""
-        for name in self.encoder_names:
-            getattr(self.pipeline, name).to(device)
-        self.alphas_cumprod = self.alphas_cumprod.to(device)
-        self.device = device
-
-    def offload(self, names: tuple[str, ...]) -> None:
-        """
-        Moves encoders that training needs no longer to the CPU. They are lent the device for drawing.
-
-        Args:
-            names (`tuple[str, ...]`):
-                Names of these encoders.
-        """
-        self.offloaded = names
-        for name in names:
-            getattr(self.pipeline, name).to("cpu")
-
-    def fits(self, prompt: str) -> bool:
-        """
-        Whether the text encoders see the whole of a prompt, and not only its first 77 tokens.
-
-        Args:
-            prompt (`str`):
-                The prompt.
-
-        Returns:
-            `bool`
-        """
-        tokenizers = [getattr(self.pipeline, name) for name in self.tokenizer_names]
-        return all(
-            len(tokenizer(prompt, verbose=False).input_ids) <= tokenizer.model_max_length for tokenizer in tokenizers
-        )
-
-    @contextmanager
-    def drawing_with(self, denoiser: torch.nn.Module) -> Iterator[DiffusionPipeline]:
-        """
-        Lends the pipeline with another denoiser in place of its own.
-
-        Args:
-            denoiser (`torch.nn.Module`):
-                Policy or reference.
-
-        Yields:
-            [`~diffusers.DiffusionPipeline`]: the pipeline, which draws with `denoiser`.
-        """
-        own = self.denoiser
-        setattr(self.pipeline, self.denoiser_name, denoiser)
-        for name in self.offloaded:
-            getattr(self.pipeline, name).to(self.device)
-        try:
-            yield self.pipeline
-        finally:
-            setattr(self.pipeline, self.denoiser_name, own)
-            self.offload(self.offloaded)
-
-    def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Encodes images to the moments of the VAE's posterior.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
-                Images in [-1, 1].
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`, each of shape `(B, C, h, w)`: mean and standard deviation of the latents
-            in the denoiser's scale, float32.
-        """
-        vae = self.pipeline.vae
-        posterior = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
-        scale = vae.config.scaling_factor
-        return posterior.mean.float() * scale, posterior.std.float() * scale
+    # ---- What a family says of itself ----
 
     @abstractmethod
-    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def make_process(self) -> Process:
+        """The process that the denoiser was trained with."""
+
+    @property
+    @abstractmethod
+    def default_resolution(self) -> int:
+        """Width and height in pixels that the denoiser was trained at."""
+
+    @property
+    @abstractmethod
+    def size_multiple(self) -> int:
+        """Width and height of an image must be multiples of this number of pixels."""
+
+    @property
+    @abstractmethod
+    def prompt_limits(self) -> dict[str, int]:
+        """The longest prompt in tokens, special ones included, by the name of the tokenizer."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         """
         Encodes prompts to the denoiser's text conditions.
 
         Args:
             prompts (`list[str]` of length `B`):
-                The prompts; the empty string is the unconditional prompt.
+                The prompts. `None` is the branch that classifier-free guidance calls unconditional, as the pipeline makes it.
 
         Returns:
             `dict[str, torch.Tensor]`: tensors whose first dimension is `B`.
         """
 
-    @abstractmethod
     def image_conditions(
         self, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, target_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
         """
-        The denoiser's conditions that describe how an image was made.
+        The denoiser's conditions that describe how an image was made; none for most families.
 
         Args:
             original_sizes (`torch.Tensor` of shape `(B, 2)`):
@@ -172,9 +106,9 @@ class Backbone(ABC):
                 (height, width) in pixels of the crop.
 
         Returns:
-            `dict[str, torch.Tensor]`: tensors whose first dimension is `B`; empty where the family has no such
-            conditions.
+            `dict[str, torch.Tensor]`: tensors whose first dimension is `B`.
         """
+        return {}
 
     @abstractmethod
     def predict(
@@ -193,10 +127,152 @@ class Backbone(ABC):
             noisy_latents (`torch.Tensor` of shape `(B, C, h, w)`):
                 Noised latents `x_t`.
             timesteps (`torch.Tensor` of shape `(B,)`):
-                Timesteps.
+                Timesteps of the process.
             conditions (`dict[str, torch.Tensor]`):
-                What [`~Backbone.encode_prompts`] and [`~Backbone.image_conditions`] returned, together.
+                Results of [`~Backbone.encode_prompts`] and [`~Backbone.image_conditions`] together.
 
         Returns:
-            `torch.Tensor` of shape `(B, C, h, w)`: the prediction.
+            `torch.Tensor` of shape `(B, C, h, w)`: the prediction, as the process defines it.
         """
+
+    @staticmethod
+    @abstractmethod
+    def guidance_branches(pipeline: DiffusionPipeline, call: int) -> tuple[str, ...]:
+        """
+        The branches of classifier-free guidance that are in one call of the denoiser while the pipeline samples, in the order
+        of their rows.
+
+        Args:
+            pipeline ([`~diffusers.DiffusionPipeline`]):
+                The pipeline.
+            call (`int`):
+                Number of calls before this one.
+
+        Returns:
+            `tuple[str, ...]`: `"conditional"`, `"unconditional"` or both.
+        """
+
+    # ---- What all families share ----
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        """The component that is trained."""
+        return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def encoder_names(self) -> tuple[str, ...]:
+        """Names of the frozen components that training needs."""
+        return "vae", *self.text_encoder_names
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Number of pixels along a side of a latent position."""
+        return self.pipeline.vae_scale_factor
+
+    def to(self, device: torch.device) -> None:
+        """Moves the encoders to a device; the Trainer moves the denoiser."""
+        for name in self.encoder_names:
+            getattr(self.pipeline, name).to(device)
+        self.device = device
+
+    def offload(self, names: tuple[str, ...]) -> None:
+        """
+        Moves encoders that training no longer needs to the CPU. They come back while the pipeline samples.
+
+        Args:
+            names (`tuple[str, ...]`):
+                Names of these encoders.
+        """
+        self.offloaded = names
+        for name in names:
+            getattr(self.pipeline, name).to("cpu")
+
+    @contextmanager
+    def encoders_on_device(self) -> Iterator[None]:
+        """Brings offloaded encoders back to the device while the context lasts."""
+        for name in self.offloaded:
+            getattr(self.pipeline, name).to(self.device)
+        try:
+            yield
+        finally:
+            self.offload(self.offloaded)
+
+    def fits(self, prompt: str) -> bool:
+        """Whether the text encoders read the whole of a prompt."""
+        return all(
+            len(getattr(self.pipeline, name)(prompt, verbose=False).input_ids) <= limit
+            for name, limit in self.prompt_limits.items()
+        )
+
+    @contextmanager
+    def sampling_with(self, denoiser: torch.nn.Module) -> Iterator[DiffusionPipeline]:
+        """
+        Lends the pipeline with another denoiser in evaluation mode; afterwards pipeline and denoiser are as they were.
+
+        Args:
+            denoiser (`torch.nn.Module`):
+                Policy or reference, not wrapped.
+
+        Yields:
+            [`~diffusers.DiffusionPipeline`]
+        """
+        own, was_training = self.denoiser, denoiser.training
+        setattr(self.pipeline, self.denoiser_name, denoiser.eval())
+        try:
+            with self.encoders_on_device():
+                yield self.pipeline
+        finally:
+            setattr(self.pipeline, self.denoiser_name, own)
+            denoiser.train(was_training)
+
+    def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Encodes images to the moments of the VAE's posterior.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+                Images in [-1, 1].
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`, each of shape `(B, C, h, w)`: mean and standard deviation of the latents
+            in the denoiser's scale, float32. The deviation is 0 where the VAE has no posterior.
+        """
+        vae = self.pipeline.vae
+        encoded = vae.encode(pixel_values.to(vae.device, vae.dtype))
+        if "latent_dist" in encoded:
+            mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+        else:
+            mean, std = encoded.latent.float(), torch.zeros_like(encoded.latent, dtype=torch.float32)
+        shift, scale = self.latent_statistics()
+        return (mean - shift.to(mean.device)) * scale.to(mean.device), std * scale.to(mean.device)
+
+    def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What the pipeline subtracts from the VAE's latents, and then multiplies them by.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: shift and scale, of shape `(1, 1, 1, 1)`, or `(1, C, 1, 1)` where the VAE has
+            statistics for each channel.
+        """
+        config = self.pipeline.vae.config
+        shift = torch.tensor(config.get("latents_mean") or [config.get("shift_factor") or 0.0])
+        scale = (config.get("scaling_factor") or 1.0) / torch.tensor(config.get("latents_std") or [1.0])
+        return shift.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)
+
+    def save_lora(self, folder: str | Path, weights: dict[str, torch.Tensor], config: LoraConfig) -> None:
+        """
+        Saves a LoRA of the denoiser as `pipeline.load_lora_weights` reads it.
+
+        Args:
+            folder (`str` or `Path`):
+                Where `pytorch_lora_weights.safetensors` goes.
+            weights (`dict[str, torch.Tensor]`):
+                The weights, by the names that a [`~peft.PeftModel`] gives them.
+            config ([`~peft.LoraConfig`]):
+                The configuration. Without it in the file, alpha would silently become the rank when the file is loaded.
+        """
+        name = self.denoiser_name
+        layers = {key.removeprefix("base_model.model."): weight for key, weight in weights.items()}
+        self.pipeline.save_lora_weights(
+            folder, **{f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": config.to_dict()}
+        )

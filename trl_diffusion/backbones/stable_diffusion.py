@@ -1,35 +1,63 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Stable Diffusion 1.x and 2.x: one text encoder, a UNet that predicts the noise or the velocity."""
+"""Stable Diffusion 1.x and 2.x: one text encoder, and a UNet that predicts the noise or the velocity."""
 
 import torch
 from diffusers import StableDiffusionPipeline
 
+from ..process import DiscreteProcess
 from .base import Backbone
+from .checks import training_schedule
 
 
 class StableDiffusionBackbone(Backbone):
     """
-    Training's view of a [`~diffusers.StableDiffusionPipeline`]. See [`backbones.base.Backbone`].
+    A [`~diffusers.StableDiffusionPipeline`] as training sees it. See [`backbones.base.Backbone`].
     """
 
     pipeline_class = StableDiffusionPipeline
     denoiser_name = "unet"
-    encoder_names = ("vae", "text_encoder")
+    text_encoder_names = ("text_encoder",)
     tokenizer_names = ("tokenizer",)
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def make_process(self) -> DiscreteProcess:
+        return DiscreteProcess(*training_schedule(self.pipeline.scheduler))
+
+    @property
+    def default_resolution(self) -> int:
+        sample_size = self.denoiser.config.sample_size
+        if not isinstance(sample_size, int):
+            raise ValueError(
+                f"The denoiser's `sample_size` is {sample_size}, so the resolution that it was trained at is not known. Pass "
+                "`resolution`."
+            )
+        return sample_size * self.vae_scale_factor
+
+    @property
+    def size_multiple(self) -> int:
+        # VAE and UNet halve the sides without rest
+        return self.vae_scale_factor * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+
+    @property
+    def prompt_limits(self) -> dict[str, int]:
+        return {name: getattr(self.pipeline, name).model_max_length for name in self.tokenizer_names}
+
+    def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         prompt_embeds, _ = self.pipeline.encode_prompt(
-            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            [prompt or "" for prompt in prompts],
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
         )
         return {"prompt_embeds": prompt_embeds}
-
-    def image_conditions(self, original_sizes, crop_top_lefts, target_size) -> dict[str, torch.Tensor]:
-        return {}
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions) -> torch.Tensor:
         return denoiser(
             noisy_latents, timesteps, encoder_hidden_states=conditions["prompt_embeds"], return_dict=False
         )[0]
+
+    @staticmethod
+    def guidance_branches(pipeline, call) -> tuple[str, ...]:
+        return ("unconditional", "conditional") if pipeline.do_classifier_free_guidance else ("conditional",)

@@ -1,29 +1,34 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Stable Diffusion XL: two text encoders, and a UNet that is told each image's original size and crop."""
+"""Stable Diffusion XL: two text encoders, and a UNet that is given each image's original size and crop."""
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from .base import Backbone
+from .stable_diffusion import StableDiffusionBackbone
 
 
-class StableDiffusionXLBackbone(Backbone):
+class StableDiffusionXLBackbone(StableDiffusionBackbone):
     """
-    Training's view of a [`~diffusers.StableDiffusionXLPipeline`]. See [`backbones.base.Backbone`].
+    A [`~diffusers.StableDiffusionXLPipeline`] as training sees it. See [`backbones.base.Backbone`].
     """
 
     pipeline_class = StableDiffusionXLPipeline
-    denoiser_name = "unet"
-    encoder_names = ("vae", "text_encoder", "text_encoder_2")
+    text_encoder_names = ("text_encoder", "text_encoder_2")
     tokenizer_names = ("tokenizer", "tokenizer_2")
-    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         prompt_embeds, _, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
-            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            [prompt or "" for prompt in prompts],
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
         )
+        if self.pipeline.config.force_zeros_for_empty_prompt and None in prompts:
+            is_given = torch.tensor([prompt is not None for prompt in prompts], device=prompt_embeds.device)
+            prompt_embeds = prompt_embeds * is_given[:, None, None]
+            pooled_prompt_embeds = pooled_prompt_embeds * is_given[:, None]
         return {"prompt_embeds": prompt_embeds, "text_embeds": pooled_prompt_embeds}
 
     def image_conditions(self, original_sizes, crop_top_lefts, target_size) -> dict[str, torch.Tensor]:

@@ -8,6 +8,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+
+
+logger = get_logger(__name__)
+
+TRAINING_SIZE = "_training_size"  # the column of a precomputed row's height and width in pixels
 
 
 def bucket_sizes(resolution: int, multiple: int) -> list[tuple[int, int]]:
@@ -56,6 +64,31 @@ def nearest_bucket(sizes: list[tuple[int, int]], buckets: list[tuple[int, int]])
     return min(buckets, key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - shape))
 
 
+def training_sizes(dataset: Dataset, size: Callable[[dict], tuple[int, int]], fingerprint: str) -> list[list[int]]:
+    """
+    The size that each row is trained at.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The rows.
+        size (`Callable`):
+            From a row to its height and width in pixels.
+        fingerprint (`str`):
+            What the sizes depend on besides the rows.
+
+    Returns:
+        `list[list[int]]`: height and width in pixels.
+    """
+    if TRAINING_SIZE not in dataset.column_names:
+        dataset = dataset.map(
+            lambda row: {TRAINING_SIZE: size(row)},
+            remove_columns=dataset.column_names,
+            new_fingerprint=Hasher.hash((dataset._fingerprint, fingerprint)),
+            desc="Reading the sizes of images",
+        )
+    return dataset[TRAINING_SIZE][:]
+
+
 class BucketSampler(torch.utils.data.Sampler):
     """
     Shuffles rows so that every run of `batch_size` of them is of one bucket. In each epoch a bucket leaves out the rows that
@@ -79,6 +112,19 @@ class BucketSampler(torch.utils.data.Sampler):
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = epoch
+
+    def check(self, num_rows: int) -> None:
+        """Warns of the rows that are left out, or raises a `ValueError` where no bucket fills a batch."""
+        if len(self) == 0:
+            raise ValueError(
+                f"No size has the {self.batch_size} rows of a batch. Lower `per_device_train_batch_size`, or train without "
+                "`aspect_ratio_buckets`."
+            )
+        if left_out := num_rows - len(self):
+            logger.warning(
+                f"{left_out} of {num_rows} rows are left out of each epoch, other ones each time: the rows of their size do not "
+                f"fill another batch of {self.batch_size}."
+            )
 
     def __len__(self) -> int:
         return sum(len(rows) // self.batch_size * self.batch_size for rows in self.rows.values())

@@ -3,6 +3,7 @@
 
 """Tensors that are computed once and kept in Arrow files."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -104,7 +105,7 @@ def precompute_dataset(
     features = Features({**features, TENSORS: Value("large_binary")})
     starts = range(0, len(dataset), ROWS_PER_FILE)
     files = {
-        start: folder / f"{name.replace(' ', '-')}-{fingerprint}-{start // ROWS_PER_FILE:05d}.arrow"
+        start: folder / f"{re.sub('[^A-Za-z0-9_]+', '-', name)}-{fingerprint}-{start // ROWS_PER_FILE:05d}.arrow"
         for start in starts
     }
     missing = [start for start in starts if not files[start].exists()]
@@ -146,22 +147,22 @@ def precompute_dataset(
     return concatenate_datasets([Dataset.from_file(str(files[start])) for start in starts])
 
 
-class TensorTable:
+class TensorCache:
     """
-    Precomputed tensors that are looked up by a key.
+    Precomputed tensors by key.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            What [`data.caching.precompute_dataset`] returned.
+            A result of [`data.caching.precompute_dataset`].
         key (`str`):
-            The column of the key, whose values differ.
+            The column of the keys, whose values differ.
     """
 
     def __init__(self, dataset: Dataset, key: str):
         self.dataset = dataset
         self.places = {value: place for place, value in enumerate(dataset[key])}
 
-    def __getitem__(self, keys: list[str]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, keys: list[str | None]) -> dict[str, torch.Tensor]:
         """
         Looks keys up.
 
@@ -170,11 +171,28 @@ class TensorTable:
                 The keys.
 
         Returns:
-            `dict[str, torch.Tensor]`: the tensors by name, on the CPU, stacked to a first dimension of `B`.
+            `dict[str, torch.Tensor]`: the tensors by name, on the CPU, with a first dimension of `B`. Where their lengths
+            differ they are padded with zeros.
 
         Raises:
             `KeyError`: If a key was not precomputed.
         """
         rows = self.dataset[[self.places[key] for key in keys]][TENSORS]
         examples = [safetensors.load(row) for row in rows]
-        return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+        return {name: stack_padded([example[name] for example in examples]) for name in examples[0]}
+
+
+def stack_padded(values: list[torch.Tensor]) -> torch.Tensor:
+    """
+    Stacks tensors, padded with zeros along their first dimension.
+
+    Args:
+        values (`list[torch.Tensor]` of length `B`):
+            Tensors of the shape `(N, ...)`, where `N` may differ, or scalars.
+
+    Returns:
+        `torch.Tensor` of shape `(B, max N, ...)`.
+    """
+    if values[0].ndim == 0 or all(len(value) == len(values[0]) for value in values):
+        return torch.stack(values)
+    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)

@@ -9,11 +9,12 @@ from typing import Any
 
 import PIL.Image
 import torch
+from datasets import List, Value
 
 from ..criteria import Criteria
-from ..noising import keyed_generator
+from ..randomness import keyed_generator
 from .buckets import nearest_bucket
-from .caching import is_precomputed, read_example
+from .caching import is_precomputed, read_example, stack_padded
 from .formats import check_attributes, check_box, check_preference, image_size, open_image
 from .transforms import prepare_image
 
@@ -115,6 +116,7 @@ class InstancePairCollator(ImageCollator):
     """
 
     image_columns = ("chosen", "rejected")
+    text_features = {}  # columns of an example that hold no tensors, besides `id` and `prompt`
 
     def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
         """
@@ -171,6 +173,7 @@ class AttributeCollator(ImageCollator):
     criteria: Criteria = field(kw_only=True)
 
     image_columns = ("image",)
+    text_features = {"positive_attributes": List(Value("string")), "negative_attributes": List(Value("string"))}
 
     def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
         """
@@ -198,10 +201,7 @@ class AttributeCollator(ImageCollator):
 
 def _batch(values: list) -> torch.Tensor | list:
     """Tensors padded with zeros along their first dimension and stacked; anything else as a list."""
-    if not isinstance(values[0], torch.Tensor):
-        return values
-    length = max(len(value) for value in values)
-    return torch.stack([_pad(value, length) for value in values])
+    return stack_padded(values) if isinstance(values[0], torch.Tensor) else values
 
 
 def _id(row: dict[str, Any]) -> str:
@@ -246,10 +246,3 @@ def _prompt(row: dict[str, Any]) -> str:
     if not isinstance(row["prompt"], str):
         raise ValueError(f"`prompt` of the row with id {row['id']!r} must be a string, got {row['prompt']!r}.")
     return row["prompt"]
-
-
-def _pad(values: torch.Tensor, length: int) -> torch.Tensor:
-    """Appends zeros along the first dimension up to `length`."""
-    if len(values) == length:
-        return values
-    return torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])

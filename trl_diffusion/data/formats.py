@@ -5,6 +5,7 @@
 
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import PIL.Image
@@ -68,6 +69,31 @@ def attribute_features(criteria: Criteria | None = None) -> Features:
             "negative_attributes": List(attribute),
         }
     )
+
+
+Datasets = Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None
+
+
+def each_dataset(
+    datasets: Datasets, name: str, function: Callable[[Dataset | IterableDataset, str], Dataset | IterableDataset]
+) -> Datasets:
+    """
+    Applies a function to a dataset, to each of several by name, or to none.
+
+    Args:
+        datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`], `dict` or `None`):
+            The datasets.
+        name (`str`):
+            What the user calls them, for messages.
+        function (`Callable`):
+            From a dataset and its name to a dataset.
+
+    Returns:
+        What was given, with the results in the place of the datasets.
+    """
+    if isinstance(datasets, dict):
+        return {split: function(dataset, f"{name}[{split!r}]") for split, dataset in datasets.items()}
+    return None if datasets is None else function(datasets, name)
 
 
 def prepare_dataset(

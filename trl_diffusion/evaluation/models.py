@@ -15,8 +15,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
+from ..guidance import negative_preference_guidance
 from ..revisions import commit_of, digest_of_file, pinned, resolve_revision
-from ..sampling import negative_preference_guidance
 from .prompts import SAFE_NAME
 
 

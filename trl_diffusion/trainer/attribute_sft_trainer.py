@@ -10,51 +10,38 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from transformers import TrainerCallback
 
 from ..criteria import Criteria, render_prompt
 from ..data.collators import AttributeCollator
 from ..data.formats import check_attribute_columns
-from ..noising import add_noise, keyed_generator, per_sample_errors, training_target
+from ..noising import per_sample_errors
+from ..randomness import keyed_generator
 from .attribute_sft_config import AttributeSFTConfig
 from .attributes import DEFAULT_PEFT_CONFIG, EXPERT_FILE_NAME, AttributePrompts, describe_expert
-from .diffusion_trainer import DiffusionTrainer
+from .diffusion_trainer import DiffusionTrainer, Metrics
+from .noised_batch import NoisedBatch
 
 
 class AttributeSFTTrainer(DiffusionTrainer):
     """
     Trainer for supervised fine-tuning on images with attributes: stage 1 of complex preference optimisation (CPO).
 
-    The model learns to draw an image from its prompt joined with the positive and the negative attributes that it has. The
-    LoRA it saves is the expert that [`ComplexPOTrainer`] asks.
+    The model learns to generate an image from its prompt joined with the positive and the negative attributes that it has.
+    The LoRA that is saved is the expert of [`ComplexPOTrainer`].
+
+    Datasets have the columns of [`attribute_features`]; `id` may be missing. `args` is an [`AttributeSFTConfig`]. The other
+    arguments are those of [`DiffusionTrainer`].
 
     Args:
-        model (`str` or [`~diffusers.DiffusionPipeline`]):
-            What to train, of a family that is supported (Stable Diffusion 1.x and 2.x, SDXL):
-
-            - a Hub id or a folder of a pipeline, loaded with `args.model_init_kwargs`, or
-            - a loaded pipeline. Its denoiser is trained in place.
-        args ([`AttributeSFTConfig`], *optional*):
-            Configuration of the training. If left out, a default one whose output directory is named after the model.
-        data_collator (`Callable`, *optional*):
-            From rows to a batch. Defaults to [`data.collators.AttributeCollator`].
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Images with attributes, with the columns of [`attribute_features`]. `id` may be missing; further columns are
-            ignored.
-        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
-            Images to evaluate on, or several such datasets by name.
         peft_config ([`~peft.LoraConfig`], *optional*, defaults to `LoraConfig(r=64, lora_alpha=64)`):
             The LoRA to train; `target_modules` defaults to the attention projections. `None` trains all weights, which
             gives a fine-tuned model, but no expert.
-        callbacks (`list[~transformers.TrainerCallback]`, *optional*):
-            Further callbacks.
-        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and learning rate scheduler to use instead of those that `args` names.
 
     Raises:
-        `ValueError`: If the pipeline's family is not supported, a dataset lacks columns, or a row has attributes that the
-            criteria do not know or that contradict one another.
+        `ValueError`: As [`DiffusionTrainer`]; also if a row has attributes that the criteria do not know or that contradict
+            one another.
 
     Example:
 
@@ -90,6 +77,8 @@ class AttributeSFTTrainer(DiffusionTrainer):
 
     columns = ("prompt", "image", "positive_attributes", "negative_attributes")
     image_columns = ("image",)
+    config_class = AttributeSFTConfig
+    _output_suffix = "AttributeSFT"
 
     def __init__(
         self,
@@ -102,50 +91,90 @@ class AttributeSFTTrainer(DiffusionTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
-        if args is None:
-            name = model if isinstance(model, str) else type(model).__name__
-            args = AttributeSFTConfig(f"{Path(name).name}-AttributeSFT")
+        args = args or self.default_args(model)
         self.criteria = Criteria.load(args.criteria)
+        self.is_taken = False
         super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            peft_config=peft_config,
-            callbacks=callbacks,
-            optimizers=optimizers,
+            model, None, args, data_collator, train_dataset, eval_dataset, peft_config, callbacks, optimizers
         )
-        if data_collator is None:
-            self.data_collator = AttributeCollator(criteria=self.criteria, **self._collator_settings)
-        self.attribute_prompts = AttributePrompts(self.criteria, args, self.backbone)
+
+    def make_collator(self, **settings: Any) -> AttributeCollator:
+        return AttributeCollator(criteria=self.criteria, **settings)
+
+    def finish_init(self) -> None:
+        self.attribute_prompts = AttributePrompts(self.criteria, self.args, self.backbone)
         self._card_parameters = {
             "criteria": self.criteria.name,
-            "attribute_separator": repr(args.attribute_separator),
+            "attribute_separator": repr(self.args.attribute_separator),
         }
-        self.is_taken = False
-        if args.sample_prompts:
-            self.set_reference(None)  # what the samples are drawn beside
-        if args.precompute:
-            self.precompute()
+
+    def _prepare_dataset(self, dataset, name: str) -> Dataset | IterableDataset:
+        dataset = super()._prepare_dataset(dataset, name)
+        check_attribute_columns(dataset, name, self.criteria, allow_none=True)
+        return dataset
+
+    def objective(self, model: torch.nn.Module, noised: NoisedBatch) -> tuple[torch.Tensor, Metrics]:
+        target = self.process.target(noised.latents, noised.noise, noised.timesteps)
+        return per_sample_errors(self.predict_with_policy(model, noised), target), {}
+
+    def prompts(self, inputs: dict[str, Any]) -> list[str | None]:
+        """The prompts joined with their attributes, each attribute dropped with `args.attribute_dropout` in training."""
+        prompts, left_out = [], []
+        for row_id, prompt, positive, negative in zip(
+            inputs["id"], inputs["prompt"], inputs["positive_attributes"], inputs["negative_attributes"], strict=True
+        ):
+            if self.model.training and self.args.attribute_dropout > 0:
+                generator = keyed_generator(*self.randomness.key(row_id), "attributes")
+                uniform = torch.rand(len(positive) + len(negative), generator=generator)
+                kept = (uniform >= self.args.attribute_dropout).tolist()
+                positive, negative = (
+                    [name for name, keep in zip(names, flags, strict=True) if keep]
+                    for names, flags in ((positive, kept[: len(positive)]), (negative, kept[len(positive) :]))
+                )
+            text, missing = self.attribute_prompts(prompt, positive, negative)
+            prompts.append(text)
+            left_out.append(missing)
+        self.record({"attributes/left_out": torch.tensor(left_out, device=self.accelerator.device)})
+        return self.randomness.drop_prompts(prompts, inputs["id"])
+
+    def prompts_of(self, row: dict[str, Any]) -> list[str | None]:
+        prompt, _ = self.attribute_prompts(row["prompt"], row["positive_attributes"], row["negative_attributes"])
+        return super().prompts_of({"prompt": prompt})
 
     @property
     def has_fixed_prompts(self) -> bool:
         return self.args.attribute_dropout == 0
 
-    def prompts_of(self, row: dict[str, Any]) -> list[str]:
-        prompt, _ = self.attribute_prompts(row["prompt"], row["positive_attributes"], row["negative_attributes"])
-        return super().prompts_of({"prompt": prompt})
+    # ---- The expert ----
 
     def train(self, *args, **kwargs):
         self.check_not_taken()
         return super().train(*args, **kwargs)
 
+    def read_expert(self) -> tuple[dict[str, torch.Tensor], LoraConfig, dict[str, Any]]:
+        """
+        The expert, as [`trainer.attributes.read_expert`] reads a saved one.
+
+        Returns:
+            `tuple[dict[str, torch.Tensor], LoraConfig, dict[str, Any]]`: weights, configuration and description.
+
+        Raises:
+            `ValueError`: If all weights were trained, or the LoRA was taken out of its pipeline.
+        """
+        self.check_not_taken()
+        if not isinstance(self.policy, PeftModel):
+            raise ValueError(
+                "`expert` was trained with all its weights. Expert, reference and policy are adapters on one base: train "
+                "the expert with a `peft_config`."
+            )
+        weights = {name: weight.detach().clone() for name, weight in get_peft_model_state_dict(self.policy).items()}
+        return weights, self.policy.peft_config["default"], self._description()
+
     def take_adapter(self) -> None:
         """
-        Takes the LoRA out of the pipeline, which then is the base that it was before. This trainer is of no use afterwards.
+        Takes the LoRA out of the pipeline, which is then the base that it was before. This trainer cannot be used afterwards.
         """
-        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).unload()
+        self.policy.unload()
         self.is_taken = True
 
     def check_not_taken(self) -> None:
@@ -156,59 +185,8 @@ class AttributeSFTTrainer(DiffusionTrainer):
                 "before it is handed over, or load another pipeline for the `ComplexPOTrainer`."
             )
 
-    def _prepare_dataset(self, dataset, name: str) -> Dataset | IterableDataset:
-        dataset = super()._prepare_dataset(dataset, name)
-        check_attribute_columns(dataset, name, self.criteria, allow_none=True)
-        return dataset
-
-    def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
-        ids = inputs["id"]
-        latents = self.sample_latents(inputs)
-        prompts = self.drop_prompts(self.prompts_with_attributes(inputs), ids)
-        conditions = self.encode_prompts(prompts) | self.image_conditions(inputs, latents)
-
-        losses = []
-        for timesteps, noise in self.noise_draws(ids, latents.shape[1:]):
-            alphas_cumprod = self.backbone.alphas_cumprod
-            noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
-            target = training_target(latents, noise, timesteps, alphas_cumprod, self.backbone.prediction_type)
-            model_pred = self.backbone.predict(model, noisy_latents, timesteps, conditions)
-            losses.append(per_sample_errors(model_pred, target))
-
-        losses = torch.stack(losses).mean(dim=0)
-        self.record_losses(losses, ids)
-        return (losses.mean(), {"losses": losses}) if return_outputs else losses.mean()
-
-    def prompts_with_attributes(self, inputs: dict[str, Any]) -> list[str]:
-        """
-        The prompts of a batch joined with their attributes, after dropping each attribute with the probability
-        `args.attribute_dropout` in training.
-
-        Args:
-            inputs (`dict`):
-                A batch of [`data.collators.AttributeCollator`].
-
-        Returns:
-            `list[str]` of length `B`.
-        """
-        prompts, left_out = [], []
-        for row_id, prompt, positive, negative in zip(
-            inputs["id"], inputs["prompt"], inputs["positive_attributes"], inputs["negative_attributes"], strict=True
-        ):
-            if self.model.training and self.args.attribute_dropout > 0:
-                draws = torch.rand(
-                    len(positive) + len(negative), generator=keyed_generator(*self._key(row_id), "attributes")
-                )
-                kept = (draws >= self.args.attribute_dropout).tolist()
-                positive, negative = (
-                    [name for name, keep in zip(names, flags, strict=True) if keep]
-                    for names, flags in ((positive, kept[: len(positive)]), (negative, kept[len(positive) :]))
-                )
-            text, missing = self.attribute_prompts(prompt, positive, negative)
-            prompts.append(text)
-            left_out.append(missing)
-        self.record(**{"attributes/left_out": torch.tensor(left_out, device=self.accelerator.device)})
-        return prompts
+    def _description(self) -> dict[str, Any]:
+        return describe_expert(self.policy, self.criteria, self.args)
 
     @property
     def _example_prompt(self) -> str:
@@ -220,4 +198,4 @@ class AttributeSFTTrainer(DiffusionTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             path = Path(output_dir or self.args.output_dir) / EXPERT_FILE_NAME
-            path.write_text(json.dumps(describe_expert(self, self.criteria), indent=2) + "\n")
+            path.write_text(json.dumps(self._description(), indent=2) + "\n")

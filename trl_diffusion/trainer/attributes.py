@@ -5,7 +5,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -15,13 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 
 from ..backbones.base import Backbone
 from ..criteria import Criteria, render_prompt
+from .attribute_sft_config import AttributeSFTConfig
+from .complex_po_config import ComplexPOConfig
 from .lora import read_lora
 
-
-if TYPE_CHECKING:
-    from .attribute_sft_config import AttributeSFTConfig
-    from .complex_po_config import ComplexPOConfig
-    from .diffusion_trainer import DiffusionTrainer
 
 logger = get_logger(__name__)
 
@@ -43,18 +40,18 @@ class AttributePrompts:
             Knows which prompts fit.
     """
 
-    def __init__(self, criteria: Criteria, args: "AttributeSFTConfig | ComplexPOConfig", backbone: Backbone):
+    def __init__(self, criteria: Criteria, args: AttributeSFTConfig | ComplexPOConfig, backbone: Backbone):
         self.criteria = criteria
         self.args = args
         self.backbone = backbone
         self.places = {attribute.id: place for place, attribute in enumerate(criteria.attributes)}
         self.warned = False
 
-    def __call__(self, prompt: str, positive: list[str], negative: list[str]) -> tuple[str, int]:
+    def __call__(self, prompt: str | None, positive: list[str], negative: list[str]) -> tuple[str | None, int]:
         """
         Args:
-            prompt (`str`):
-                The prompt.
+            prompt (`str` or `None`):
+                The prompt; `None` is the unconditional branch, which stays where there are no attributes.
             positive (`list[str]`):
                 Ids of the attributes to write in their positive form.
             negative (`list[str]`):
@@ -64,12 +61,14 @@ class AttributePrompts:
             `tuple[str, int]`: the prompt with attributes, and the number of those that it had to leave out.
         """
         args = self.args
+        if prompt is None and not positive and not negative:
+            return None, 0
         forms = [(name, "positive") for name in positive] + [(name, "negative") for name in negative]
         if args.attribute_order == "tree":
             forms.sort(key=lambda item: self.places[item[0]])
         attributes = [(self.criteria.find(name), form) for name, form in forms]
         text, left_out = render_prompt(
-            prompt, attributes, args.attribute_separator, args.max_attributes, self.backbone.fits
+            prompt or "", attributes, args.attribute_separator, args.max_attributes, self.backbone.fits
         )
         asked_to_leave_out = max(0, len(forms) - args.max_attributes) if args.max_attributes is not None else 0
         if left_out > asked_to_leave_out and not self.warned:
@@ -107,21 +106,23 @@ def base_fingerprint(denoiser: torch.nn.Module) -> list[float]:
     return [float(f"{value:.5g}") for value in picked.tolist()]
 
 
-def describe_expert(trainer: "DiffusionTrainer", criteria: Criteria) -> dict[str, Any]:
+def describe_expert(
+    model: torch.nn.Module, criteria: Criteria, args: AttributeSFTConfig | ComplexPOConfig
+) -> dict[str, Any]:
     """
-    What an expert was trained on, and how it wants to be asked. It is saved beside the expert's weights.
+    What an expert was trained on, and which form its prompts have. It is saved beside the expert's weights.
 
     Args:
-        trainer ([`AttributeSFTTrainer`] or [`ComplexPOTrainer`]):
-            Its `args` and its base are described.
+        model (`torch.nn.Module`):
+            The denoiser, whose base is described.
         criteria ([`Criteria`]):
             The tree.
+        args ([`AttributeSFTConfig`] or [`ComplexPOConfig`]):
+            `attribute_order` and `attribute_separator` are read.
 
     Returns:
         `dict[str, Any]`
     """
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    args = trainer.args
     return {
         "criteria": criteria.name,
         "attributes": {leaf.id: [leaf.positive, leaf.negative] for leaf in criteria.attributes},
@@ -131,31 +132,21 @@ def describe_expert(trainer: "DiffusionTrainer", criteria: Criteria) -> dict[str
     }
 
 
-def read_expert(expert: "str | Path | DiffusionTrainer") -> tuple[dict, LoraConfig, dict | None]:
+def read_expert(expert: str | Path) -> tuple[dict, LoraConfig, dict | None]:
     """
     Reads an expert.
 
     Args:
-        expert (`str`, `Path` or [`AttributeSFTTrainer`]):
-            A folder, a Hub id, or a trained trainer.
+        expert (`str` or `Path`):
+            A folder or a Hub id.
 
     Returns:
-        `tuple[dict, LoraConfig, dict | None]`: weights and configuration of its LoRA, and what
-        [`trainer.attributes.describe_expert`] said of it, or `None` for a LoRA that another library trained.
+        `tuple[dict, LoraConfig, dict | None]`: weights and configuration of its LoRA, and the result of
+        [`trainer.attributes.describe_expert`] for it, or `None` for a LoRA that another library trained.
 
     Raises:
-        `ValueError`: If it is no LoRA, or a trainer whose LoRA was taken out of its pipeline before.
+        `ValueError`: If it is not a LoRA.
     """
-    if not isinstance(expert, str | Path):
-        expert.check_not_taken()
-        model = expert.accelerator.unwrap_model(expert.model, keep_torch_compile=False)
-        if not isinstance(model, PeftModel):
-            raise ValueError(
-                "`expert` was trained with all its weights. Expert, reference and policy are adapters on one base: train "
-                "the expert with a `peft_config`."
-            )
-        weights = {name: weight.detach().clone() for name, weight in get_peft_model_state_dict(model).items()}
-        return weights, model.peft_config["default"], describe_expert(expert, expert.criteria)
     try:
         weights, config = read_lora(expert)
     except ValueError as error:

@@ -3,8 +3,8 @@
 
 """Callbacks of the trainers."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
@@ -15,23 +15,23 @@ from transformers.integrations import TensorBoardCallback
 from ..visualization import image_grid
 
 
-if TYPE_CHECKING:
-    from .diffusion_trainer import DiffusionTrainer
-
-
 class SampleImagesCallback(TrainerCallback):
     """
-    Draws fixed prompts from fixed noise with the base and with the policy, side by side: before training, every
+    Samples fixed prompts from fixed noise with the base and with the policy, side by side: before training, every
     `args.sample_steps` steps and at the end. The pictures are written to `samples/` in the output directory, and go to
     wandb, trackio and tensorboard where `report_to` names them.
 
     Args:
-        trainer ([`DiffusionTrainer`]):
-            The trainer, whose `args` hold the prompts and how they are sampled.
+        sample (`Callable`):
+            Samples images: `sample(prompts)` with the policy, `sample(prompts, with_reference=True)` with the base, as
+            [`DiffusionTrainer.sample`] does.
+        callbacks (`list[~transformers.TrainerCallback]`):
+            The trainer's callbacks, among which tensorboard's writer is found.
     """
 
-    def __init__(self, trainer: "DiffusionTrainer"):
-        self.trainer = trainer
+    def __init__(self, sample: Callable[..., list[PIL.Image.Image]], callbacks: list[TrainerCallback]):
+        self.sample = sample
+        self.callbacks = callbacks
         self.base_images = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -45,11 +45,9 @@ class SampleImagesCallback(TrainerCallback):
     def _sample(self, args, state):
         if not state.is_world_process_zero:
             return
-        policy = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
         if self.base_images is None:
-            with self.trainer.reference(policy) as base:
-                self.base_images = self.trainer.draw(base, args.sample_prompts)
-        images = self.trainer.draw(policy, args.sample_prompts)
+            self.base_images = self.sample(args.sample_prompts, with_reference=True)
+        images = self.sample(args.sample_prompts)
         grid = image_grid(
             [list(pair) for pair in zip(self.base_images, images, strict=True)],
             column_labels=["base", f"step {state.global_step}"],
@@ -69,32 +67,56 @@ class SampleImagesCallback(TrainerCallback):
             import trackio
 
             trackio.log({"samples": trackio.Image(grid), "train/global_step": state.global_step})
-        for callback in self.trainer.callback_handler.callbacks:
+        for callback in self.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_image("samples", np.asarray(grid), state.global_step, dataformats="HWC")
 
 
-class NonFiniteLossCallback(TrainerCallback):
+class HealthCallback(TrainerCallback):
     """
-    Stops a run before the optimizer steps on a loss that is not finite, and names the rows.
-
-    Args:
-        trainer ([`DiffusionTrainer`]):
-            The trainer, which collects the losses since the last step.
+    Stops a run that cannot learn: one without a step, or, before the optimizer steps, one whose loss or gradient is not
+    finite. The trainer reports the losses of each micro-batch and the norm of the gradient to it.
     """
 
-    def __init__(self, trainer: "DiffusionTrainer"):
-        self.trainer = trainer
+    def __init__(self):
+        self.losses: list[tuple[list[str], torch.Tensor]] = []  # since the last optimizer step
+        self.gradient_norm: torch.Tensor | float | None = None
+        self.scaler = None  # of a training in float16, whose gradients may overflow
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            done = f"{state.global_step} of them are done already" if state.global_step else "that is none"
+            raise ValueError(
+                f"There is nothing to train: the run has {state.max_steps} optimizer steps, and {done}. Raise `max_steps` or "
+                "`num_train_epochs`, or do not resume."
+            )
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        ids, losses = zip(*self.trainer.losses_since_step, strict=True)
-        self.trainer.losses_since_step.clear()
-        finite = torch.cat(losses).isfinite()
-        if not finite.all():
-            ids = [row_id for batch in ids for row_id in batch]
-            rows = [row_id for row_id, ok in zip(ids, finite.tolist(), strict=True) if not ok]
+        ids, losses = zip(*self.losses, strict=True)
+        self.losses.clear()
+        losses_are_finite = torch.cat(losses).isfinite()
+        gradient_is_finite = torch.as_tensor(self.gradient_norm).isfinite().to(losses_are_finite.device)
+        if torch.stack([losses_are_finite.all(), gradient_is_finite]).all():
+            return
+        advice = (
+            "train with `bf16=True` instead of `fp16=True`, or lower `learning_rate`"
+            if args.fp16
+            else "lower `learning_rate` or `max_grad_norm`, or raise `warmup_steps`"
+        )
+        ids = [row_id for batch in ids for row_id in batch]
+        rows = [row_id for row_id, finite in zip(ids, losses_are_finite.tolist(), strict=True) if not finite]
+        if rows:
             raise ValueError(
-                f"The loss is not finite at step {state.global_step + 1}, for the rows with id {', '.join(rows[:20])}"
-                f"{' and others' if len(rows) > 20 else ''}. The optimizer has not stepped. Look at these rows; where they "
-                "are fine, lower `learning_rate`, or train with `bf16=True` instead of `fp16=True`."
+                f"The loss is not finite in step {state.global_step + 1}, for the rows with id {_shortened(rows)}. The optimizer "
+                f"has not made this step. Look at these rows; if nothing is wrong with them, {advice}."
             )
+        if self.scaler is not None and self.scaler.get_scale() >= 1:
+            return  # an overflow: the scaler skips this step and lowers its scale
+        raise ValueError(
+            f"The gradient is not finite in step {state.global_step + 1}, although all losses are. The optimizer has not made "
+            f"this step. Its rows have the ids {_shortened(ids)}: look at them; if nothing is wrong with them, {advice}."
+        )
+
+
+def _shortened(ids: list[str], maximum: int = 20) -> str:
+    return ", ".join(ids[:maximum]) + (" and others" if len(ids) > maximum else "")

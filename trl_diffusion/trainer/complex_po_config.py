@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 
 from .attribute_sft_config import check_attribute_prompts
-from .diffusion_config import DiffusionConfig
+from .diffusion_config import DiffusionConfig, check_choice
 
 
 @dataclass
@@ -132,7 +132,4 @@ class ComplexPOConfig(DiffusionConfig):
             ("timestep_weighting", ("constant", "min_snr", "sigmoid")),
             ("policy_condition", ("prompt", "positive")),
         ):
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"`{name}` must be {', '.join(map(repr, values[:-1]))} or {values[-1]!r}, got {getattr(self, name)!r}."
-                )
+            check_choice(self, name, values)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 from ..criteria import Criteria
 from ..data.collators import AttributeCollator
 from ..data.formats import check_attribute_columns
-from ..losses import complex_po_loss, reflected_target, strengthened_target
-from ..noising import add_noise, per_sample_errors, timestep_weights
+from ..losses import complex_po_diagnostics, complex_po_loss, reflected_target, strengthened_target
+from ..noising import per_sample_errors, timestep_weights
 from .attribute_sft_trainer import AttributeSFTTrainer
 from .attributes import (
     DEFAULT_PEFT_CONFIG,
@@ -29,11 +29,11 @@ from .attributes import (
     read_expert,
 )
 from .complex_po_config import ComplexPOConfig
-from .diffusion_trainer import DiffusionTrainer
-from .hub import hub_id
+from .diffusion_trainer import DiffusionTrainer, Metrics
+from .model_card import hub_id
+from .noised_batch import NoisedBatch
+from .policy import evaluation_mode
 
-
-logger = get_logger(__name__)
 
 MAX_DRIFT = 1.0
 
@@ -48,37 +48,21 @@ class ComplexPOTrainer(DiffusionTrainer):
     Expert, policy and reference are adapters on one base: the expert's predictions and the reference's are the rows of a
     single forward without gradient, and no second copy of the base is in memory.
 
+    Datasets have the columns of [`attribute_features`]; `id` may be missing. A row with attributes of one kind only trains on
+    the term that it has. `args` is a [`ComplexPOConfig`]. The other arguments are those of [`DiffusionTrainer`].
+
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
-            What to train, of a family that is supported (Stable Diffusion 1.x and 2.x, SDXL):
-
-            - a Hub id or a folder of a pipeline, loaded with `args.model_init_kwargs`, or
-            - a loaded pipeline. Its denoiser is trained in place.
-
-            It is the reference too, and must be the base that the expert was trained on.
+            As for [`DiffusionTrainer`]. It is the reference too, and must be the base that the expert was trained on.
         expert (`str` or [`AttributeSFTTrainer`]):
             The expert: a folder or a Hub id with its LoRA, or the trainer that trained it. Where that trainer holds the
             very pipeline given as `model`, its LoRA is taken out of it, and it can neither train nor save any more.
-        args ([`ComplexPOConfig`], *optional*):
-            Configuration of the training. If left out, a default one whose output directory is named after the model.
-        data_collator (`Callable`, *optional*):
-            From rows to a batch. Defaults to [`data.collators.AttributeCollator`].
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Images with attributes, with the columns of [`attribute_features`]. `id` may be missing; further columns are
-            ignored. A row with attributes of one kind only trains on the term that it has.
-        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
-            Images to evaluate on, or several such datasets by name.
         peft_config ([`~peft.LoraConfig`], *optional*, defaults to `LoraConfig(r=64, lora_alpha=64)`):
             The LoRA to train; `target_modules` defaults to the attention projections.
-        callbacks (`list[~transformers.TrainerCallback]`, *optional*):
-            Further callbacks.
-        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and learning rate scheduler to use instead of those that `args` names.
 
     Raises:
-        `ValueError`: If the pipeline's family is not supported; if the expert is no LoRA, was trained on another base or on
-            other criteria; if a dataset lacks columns, or a row has no attributes, some that the criteria do not know, or
-            some that contradict one another.
+        `ValueError`: As [`DiffusionTrainer`]; also if the expert is no LoRA, was trained on another base or on other criteria;
+            if a row has no attributes, some that the criteria do not know, or some that contradict one another.
 
     Example:
 
@@ -103,6 +87,9 @@ class ComplexPOTrainer(DiffusionTrainer):
 
     columns = ("prompt", "image", "positive_attributes", "negative_attributes")
     image_columns = ("image",)
+    config_class = ComplexPOConfig
+    uses_reference = True
+    _output_suffix = "CPO"
 
     def __init__(
         self,
@@ -116,124 +103,130 @@ class ComplexPOTrainer(DiffusionTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
-        if args is None:
-            name = model if isinstance(model, str) else type(model).__name__
-            args = ComplexPOConfig(f"{Path(name).name}-CPO")
         if peft_config is None:
             raise ValueError(
                 "`peft_config` cannot be `None`: expert, reference and policy are adapters on one base. Leave it out for "
                 "a LoRA of rank 64."
             )
+        args = args or self.default_args(model)
         self.criteria = Criteria.load(args.criteria)
-        expert_weights, expert_config, expert_description = read_expert(expert)
-        if isinstance(expert, AttributeSFTTrainer) and expert.backbone.pipeline is model:
+        is_trainer = isinstance(expert, AttributeSFTTrainer)
+        self.expert = expert.read_expert() if is_trainer else read_expert(expert)
+        if is_trainer and expert.backbone.pipeline is model:
             if train_dataset is not None:
                 self._prepare_dataset(train_dataset, "train_dataset")  # a mistake here must not cost the expert
             expert.take_adapter()
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            peft_config=peft_config,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        if data_collator is None:
-            self.data_collator = AttributeCollator(criteria=self.criteria, **self._collator_settings)
-        self.attribute_prompts = AttributePrompts(self.criteria, args, self.backbone)
         self._card_parameters = {
-            "expert": (hub_id(str(expert)) if isinstance(expert, str | Path) else expert.hub_model_id)
-            or "not published",
+            "expert": (expert.hub_model_id if is_trainer else hub_id(str(expert))) or "not published",
             "criteria": self.criteria.name,
             "attribute_separator": repr(args.attribute_separator),
         }
-        check_expert(expert_description, describe_expert(self, self.criteria))
-        add_expert(self.model, expert_weights, expert_config)
-        self.warned_of_drift = False
-        if args.precompute:
-            self.precompute()
+        super().__init__(
+            model, None, args, data_collator, train_dataset, eval_dataset, peft_config, callbacks, optimizers
+        )
+
+    def make_collator(self, **settings: Any) -> AttributeCollator:
+        return AttributeCollator(criteria=self.criteria, **settings)
+
+    def finish_init(self) -> None:
+        self.attribute_prompts = AttributePrompts(self.criteria, self.args, self.backbone)
+        weights, config, description = self.expert
+        check_expert(description, describe_expert(self.policy, self.criteria, self.args))
+        add_expert(self.policy, weights, config)
 
     def _prepare_dataset(self, dataset, name: str) -> Dataset | IterableDataset:
         dataset = super()._prepare_dataset(dataset, name)
         check_attribute_columns(dataset, name, self.criteria, allow_none=False)
         return dataset
 
-    def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
-        args, ids = self.args, inputs["id"]
+    def objective(self, model: torch.nn.Module, noised: NoisedBatch) -> tuple[torch.Tensor, Metrics]:
+        args, prompts = self.args, noised.batch["prompts"]
         stabilized = args.loss_type == "stabilized"
-        latents = self.sample_latents(inputs)
-        prompts = self.prompts(inputs)
-        frozen_conditions, policy_conditions = self._conditions(prompts, inputs, latents)
+        weights = timestep_weights(noised.timesteps, self.process, args.timestep_weighting)
+        model_pred = self.predict_with_policy(model, noised)
 
-        losses = []
-        for timesteps, noise in self.noise_draws(ids, latents.shape[1:]):
-            alphas_cumprod, prediction_type = self.backbone.alphas_cumprod, self.backbone.prediction_type
-            noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
-            weights = timestep_weights(timesteps, alphas_cumprod, args.timestep_weighting, prediction_type)
+        # z_w = e_expert(x_t, t, y + A_pos), z_l = e_expert(x_t, t, y + A_neg), e_ref
+        chosen_target, rejected_target = noised.frozen["chosen_target"], noised.frozen["rejected_target"]
+        ref_pred = noised.frozen["ref_pred"]
+        # What the policy moves towards in the second term, or away from
+        second_target = (
+            reflected_target(ref_pred, rejected_target, args.reflection_weight) if stabilized else rejected_target
+        )
+        chosen_errors = prompts.has_chosen * per_sample_errors(model_pred, chosen_target)
+        second_errors = prompts.has_rejected * per_sample_errors(model_pred, second_target)
+        ref_chosen_errors = prompts.has_chosen * per_sample_errors(ref_pred, chosen_target)
+        ref_second_errors = prompts.has_rejected * per_sample_errors(ref_pred, second_target)
+        losses, chosen_rewards, rejected_rewards = complex_po_loss(
+            chosen_errors, second_errors, ref_chosen_errors, ref_second_errors, args.beta, weights, stabilized
+        )
 
-            # z_w = e_expert(x_t, t, y + A_pos), z_l = e_expert(x_t, t, y + A_neg), e_ref
-            chosen_target, rejected_target, ref_pred = self.frozen_predictions(
-                model, noisy_latents, timesteps, frozen_conditions
-            )
-            model_pred = self.backbone.predict(model, noisy_latents, timesteps, policy_conditions)
+        chosen_norms, rejected_norms, drift = complex_po_diagnostics(
+            losses,
+            *(chosen_errors, second_errors, ref_chosen_errors, ref_second_errors, model_pred, ref_pred),
+            args.beta,
+            weights,
+        )
+        distance = per_sample_errors(chosen_target, rejected_target)
+        has_chosen, has_rejected = prompts.has_chosen.bool(), prompts.has_rejected.bool()
+        has_both = has_chosen & has_rejected
+        return losses, {
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "rewards/accuracies": chosen_rewards > rejected_rewards,
+            "drift": drift,
+            "rewards/chosen": (chosen_rewards, has_chosen),
+            "errors/chosen": (chosen_errors, has_chosen),
+            "errors/ref_chosen": (ref_chosen_errors, has_chosen),
+            "grad_norms/chosen": (chosen_norms, has_chosen),
+            "rewards/rejected": (rejected_rewards, has_rejected),
+            "errors/rejected": (per_sample_errors(model_pred, rejected_target), has_rejected),
+            "errors/ref_rejected": (per_sample_errors(ref_pred, rejected_target), has_rejected),
+            "grad_norms/rejected": (rejected_norms, has_rejected),
+            "targets/distance": (distance, has_both),
+            "targets/coinciding": (distance < 1e-12, has_both),
+        }
 
-            # What the policy moves towards in the second term, or away from
-            second_target = (
-                reflected_target(ref_pred, rejected_target, args.reflection_weight) if stabilized else rejected_target
-            )
-            chosen_errors = prompts.has_chosen * per_sample_errors(model_pred, chosen_target)
-            second_errors = prompts.has_rejected * per_sample_errors(model_pred, second_target)
-            ref_chosen_errors = prompts.has_chosen * per_sample_errors(ref_pred, chosen_target)
-            ref_second_errors = prompts.has_rejected * per_sample_errors(ref_pred, second_target)
-            loss, chosen_rewards, rejected_rewards = complex_po_loss(
-                chosen_errors, second_errors, ref_chosen_errors, ref_second_errors, args.beta, weights, stabilized
-            )
-            losses.append(loss)
+    def prepare_batch(self, inputs: dict[str, Any], latents: torch.Tensor) -> dict[str, Any]:
+        prompts = self.expert_prompts(inputs)
+        positive = prompts.rejected if self.args.reverse_preference else prompts.chosen
+        policy = prompts.plain if self.args.policy_condition == "prompt" else positive
+        expert = [prompts.chosen, prompts.rejected] + ([prompts.plain] if self.args.target_strength != 1 else [])
+        # The rows of the frozen forward; the reference's are the last, and the policy's too
+        frozen = self.encoder.conditions(sum(expert, []) + policy, inputs, latents)
+        return {
+            "prompts": prompts,
+            "frozen_conditions": frozen,
+            "conditions": {name: value[-len(policy) :] for name, value in frozen.items()},
+        }
 
-            # What each term contributes to the gradient of a sample's loss with respect to its prediction
-            slope = args.beta * weights * (1 - (-loss.detach()).exp()) / model_pred[0].numel() ** 0.5
-            rejected_errors = per_sample_errors(model_pred, rejected_target)
-            ref_rejected_errors = per_sample_errors(ref_pred, rejected_target)
-            # At the minimum of the stabilised loss at most 1, and at most 1/2 where a row has both terms
-            drift = per_sample_errors(model_pred, ref_pred) / (ref_chosen_errors + ref_second_errors).clamp(min=1e-12)
-            has_chosen, has_rejected = prompts.has_chosen.bool(), prompts.has_rejected.bool()
-            self.record(
-                **{
-                    "rewards/margins": chosen_rewards - rejected_rewards,
-                    "rewards/accuracies": chosen_rewards > rejected_rewards,
-                    "drift": drift,
-                }
-            )
-            self.record(
-                where=has_chosen,
-                **{
-                    "rewards/chosen": chosen_rewards,
-                    "errors/chosen": chosen_errors,
-                    "errors/ref_chosen": ref_chosen_errors,
-                    "grad_norms/chosen": slope * chosen_errors.sqrt(),
-                },
-            )
-            self.record(
-                where=has_rejected,
-                **{
-                    "rewards/rejected": rejected_rewards,
-                    "errors/rejected": rejected_errors,
-                    "errors/ref_rejected": ref_rejected_errors,
-                    "grad_norms/rejected": slope * second_errors.sqrt(),
-                },
-            )
-            distance = per_sample_errors(chosen_target, rejected_target)
-            self.record(where=has_chosen & has_rejected, **{"targets/distance": distance})
-
-        losses = torch.stack(losses).mean(dim=0)
-        self.record_losses(losses, ids)
-        return (losses.mean(), {"losses": losses}) if return_outputs else losses.mean()
-
-    def prompts(self, inputs: dict[str, Any]) -> "ComplexPrompts":
+    @torch.no_grad()
+    def frozen_predictions(self, model: torch.nn.Module, noised: NoisedBatch) -> dict[str, torch.Tensor]:
         """
-        What the expert is asked for each row of a batch, and what the policy is given.
+        The expert's targets and the reference's prediction, from one forward of the base in which each row names its adapter.
+
+        Returns:
+            `dict[str, torch.Tensor]`, each of shape `(B, C, h, w)`: float32 `chosen_target` (`z_w`), `rejected_target`
+            (`z_l`) and `ref_pred` (`e_ref`).
+        """
+        conditions, size = noised.batch["frozen_conditions"], len(noised.latents)
+        rows = 3 if self.args.target_strength == 1 else 4
+        adapters = ["expert"] * (rows - 1) * size + ["__base__"] * size
+        policy = self.policy
+        with evaluation_mode(policy):  # peft mixes adapters in a batch only then
+            predictions = self.backbone.predict(
+                partial(policy, adapter_names=adapters),
+                torch.cat([noised.noisy_latents] * rows),
+                noised.timesteps.repeat(rows),
+                conditions,
+            )
+        chosen, rejected, *plain, ref_pred = predictions.float().chunk(rows)
+        if plain:
+            strength = self.args.target_strength
+            chosen, rejected = (strengthened_target(target, plain[0], strength) for target in (chosen, rejected))
+        return {"chosen_target": chosen, "rejected_target": rejected, "ref_pred": ref_pred}
+
+    def expert_prompts(self, inputs: dict[str, Any]) -> "ComplexPrompts":
+        """
+        The prompts of the expert for each row of a batch, and those of the policy.
 
         Args:
             inputs (`dict`):
@@ -242,7 +235,7 @@ class ComplexPOTrainer(DiffusionTrainer):
         Returns:
             [`trainer.complex_po_trainer.ComplexPrompts`]
         """
-        plain = self.drop_prompts(inputs["prompt"], inputs["id"])
+        plain = self.randomness.drop_prompts(inputs["prompt"], inputs["id"])
         chosen, rejected, sides, left_out = [], [], [], []
         for row_id, prompt, positive, negative in zip(
             inputs["id"], plain, inputs["positive_attributes"], inputs["negative_attributes"], strict=True
@@ -252,101 +245,63 @@ class ComplexPOTrainer(DiffusionTrainer):
                     f"The row with id {row_id!r} has neither positive nor negative attributes, so that there is nothing "
                     "to learn from it. Drop such rows with `dataset.filter`."
                 )
-            asked = self._asked(positive, negative)
+            attributes = self._expert_attributes(positive, negative)
             (chosen_text, chosen_left_out), (rejected_text, rejected_left_out) = (
-                self.attribute_prompts(prompt, *attributes) for attributes in asked
+                self.attribute_prompts(prompt, *side) for side in attributes
             )
             chosen.append(chosen_text)
             rejected.append(rejected_text)
-            sides.append([bool(sum(attributes, [])) for attributes in asked])
+            sides.append([bool(sum(side, [])) for side in attributes])
             left_out.append(chosen_left_out + rejected_left_out)
         device = self.accelerator.device
-        self.record(**{"attributes/left_out": torch.tensor(left_out, device=device)})
+        self.record({"attributes/left_out": torch.tensor(left_out, device=device)})
         has_chosen, has_rejected = torch.tensor(sides, dtype=torch.float32, device=device).T
         return ComplexPrompts(plain, chosen, rejected, has_chosen, has_rejected)
 
-    def _asked(self, positive: list[str], negative: list[str]) -> list[tuple[list[str], list[str]]]:
-        """The (positive, negative) attributes that the expert is asked for what to go to, and for what to leave."""
+    def _expert_attributes(self, positive: list[str], negative: list[str]) -> list[tuple[list[str], list[str]]]:
+        """The (positive, negative) attributes in the expert's prompt for the chosen target, and for the rejected one."""
         if self.args.attribute_targets == "paired":
             positive = negative = [*positive, *negative]
-        asked = [(positive, []), ([], negative)]
-        return asked[::-1] if self.args.reverse_preference else asked
+        attributes = [(positive, []), ([], negative)]
+        return attributes[::-1] if self.args.reverse_preference else attributes
 
-    def prompts_of(self, row: dict[str, Any]) -> list[str]:
-        asked = [([], []), *self._asked(row["positive_attributes"], row["negative_attributes"])]
-        return [
-            self.attribute_prompts(prompt, *attributes)[0]
-            for prompt in super().prompts_of(row)
-            for attributes in asked
-        ]
+    def prompts_of(self, row: dict[str, Any]) -> list[str | None]:
+        attributes = [([], []), *self._expert_attributes(row["positive_attributes"], row["negative_attributes"])]
+        return [self.attribute_prompts(prompt, *side)[0] for prompt in super().prompts_of(row) for side in attributes]
 
-    def _conditions(self, prompts: "ComplexPrompts", inputs: dict[str, Any], latents: torch.Tensor):
-        """Conditions of the rows of the frozen forward, see `frozen_predictions`, and the policy's, its last `B` rows."""
-        positive = prompts.rejected if self.args.reverse_preference else prompts.chosen
-        policy = prompts.plain if self.args.policy_condition == "prompt" else positive
-        expert = [prompts.chosen, prompts.rejected] + ([prompts.plain] if self.args.target_strength != 1 else [])
-        image_conditions = {
-            name: value.repeat(len(expert) + 1, *[1] * (value.ndim - 1))
-            for name, value in self.image_conditions(inputs, latents).items()
-        }
-        frozen = self.encode_prompts(sum(expert, []) + policy) | image_conditions
-        return frozen, {name: condition[-len(policy) :] for name, condition in frozen.items()}
+    def _frozen_fingerprints(self) -> list[Any]:
+        args, (weights, config, description) = self.args, self.expert
+        asked = (args.attribute_targets, args.target_strength, args.reverse_preference, args.policy_condition)
+        written = (args.attribute_order, args.attribute_separator, args.max_attributes, self.criteria.name)
+        expert = {name: weight.float().cpu().numpy() for name, weight in weights.items()}
+        return [*super()._frozen_fingerprints(), Hasher.hash((expert, config.to_dict(), description)), asked, written]
 
-    @torch.no_grad()
-    def frozen_predictions(
-        self,
-        model: torch.nn.Module,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditions: dict[str, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        The expert's targets and the reference's prediction, from one forward of the base in which each row names its
-        adapter.
-
-        Args:
-            model (`torch.nn.Module`):
-                The policy, wrapped or not.
-            noisy_latents (`torch.Tensor` of shape `(B, C, h, w)`):
-                Noised latents.
-            timesteps (`torch.Tensor` of shape `(B,)`):
-                Timesteps.
-            conditions (`dict[str, torch.Tensor]`):
-                Conditions of `3B` rows: the expert's positive and negative ones, and the reference's; of `4B` rows with
-                the expert's plain ones before the last where `args.target_strength` is not 1.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`, each of shape `(B, C, h, w)`: float32 `z_w`, `z_l` and
-            `e_ref`.
-        """
-        rows = len(next(iter(conditions.values()))) // len(noisy_latents)
-        adapters = ["expert"] * (rows - 1) * len(noisy_latents) + ["__base__"] * len(noisy_latents)
-        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        training = model.training
-        model.eval()  # peft mixes adapters in a batch only then
-        predictions = self.backbone.predict(
-            partial(model, adapter_names=adapters),
-            noisy_latents.repeat(rows, 1, 1, 1),
-            timesteps.repeat(rows),
-            conditions,
-        )
-        model.train(training)
-        chosen, rejected, *plain, ref_pred = predictions.float().chunk(rows)
-        if plain:
-            strength = self.args.target_strength
-            chosen, rejected = (strengthened_target(target, plain[0], strength) for target in (chosen, rejected))
-        return chosen, rejected, ref_pred
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
-        if logs.get("drift", 0) > MAX_DRIFT and not self.warned_of_drift:
-            self.warned_of_drift = True
-            logger.warning(
-                f"The policy's predictions are {logs['drift'] ** 0.5:.1f} times as far from the reference's as its targets "
-                "are: it has left the region that they describe, as the unstabilised loss does once its "
-                "term without bound takes over. Rewards and accuracies look fine meanwhile, and the images decay. Lower "
-                "`learning_rate` or `max_steps`, raise `beta`, or train with `loss_type='stabilized'`."
+    def health_warnings(self, logs: dict[str, float]) -> dict[str, str]:
+        args, warnings = self.args, {}
+        if logs.get("drift", 0) > MAX_DRIFT:
+            bounded = args.loss_type == "stabilized"
+            warnings["drift"] = (
+                f"The policy's predictions are {logs['drift'] ** 0.5:.1f} times as far from the reference's as its targets are. "
+                "Rewards and accuracies look fine meanwhile, and the images decay. Lower `learning_rate` or `max_steps`, or "
+                + (
+                    "lower `reflection_weight`."
+                    if bounded
+                    else "train with `loss_type='stabilized'`, which is bounded."
+                )
             )
+        if logs.get("targets/coinciding", 0) > 0:
+            cut = logs.get("attributes/left_out", 0) > 0
+            warnings["targets"] = (
+                f"For {logs['targets/coinciding']:.0%} of the samples the expert's positive and negative predictions are equal, so "
+                "there is nothing to learn from them. "
+                + (
+                    "Their attributes do not fit into the prompt: shorten the prompts, or the forms of the attributes."
+                    if cut
+                    else "The expert does not tell the attributes apart: train it longer, or check that its prompts have the "
+                    "form of these."
+                )
+            )
+        return warnings
 
 
 class ComplexPrompts(NamedTuple):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
@@ -31,18 +32,27 @@ class DiffusionConfig(_BaseConfig):
         random_flip (`bool`, *optional*, defaults to `False`):
             Flip each image left to right half of the time. Crops and flips are drawn for each image once, from the seed
             and the row's id.
+        size_conditions (`str`, *optional*, defaults to `"target"`):
+            What SDXL is told of an image's size and crop. `"target"`: the size that is trained at, uncropped, as the published
+            Diffusion-DPO and InPO scripts do and as sampling does; `"original"` (ours): the size and the crop of each image.
+            Other families have no such conditions.
         prompt_dropout (`float`, *optional*, defaults to `0.0`):
-            Probability of replacing a prompt by the empty one, which trains the branch that classifier-free guidance
-            subtracts.
+            Probability of replacing a prompt by the unconditional branch of classifier-free guidance, as the pipeline makes
+            it (for SDXL zeros, else the encoding of the empty prompt).
         aspect_ratio_buckets (`bool`, *optional*, defaults to `False`):
             Train images at their own shape instead of as squares: at the nearest of several sizes with about as many pixels
             as `resolution` squared, see [`data.buckets.bucket_sizes`]. A batch holds one size; both images of a pair share
             theirs. In each epoch, rows that fill no batch of their size are left out. Not for streams.
         precompute (`bool`, *optional*, defaults to `False`):
             Before the training, encode each image and each prompt once, and keep the results in Arrow files. The encoders
-            leave the GPU then. Pays where rows are trained on more than once, in epochs or in several runs. Not for streams.
+            then leave the GPU. Worth it where rows are trained on more than once, in epochs or in several runs. Not for
+            streams.
         precompute_dir (`str`, *optional*):
             Folder of these files. Defaults to one in the cache of `datasets`.
+        precompute_ref_preds (`bool`, *optional*, defaults to `False`):
+            With `precompute`, also compute the predictions of the frozen models before the training, for the timestep and the
+            noise of each row and epoch; a step then only runs the policy. Where the reference inverts, `precompute` alone
+            does so.
 
         > Parameters that control the training
 
@@ -51,19 +61,29 @@ class DiffusionConfig(_BaseConfig):
 
         timestep_range (`list[int]`, *optional*):
             The timesteps to train on, as `[low, high]` with `high` excluded. Defaults to all.
+        noise_source (`str`, *optional*, defaults to `"random"`):
+            The noise of a noised image. `"random"` samples it, the same for all images of a row. `"inversion"` inverts each
+            image to its timestep, with its prompt and without guidance, and takes the noise that explains the result, as InPO
+            and, for SDXL, IAPO do.
+        inversion_steps (`int`, *optional*, defaults to `10`):
+            Number of steps of an inversion to the last timestep; earlier timesteps take fewer.
+        inversion_model (`str`, *optional*, defaults to `"reference"`):
+            The model that inverts: `"reference"`, whose results can be precomputed, or `"policy"`, as in InPO's published run.
+        inversion_eta (`float`, *optional*, defaults to `0.0`):
+            Weight of a random term after each step of an inversion; 0.1 in InPO's published run. 0 is deterministic.
 
         > Parameters that control the logging of samples
 
         sample_prompts (`list[str]`, *optional*):
-            Prompts that base and policy draw side by side, from the same noise, before training and every `sample_steps`
-            steps. The pictures go to `samples/` in the output directory and to the trackers of `report_to` among wandb,
-            trackio and tensorboard.
+            Prompts that are sampled with base and policy side by side, from the same noise, before training and every
+            `sample_steps` steps. The pictures go to `samples/` in the output directory and to the trackers of `report_to`
+            among wandb, trackio and tensorboard.
         sample_steps (`int`, *optional*, defaults to `100`):
-            Optimizer steps between two drawings.
+            Optimizer steps between two such samplings.
         num_inference_steps (`int`, *optional*, defaults to `25`):
-            Sampling steps of these drawings.
-        guidance_scale (`float`, *optional*, defaults to `7.5`):
-            Classifier-free guidance of these drawings.
+            Sampling steps of these images.
+        guidance_scale (`float`, *optional*):
+            Guidance of these images. Defaults to the pipeline's.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -119,10 +139,19 @@ class DiffusionConfig(_BaseConfig):
     random_flip: bool = field(
         default=False, metadata={"help": "Flip each image left to right half of the time, boxes included."}
     )
-    prompt_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of replacing a prompt by the empty one."}
+    size_conditions: str = field(
+        default="target",
+        metadata={
+            "help": "What SDXL is told of an image's size and crop: the size that is trained at, or each image's own.",
+            "choices": ["target", "original"],
+        },
     )
-
+    prompt_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability of replacing a prompt by the unconditional branch of classifier-free guidance."
+        },
+    )
     aspect_ratio_buckets: bool = field(
         default=False,
         metadata={
@@ -138,6 +167,10 @@ class DiffusionConfig(_BaseConfig):
     precompute_dir: str | None = field(
         default=None, metadata={"help": "Folder of these files. Defaults to one in the cache of `datasets`."}
     )
+    precompute_ref_preds: bool = field(
+        default=False,
+        metadata={"help": "With `precompute`, also compute the frozen models' predictions before the training."},
+    )
 
     # Parameters that control the training
     channels_last: bool = field(
@@ -148,14 +181,39 @@ class DiffusionConfig(_BaseConfig):
         metadata={"help": "The timesteps to train on, as `low high` with `high` excluded. Defaults to all."},
     )
 
+    noise_source: str = field(
+        default="random",
+        metadata={
+            "help": "The noise of a noised image: random, or from inversion of the image.",
+            "choices": ["random", "inversion"],
+        },
+    )
+    inversion_steps: int = field(
+        default=10, metadata={"help": "Number of steps of an inversion to the last timestep; earlier ones take fewer."}
+    )
+    inversion_model: str = field(
+        default="reference",
+        metadata={
+            "help": "The model that inverts: the reference, whose results can be precomputed, or the policy.",
+            "choices": ["reference", "policy"],
+        },
+    )
+    inversion_eta: float = field(
+        default=0.0, metadata={"help": "Weight of a random term after each step of an inversion."}
+    )
+
     # Parameters that control the logging of samples
     sample_prompts: list[str] | None = field(
         default=None,
-        metadata={"help": "Prompts that base and policy draw side by side, from the same noise, during training."},
+        metadata={
+            "help": "Prompts that are sampled with base and policy side by side, from the same noise, in training."
+        },
     )
-    sample_steps: int = field(default=100, metadata={"help": "Optimizer steps between two drawings."})
-    num_inference_steps: int = field(default=25, metadata={"help": "Sampling steps of these drawings."})
-    guidance_scale: float = field(default=7.5, metadata={"help": "Classifier-free guidance of these drawings."})
+    sample_steps: int = field(default=100, metadata={"help": "Optimizer steps between two such samplings."})
+    num_inference_steps: int = field(default=25, metadata={"help": "Sampling steps of these images."})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance of these images. Defaults to the pipeline's."}
+    )
 
     def __post_init__(self):
         if self.bf16 is None:
@@ -178,6 +236,25 @@ class DiffusionConfig(_BaseConfig):
                     f"`timestep_range` must be two numbers with 0 <= low < high, got {self.timestep_range}. "
                     "Use `[0, 1000]` for all timesteps of Stable Diffusion."
                 )
+        for name, values in (
+            ("size_conditions", ("target", "original")),
+            ("noise_source", ("random", "inversion")),
+            ("inversion_model", ("reference", "policy")),
+        ):
+            check_choice(self, name, values)
+        if self.inversion_steps < 1:
+            raise ValueError(f"`inversion_steps` must be at least 1, got {self.inversion_steps}.")
+        if not self.inversion_eta >= 0:
+            raise ValueError(f"`inversion_eta` must not be negative, got {self.inversion_eta}.")
+        if self.precompute_ref_preds and not self.precompute:
+            raise ValueError(
+                "`precompute_ref_preds=True` needs `precompute=True`, which encodes what the predictions are made from."
+            )
+        if self.precompute_ref_preds and self.noise_source == "inversion" and self.inversion_model == "policy":
+            raise ValueError(
+                "`precompute_ref_preds=True` is not possible where the policy inverts: the noised images then depend on the "
+                "training. Use `inversion_model='reference'`, or leave it off."
+            )
         if self.sample_steps <= 0:
             raise ValueError(f"`sample_steps` must be at least 1, got {self.sample_steps}.")
         if self.remove_unused_columns:
@@ -185,3 +262,29 @@ class DiffusionConfig(_BaseConfig):
                 "`remove_unused_columns=True` would drop the images and prompts, which no denoiser's forward names. "
                 "Leave it off: columns that training does not need do no harm."
             )
+
+    @property
+    def half_dtype(self) -> torch.dtype | None:
+        """The type of mixed precision, if any."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+
+
+def check_choice(args: DiffusionConfig, name: str, values: tuple[str, ...]) -> None:
+    """Raises a `ValueError` where a parameter has none of the values that it can have."""
+    if getattr(args, name) not in values:
+        options = f"{', '.join(map(repr, values[:-1]))} or {values[-1]!r}"
+        raise ValueError(f"`{name}` must be {options}, got {getattr(args, name)!r}.")
+
+
+def check_data_settings(args: DiffusionConfig, data_collator, train_dataset: Dataset | IterableDataset | None) -> None:
+    """Raises a `ValueError` where settings need another collator or another dataset."""
+    for setting in ("precompute", "aspect_ratio_buckets"):
+        if getattr(args, setting) and data_collator is not None:
+            raise ValueError(
+                f"`{setting}` needs the trainer's own collator. Leave out `data_collator`, or train without `{setting}`."
+            )
+    if isinstance(train_dataset, IterableDataset) and args.aspect_ratio_buckets:
+        raise ValueError(
+            "`train_dataset` is a stream, whose rows cannot be sorted by size. Load it without `streaming=True`, or train "
+            "without `aspect_ratio_buckets`."
+        )

@@ -1,153 +1,144 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The mechanics that the trainers share. Objectives live in the trainers' own files."""
+"""The loop that all trainers share. Objectives live in the trainers' own files."""
 
-import copy
-import json
-import math
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property, partial
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import AutocastKwargs
 from datasets import Dataset, IterableDataset
-from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
-from diffusers.configuration_utils import FrozenDict
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.utils.checkpoint import checkpoint
-from transformers import TrainerCallback, set_seed
+from peft import LoraConfig, PeftModel
+from transformers import TrainerCallback
 from trl.trainer.base_trainer import _BaseTrainer
-from trl.trainer.utils import disable_dropout_in_model
 
 from ..backbones import load_backbone
-from ..data.buckets import BucketSampler, bucket_sizes
-from ..data.caching import TENSORS, TensorTable
-from ..data.formats import prepare_dataset
-from ..noising import fixed_timesteps, keyed_generator, keyed_noise, keyed_timesteps
+from ..data.buckets import BucketSampler, bucket_sizes, training_sizes
+from ..data.caching import TensorCache
+from ..data.collators import ImageCollator
+from ..data.formats import each_dataset, prepare_dataset
 from ..sampling import sample_images
-from .callbacks import NonFiniteLossCallback, SampleImagesCallback
-from .diffusion_config import DiffusionConfig
-from .hub import diffusion_model_card
-from .lora import LORA_WEIGHTS_NAME, read_lora
-from .precompute import TRAINING_SIZE, precompute_datasets
+from .callbacks import HealthCallback, SampleImagesCallback
+from .checkpoints import load_weights, save_weights
+from .diffusion_config import DiffusionConfig, check_data_settings
+from .encoding import BatchEncoder
+from .meters import Meters
+from .model_card import diffusion_model_card, hyperparameters_of
+from .noised_batch import NoisedBatch, Noiser, by_image, by_row
+from .policy import make_policy
+from .precompute import Precomputation, module_fingerprint, noising_settings, num_epochs, warn_of_unused_rows
+from .reference import Reference, check_untrained, make_reference
+from .row_randomness import RowRandomness
 
 
 logger = get_logger(__name__)
 
-NUM_EVAL_TIMESTEPS = 8
+Metrics = dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
 
 
 class DiffusionTrainer(_BaseTrainer):
     """
     Base class of the trainers of this library: TRL's base trainer, made to work with the models of diffusers.
 
-    A trainer derives from it, sets the class attributes below and implements `compute_loss`.
+    It makes latents, noises them (by random noise or by inversion), asks the frozen models, evaluates at fixed timesteps,
+    averages metrics, precomputes, samples and saves. A trainer sets the class attributes below and implements
+    [`~DiffusionTrainer.objective`]; it overrides `prompts`, `prepare_batch` or `frozen_predictions` where its objective needs
+    more than the prompt and the reference's prediction.
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            What to train, of a family that is supported (Stable Diffusion 1.x and 2.x, SDXL): a Hub id or a folder, loaded with
+            `args.model_init_kwargs`, or a loaded pipeline, whose denoiser is trained in place.
+        ref_model (`str` or [`~diffusers.DiffusionPipeline`], *optional*):
+            The reference. If left out it is the model before training: the policy with its adapters off where a LoRA is
+            trained, else a frozen copy.
+        args ([`DiffusionConfig`], *optional*):
+            Configuration of the training. If left out, a default one whose output directory is named after the model.
+        data_collator (`Callable`, *optional*):
+            From rows to a batch. Defaults to the trainer's own collator.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Dataset to train on, with the trainer's columns. `id` may be missing, except in a stream; further columns are
+            ignored.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
+            Dataset to evaluate on, or several by name.
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            The LoRA to train; `target_modules` defaults to the attention projections. If left out, all weights of the denoiser
+            are trained.
+        callbacks (`list[~transformers.TrainerCallback]`, *optional*):
+            Further callbacks.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and learning rate scheduler to use instead of those that `args` names.
 
     Attributes:
         columns (`tuple[str, ...]`):
             The columns that a dataset must have.
         image_columns (`tuple[str, ...]`):
-            Those of them that hold images.
+            Those of them that hold images, `n` for each row. A batch of `B` rows has `n * B` latents, one column after the other.
+        config_class, collator_class (`type`):
+            The configuration and the collator.
+        uses_reference (`bool`):
+            Whether the objective compares the policy to a reference.
 
-    Args:
-        model (`str` or [`~diffusers.DiffusionPipeline`]):
-            Hub id or folder of a pipeline, or a loaded pipeline, whose denoiser is trained in place.
-        args ([`DiffusionConfig`]):
-            Configuration of the training.
-        data_collator (`Callable`):
-            From rows to a batch.
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
-            Dataset to train on.
-        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
-            Dataset to evaluate on, or several by name.
-        peft_config ([`~peft.LoraConfig`], *optional*):
-            The LoRA to train. If left out, all weights of the denoiser are trained.
-        callbacks (`list[~transformers.TrainerCallback]`, *optional*):
-            Further callbacks.
-        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and learning rate scheduler to use instead of those that `args` names.
+    Raises:
+        `ValueError`: If the pipeline, the LoRA or a dataset cannot be trained rightly; the message says why.
     """
 
     loss_is_scaled_for_ga = False  # every loss here is a mean over its batch
     _tag_names = ["trl-diffusion", "text-to-image"]
     _example_prompt = "a red bicycle leaning on a stone wall"
     _card_parameters: dict[str, object] = {}  # what the card says in place of, or beside, what `args` holds
+    _output_suffix: str  # of the default output directory
 
     columns: tuple[str, ...]
     image_columns: tuple[str, ...]
+    config_class: type[DiffusionConfig]
+    collator_class: type[ImageCollator]
+    uses_reference = False
 
     def __init__(
         self,
         model: str | DiffusionPipeline,
-        args: DiffusionConfig,
-        data_collator,
+        ref_model: str | DiffusionPipeline | None = None,
+        args: DiffusionConfig | None = None,
+        data_collator=None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
-        if train_dataset is not None:
-            train_dataset = self._prepare_dataset(train_dataset, "train_dataset")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: self._prepare_dataset(split, f"eval_dataset[{name!r}]") for name, split in eval_dataset.items()
-            }
-        elif eval_dataset is not None:
-            eval_dataset = self._prepare_dataset(eval_dataset, "eval_dataset")
-        for setting in ("precompute", "aspect_ratio_buckets"):
-            if getattr(args, setting) and data_collator is not None:
-                raise ValueError(
-                    f"`{setting}` needs the trainer's own collator. Leave out `data_collator`, or train without `{setting}`."
-                )
-        if isinstance(train_dataset, IterableDataset) and args.aspect_ratio_buckets:
-            raise ValueError(
-                "`train_dataset` is a stream, whose rows cannot be sorted by size. Load it without `streaming=True`, or train "
-                "without `aspect_ratio_buckets`."
-            )
-        if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is None:
-            # The main process cannot cut batches that hold strings for the others: each reads the stream itself.
+        args = args or self.default_args(model)
+        self.prepared: list[Dataset | IterableDataset] = []  # datasets that were checked
+        train_dataset = each_dataset(train_dataset, "train_dataset", self._prepare_dataset)
+        eval_dataset = each_dataset(eval_dataset, "eval_dataset", self._prepare_dataset)
+        check_data_settings(args, data_collator, train_dataset)
+        if args.accelerator_config.dispatch_batches is None:
+            # The main process cannot cut batches that hold strings for the others: each reads the data itself.
             args.accelerator_config.dispatch_batches = False
+        if args.n_gpu > 1:
+            logger.warning("Only one GPU is used. Train on several with `accelerate launch --multi_gpu`.")
+            args._n_gpu = 1
 
         self.backbone = load_backbone(model, **(args.model_init_kwargs or {}))
+        self.process = self.backbone.process
+        self.process.restrict(args.timestep_range)
         self.resolution = args.resolution or self.backbone.default_resolution
-        if self.resolution % self.backbone.pipeline.vae_scale_factor:
+        if self.resolution % self.backbone.vae_scale_factor:
             raise ValueError(
-                f"`resolution` is {self.resolution}, which is no multiple of {self.backbone.pipeline.vae_scale_factor}, "
-                "the number of pixels that this VAE puts into a latent cell."
+                f"`resolution` is {self.resolution}, which is no multiple of {self.backbone.vae_scale_factor}, the number of "
+                "pixels along a side of a latent position of this VAE."
             )
-        num_timesteps = len(self.backbone.alphas_cumprod)
-        self.timestep_range = args.timestep_range or [0, num_timesteps]
-        if self.timestep_range[1] > num_timesteps:
-            raise ValueError(
-                f"`timestep_range` is {self.timestep_range}, but this model has {num_timesteps} timesteps only."
-            )
-
-        denoiser = self.backbone.denoiser
-        # Trackers ask models for a transformers config, and the Trainer for activation checkpointing.
-        denoiser._internal_dict = _TrackableConfig(denoiser.config)
-        denoiser.activation_checkpointing_enable = partial(_enable_gradient_checkpointing, denoiser)
-        disable_dropout_in_model(denoiser)
-        if peft_config is not None:
-            set_seed(args.seed)
-            denoiser.requires_grad_(False)
-            _cast(denoiser, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32)
-            denoiser = get_peft_model(denoiser, self._complete_peft_config(peft_config))
-        else:
-            denoiser.requires_grad_(True)
-            _cast(denoiser, torch.float32)  # the optimizer's steps are smaller than what half precision resolves
-
+        self.denoiser_was_training = self.backbone.denoiser.training
         super().__init__(
-            model=denoiser,
+            model=make_policy(
+                self.backbone.denoiser, peft_config, self.backbone.lora_target_modules, args.half_dtype, args.seed
+            ),
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -160,477 +151,363 @@ class DiffusionTrainer(_BaseTrainer):
                 "Sharded training (FSDP, DeepSpeed) is not supported yet: what is saved would not be what diffusers "
                 "loads. Train on several GPUs with `accelerate launch --multi_gpu`, or a LoRA by `peft_config`."
             )
+        if data_collator is None:
+            self.data_collator = self.make_collator(
+                resolution=self.resolution,
+                center_crop=args.center_crop,
+                random_flip=args.random_flip,
+                seed=args.seed,
+                buckets=bucket_sizes(self.resolution, self.backbone.size_multiple)
+                if args.aspect_ratio_buckets
+                else None,
+            )
         self.backbone.to(self.accelerator.device)
         if args.channels_last:
-            for module in (denoiser, self.backbone.pipeline.vae):
+            for module in (self.policy, self.backbone.pipeline.vae):
                 module.to(memory_format=torch.channels_last)
-        self.ref_model = None
-        self.prompt_table: TensorTable | None = None
-        self.losses_since_step: list[tuple[list[str], torch.Tensor]] = []
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self.add_callback(NonFiniteLossCallback(self))
-        if args.sample_prompts:
-            self.add_callback(SampleImagesCallback(self))
-
-    def _complete_peft_config(self, peft_config: LoraConfig) -> LoraConfig:
-        if not isinstance(peft_config, LoraConfig) or peft_config.modules_to_save:
-            raise ValueError(
-                "`peft_config` must be a `peft.LoraConfig` without `modules_to_save`: other adapters have no file format "
-                "that `pipeline.load_lora_weights` reads."
-            )
-        peft_config = copy.deepcopy(peft_config)
-        if peft_config.target_modules is None:
-            peft_config.target_modules = list(self.backbone.lora_target_modules)
-        return peft_config
-
-    @property
-    def _collator_settings(self) -> dict[str, Any]:
-        """What every default collator is made with."""
-        return {
-            "resolution": self.resolution,
-            "center_crop": self.args.center_crop,
-            "random_flip": self.args.random_flip,
-            "seed": self.args.seed,
-            "buckets": bucket_sizes(self.resolution, self.backbone.size_multiple)
-            if self.args.aspect_ratio_buckets
-            else None,
+        self.encoder = BatchEncoder(self.backbone, self.accelerator, self.image_columns, args.size_conditions)
+        self.randomness = RowRandomness(args.seed, self.process, args.prompt_dropout, self._moment)
+        self.noiser = Noiser(self.process, self.image_columns, args)
+        self.noised_caches: list[TensorCache] = []  # one for each epoch
+        self.meters = {
+            mode: Meters(self.accelerator.reduce, self.accelerator.device) for mode in ("train", "evaluation")
         }
+        self.finish_init()
+        self.reference_is_initial_policy = ref_model is None
+        self.reference: Reference | None = None
+        if self.uses_reference or args.sample_prompts or self._reference_inverts:
+            self.set_reference(ref_model)
+        self.health = HealthCallback()
+        self.health.scaler = self.accelerator.scaler
+        self.add_callback(self.health)
+        if args.sample_prompts:
+            self.add_callback(SampleImagesCallback(self.sample, self.callback_handler.callbacks))
+        self.warned: set[str] = set()
+        if args.precompute:
+            self.precompute()
 
-    def _prepare_dataset(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-        return prepare_dataset(dataset, name, self.columns, self.image_columns)
+    # ---- What a trainer says of itself ----
 
-    # ---- Data ----
+    @classmethod
+    def default_args(cls, model: str | DiffusionPipeline) -> DiffusionConfig:
+        """A default configuration, whose output directory is named after the model."""
+        name = model if isinstance(model, str) else type(model).__name__
+        return cls.config_class(f"{Path(name).name}-{cls._output_suffix}")
 
-    def precompute(self) -> None:
-        """
-        Encodes the images and prompts of the datasets once, into Arrow files, or finds them there; the encoders then leave
-        the accelerator. Trainers call it at the end of their `__init__` where `args.precompute` is set.
+    def make_collator(self, **settings: Any) -> ImageCollator:
+        """The collator that is used where the user gives none, see [`data.collators.ImageCollator`]."""
+        return self.collator_class(**settings)
 
-        Raises:
-            `ValueError`: If a dataset is a stream or has an id twice, or if the disk has not the room.
-        """
-        precompute_datasets(self)
+    def finish_init(self) -> None:
+        """What a trainer prepares once the model is there, before anything is precomputed."""
+
+    def prompts(self, inputs: dict[str, Any]) -> list[str | None]:
+        """The policy's prompts `(B,)` for a batch of the collator; `None` is the unconditional branch."""
+        return self.randomness.drop_prompts(inputs["prompt"], inputs["id"])
+
+    def prompts_of(self, row: dict[str, Any]) -> list[str | None]:
+        """Every prompt that may be encoded for a row of a dataset; `None` is the unconditional branch."""
+        return [row["prompt"], None] if self.args.prompt_dropout > 0 else [row["prompt"]]
 
     @property
     def has_fixed_prompts(self) -> bool:
-        """Whether a row is trained with the same prompts in every step."""
+        """Whether [`~DiffusionTrainer.prompts_of`] knows all prompts, so that they can be encoded before the training."""
         return True
 
-    def prompts_of(self, row: dict[str, Any]) -> list[str]:
+    def prepare_batch(self, inputs: dict[str, Any], latents: torch.Tensor) -> dict[str, Any]:
         """
-        Every prompt that a row can be trained with.
+        Everything about a batch that does not depend on the timestep: `"conditions"`, a dictionary of tensors of first dimension
+        `n * B` for policy and reference, and whatever else the objective needs.
+        """
+        return {"conditions": self.encoder.conditions(self.prompts(inputs), inputs, latents)}
+
+    def frozen_predictions(self, model: torch.nn.Module, noised: NoisedBatch) -> dict[str, torch.Tensor]:
+        """
+        Predictions of the frozen models for a noised batch, each `(n * B, C, h, w)` and without gradient: `"ref_pred"` is the
+        reference's. `model` is the policy, wrapped or not.
+        """
+        if not self.uses_reference:
+            return {}
+        with self.reference.lend(model) as reference:
+            return {"ref_pred": self._predict(reference, noised)}
+
+    def objective(self, model: torch.nn.Module, noised: NoisedBatch) -> tuple[torch.Tensor, Metrics]:
+        """
+        The objective.
 
         Args:
-            row (`dict`):
-                A row of a dataset.
+            model (`torch.nn.Module`):
+                The policy, wrapped or not.
+            noised ([`trainer.noised_batch.NoisedBatch`]):
+                A noised batch with the predictions of the frozen models.
 
         Returns:
-            `list[str]`
+            `tuple[torch.Tensor, dict]`: the losses `(B,)`, and metrics by name, each `(B,)`, or a tuple of values `(B,)` and
+            of which samples have them, bool `(B,)`.
         """
-        return [row["prompt"], ""] if self.args.prompt_dropout > 0 else [row["prompt"]]
+        raise NotImplementedError
 
-    @property
-    def num_epochs(self) -> int:
-        """How many epochs the training begins."""
-        args = self.args
-        rows = len(self._bucket_sampler(self.train_dataset) if args.aspect_ratio_buckets else self.train_dataset)
-        batches = rows / (self._train_batch_size * args.world_size)
-        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-        steps = math.ceil(batches / args.gradient_accumulation_steps)
-        return math.ceil(args.max_steps / max(1, steps)) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
+    def health_warnings(self, logs: dict[str, float]) -> dict[str, str]:
+        """Warnings about what was logged, by a name; each is said once."""
+        return {}
+
+    # ---- Data ----
+
+    def _prepare_dataset(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+        dataset = prepare_dataset(dataset, name, self.columns, self.image_columns)
+        self.prepared.append(dataset)
+        return dataset
+
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
+        if not any(dataset is known for known in self.prepared):  # given to `evaluate` or `predict`
+            dataset = self._prepare_dataset(dataset, f"the dataset of `{description.lower()}`")
+        if self.args.aspect_ratio_buckets and not is_training:
+            batch_size = 1  # an evaluation takes every row, in order
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        # Not by the Trainer's own method, which with persistent workers returns the loader of another dataset
+        return self._get_dataloader(eval_dataset, "evaluate", self.args.eval_batch_size, self._get_eval_sampler)
+
+    def get_test_dataloader(self, test_dataset: Dataset | IterableDataset):
+        return self._get_dataloader(test_dataset, "predict", self.args.eval_batch_size, self._get_eval_sampler)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         if not self.args.aspect_ratio_buckets:
             return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
         sampler = self._bucket_sampler(dataset)
-        if len(sampler) == 0:
-            raise ValueError(
-                f"No size has the {self._train_batch_size} rows of a batch. Lower `per_device_train_batch_size`, or train "
-                "without `aspect_ratio_buckets`."
-            )
-        if left_out := len(dataset) - len(sampler):
-            logger.warning(
-                f"{left_out} of {len(dataset)} rows are left out of each epoch, other ones each time: of their size there "
-                f"are not {self._train_batch_size} more for a batch."
-            )
+        sampler.check(len(dataset))
         return sampler
 
     def _bucket_sampler(self, dataset: Dataset) -> BucketSampler:
-        return BucketSampler(
-            self._training_sizes(dataset),
-            self._train_batch_size,
-            self.args.seed,
-            # Asked for, not set: a run that resumes within an epoch wraps its sampler so that nobody reaches it
-            lambda: self._epoch,
+        sizes = training_sizes(dataset, self.data_collator.size, repr(self.data_collator.buckets))
+        # The epoch is a function: a run that resumes within an epoch wraps its sampler so that it cannot be set
+        return BucketSampler(sizes, self._train_batch_size, self.args.seed, lambda: self._epoch)
+
+    # ---- Before the training ----
+
+    def precompute(self) -> None:
+        """
+        Encodes the images and prompts of the datasets once, into Arrow files, or finds them there; the encoders then leave the
+        device. Where the reference inverts, or `args.precompute_ref_preds` is set, also noises each row for each epoch and
+        keeps the predictions of the frozen models, so that a training step only runs the policy.
+
+        Raises:
+            `ValueError`: If a dataset is a stream or has an id twice, or if the disk has too little space.
+        """
+        args = self.args
+        files = Precomputation(self.encoder, self.data_collator, args.per_device_eval_batch_size, args.precompute_dir)
+        warn_of_unused_rows(self.train_dataset, args)
+        self.train_dataset = each_dataset(self.train_dataset, "train_dataset", files.images)
+        self.eval_dataset = each_dataset(self.eval_dataset, "eval_dataset", files.images)
+        self.prepared += files.image_datasets
+        if self.has_fixed_prompts:
+            self.encoder.prompt_cache = files.prompts(self.prompts_of)
+        self.backbone.offload(self.backbone.encoder_names if self.has_fixed_prompts else ("vae",))
+        if self.train_dataset is not None and (self._reference_inverts or args.precompute_ref_preds):
+            self.model.train()  # as in a step
+            sampler = self._bucket_sampler(self.train_dataset) if args.aspect_ratio_buckets else self.train_dataset
+            caches = []
+            for epoch in range(num_epochs(len(sampler), args)):
+                self.state.epoch = epoch
+                depends_on = (self._frozen_fingerprints(), noising_settings(args, self.process), epoch)
+                name = f"noised rows of epoch {epoch + 1}"
+                caches.append(files.by_id(self.train_dataset, self._noised_tensors, name, depends_on))
+            self.state.epoch, self.noised_caches = 0, caches
+            self.meters["train"].averages()  # none of these was a step
+
+    @torch.no_grad()
+    def _noised_tensors(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        inputs = self._prepare_inputs(inputs)
+        latents = self.sample_latents(inputs)
+        with self.accelerator.autocast():
+            noised = next(self.noised_batches(self.model, latents, self.prepare_batch(inputs, latents), inputs))
+        tensors = {"timesteps": noised.timesteps, "noisy_latents": noised.noisy_latents, **noised.frozen}
+        return {name: by_row(value, len(self.image_columns)) for name, value in tensors.items()}
+
+    def _frozen_fingerprints(self) -> list[Any]:
+        """What the predictions of the frozen models depend on besides the rows and how they are noised."""
+        lent = (
+            self.policy if self.reference.denoiser is None else self.accelerator.unwrap_model(self.reference.denoiser)
         )
-
-    def _training_sizes(self, dataset: Dataset) -> list[list[int]]:
-        """The size of each row, of which a batch has one."""
-        if TRAINING_SIZE not in dataset.column_names:
-            dataset = dataset.map(
-                lambda row: {TRAINING_SIZE: self.data_collator.size(row)},
-                remove_columns=dataset.column_names,
-                new_fingerprint=Hasher.hash((dataset._fingerprint, self.data_collator.buckets)),
-                desc="Reading the sizes of images",
-            )
-        return dataset[TRAINING_SIZE][:]
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
-        if self.args.precompute and isinstance(eval_dataset, Dataset | IterableDataset):
-            if TENSORS not in (eval_dataset.column_names or []):
-                raise ValueError(
-                    "With `precompute` only the datasets that were given when the trainer was made can be evaluated on: pass "
-                    "this one as `eval_dataset` then, or train without `precompute`."
-                )
-        return super().get_eval_dataloader(eval_dataset)
-
-    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
-        if self.args.aspect_ratio_buckets and not is_training:
-            batch_size = 1  # an evaluation takes every row, in order
-        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
+        encoders = [getattr(self.backbone.pipeline, name) for name in self.backbone.text_encoder_names]
+        return [module_fingerprint(module) for module in (lent, *encoders)]
 
     # ---- The reference ----
 
     def set_reference(self, ref_model: str | DiffusionPipeline | None) -> None:
         """
-        Sets the frozen model that the policy is compared to: the given one, or the policy as it is now, which costs no
-        memory where a LoRA is trained (its adapters are switched off) and a copy of the denoiser else.
-
-        Args:
-            ref_model (`str`, [`~diffusers.DiffusionPipeline`] or `None`):
-                The reference, or `None` for the policy as it is now.
-
-        Raises:
-            `ValueError`: If `ref_model` is the pipeline that is trained.
+        Sets the frozen model that the policy is compared to; `None` is the policy as it is now. Raises a `ValueError` if
+        `ref_model` does not fit the policy.
         """
+        denoiser = None
         if ref_model is not None:
-            if ref_model is self.backbone.pipeline:
+            backbone = load_backbone(ref_model, **(self.args.model_init_kwargs or {}))
+            if backbone.denoiser is self.backbone.denoiser or ref_model is self.backbone.pipeline:
                 raise ValueError(
-                    "`ref_model` is the pipeline that is trained, and would move with it. Leave `ref_model` out: the "
-                    "reference then is the model before training."
+                    "`ref_model` is the pipeline that is trained, and would change with it. Leave `ref_model` out: the "
+                    "reference is then the model before training."
                 )
-            denoiser = load_backbone(ref_model, **(self.args.model_init_kwargs or {})).denoiser
-        elif not isinstance(self.model, PeftModel):
-            denoiser = copy.deepcopy(self.model)
-        else:
-            return
-        denoiser.requires_grad_(False)
-        disable_dropout_in_model(denoiser)
-        if self.args.bf16 or self.args.fp16:
-            # What autocast casts in every forward is cast once; the rest stays in float32, so that no digit changes
-            for module in denoiser.modules():
-                if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-                    module.to(torch.bfloat16 if self.args.bf16 else torch.float16)
-        self.ref_model = self.accelerator.prepare_model(denoiser, evaluation_mode=True)
+            denoiser = backbone.denoiser
+        self.reference = make_reference(
+            denoiser,
+            self.policy,
+            self.args.half_dtype,
+            lambda module: self.accelerator.prepare_model(module, evaluation_mode=True),
+        )
 
-    @contextmanager
-    def reference(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-        """
-        Lends the reference's denoiser.
+    @property
+    def policy(self) -> torch.nn.Module:
+        """The policy, not wrapped."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-        Args:
-            model (`torch.nn.Module`):
-                The policy, wrapped or not.
+    @property
+    def _reference_inverts(self) -> bool:
+        return self.args.noise_source == "inversion" and self.args.inversion_model == "reference"
 
-        Yields:
-            `torch.nn.Module`: what to call for the reference's predictions, without gradient.
-        """
-        with torch.no_grad():
-            if self.ref_model is not None:
-                # The resnets of diffusers lay out memory differently in training, which changes the last digit.
-                if self.ref_model.training != model.training:
-                    self.ref_model.train(model.training)
-                yield self.ref_model
-                return
-            # peft's own `disable_adapter` looks through all modules several times: as long as a forward of a small model
-            for layer in self._adapter_layers:
-                layer._disable_adapters = True
-            try:
-                yield model
-            finally:
-                for layer in self._adapter_layers:
-                    layer._disable_adapters = False
-
-    @cached_property
-    def _adapter_layers(self) -> list[BaseTunerLayer]:
-        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-
-    # ---- What every step needs ----
+    # ---- A step ----
 
     @property
     def _epoch(self) -> int:
         return int(self.state.epoch or 0)
 
-    @property
-    def _moment(self) -> int | str:
-        """What a row's randomness depends on besides seed and row: the global step in training, nothing in evaluation."""
-        return self.state.global_step if self.model.training else "eval"
+    def _moment(self) -> int | str | None:
+        """What the randomness of a row changes with: the step, or the epoch where it must be known before the training."""
+        if not self.model.training:
+            return None
+        by_epoch = self.args.noise_source == "inversion" or self.args.precompute_ref_preds
+        return f"epoch {self._epoch}" if by_epoch else self.state.global_step
 
-    def _key(self, row_id: str, column: str = "") -> tuple:
-        return (self.args.seed, self._moment, row_id, column)
-
-    @torch.no_grad()
-    def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Encodes images to the moments of the VAE's posterior.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
-                Images in [-1, 1].
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`, each of shape `(B, C, h, w)`: float32 mean and standard deviation.
-        """
-        with self.accelerator.autocast(AutocastKwargs(enabled=not self.backbone.pipeline.vae.config.force_upcast)):
-            return self.backbone.encode_images(pixel_values)
+    def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
+        latents = self.sample_latents(inputs)
+        batch = self.prepare_batch(inputs, latents)
+        losses = []
+        for noised in self.noised_batches(model, latents, batch, inputs):
+            timestep_losses, metrics = self.objective(model, noised)
+            losses.append(timestep_losses)
+            self.record(metrics)
+        losses = torch.stack(losses).mean(dim=0)
+        if self.model.training:
+            self.health.losses.append((inputs["id"], losses.detach()))
+        else:
+            self.record({"loss": losses})
+        return (losses.mean(), {"losses": losses}) if return_outputs else losses.mean()
 
     def sample_latents(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Keyed latents of a batch's images, see [`trainer.encoding.BatchEncoder`]."""
+        keys = [self.randomness.key(row_id, column) for column in self.image_columns for row_id in inputs["id"]]
+        return self.encoder.sample_latents(inputs, keys)
+
+    def noised_batches(
+        self, model: torch.nn.Module, latents: torch.Tensor, batch: dict[str, Any], inputs: dict[str, Any]
+    ) -> Iterator[NoisedBatch]:
         """
-        Samples latents of a batch's images from the VAE's posterior with keyed noise. The posterior is encoded here, all
-        images in one batch, unless it was [precomputed](DiffusionConfig).
-
-        Args:
-            inputs (`dict`):
-                A batch of the collator.
-
-        Returns:
-            `torch.Tensor` of shape `(n * B, C, h, w)` for `n` image columns, one column after the other: float32 latents
-            in the denoiser's scale.
+        Noises the latents `(n * B, C, h, w)` of a prepared batch and asks the frozen models: once in training, at 8 fixed
+        timesteps in evaluation.
         """
-        columns = self.image_columns
-        if f"{columns[0]}_latents_mean" in inputs:
-            mean, std = (
-                torch.cat([inputs[f"{column}_latents_{what}"] for column in columns]) for what in ("mean", "std")
-            )
-        else:
-            mean, std = self.encode_images(torch.cat([inputs[f"{column}_pixel_values"] for column in columns]))
-        keys = [self._key(row_id, column) for column in columns for row_id in inputs["id"]]
-        return mean + std * keyed_noise(keys, mean.shape[1:], mean.device)
+        ids, device = inputs["id"], latents.device
+        if self.model.training and self._epoch < len(self.noised_caches):
+            cached = self.noised_caches[self._epoch][ids]
+            cached = {name: by_image(value).to(device, non_blocking=True) for name, value in cached.items()}
+            timesteps, noisy_latents = cached.pop("timesteps"), cached.pop("noisy_latents")
+            yield self.noiser.explained(batch, latents, noisy_latents, timesteps, cached)
+            return
+        for timesteps, keys in self.randomness.timesteps(ids):
+            with self.reference.lend(model) if self._reference_inverts else nullcontext(model) as inverter:
+                noised = self.noiser(batch, latents, timesteps, keys, partial(self.backbone.predict, inverter))
+            yield noised._replace(frozen=self.frozen_predictions(model, noised))
 
-    def image_conditions(self, inputs: dict[str, Any], latents: torch.Tensor) -> dict[str, torch.Tensor]:
+    def predict_with_policy(self, model: torch.nn.Module, noised: NoisedBatch) -> torch.Tensor:
         """
-        The denoiser's conditions that describe how each image was made.
-
-        Args:
-            inputs (`dict`):
-                A batch of the collator.
-            latents (`torch.Tensor` of shape `(n * B, C, h, w)`):
-                The latents of its images.
-
-        Returns:
-            `dict[str, torch.Tensor]`: tensors whose first dimension is `n * B`; empty where the model has none.
+        The policy's prediction `(n * B, C, h, w)`, with gradient. In the first step, where nothing was trained yet, a
+        `ValueError` is raised if it is not the reference's.
         """
-        original_sizes, crop_top_lefts = (
-            torch.cat([inputs[f"{column}_{what}"] for column in self.image_columns])
-            for what in ("original_sizes", "crop_top_lefts")
-        )
-        height, width = (side * self.backbone.pipeline.vae_scale_factor for side in latents.shape[2:])
-        return self.backbone.image_conditions(original_sizes, crop_top_lefts, (height, width))
+        model_pred = self._predict(model, noised)
+        is_untrained = self.model.training and self.state.global_step == 0 and self.reference_is_initial_policy
+        if is_untrained and "ref_pred" in noised.frozen:
+            check_untrained(model_pred, noised.frozen["ref_pred"], self.args.half_dtype or torch.float32)
+        return model_pred
 
-    def drop_prompts(self, prompts: list[str], ids: list[str]) -> list[str]:
-        """
-        Replaces each prompt by the empty one with the probability `args.prompt_dropout` in training.
+    def _predict(self, model: torch.nn.Module, noised: NoisedBatch) -> torch.Tensor:
+        return self.backbone.predict(model, noised.noisy_latents, noised.timesteps, noised.batch["conditions"])
 
-        Args:
-            prompts (`list[str]` of length `B`):
-                The prompts.
-            ids (`list[str]` of length `B`):
-                Ids of the rows.
+    # ---- Training, metrics ----
 
-        Returns:
-            `list[str]` of length `B`.
-        """
-        if not self.model.training or self.args.prompt_dropout == 0:
-            return prompts
-        draws = [torch.rand((), generator=keyed_generator(*self._key(row_id), "prompt")) for row_id in ids]
-        return ["" if u < self.args.prompt_dropout else prompt for u, prompt in zip(draws, prompts, strict=True)]
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.policy.train(self.denoiser_was_training)
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """
-        Encodes prompts, each once however often it occurs, or looks them up where they were precomputed.
-
-        Args:
-            prompts (`list[str]` of length `B`):
-                The prompts.
-
-        Returns:
-            `dict[str, torch.Tensor]`: text conditions whose first dimension is `B`.
-        """
-        device = self.accelerator.device
-        if self.prompt_table is not None:
-            conditions = self.prompt_table[prompts]
-            return {name: value.to(device, non_blocking=True) for name, value in conditions.items()}
-        different = list(dict.fromkeys(prompts))
-        with self.accelerator.autocast():
-            conditions = self.backbone.encode_prompts(different)
-        if len(different) == len(prompts):
-            return conditions
-        places = torch.tensor([different.index(prompt) for prompt in prompts]).to(device, non_blocking=True)
-        return {name: value[places] for name, value in conditions.items()}
-
-    def timestep_draws(self, ids: list[str]) -> Iterator[tuple[torch.Tensor, list[tuple]]]:
-        """
-        Draws timesteps for the rows of a batch: once in training, 8 fixed ones in evaluation.
-
-        Args:
-            ids (`list[str]` of length `B`):
-                Ids of the rows.
-
-        Yields:
-            `tuple[torch.Tensor, list[tuple]]`: timesteps `(B,)`, on the CPU, and the keys of the noise that belongs to
-            them.
-        """
-        keys = [self._key(row_id) for row_id in ids]
-        if self.model.training:
-            yield keyed_timesteps(keys, *self.timestep_range), keys
-        else:
-            for timestep in fixed_timesteps(*self.timestep_range, NUM_EVAL_TIMESTEPS):
-                yield torch.full((len(ids),), timestep), [(*key, timestep) for key in keys]
-
-    def noise_draws(self, ids: list[str], shape: tuple[int, ...]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """
-        Draws timesteps and noise for the rows of a batch: once in training, at 8 fixed timesteps in evaluation.
-
-        Args:
-            ids (`list[str]` of length `B`):
-                Ids of the rows.
-            shape (`tuple[int, ...]`):
-                Shape of one row's latents.
-
-        Yields:
-            `tuple[torch.Tensor, torch.Tensor]`: timesteps `(B,)` and noise `(B, *shape)`.
-        """
-        device = self.accelerator.device
-        for timesteps, keys in self.timestep_draws(ids):
-            yield timesteps.to(device, non_blocking=True), keyed_noise(keys, shape, device)
-
-    # ---- Loss and metrics ----
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.health.gradient_norm = super()._get_grad_norm(model, grad_norm)
+        return self.health.gradient_norm
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
-    def record(self, where: torch.Tensor | None = None, **values: torch.Tensor) -> None:
-        """
-        Collects per-sample values for the next log, which averages them over all samples and processes. Nothing is
-        gathered or moved off the device before.
+    @property
+    def _meters(self) -> Meters:
+        return self.meters["train" if self.model.training else "evaluation"]
 
-        Args:
-            where (`torch.Tensor` of shape `(B,)`, *optional*):
-                Which of the samples have these values; all if left out.
-            **values (`torch.Tensor` of shape `(B,)`):
-                Values by metric.
-        """
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in values.items():
-            value = value.detach().float()
-            metrics[name].append((value, torch.ones_like(value, dtype=torch.bool) if where is None else where))
-
-    def record_losses(self, losses: torch.Tensor, ids: list[str]) -> None:
-        """
-        Notes the losses of a batch: for the check, before the optimizer steps, that they are finite, and for the mean
-        loss of an evaluation.
-
-        Args:
-            losses (`torch.Tensor` of shape `(B,)`):
-                The losses.
-            ids (`list[str]` of length `B`):
-                Ids of the rows.
-        """
-        if self.model.training:
-            self.losses_since_step.append((ids, losses.detach()))
-        else:
-            self.record(loss=losses)
-
-    def _averaged_metrics(self, mode: str) -> dict[str, float]:
-        metrics = {}
-        for name, recorded in self._metrics[mode].items():
-            values, where = (torch.cat(parts) for parts in zip(*recorded, strict=True))
-            values = torch.where(where, values.double(), 0)
-            total, count = self.accelerator.reduce(torch.stack([values.sum(), where.sum().double()]))
-            if count > 0:
-                metrics[name] = (total / count).item()
-        self._metrics[mode].clear()
-        return metrics
+    def record(self, metrics: Metrics) -> None:
+        """Collects metrics, as [`~DiffusionTrainer.objective`] returns them, for the next log."""
+        for name, value in metrics.items():
+            values, where = value if isinstance(value, tuple) else (value, torch.ones_like(value, dtype=torch.bool))
+            self._meters.record({name: values}, where)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            logs.update(self._averaged_metrics("train"))
+            logs.update(self.meters["train"].averages())
+            for name, message in self.health_warnings(logs).items():
+                if name not in self.warned:
+                    self.warned.add(name)
+                    logger.warning(message)
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._metrics["eval"].clear()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name, value in self._averaged_metrics("eval").items():
+        was_training = self.model.training
+        self.meters["evaluation"].averages()  # of an evaluation that was stopped
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.model.train(was_training)
+        for name, value in self.meters["evaluation"].averages().items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
-    def draw(self, denoiser: torch.nn.Module, prompts: list[str]) -> list[PIL.Image.Image]:
+    def sample(self, prompts: list[str], with_reference: bool = False) -> list[PIL.Image.Image]:
         """
-        Draws prompts, always from the same noise, as `args.num_inference_steps` and `args.guidance_scale` say.
-
-        Args:
-            denoiser (`torch.nn.Module`):
-                Policy or reference, not wrapped.
-            prompts (`list[str]`):
-                The prompts.
-
-        Returns:
-            `list[PIL.Image.Image]`: an image a prompt.
+        Samples one image for each prompt, with the policy or the reference, at the size that is trained at, always from the same
+        noise, as `args.num_inference_steps` and `args.guidance_scale` say.
         """
-        was_training = denoiser.training
-        denoiser.eval()
-        with self.backbone.drawing_with(denoiser) as pipeline:
-            images = sample_images(
+        args, policy = self.args, self.policy
+        lent = self.reference.lend(policy) if with_reference else nullcontext(policy)
+        with lent as denoiser, self.backbone.sampling_with(self.accelerator.unwrap_model(denoiser)) as pipeline:
+            return sample_images(
                 pipeline,
                 prompts,
-                seed=self.args.seed,
-                batch_size=self.args.per_device_eval_batch_size,
-                num_inference_steps=self.args.num_inference_steps,
-                guidance_scale=self.args.guidance_scale,
+                seed=args.seed,
+                batch_size=args.per_device_eval_batch_size,
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                height=self.resolution,
+                width=self.resolution,
             )
-        denoiser.train(was_training)
-        return images
 
     # ---- Saving and loading: what diffusers reads ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        output_dir = output_dir or self.args.output_dir
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        pipeline, name = self.backbone.pipeline, self.backbone.denoiser_name
-        if isinstance(model, PeftModel):
-            weights = get_peft_model_state_dict(model)
-            pipeline.save_lora_weights(
-                output_dir,
-                **{
-                    f"{name}_lora_layers": {key.removeprefix("base_model.model."): w for key, w in weights.items()},
-                    # Without the metadata, alpha silently becomes r when the file is loaded.
-                    f"{name}_lora_adapter_metadata": model.peft_config["default"].to_dict(),
-                },
-            )
-        else:
-            pipeline.save_pretrained(output_dir)
+        if self.args.should_save:
+            save_weights(self.backbone, self.policy, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
-        folder, name = Path(resume_from_checkpoint), self.backbone.denoiser_name
-        is_lora = isinstance(model, PeftModel)
-        if not (folder / (LORA_WEIGHTS_NAME if is_lora else name)).exists():
-            raise ValueError(
-                f"The checkpoint {folder} holds no {f'LoRA ({LORA_WEIGHTS_NAME})' if is_lora else f'`{name}` folder'}: "
-                f"resume {'with' if not is_lora else 'without'} `peft_config`, as it was trained, or name another."
-            )
-        if is_lora:
-            weights, _ = read_lora(folder)
-            unexpected = set_peft_model_state_dict(model, weights).unexpected_keys
-            if unexpected or set(weights) != set(get_peft_model_state_dict(model)):
-                raise ValueError(f"The LoRA in {folder} targets other modules than `peft_config`.")
-        else:
-            model.load_state_dict(type(model).from_pretrained(folder / name).state_dict())
+        load_weights(self.backbone, model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -643,8 +520,6 @@ class DiffusionTrainer(_BaseTrainer):
         self._save(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
-    # ---- Hub ----
-
     def _model_name(self) -> str:
         return (self.args.hub_model_id or Path(self.args.output_dir).absolute().name).split("/")[-1]
 
@@ -655,50 +530,30 @@ class DiffusionTrainer(_BaseTrainer):
         tags: str | list[str] | None = None,
     ) -> None:
         """
-        Writes the model card, `README.md` in the output directory.
-
-        Args:
-            model_name (`str`, *optional*):
-                Name of the model. Defaults to the last part of `args.hub_model_id` or of the output directory.
-            dataset_name (`str`, *optional*):
-                Hub id of the dataset.
-            tags (`str` or `list[str]`, *optional*):
-                Further tags.
+        Writes the model card, `README.md` in the output directory. The name defaults to the last part of `args.hub_model_id` or
+        of the output directory.
         """
         if not self.is_world_process_zero():
             return
-        tags = [tags] if isinstance(tags, str) else tags or []
+        args, global_step = self.args, self.state.global_step
         card = diffusion_model_card(
-            trainer=self, model_name=model_name or self._model_name(), dataset_name=dataset_name, tags=tags
+            pipeline=self.backbone.pipeline,
+            is_lora=isinstance(self.policy, PeftModel),
+            is_reversed=getattr(args, "reverse_preference", False),
+            model_name=model_name or self._model_name(),
+            model_id=self.hub_model_id,
+            dataset_name=dataset_name,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            method=self._name,
+            paper=self._paper,
+            example_prompt=self._example_prompt,
+            hyperparameters=hyperparameters_of(args, self._unit, self.resolution, global_step, self._card_parameters),
+            resolution=self.resolution,
+            global_step=global_step,
         )
-        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        card.save(Path(self.args.output_dir) / "README.md")
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        card.save(Path(args.output_dir) / "README.md")
 
     def _send_telemetry(self) -> None:
         # TRL counts the use of its own trainers and of transformers' models here; neither is what this is.
         pass
-
-
-class _TrackableConfig(FrozenDict):
-    """A diffusers model's configuration with the two methods that trackers call on one of transformers."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self)
-
-    def to_json_string(self) -> str:
-        return json.dumps(dict(self), indent=2, default=str)
-
-
-def _enable_gradient_checkpointing(denoiser, activation_checkpointing_kwargs=None, every_n_layers=1, offload=False):
-    if every_n_layers != 1 or offload:
-        raise ValueError(
-            "`activation_checkpointing_kwargs` may not hold `every_n_layers` or `offload`: the models of diffusers know "
-            "neither."
-        )
-    kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-    denoiser.enable_gradient_checkpointing(partial(checkpoint, **kwargs))
-
-
-def _cast(denoiser: torch.nn.Module, dtype: torch.dtype) -> None:
-    if denoiser.dtype != dtype:  # diffusers warns of any cast, one that changes nothing included
-        denoiser.to(dtype)

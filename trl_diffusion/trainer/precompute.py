@@ -6,9 +6,11 @@
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
@@ -16,26 +18,28 @@ from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from peft import PeftModel
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, TrainingArguments
 
-from ..data.caching import TENSORS, TensorTable, precompute_dataset
+from ..backbones.base import Backbone
+from ..data.buckets import TRAINING_SIZE
+from ..data.caching import TensorCache, precompute_dataset
+from ..data.collators import ImageCollator
+from ..process import Process
+from .diffusion_config import DiffusionConfig
+from .encoding import BatchEncoder
 
-
-if TYPE_CHECKING:
-    from .diffusion_trainer import DiffusionTrainer
 
 logger = get_logger(__name__)
 
-FORMAT_VERSION = 1  # of the files; another one is another file
+FORMAT_VERSION = 2  # of the files; another one is another file
 NO_MATTER = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # in configurations
 NUM_FINGERPRINTS = 16
-TRAINING_SIZE = "_training_size"  # the column of a row's height and width in pixels
 
 
 def module_fingerprint(module: torch.nn.Module) -> str:
     """
-    A hash by which to tell a model from others: of its configuration, its tensors' names, types and shapes, and some of
-    their elements. Adapters of peft do not count, nor where the model came from.
+    A hash by which models are told apart: of their configuration, of the names, types and shapes of their tensors, and of some
+    of their elements. Adapters of peft do not count, nor does where the model was loaded from.
 
     Args:
         module (`torch.nn.Module`):
@@ -56,214 +60,223 @@ def module_fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def text_fingerprint(trainer: "DiffusionTrainer", prompts: list[str]) -> str:
+def text_fingerprint(backbone: Backbone, prompts: Iterable[str | None]) -> str:
     """
-    A hash of how some prompts are encoded: of their tokens and of the text encoders.
+    A hash of how prompts are encoded: of their tokens and of the text encoders.
 
     Args:
-        trainer ([`DiffusionTrainer`]):
-            The trainer.
-        prompts (`list[str]`):
-            The prompts.
+        backbone ([`backbones.base.Backbone`]):
+            The backbone.
+        prompts (`Iterable[str]`):
+            The prompts; `None` is the unconditional branch.
 
     Returns:
         `str`
     """
-    pipeline, backbone = trainer.backbone.pipeline, trainer.backbone
+    prompts = _in_order(prompts)
+    pipeline = backbone.pipeline
     tokens = [
-        getattr(pipeline, name)(prompts, padding="max_length", truncation=True).input_ids
-        for name in backbone.tokenizer_names
+        getattr(pipeline, name)([prompt or "" for prompt in prompts], truncation=True, max_length=limit).input_ids
+        for name, limit in backbone.prompt_limits.items()
     ]
-    encoders = [module_fingerprint(getattr(pipeline, name)) for name in backbone.encoder_names if name != "vae"]
+    encoders = [module_fingerprint(getattr(pipeline, name)) for name in backbone.text_encoder_names]
     return Hasher.hash((prompts, tokens, encoders))
 
 
-def precompute_datasets(trainer: "DiffusionTrainer") -> None:
+def _in_order(prompts: Iterable[str | None]) -> list[str | None]:
+    """Each prompt once, in an order that does not depend on the rows: the unconditional branch first."""
+    return sorted(set(prompts), key=lambda prompt: (prompt is not None, prompt or ""))
+
+
+@dataclasses.dataclass
+class Precomputation:
     """
-    Encodes the images and prompts of a trainer's datasets, puts the results in their place, and takes the encoders off the
-    accelerator.
+    Encodes datasets into Arrow files, or finds them there.
 
     Args:
-        trainer ([`DiffusionTrainer`]):
-            The trainer, changed in place.
-
-    Raises:
-        `ValueError`: If a dataset is a stream or has an id twice, or if the disk has not the room.
+        encoder ([`trainer.encoding.BatchEncoder`]):
+            Encodes images and prompts.
+        collator ([`data.collators.ImageCollator`]):
+            Prepares rows.
+        batch_size (`int`):
+            Number of rows that are encoded at once.
+        folder (`str`, *optional*):
+            Folder of the files. Defaults to one in the cache of `datasets`.
     """
-    if trainer.train_dataset is not None:
-        _warn_of_unused_rows(trainer)
-        trainer.train_dataset = precompute_images(trainer, trainer.train_dataset, "train_dataset")
-    if isinstance(trainer.eval_dataset, dict):
-        trainer.eval_dataset = {
-            name: precompute_images(trainer, split, f"eval_dataset {name}")
-            for name, split in trainer.eval_dataset.items()
-        }
-    elif trainer.eval_dataset is not None:
-        trainer.eval_dataset = precompute_images(trainer, trainer.eval_dataset, "eval_dataset")
-    splits = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
-    rows = [dataset for dataset in (trainer.train_dataset, *splits) if dataset is not None]
-    if trainer.has_fixed_prompts and rows:
-        trainer.prompt_table = precompute_prompts(trainer, rows)
-        trainer.backbone.offload(trainer.backbone.encoder_names)
-    else:
-        trainer.backbone.offload(("vae",))
+
+    encoder: BatchEncoder
+    collator: ImageCollator
+    batch_size: int
+    folder: str | None = None
+    image_datasets: list[Dataset] = dataclasses.field(default_factory=list)  # results of `images`
+
+    def images(self, dataset: Dataset | IterableDataset, name: str) -> Dataset:
+        """
+        Encodes the images of a dataset to the moments of the VAE's posterior.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                The rows.
+            name (`str`):
+                What the user calls the dataset, for messages.
+
+        Returns:
+            [`~datasets.Dataset`]: the rows as the collator prepares them, with moments in place of pixels.
+
+        Raises:
+            `ValueError`: If the dataset is a stream, if two rows have one id, or if the disk has too little space.
+        """
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                f"`{name}` is a stream, which cannot be precomputed. Load it without `streaming=True`, or train without "
+                "`precompute`."
+            )
+        ids = [str(row_id) for row_id in dataset["id"]]
+        if len(set(ids)) < len(ids):
+            raise ValueError(
+                f"`{name}` has {len(ids):,} rows with only {len(set(ids)):,} different ids, and what is precomputed is found "
+                "by its id. Give each row its own, or remove the column `id`: rows are then numbered."
+            )
+        collator = self.collator
+        is_random = collator.random_flip or not collator.center_crop
+        preparation = collator if is_random else dataclasses.replace(collator, seed=0)
+
+        def encode(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            with ThreadPoolExecutor() as threads:
+                examples = list(threads.map(collator.prepare, rows))
+            for column in collator.image_columns:
+                pixel_values = [example.pop(f"{column}_pixel_values") for example in examples]
+                for example, pixels in zip(examples, pixel_values, strict=True):
+                    example[TRAINING_SIZE] = list(pixels.shape[1:])  # one for all columns
+                for size in {pixels.shape for pixels in pixel_values}:
+                    places = [place for place, pixels in enumerate(pixel_values) if pixels.shape == size]
+                    batch = torch.stack([pixel_values[place] for place in places]).to(self.device)
+                    for place, mean, std in zip(places, *self.encoder.encode_images(batch), strict=True):
+                        examples[place] |= {f"{column}_latents_mean": mean, f"{column}_latents_std": std}
+            return examples
+
+        features = {"id": Value("string"), "prompt": Value("string"), TRAINING_SIZE: List(Value("int32"))}
+        encoded = self._precompute(
+            dataset,
+            encode,
+            features | collator.text_features,
+            f"images of {name}",
+            (dataset._fingerprint, preparation, module_fingerprint(self.encoder.backbone.pipeline.vae)),
+        )
+        self.image_datasets.append(encoded)
+        return encoded
+
+    def prompts(self, prompts_of: Callable[[dict[str, Any]], list[str | None]]) -> TensorCache:
+        """
+        Encodes the prompts of the datasets whose images were encoded, each once, and stores padded sequences at their own length.
+
+        Args:
+            prompts_of (`Callable`):
+                From a row to its prompts; `None` is the unconditional branch.
+
+        Returns:
+            [`data.caching.TensorCache`]: text conditions by prompt.
+        """
+        backbone = self.encoder.backbone
+
+        def encode(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            conditions = self.encoder.encode_prompts([row["prompt"] for row in rows])
+            examples = [{name: value[place] for name, value in conditions.items()} for place in range(len(rows))]
+            for name in backbone.padded_conditions:
+                for example in examples:
+                    example[name] = example[name][: int(example["prompt_lengths"])]
+            return [row | example for row, example in zip(rows, examples, strict=True)]
+
+        columns = ["prompt", *self.collator.text_features]
+        rows = (row for dataset in self.image_datasets for row in dataset.select_columns(columns))
+        prompts = _in_order(prompt for row in rows for prompt in prompts_of(row))
+        rows = Dataset.from_dict({"prompt": prompts}, features=Features({"prompt": Value("string")}))
+        features, fingerprint = {"prompt": Value("string")}, text_fingerprint(backbone, prompts)
+        return TensorCache(self._precompute(rows, encode, features, "prompts", fingerprint), "prompt")
+
+    def by_id(
+        self,
+        dataset: Dataset,
+        encode: Callable[[dict[str, Any]], dict[str, torch.Tensor]],
+        name: str,
+        depends_on: Any,
+    ) -> TensorCache:
+        """
+        Computes tensors for the rows of a precomputed dataset.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                A result of [`~Precomputation.images`].
+            encode (`Callable`):
+                From a batch of the collator to tensors by name, whose first dimension is that of the batch.
+            name (`str`):
+                What is computed, for messages.
+            depends_on (`Any`):
+                What the result depends on besides the rows.
+
+        Returns:
+            [`data.caching.TensorCache`]: the tensors by id.
+        """
+
+        def encode_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            tensors = encode(self.collator(rows))
+            return [
+                {"id": row["id"]} | {name: value[place] for name, value in tensors.items()}
+                for place, row in enumerate(rows)
+            ]
+
+        features, dependencies = {"id": Value("string")}, (dataset._fingerprint, depends_on)
+        return TensorCache(self._precompute(dataset, encode_rows, features, name, dependencies), "id")
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.accelerator.device
+
+    def _precompute(self, dataset: Dataset, encode: Callable, features: dict, name: str, depends_on: Any) -> Dataset:
+        accelerator = self.encoder.accelerator
+        folder = Path(self.folder or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion")
+        fingerprint = Hasher.hash((FORMAT_VERSION, accelerator.mixed_precision, depends_on))
+        # Rows that are precomputed already may have several sizes, of which a batch holds one
+        is_one_size = TRAINING_SIZE not in dataset.column_names or len(set(map(tuple, dataset[TRAINING_SIZE]))) == 1
+        dataset = precompute_dataset(
+            dataset,
+            encode,
+            Features(features),
+            name,
+            fingerprint,
+            folder,
+            self.batch_size if is_one_size else 1,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.wait_for_everyone,
+            accelerator.print,
+        )
+        dataset._fingerprint = fingerprint
+        return dataset
 
 
-def _warn_of_unused_rows(trainer: "DiffusionTrainer") -> None:
-    args, dataset = trainer.args, trainer.train_dataset
+def num_epochs(rows: int, args: TrainingArguments) -> int:
+    """The number of epochs that a training on so many rows begins."""
+    batches = rows / (args.train_batch_size * args.world_size)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    steps = math.ceil(batches / args.gradient_accumulation_steps)
+    return math.ceil(args.max_steps / max(1, steps)) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
+
+
+def noising_settings(args: DiffusionConfig, process: Process) -> tuple:
+    """What noised rows depend on besides the rows and the models."""
+    return (
+        *(process.describe(), process.timestep_range, args.seed, args.prompt_dropout, args.size_conditions),
+        *(args.noise_source, args.inversion_steps, args.inversion_eta),
+    )
+
+
+def warn_of_unused_rows(dataset: Dataset | IterableDataset | None, args: TrainingArguments) -> None:
+    """Warns of a training that visits only some of the rows that are precomputed for it."""
     used = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if isinstance(dataset, Dataset) and 0 < used < len(dataset):
         logger.warning(
             f"The {args.max_steps} steps of this training use {used:,} of the {len(dataset):,} rows of `train_dataset`, and "
-            f"all of them are precomputed. Pass those rows only: `dataset.shuffle(seed=0).select(range({used}))`."
+            "all of them are precomputed. Pass only the rows that are needed: "
+            f"`dataset.shuffle(seed=0).select(range({used}))`."
         )
-
-
-def precompute_images(trainer: "DiffusionTrainer", dataset: Dataset | IterableDataset, name: str) -> Dataset:
-    """
-    Encodes the images of a dataset to the moments of the VAE's posterior.
-
-    Args:
-        trainer ([`DiffusionTrainer`]):
-            The trainer.
-        dataset ([`~datasets.Dataset`]):
-            Its dataset.
-        name (`str`):
-            What the user calls it, for messages.
-
-    Returns:
-        [`~datasets.Dataset`]: the rows as the collator prepares them, with moments in place of pixels.
-
-    Raises:
-        `ValueError`: If the dataset is a stream, or two rows have one id.
-    """
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(
-            f"`{name}` is a stream, of which nothing can be precomputed. Load it without `streaming=True`, or train "
-            "without `precompute`."
-        )
-    ids = [str(row_id) for row_id in dataset["id"]]
-    if len(set(ids)) < len(ids):
-        raise ValueError(
-            f"`{name}` has {len(ids):,} rows with only {len(set(ids)):,} different ids, and what is precomputed is found by "
-            "its id. Give each row its own, or remove the column `id`: rows are then numbered."
-        )
-    collator = trainer.data_collator
-    is_drawn = collator.random_flip or not collator.center_crop
-    preparation = collator if is_drawn else dataclasses.replace(collator, seed=0)  # the seed draws crops and flips
-
-    def encode(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        with ThreadPoolExecutor() as threads:
-            examples = list(threads.map(collator.prepare, rows))
-        for column in collator.image_columns:
-            pixel_values = [example.pop(f"{column}_pixel_values") for example in examples]
-            for example, pixels in zip(examples, pixel_values, strict=True):
-                example[TRAINING_SIZE] = list(pixels.shape[1:])  # one for all columns
-            for size in {pixels.shape for pixels in pixel_values}:
-                places = [place for place, pixels in enumerate(pixel_values) if pixels.shape == size]
-                batch = torch.stack([pixel_values[place] for place in places]).to(trainer.accelerator.device)
-                for place, mean, std in zip(places, *trainer.encode_images(batch), strict=True):
-                    examples[place] |= {f"{column}_latents_mean": mean, f"{column}_latents_std": std}
-        return examples
-
-    return _precompute(
-        trainer,
-        dataset,
-        encode,
-        {
-            "id": Value("string"),
-            "prompt": Value("string"),
-            **{column: List(Value("string")) for column in trainer.columns if column.endswith("_attributes")},
-            TRAINING_SIZE: List(Value("int32")),
-        },
-        f"images of {name}",
-        (dataset._fingerprint, preparation, module_fingerprint(trainer.backbone.pipeline.vae)),
-    )
-
-
-def precompute_prompts(trainer: "DiffusionTrainer", rows: list[Dataset]) -> TensorTable:
-    """
-    Encodes every prompt that the trainer will ask for, each once.
-
-    Args:
-        trainer ([`DiffusionTrainer`]):
-            The trainer.
-        rows (`list[Dataset]`):
-            What [`trainer.precompute.precompute_images`] returned for its datasets.
-
-    Returns:
-        [`data.caching.TensorTable`]: text conditions by prompt.
-    """
-    prompts = {}
-    for dataset in rows:
-        for row in dataset.remove_columns(TENSORS):
-            prompts.update(dict.fromkeys(trainer.prompts_of(row)))
-
-    def encode(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        conditions = trainer.encode_prompts([row["prompt"] for row in rows])
-        return [row | {name: value[place] for name, value in conditions.items()} for place, row in enumerate(rows)]
-
-    prompts = sorted(prompts)
-    dataset = _precompute(
-        trainer,
-        Dataset.from_dict({"prompt": prompts}),
-        encode,
-        {"prompt": Value("string")},
-        "prompts",
-        text_fingerprint(trainer, prompts),
-    )
-    return TensorTable(dataset, "prompt")
-
-
-def precompute_by_id(trainer: "DiffusionTrainer", dataset: Dataset, encode, name: str, depends_on: Any) -> TensorTable:
-    """
-    Computes tensors for the rows of a precomputed dataset.
-
-    Args:
-        trainer ([`DiffusionTrainer`]):
-            The trainer.
-        dataset ([`~datasets.Dataset`]):
-            What [`trainer.precompute.precompute_images`] returned.
-        encode (`Callable`):
-            From a batch on the trainer's device to tensors whose first dimension is that of the batch, by name.
-        name (`str`):
-            What is computed, for messages.
-        depends_on (`Any`):
-            What the result depends on besides the rows.
-
-    Returns:
-        [`data.caching.TensorTable`]: the tensors by id.
-    """
-
-    def encode_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        batch = trainer._prepare_inputs(trainer.data_collator(rows))
-        tensors = encode(batch)
-        return [
-            {"id": row["id"]} | {name: value[place] for name, value in tensors.items()}
-            for place, row in enumerate(rows)
-        ]
-
-    dependencies = (dataset._fingerprint, depends_on)
-    return TensorTable(_precompute(trainer, dataset, encode_rows, {"id": Value("string")}, name, dependencies), "id")
-
-
-def _precompute(trainer: "DiffusionTrainer", dataset, encode, features, name: str, depends_on: Any) -> Dataset:
-    args, accelerator = trainer.args, trainer.accelerator
-    folder = Path(args.precompute_dir or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion")
-    fingerprint = Hasher.hash((FORMAT_VERSION, accelerator.mixed_precision, depends_on))
-    dataset = precompute_dataset(
-        dataset,
-        encode,
-        Features(features),
-        name,
-        fingerprint,
-        folder,
-        # A batch holds rows of one size
-        1 if args.aspect_ratio_buckets and TENSORS in dataset.column_names else args.per_device_eval_batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.wait_for_everyone,
-        accelerator.print,
-    )
-    dataset._fingerprint = fingerprint
-    return dataset

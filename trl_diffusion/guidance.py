@@ -1,0 +1,125 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Diffusion-NPO (arXiv:2505.11245): another model in the unconditional branch of classifier-free guidance."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+
+import torch
+from diffusers import DiffusionPipeline
+from peft.tuners.lora import LoraLayer
+
+from .backbones import backbone_class_of
+
+
+@contextmanager
+def negative_preference_guidance(
+    pipeline: DiffusionPipeline, positive: str | dict[str, float] | None, negative: str | dict[str, float]
+) -> Iterator[None]:
+    """
+    Lets a pipeline use another model in the unconditional branch of classifier-free guidance than in the conditional one
+    (Diffusion-NPO, arXiv:2505.11245): guidance then leads away from the samples of a model with the reversed preference.
+
+    Within the context, the denoiser runs once for each branch, with the adapters of this branch. Afterwards the pipeline is as
+    it was.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            A pipeline of a supported family, with the adapters loaded by `load_lora_weights`.
+        positive (`str`, `dict[str, float]` or `None`):
+            The adapter of the conditional branch, or several with their weights, or `None` for the denoiser's own
+            weights.
+        negative (`str` or `dict[str, float]`):
+            The adapter of the unconditional branch, trained with `reverse_preference=True`, or several with their weights,
+            such as `{"aligned": 0.5, "reversed": 1.0}`.
+
+    Raises:
+        `ValueError`: If the pipeline has no such adapter (the message names those that it has), if adapters are fused into its
+            weights, or if its family is not supported.
+
+    Example:
+
+    ```python
+    pipeline.load_lora_weights("user/sdxl-cpo", adapter_name="aligned")
+    pipeline.load_lora_weights("user/sdxl-cpo-reversed", adapter_name="reversed")
+    with negative_preference_guidance(pipeline, positive="aligned", negative="reversed"):
+        image = pipeline("a harbor at dusk").images[0]
+    ```
+    """
+    backbone_class = backbone_class_of(pipeline)
+    denoiser = getattr(pipeline, backbone_class.denoiser_name)
+    layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
+    known = sorted({name for layer in layers for name in layer.lora_A})
+    adapters = {
+        "conditional": _adapter_weights(positive, known),
+        "unconditional": _adapter_weights(negative, known),
+    }
+    if any(layer.merged_adapters for layer in layers):
+        raise ValueError(
+            "The pipeline has adapters that are fused into its weights, where they cannot be switched. Call "
+            "`pipeline.unfuse_lora()` before."
+        )
+    before = [(layer, layer.active_adapters, layer.disable_adapters, dict(layer.scaling)) for layer in layers]
+    trainable = [(weight, weight.requires_grad) for layer in layers for weight in layer.parameters()]
+    replaced = vars(denoiser).get("forward")  # a hook of accelerate's, or a context around this one
+    forward = getattr(replaced, "unguided", denoiser.forward)
+
+    def switch(weights: dict[str, float]) -> None:
+        if weights:
+            denoiser.enable_lora()
+            denoiser.set_adapters(list(weights), list(weights.values()))
+        else:
+            denoiser.disable_lora()
+
+    calls = count()
+
+    def guided(sample: torch.Tensor, *args, **kwargs):
+        branches = backbone_class.guidance_branches(pipeline, next(calls))
+        predictions = []
+        for index, branch in enumerate(branches):
+            switch(adapters[branch])
+            sample_rows, args_rows, kwargs_rows = _rows_of_branch(
+                (sample, args, kwargs), index, len(branches), len(sample)
+            )
+            predictions.append(forward(sample_rows, *args_rows, **kwargs_rows))
+        if isinstance(predictions[0], tuple):
+            return tuple(map(torch.cat, zip(*predictions, strict=True)))
+        return type(predictions[0])(torch.cat([prediction.sample for prediction in predictions]))
+
+    guided.unguided = forward
+    denoiser.forward = guided
+    try:
+        yield
+    finally:
+        del denoiser.forward
+        if replaced is not None:
+            denoiser.forward = replaced
+        for layer, active, disabled, scaling in before:
+            layer.enable_adapters(not disabled)
+            layer.set_adapter(active)
+            layer.scaling.update(scaling)
+        for weight, requires_grad in trainable:
+            weight.requires_grad_(requires_grad)
+
+
+def _adapter_weights(adapters: str | dict[str, float] | None, known: list[str]) -> dict[str, float]:
+    weights = {} if adapters is None else {adapters: 1.0} if isinstance(adapters, str) else adapters
+    if unknown := [name for name in weights if name not in known]:
+        raise ValueError(
+            f"The pipeline has no adapter {unknown[0]!r}; it has {', '.join(map(repr, known)) or 'none'}. Load it with "
+            f"`pipeline.load_lora_weights(..., adapter_name={unknown[0]!r})`."
+        )
+    return weights
+
+
+def _rows_of_branch(value, index: int, num_branches: int, rows: int):
+    """The part of one branch of whatever has a row for each of the `rows` of the batch."""
+    if isinstance(value, torch.Tensor):
+        return value.chunk(num_branches)[index] if value.ndim and len(value) == rows else value
+    if isinstance(value, dict):
+        return {key: _rows_of_branch(item, index, num_branches, rows) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_rows_of_branch(item, index, num_branches, rows) for item in value)
+    return value

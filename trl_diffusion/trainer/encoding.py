@@ -1,0 +1,143 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Latents and conditions of a batch: encoded in the step, or looked up where they were precomputed."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
+
+from ..backbones.base import Backbone
+from ..data.caching import TensorCache
+from ..randomness import keyed_noise
+
+
+class BatchEncoder:
+    """
+    Encodes the images and prompts of batches, without gradient.
+
+    Args:
+        backbone ([`backbones.base.Backbone`]):
+            The backbone.
+        accelerator ([`~accelerate.Accelerator`]):
+            Device and precision of the training.
+        image_columns (`tuple[str, ...]`):
+            The `n` image columns of a row. Their latents are in one batch, one column after the other.
+        size_conditions (`str`):
+            See [`DiffusionConfig`].
+
+    Attributes:
+        prompt_cache ([`data.caching.TensorCache`], *optional*):
+            Text conditions by prompt, where prompts were precomputed.
+    """
+
+    def __init__(
+        self, backbone: Backbone, accelerator: Accelerator, image_columns: tuple[str, ...], size_conditions: str
+    ):
+        self.backbone = backbone
+        self.accelerator = accelerator
+        self.image_columns = image_columns
+        self.size_conditions = size_conditions
+        self.prompt_cache: TensorCache | None = None
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Encodes images to the moments of the VAE's posterior.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
+                Images in [-1, 1].
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`, each of shape `(B, C, h, w)`: float32 mean and standard deviation.
+        """
+        is_autocast = not self.backbone.pipeline.vae.config.get("force_upcast", False)
+        with self.accelerator.autocast(AutocastKwargs(enabled=is_autocast)), self._borrowed("vae"):
+            return self.backbone.encode_images(pixel_values)
+
+    def sample_latents(self, inputs: dict[str, Any], keys: list[tuple]) -> torch.Tensor:
+        """
+        Samples latents of a batch's images from the VAE's posterior with keyed noise.
+
+        Args:
+            inputs (`dict`):
+                A batch of the collator.
+            keys (`list[tuple]` of length `n * B`):
+                Keys of the noise, see [`randomness.keyed_generator`].
+
+        Returns:
+            `torch.Tensor` of shape `(n * B, C, h, w)`: float32 latents in the denoiser's scale.
+        """
+        columns = self.image_columns
+        if f"{columns[0]}_latents_mean" in inputs:
+            mean, std = (
+                torch.cat([inputs[f"{column}_latents_{what}"] for column in columns]) for what in ("mean", "std")
+            )
+        else:
+            mean, std = self.encode_images(torch.cat([inputs[f"{column}_pixel_values"] for column in columns]))
+        return mean + std * keyed_noise(keys, mean.shape[1:], mean.device)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
+        """
+        Encodes prompts, each once however often it occurs, or looks them up.
+
+        Args:
+            prompts (`list[str]` of length `B`):
+                The prompts; `None` is the unconditional branch.
+
+        Returns:
+            `dict[str, torch.Tensor]`: text conditions whose first dimension is `B`.
+        """
+        device = self.accelerator.device
+        if self.prompt_cache is not None and all(prompt in self.prompt_cache.places for prompt in prompts):
+            conditions = self.prompt_cache[prompts]
+            return {name: value.to(device, non_blocking=True) for name, value in conditions.items()}
+        different = list(dict.fromkeys(prompts))
+        with self.accelerator.autocast(), self._borrowed(*self.backbone.text_encoder_names):
+            conditions = self.backbone.encode_prompts(different)
+        if len(different) == len(prompts):
+            return conditions
+        places = torch.tensor([different.index(prompt) for prompt in prompts]).to(device, non_blocking=True)
+        return {name: value[places] for name, value in conditions.items()}
+
+    def conditions(
+        self, prompts: list[str | None], inputs: dict[str, Any], latents: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """
+        The denoiser's conditions: those of the text, and those that describe how each image was made.
+
+        Args:
+            prompts (`list[str]` of length `B`, or `m * B`):
+                The prompts. Each is encoded once for all images of its row; `m` prompts a row are `m` copies of the batch.
+            inputs (`dict`):
+                A batch of the collator.
+            latents (`torch.Tensor` of shape `(n * B, C, h, w)`):
+                The latents of its images.
+
+        Returns:
+            `dict[str, torch.Tensor]`: tensors whose first dimension is `n * m * B`.
+        """
+        height, width = (side * self.backbone.vae_scale_factor for side in latents.shape[2:])
+        if self.size_conditions == "original":
+            original_sizes, crop_top_lefts = (
+                torch.cat([inputs[f"{column}_{what}"] for column in self.image_columns])
+                for what in ("original_sizes", "crop_top_lefts")
+            )
+        else:
+            original_sizes = torch.tensor([[height, width]], device=latents.device).expand(len(latents), 2)
+            crop_top_lefts = torch.zeros_like(original_sizes)
+        of_images = self.backbone.image_conditions(original_sizes, crop_top_lefts, (height, width))
+        of_text = self.encode_prompts(prompts)
+        copies = len(prompts) // len(inputs["id"])
+        return {name: torch.cat([value] * len(self.image_columns)) for name, value in of_text.items()} | {
+            name: torch.cat([value] * copies) for name, value in of_images.items()
+        }
+
+    def _borrowed(self, *names: str) -> AbstractContextManager:
+        """Where rows were not precomputed, such as those of `evaluate(dataset)`, offloaded encoders come back for a batch."""
+        return self.backbone.encoders_on_device() if set(names) & set(self.backbone.offloaded) else nullcontext()

@@ -1,0 +1,96 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The policy: a denoiser of diffusers, made trainable by the Trainer of transformers."""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from peft import LoraConfig, get_peft_model
+from torch.utils.checkpoint import checkpoint
+from transformers import set_seed
+from trl.trainer.utils import disable_dropout_in_model
+
+
+def make_policy(
+    denoiser: torch.nn.Module,
+    peft_config: LoraConfig | None,
+    default_target_modules: tuple[str, ...],
+    half_dtype: torch.dtype | None,
+    seed: int,
+) -> torch.nn.Module:
+    """
+    Makes a denoiser trainable: all its weights in float32, or a LoRA in float32 on a frozen base.
+
+    Args:
+        denoiser (`torch.nn.Module`):
+            The denoiser, changed in place.
+        peft_config ([`~peft.LoraConfig`] or `None`):
+            The LoRA; `None` trains all weights.
+        default_target_modules (`tuple[str, ...]`):
+            The modules that the LoRA adapts if its configuration names none.
+        half_dtype (`torch.dtype` or `None`):
+            The type of mixed precision, if any, which a frozen base is stored in.
+        seed (`int`):
+            Seed of the LoRA's first weights.
+
+    Returns:
+        `torch.nn.Module`: the denoiser, or a [`~peft.PeftModel`] around it.
+    """
+    # Trackers ask models for a transformers config, and the Trainer for activation checkpointing.
+    denoiser._internal_dict = _TrackableConfig(denoiser.config)
+    denoiser.activation_checkpointing_enable = partial(_enable_gradient_checkpointing, denoiser)
+    disable_dropout_in_model(denoiser)
+    if peft_config is None:
+        denoiser.requires_grad_(True)
+        _cast(denoiser, torch.float32)  # the optimizer's steps are smaller than what half precision resolves
+        return denoiser
+    peft_config = copy.deepcopy(peft_config)
+    if peft_config.target_modules is None:
+        peft_config.target_modules = list(default_target_modules)
+    set_seed(seed)
+    denoiser.requires_grad_(False)
+    _cast(denoiser, half_dtype or torch.float32)
+    return get_peft_model(denoiser, peft_config)
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and back into the mode that it was in, also after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+class _TrackableConfig(FrozenDict):
+    """A diffusers model's configuration with the two methods that trackers call on one of transformers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(dict(self), indent=2, default=str)
+
+
+def _enable_gradient_checkpointing(denoiser, activation_checkpointing_kwargs=None, every_n_layers=1, offload=False):
+    if every_n_layers != 1 or offload:
+        raise ValueError(
+            "`activation_checkpointing_kwargs` may not hold `every_n_layers` or `offload`: the models of diffusers support "
+            "neither."
+        )
+    kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+    denoiser.enable_gradient_checkpointing(partial(checkpoint, **kwargs))
+
+
+def _cast(denoiser: torch.nn.Module, dtype: torch.dtype) -> None:
+    if denoiser.dtype != dtype:  # diffusers warns of any cast, also of one that changes nothing
+        denoiser.to(dtype)

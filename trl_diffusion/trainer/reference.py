@@ -1,0 +1,140 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The reference: the frozen model that the policy is compared to."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from trl.trainer.utils import disable_dropout_in_model
+
+
+# Largest distance of two predictions that are equal but for rounding, as a share of their size. In half precision the kernels
+# of a LoRA's forward, or of another batch size, round differently.
+MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class Reference:
+    """
+    Lends the reference's denoiser: that of another model, or the policy with its adapters switched off.
+
+    Args:
+        denoiser (`torch.nn.Module` or `None`):
+            The reference's denoiser, prepared for its device; `None` for the policy without adapters, which costs no memory.
+        policy (`torch.nn.Module`):
+            The policy's denoiser, not wrapped.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module | None, policy: torch.nn.Module):
+        self.denoiser = denoiser
+        self.adapter_layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+
+    @contextmanager
+    def lend(self, policy: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """
+        Lends the reference, without gradient.
+
+        Args:
+            policy (`torch.nn.Module`):
+                The policy, wrapped or not.
+
+        Yields:
+            `torch.nn.Module`
+        """
+        with torch.no_grad():
+            if self.denoiser is not None:
+                # The resnets of diffusers lay out memory differently in training, which changes the last digit.
+                if self.denoiser.training != policy.training:
+                    self.denoiser.train(policy.training)
+                yield self.denoiser
+                return
+            # peft's own `disable_adapter` searches all modules several times: as long as a forward of a small model
+            for layer in self.adapter_layers:
+                layer._disable_adapters = True
+            try:
+                yield policy
+            finally:
+                for layer in self.adapter_layers:
+                    layer._disable_adapters = False
+
+
+def frozen_denoiser(denoiser: torch.nn.Module, half_dtype: torch.dtype | None) -> torch.nn.Module:
+    """
+    Freezes a denoiser.
+
+    Args:
+        denoiser (`torch.nn.Module`):
+            The denoiser, changed in place.
+        half_dtype (`torch.dtype` or `None`):
+            The type of mixed precision, if any. What autocast would cast in every forward is cast once; the rest stays in
+            float32, so that no digit changes.
+
+    Returns:
+        `torch.nn.Module`
+    """
+    denoiser.requires_grad_(False)
+    if denoiser.dtype != torch.float32:
+        denoiser.to(torch.float32)
+    disable_dropout_in_model(denoiser)
+    if half_dtype is not None:
+        for module in denoiser.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                module.to(half_dtype)
+    return denoiser
+
+
+def make_reference(
+    denoiser: torch.nn.Module | None,
+    policy: torch.nn.Module,
+    half_dtype: torch.dtype | None,
+    prepare: Callable[[torch.nn.Module], torch.nn.Module],
+) -> Reference:
+    """
+    Makes the reference.
+
+    Args:
+        denoiser (`torch.nn.Module` or `None`):
+            Another model's denoiser; `None` for the policy as it is now.
+        policy (`torch.nn.Module`):
+            The policy's denoiser, not wrapped.
+        half_dtype (`torch.dtype` or `None`):
+            The type of mixed precision, if any.
+        prepare (`Callable`):
+            Moves a frozen model to its device.
+
+    Returns:
+        [`trainer.reference.Reference`]
+    """
+    if denoiser is None and isinstance(policy, PeftModel):
+        return Reference(None, policy)
+    denoiser = copy.deepcopy(policy) if denoiser is None else denoiser
+    return Reference(prepare(frozen_denoiser(denoiser, half_dtype)), policy)
+
+
+def check_untrained(model_pred: torch.Tensor, ref_pred: torch.Tensor, dtype: torch.dtype) -> None:
+    """
+    Checks that the policy predicts what the reference does before anything was trained.
+
+    Args:
+        model_pred (`torch.Tensor`):
+            The policy's prediction.
+        ref_pred (`torch.Tensor`):
+            The reference's prediction.
+        dtype (`torch.dtype`):
+            The precision that both were computed in.
+
+    Raises:
+        `ValueError`: If they differ by more than rounding.
+    """
+    size = ref_pred.float().square().mean().sqrt()
+    difference = ((model_pred.detach().float() - ref_pred.float()).square().mean().sqrt() / size).item()
+    if not difference <= MAX_DIFFERENCE[dtype]:
+        raise ValueError(
+            f"Policy and reference differ by {difference:.1%} of their predictions in the first step, although nothing was "
+            "trained yet, so the loss would compare two different models. Load the pipeline anew and train it before "
+            "anything else changes it; if it is meant to differ from the reference, pass the reference as `ref_model`."
+        )
