@@ -73,5 +73,9 @@ def main(args: StudyArguments) -> None:
     print(f"Done: look at {folder / 'tables.md'} and {', '.join(f'study_{world}.png' for world in WORLDS)}.")
 
 
+def make_parser() -> TrlParser:
+    return TrlParser((StudyArguments,))
+
+
 if __name__ == "__main__":
-    main(*TrlParser((StudyArguments,)).parse_args_and_config())
+    main(*make_parser().parse_args_and_config())
