@@ -98,9 +98,9 @@ class Finding:
 
     Args:
         match (`bool`):
-            Whether the colour and the kind that the prompt names are drawn here.
+            Whether this place shows the colour and the kind that the prompt names.
         clean (`bool`):
-            Whether a shape is drawn here without defect, of whatever colour and kind.
+            Whether this place shows a shape without a defect, of any colour and kind.
         quality (`float`):
             Agreement with the best-fitting whole shape, at most 1; higher is better.
         box (`tuple[float, float, float, float]` or `None`):

@@ -45,7 +45,7 @@ class QuickstartArguments:
 
     Parameters:
         output_dir (`str`, *optional*, defaults to `"quickstart"`):
-            Where `results.json`, `samples.png`, `paintings.png`, `report.md` and the annotations go.
+            Where `results.json`, `samples.png`, `paintings.png`, `report.md` and the annotations are written.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the data, of the training and of the samples.
         num_pairs (`int`, *optional*, defaults to `2048`):
@@ -60,7 +60,7 @@ class QuickstartArguments:
 
     output_dir: str = field(
         default="quickstart",
-        metadata={"help": "Where `results.json`, `samples.png`, `paintings.png` and `report.md` go."},
+        metadata={"help": "Where `results.json`, `samples.png`, `paintings.png` and `report.md` are written."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the data, of the training and of the samples."})
     num_pairs: int = field(default=2048, metadata={"help": "Preference pairs to train on, in the first half."})
