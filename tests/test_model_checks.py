@@ -156,7 +156,7 @@ def test_zero_terminal_snr(name):
     roots = plain.double().sqrt()
     expected = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
     torch.testing.assert_close(alphas_cumprod.double(), expected, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="rescale_betas_zero_snr.*'epsilon'.*v_prediction"):
+    with pytest.raises(ValueError, match="ends in 0 .*rescale_betas_zero_snr.*'epsilon'.*v_prediction"):
         check_scheduler(scheduler_of(name, **config))
 
 
@@ -477,6 +477,10 @@ REFUSED_SD = [
     (vae(latent_channels=16), "`latent_channels=16`"),
     (vae(in_channels=4), "`in_channels=4`"),
     (vae(out_channels=4), "`out_channels=4`"),
+    (
+        vae(block_out_channels=(8,), down_block_types=["DownEncoderBlock2D"], up_block_types=["UpDecoderBlock2D"]),
+        "`vae` has `block_out_channels=.*vae_scale_factor` is 4",
+    ),
     (vae(scaling_factor=None), "scaling_factor` is None"),
     (vae(scaling_factor=0.0), "scaling_factor` is 0.0"),
     (vae(shift_factor=0.1), "shift_factor` is 0.1"),

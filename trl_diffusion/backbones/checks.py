@@ -103,7 +103,7 @@ def training_schedule(scheduler: SchedulerMixin) -> tuple[torch.Tensor, str]:
 def check_scheduler(scheduler: SchedulerMixin) -> None:
     """Refuses a scheduler whose model does not predict noise or velocity on the schedule of its configuration."""
     name, config = type(scheduler).__name__, scheduler.config
-    replace = "Put the scheduler that the model was trained for into the pipeline, such as a `DDIMScheduler`"
+    correct = "If the model was trained so, choose another one; else correct the configuration of `pipeline.scheduler`"
     if SCHEDULERS.isdisjoint(parent.__name__ for parent in type(scheduler).__mro__):
         reasons = [reason for starts, reason in OTHER_SCHEDULERS.items() if name.startswith(starts)]
         _refuse(
@@ -113,37 +113,26 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
             "`DDIMScheduler(...)` with the model's betas; else choose a model of that kind",
         )
     prediction_type = config.get("prediction_type")
-    if prediction_type not in ("epsilon", "v_prediction") or config.get("predict_epsilon") is False:
-        key = "prediction_type" if prediction_type not in ("epsilon", "v_prediction") else "predict_epsilon"
-        _refuse(
-            f"`scheduler.config.{key}` is {config.get(key)!r}",
-            "training knows the targets 'epsilon' and 'v_prediction'",
-            "If the model predicts one of these, correct the configuration; else choose another model",
-        )
-    for key in ("use_flow_sigmas", "sigma_data", "shift"):
-        # The last two stay in a configuration that was made out of that of an EDM or a flow scheduler
-        if config.get(key):
-            process = "an EDM model" if key == "sigma_data" else "a rectified flow"
-            _refuse(f"`scheduler.config.{key}` is {config[key]!r}", f"{process} has another noise process", replace)
-    if config.get("timestep_type") == "continuous" and prediction_type == "v_prediction":
-        _refuse(
-            "`scheduler.config.timestep_type` is 'continuous'",
-            "the model is given logarithms of sigma in place of timesteps",
-            replace,
-        )
-    if str(config.get("variance_type")).startswith("learned"):
-        _refuse(
-            f"`scheduler.config.variance_type` is {config['variance_type']!r}",
-            "training has no objective for a variance",
-            "If the UNet predicts no variance, set it to 'fixed_small'; else choose another model",
-        )
+    velocity = prediction_type == "v_prediction"
+    for key, refused, reason in (
+        ("prediction_type", prediction_type not in ("epsilon", "v_prediction"), "only noise and velocity are known"),
+        ("predict_epsilon", config.get("predict_epsilon") is False, "only noise and velocity are known"),
+        ("use_flow_sigmas", config.get("use_flow_sigmas"), "a rectified flow has another noise process"),
+        # These two stay in a configuration that was made out of that of a flow or an EDM scheduler
+        ("shift", config.get("shift"), "a rectified flow has another noise process"),
+        ("sigma_data", config.get("sigma_data"), "an EDM model has another noise process"),
+        ("timestep_type", velocity and config.get("timestep_type") == "continuous", "the UNet is not given timesteps"),
+        ("variance_type", str(config.get("variance_type")).startswith("learned"), "a variance has no objective here"),
+    ):
+        if refused:
+            _refuse(f"`scheduler.config.{key}` is {config.get(key)!r}", reason, correct)
     try:
         alphas_cumprod = _alphas_cumprod(scheduler)
     except NotImplementedError:
         _refuse(
             f"`scheduler.config.beta_schedule` is {config.beta_schedule!r}",
             "`DDPMScheduler` does not know this noise schedule",
-            "If the model was trained with another one, correct the configuration; else choose another model",
+            correct,
         )
     own = scheduler.alphas_cumprod.to("cpu", torch.float32)
     if own.shape != (config.num_train_timesteps,) or not torch.allclose(own, alphas_cumprod, rtol=0, atol=1e-6):
@@ -157,13 +146,11 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         _refuse(
             f"`scheduler.alphas_cumprod` goes from {own[0]:.4g} to {own[-1]:.4g}",
             "it must fall with each timestep, from below 1 to 0 or above",
-            "Correct the betas of `scheduler.config`",
+            correct,
         )
-    if prediction_type == "epsilon" and alphas_cumprod[-1] == 0:
+    if alphas_cumprod[-1] == 0 and not velocity:
         _refuse(
-            "`scheduler.config.rescale_betas_zero_snr` is True with `prediction_type` 'epsilon'"
-            if config.get("rescale_betas_zero_snr")
-            else "`scheduler.alphas_cumprod` ends in 0 with `prediction_type` 'epsilon'",
+            "`scheduler.alphas_cumprod` ends in 0 (`rescale_betas_zero_snr`) and `prediction_type` is 'epsilon'",
             "at the last timestep nothing of the image is left, and the image does not follow from the noise",
             "Set `prediction_type='v_prediction'` if the model was trained so; else `rescale_betas_zero_snr=False`",
         )
@@ -287,6 +274,12 @@ def check_vae(pipeline: DiffusionPipeline) -> None:
             f"`latent_channels={channels}`, and `unet.config.in_channels` is {unet.config.in_channels}",
             "images have 3 channels, and the UNet takes the latents of the VAE alone",
             "Load the VAE that belongs to the UNet",
+        )
+    if pipeline.vae_scale_factor != 2 ** (len(config.block_out_channels) - 1):
+        _refuse(
+            f"`vae` has `block_out_channels={config.block_out_channels}` and `pipeline.vae_scale_factor` is {pipeline.vae_scale_factor}",
+            "the VAE was put into a pipeline that was made with another one",
+            f"Make the pipeline anew, `{pipeline_name}(**pipeline.components)`",
         )
     scale = config.scaling_factor
     if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
