@@ -177,7 +177,8 @@ class AttributeSFTTrainer(DiffusionTrainer):
 
         losses = torch.stack(losses).mean(dim=0)
         self.record_losses(losses, ids)
-        return (losses.mean(), {"losses": losses}) if return_outputs else losses.mean()
+        loss = self.mean_loss(losses, num_items_in_batch)
+        return (loss, {"losses": losses}) if return_outputs else loss
 
     def prompts_with_attributes(self, inputs: dict[str, Any]) -> list[str]:
         """

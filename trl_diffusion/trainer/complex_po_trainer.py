@@ -229,7 +229,8 @@ class ComplexPOTrainer(DiffusionTrainer):
 
         losses = torch.stack(losses).mean(dim=0)
         self.record_losses(losses, ids)
-        return (losses.mean(), {"losses": losses}) if return_outputs else losses.mean()
+        loss = self.mean_loss(losses, num_items_in_batch)
+        return (loss, {"losses": losses}) if return_outputs else loss
 
     def prompts(self, inputs: dict[str, Any]) -> "ComplexPrompts":
         """

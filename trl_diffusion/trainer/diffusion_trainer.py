@@ -32,6 +32,16 @@ from ..backbones import load_backbone
 from ..data.buckets import BucketSampler, bucket_sizes
 from ..data.caching import TENSORS, TensorTable
 from ..data.formats import prepare_dataset
+from ..data.padding import (
+    IS_PADDING,
+    PaddedRows,
+    PaddedSampler,
+    PaddedStream,
+    PaddingCollator,
+    as_padding,
+    count_rows,
+    mean_over_rows,
+)
 from ..noising import fixed_timesteps, keyed_generator, keyed_noise, keyed_timesteps
 from ..sampling import sample_images
 from .callbacks import NonFiniteLossCallback, SampleImagesCallback
@@ -77,7 +87,7 @@ class DiffusionTrainer(_BaseTrainer):
             Optimizer and learning rate scheduler to use instead of those that `args` names.
     """
 
-    loss_is_scaled_for_ga = False  # every loss here is a mean over its batch
+    loss_is_scaled_for_ga = True  # a loss here is its rows' share in the mean over all rows of the optimizer step
     _tag_names = ["trl-diffusion", "text-to-image"]
     _example_prompt = "a red bicycle leaning on a stone wall"
     _card_parameters: dict[str, object] = {}  # what the card says in place of, or beside, what `args` holds
@@ -114,9 +124,12 @@ class DiffusionTrainer(_BaseTrainer):
                 "`train_dataset` is a stream, whose rows cannot be sorted by size. Load it without `streaming=True`, or train "
                 "without `aspect_ratio_buckets`."
             )
-        if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is None:
-            # The main process cannot cut batches that hold strings for the others: each reads the stream itself.
-            args.accelerator_config.dispatch_batches = False
+        if args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`accelerator_config` asks for `dispatch_batches`, and the main process cannot cut batches that hold strings "
+                "for the others. Leave it out: each process then reads its own rows."
+            )
+        args.accelerator_config.dispatch_batches = False  # `None` would mean `True` for a stream
 
         self.backbone = load_backbone(model, **(args.model_init_kwargs or {}))
         self.resolution = args.resolution or self.backbone.default_resolution
@@ -166,6 +179,7 @@ class DiffusionTrainer(_BaseTrainer):
                 module.to(memory_format=torch.channels_last)
         self.ref_model = None
         self.prompt_table: TensorTable | None = None
+        self._is_padding: torch.Tensor | None = None  # bool (B,): rows of the batch that count nothing
         self.losses_since_step: list[tuple[list[str], torch.Tensor]] = []
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self.add_callback(NonFiniteLossCallback(self))
@@ -277,18 +291,58 @@ class DiffusionTrainer(_BaseTrainer):
         return dataset[TRAINING_SIZE][:]
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
-        if self.args.precompute and isinstance(eval_dataset, Dataset | IterableDataset):
-            if TENSORS not in (eval_dataset.column_names or []):
-                raise ValueError(
-                    "With `precompute` only the datasets that were given when the trainer was made can be evaluated on: pass "
-                    "this one as `eval_dataset` then, or train without `precompute`."
-                )
-        return super().get_eval_dataloader(eval_dataset)
+        return super().get_eval_dataloader(self._prepare_to_evaluate(eval_dataset, "eval_dataset"))
+
+    def get_test_dataloader(self, test_dataset: Dataset | IterableDataset):
+        return super().get_test_dataloader(self._prepare_to_evaluate(test_dataset, "test_dataset"))
+
+    def _prepare_to_evaluate(self, dataset: str | Dataset | IterableDataset | None, name: str):
+        """What is given to `evaluate` or `predict`, prepared as what the trainer was made with."""
+        own = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        if dataset is None or isinstance(dataset, str) or any(dataset is split for split in [*own, self.train_dataset]):
+            return dataset
+        if self.args.precompute:
+            raise ValueError(
+                "With `precompute` only the datasets that were given when the trainer was made can be evaluated on: pass "
+                "this one as `eval_dataset` then, or train without `precompute`."
+            )
+        return self._prepare_dataset(dataset, name)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
         if self.args.aspect_ratio_buckets and not is_training:
             batch_size = 1  # an evaluation takes every row, in order
+        if self.args.world_size > 1:
+            # Accelerate would fill the last batches with rows that count twice
+            multiple = batch_size * (1 if self.args.accelerator_config.split_batches else self.args.world_size)
+            if isinstance(dataset, IterableDataset):
+                dataset = PaddedStream(dataset, multiple)
+            elif not self.args.dataloader_drop_last:
+                sampler = sampler_fn(dataset) or torch.utils.data.SequentialSampler(dataset)
+                epoch, data_seed = lambda: self._epoch, self.args.data_seed
+                sampler_fn = lambda _: PaddedSampler(sampler, multiple, epoch, data_seed)  # noqa: E731
+                dataset = PaddedRows(dataset)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        # Called for whatever is no `datasets.Dataset`: the padded rows, and every stream
+        return PaddingCollator(data_collator)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_rows = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # A stream may end within a step. The Trainer steps after the last micro-batch only, so the missing ones count nothing
+        batches += [as_padding(batches[-1]) for _ in range(num_batches - len(batches)) if batches]
+        return batches, num_rows
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        num_rows = count_rows(batch_samples)
+        if self.args.world_size > 1 and batch_samples:
+            num_rows = self.accelerator.reduce(num_rows.to(device))
+        return num_rows
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        self._is_padding = inputs.get(IS_PADDING)
+        return inputs
 
     # ---- The reference ----
 
@@ -526,12 +580,33 @@ class DiffusionTrainer(_BaseTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, value in values.items():
             value = value.detach().float()
-            metrics[name].append((value, torch.ones_like(value, dtype=torch.bool) if where is None else where))
+            counts = torch.ones_like(value, dtype=torch.bool) if where is None else where
+            if self._is_padding is not None:
+                counts = counts & ~self._is_padding.repeat(len(value) // len(self._is_padding))  # (n * B,): n images a row
+            metrics[name].append((value, counts))
+
+    def mean_loss(self, losses: torch.Tensor, num_rows: torch.Tensor | int | None) -> torch.Tensor:
+        """
+        What the losses of a batch contribute to the loss that the optimizer steps on, the mean over all rows of all
+        micro-batches and processes.
+
+        Args:
+            losses (`torch.Tensor` of shape `(B,)`):
+                The losses.
+            num_rows (`torch.Tensor` or `int`, *optional*):
+                The number of these rows, which `compute_loss` is given as `num_items_in_batch`; `None` for the mean of this
+                batch.
+
+        Returns:
+            `torch.Tensor` without dimensions.
+        """
+        num_processes = 1 if num_rows is None else self.args.world_size
+        return mean_over_rows(losses, self._is_padding, num_rows, num_processes)
 
     def record_losses(self, losses: torch.Tensor, ids: list[str]) -> None:
         """
-        Notes the losses of a batch: for the check, before the optimizer steps, that they are finite, and for the mean
-        loss of an evaluation.
+        Notes the losses of a batch: for the check, before the optimizer steps, that they are finite, and for the mean loss
+        that is logged, over rows and not over steps.
 
         Args:
             losses (`torch.Tensor` of shape `(B,)`):
@@ -541,8 +616,7 @@ class DiffusionTrainer(_BaseTrainer):
         """
         if self.model.training:
             self.losses_since_step.append((ids, losses.detach()))
-        else:
-            self.record(loss=losses)
+        self.record(loss=losses)
 
     def _averaged_metrics(self, mode: str) -> dict[str, float]:
         metrics = {}
@@ -557,7 +631,10 @@ class DiffusionTrainer(_BaseTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            logs.update(self._averaged_metrics("train"))
+            metrics = self._averaged_metrics("train")
+            if "loss" in logs:
+                logs["loss"] = metrics.get("loss", logs["loss"])  # the Trainer's is a mean over steps, of any number of rows
+            logs.update({name: value for name, value in metrics.items() if name != "loss"})
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):

@@ -179,7 +179,8 @@ class InstanceDPOTrainer(DiffusionTrainer):
         losses = torch.stack(losses).mean(dim=0)
         self.record_losses(losses, ids)
         self.record(**{"masks/area": masked_area(masks)})
-        return (losses.mean(), {"losses": losses}) if return_outputs else losses.mean()
+        loss = self.mean_loss(losses, num_items_in_batch)
+        return (loss, {"losses": losses}) if return_outputs else loss
 
     def noised_pairs(
         self,
