@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Trainings and evaluations of 7 and 3 rows, cut in several ways. `test_row_weights.py` runs them in one process, and in two as
+Trainings and evaluations of a few rows, cut in several ways. `test_row_weights.py` runs them in one process, and in two as
 
 ```bash
 python -m torch.distributed.run --nproc_per_node=2 -m tests.distributed.row_weights FOLDER
@@ -14,30 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 
 from tests import tiny
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
+from trl_diffusion.data.padding import IS_PADDING
 
 
 ROWS = 7
+SIZES = [(40, 24)] * 4 + [(24, 40)] * 2 + [(32, 32)] * 4  # five batches of two
 SETTINGS = {
     **tiny.FAST,
-    "max_steps": 6,  # three epochs of two steps
+    "max_steps": 6,
     "optim": "sgd",
     "learning_rate": 0.1,
     "max_grad_norm": 0.0,
     "beta": 20.0,
     "resolution": 32,
     "use_cpu": True,
-    "dataloader_num_workers": 0,
-    "gradient_accumulation_steps": 1,
 }
 
 
-class Watch(TrainerCallback):
-    """Notes the rows of each optimizer step of this process, without padding."""
+class RowsOfSteps(TrainerCallback):
+    """Notes the ids of the rows of each optimizer step in this process, without padding."""
 
     def __init__(self, trainer: InstanceDPOTrainer):
         self.steps: list[list[str]] = [[]]
@@ -45,8 +46,8 @@ class Watch(TrainerCallback):
 
         def noted(model, inputs, *args, **kwargs):
             if model.training:
-                padding = inputs.get("is_padding", torch.zeros(len(inputs["id"]), dtype=torch.bool)).tolist()
-                self.steps[-1] += [row_id for row_id, skip in zip(inputs["id"], padding, strict=True) if not skip]
+                is_padding = inputs[IS_PADDING].tolist() if IS_PADDING in inputs else [False] * len(inputs["id"])
+                self.steps[-1] += [row for row, skip in zip(inputs["id"], is_padding, strict=True) if not skip]
             return compute_loss(model, inputs, *args, **kwargs)
 
         trainer.compute_loss = noted
@@ -55,58 +56,68 @@ class Watch(TrainerCallback):
         self.steps.append([])
 
 
-def make_trainer(folder: Path, dataset: Dataset | IterableDataset | None = None, **settings) -> InstanceDPOTrainer:
+def pairs_of_sizes() -> Dataset:
+    """Pairs of one size each."""
+    rows = tiny.pairs(len(SIZES), with_instances=False)
+    images = [{"chosen": tiny.image(i, *size), "rejected": tiny.image(99 + i, *size)} for i, size in enumerate(SIZES)]
+    return Dataset.from_list([{**row, **pair} for row, pair in zip(rows, images, strict=True)], features=rows.features)
+
+
+def make_trainer(
+    folder: Path, dataset: Dataset | IterableDataset, eval_dataset=None, **settings
+) -> InstanceDPOTrainer:
     """All weights of the tiny pipeline."""
     args = InstanceDPOConfig(str(folder), **{**SETTINGS, **settings})
-    dataset = tiny.pairs(ROWS) if dataset is None else dataset
-    return InstanceDPOTrainer(
-        tiny.sd_pipeline(), args=args, train_dataset=dataset, eval_dataset=settings.get("eval_dataset")
-    )
+    return InstanceDPOTrainer(tiny.sd_pipeline(), args=args, train_dataset=dataset, eval_dataset=eval_dataset)
 
 
-def train(folder: Path, dataset=None, resume: bool = False, **settings) -> dict[str, Any]:
-    """The weights that a training ends on and moved by, what it logs, and the rows of its steps in this process."""
+def train(
+    folder: Path, dataset: Dataset | IterableDataset, resume_from: int | None = None, **settings
+) -> dict[str, Any]:
+    """The weights that a training starts from and ends on, what it logs, and the rows of its steps in this process."""
     trainer = make_trainer(folder, dataset, **settings)
-    start = tiny.weights(trainer.model)
-    watch = Watch(trainer)
-    trainer.add_callback(watch)
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
+    start, rows = tiny.weights(trainer.model), RowsOfSteps(trainer)
+    trainer.add_callback(rows)
+    trainer.train(resume_from_checkpoint=resume_from and str(folder / f"checkpoint-{resume_from}"))
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    end = tiny.weights(trainer.model)
-    return {"start": start, "end": end, "logs": logs, "steps": watch.steps[:-1]}
+    return {"start": start, "end": tiny.weights(trainer.model), "logs": logs, "steps": rows.steps[:-1]}
 
 
 def evaluate(folder: Path, dataset: Dataset | IterableDataset, predict: bool = False) -> dict[str, float]:
     """The metrics of a model that differs from its reference, but how long they took."""
-    trainer = make_trainer(folder, per_device_eval_batch_size=2)
+    trainer = make_trainer(folder, tiny.pairs(ROWS), per_device_eval_batch_size=2)
     with torch.no_grad():
         trainer.model.conv_out.bias.add_(0.1)
     metrics = trainer.predict(dataset, metric_key_prefix="eval").metrics if predict else trainer.evaluate(dataset)
+    metrics.pop("epoch", None)
     return {name: value for name, value in metrics.items() if not name.endswith(("_runtime", "_second", "_time"))}
 
 
-def of_one_size() -> Dataset:
-    """Seven rows whose training size is one of three: 4, 2 and 1."""
-    return tiny.pairs(ROWS)
-
-
-def run_all(folder: Path, batch_size: int, accumulation: int) -> dict[str, Any]:
-    """Every run, with the batch of a process and the accumulation."""
+def run_all(folder: Path, batch_size: int, accumulation: int, bucket_accumulation: int) -> dict[str, Any]:
+    """Every run, with this batch and accumulation in a process; batches of buckets are of two."""
     cut = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    stream = tiny.pairs(ROWS).to_iterable_dataset()
+    at_once = {"per_device_train_batch_size": batch_size * accumulation}
+    rows, few = tiny.pairs(ROWS), tiny.pairs(3)
+    bucketed = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": bucket_accumulation}
     return {
-        "memory": train(folder / "memory", **cut),
-        "stream": train(folder / "stream", stream, **cut),
-        "averaged": train(folder / "averaged", **{**cut, "logging_steps": 2}),
-        "evaluate memory": evaluate(folder / "evaluate", tiny.pairs(3)),
-        "evaluate stream": evaluate(folder / "evaluate", tiny.pairs(3).to_iterable_dataset()),
-        "predict stream": evaluate(folder / "evaluate", tiny.pairs(3).to_iterable_dataset(), predict=True),
+        "memory": train(folder / "memory", rows, save_strategy="steps", save_steps=3, **cut),
+        "resumed": train(folder / "memory", rows, resume_from=3, **cut),
+        "averaged": train(folder / "averaged", rows, logging_steps=2, **cut),
+        "stream": train(folder / "stream", rows.to_iterable_dataset(num_shards=2), **cut),
+        "shuffled stream": train(
+            folder / "shuffled", rows.to_iterable_dataset().shuffle(seed=1, buffer_size=4), **cut
+        ),
+        "short stream": train(folder / "short", tiny.pairs(5).to_iterable_dataset(), **cut),
+        "buckets": train(folder / "buckets", pairs_of_sizes(), aspect_ratio_buckets=True, **bucketed),
+        "last dropped": train(folder / "dropped", rows, dataloader_drop_last=True, **at_once),
+        "evaluate memory": evaluate(folder, few),
+        "evaluate stream": evaluate(folder, few.to_iterable_dataset()),
+        "predict memory": evaluate(folder, few, predict=True),
+        "predict stream": evaluate(folder, few.to_iterable_dataset(), predict=True),
     }
 
 
 if __name__ == "__main__":
-    from accelerate import PartialState
-
-    folder = Path(sys.argv[1])
-    runs = run_all(folder / "two", 1, 2)
-    torch.save(runs, folder / f"process-{PartialState().process_index}.pt")
+    torch.set_num_threads(1)
+    runs = run_all(Path(sys.argv[1]) / "two", batch_size=1, accumulation=2, bucket_accumulation=1)
+    torch.save(runs, Path(sys.argv[1]) / f"process-{PartialState().process_index}.pt")

@@ -160,10 +160,7 @@ def count_rows(batches: list[dict[str, Any]]) -> torch.Tensor | int:
     Returns:
         `int`, or a `torch.Tensor` without dimensions where a batch has `is_padding`, so that no device is waited for.
     """
-    return sum(
-        (~batch[IS_PADDING]).sum() if IS_PADDING in batch else len(batch["id"])
-        for batch in batches
-    )
+    return sum((~batch[IS_PADDING]).sum() if IS_PADDING in batch else len(batch["id"]) for batch in batches)
 
 
 def mean_over_rows(

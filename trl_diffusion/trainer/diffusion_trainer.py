@@ -291,15 +291,20 @@ class DiffusionTrainer(_BaseTrainer):
         return dataset[TRAINING_SIZE][:]
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
-        return super().get_eval_dataloader(self._prepare_to_evaluate(eval_dataset, "eval_dataset"))
+        if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
+            return super().get_eval_dataloader(eval_dataset)
+        # Where workers persist, the Trainer would give the last dataset's loader again, whatever the dataset
+        return super().get_test_dataloader(self._prepare_to_evaluate(eval_dataset, "eval_dataset"))
 
     def get_test_dataloader(self, test_dataset: Dataset | IterableDataset):
         return super().get_test_dataloader(self._prepare_to_evaluate(test_dataset, "test_dataset"))
 
-    def _prepare_to_evaluate(self, dataset: str | Dataset | IterableDataset | None, name: str):
-        """What is given to `evaluate` or `predict`, prepared as what the trainer was made with."""
+    def _prepare_to_evaluate(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+        """What is given to `evaluate` or `predict`, prepared as the datasets that the trainer was made with."""
         own = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        if dataset is None or isinstance(dataset, str) or any(dataset is split for split in [*own, self.train_dataset]):
+        if any(dataset is split for split in [*own, self.train_dataset]):
+            return dataset
+        if TENSORS in (getattr(dataset, "column_names", None) or []):
             return dataset
         if self.args.precompute:
             raise ValueError(
@@ -317,10 +322,9 @@ class DiffusionTrainer(_BaseTrainer):
             if isinstance(dataset, IterableDataset):
                 dataset = PaddedStream(dataset, multiple)
             elif not self.args.dataloader_drop_last:
-                sampler = sampler_fn(dataset) or torch.utils.data.SequentialSampler(dataset)
-                epoch, data_seed = lambda: self._epoch, self.args.data_seed
-                sampler_fn = lambda _: PaddedSampler(sampler, multiple, epoch, data_seed)  # noqa: E731
-                dataset = PaddedRows(dataset)
+                order = sampler_fn(dataset) or torch.utils.data.SequentialSampler(dataset)
+                sampler = PaddedSampler(order, multiple, lambda: self._epoch, self.args.data_seed)
+                dataset, sampler_fn = PaddedRows(dataset), lambda _: sampler
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
@@ -336,7 +340,7 @@ class DiffusionTrainer(_BaseTrainer):
     def _get_num_items_in_batch(self, batch_samples, device):
         num_rows = count_rows(batch_samples)
         if self.args.world_size > 1 and batch_samples:
-            num_rows = self.accelerator.reduce(num_rows.to(device))
+            num_rows = self.accelerator.reduce(torch.as_tensor(num_rows, device=device))
         return num_rows
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -582,7 +586,9 @@ class DiffusionTrainer(_BaseTrainer):
             value = value.detach().float()
             counts = torch.ones_like(value, dtype=torch.bool) if where is None else where
             if self._is_padding is not None:
-                counts = counts & ~self._is_padding.repeat(len(value) // len(self._is_padding))  # (n * B,): n images a row
+                counts = counts & ~self._is_padding.repeat(
+                    len(value) // len(self._is_padding)
+                )  # (n * B,): n images a row
             metrics[name].append((value, counts))
 
     def mean_loss(self, losses: torch.Tensor, num_rows: torch.Tensor | int | None) -> torch.Tensor:
@@ -615,7 +621,8 @@ class DiffusionTrainer(_BaseTrainer):
                 Ids of the rows.
         """
         if self.model.training:
-            self.losses_since_step.append((ids, losses.detach()))
+            counted = losses.detach() if self._is_padding is None else losses.detach().masked_fill(self._is_padding, 0)
+            self.losses_since_step.append((ids, counted))
         self.record(loss=losses)
 
     def _averaged_metrics(self, mode: str) -> dict[str, float]:
@@ -633,7 +640,9 @@ class DiffusionTrainer(_BaseTrainer):
         if self.model.training:
             metrics = self._averaged_metrics("train")
             if "loss" in logs:
-                logs["loss"] = metrics.get("loss", logs["loss"])  # the Trainer's is a mean over steps, of any number of rows
+                logs["loss"] = metrics.get(
+                    "loss", logs["loss"]
+                )  # the Trainer's is a mean over steps, of any number of rows
             logs.update({name: value for name, value in metrics.items() if name != "loss"})
         super().log(logs, start_time)
 
