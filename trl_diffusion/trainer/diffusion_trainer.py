@@ -89,7 +89,7 @@ class DiffusionTrainer(_BaseTrainer):
         `ValueError`: If the pipeline, the LoRA or a dataset cannot be trained rightly; the message says why.
     """
 
-    loss_is_scaled_for_ga = False  # every loss here is a mean over its batch
+    loss_is_scaled_for_ga = True  # a loss here is its rows' share in the mean over all rows of the optimizer step
     _tag_names = ["trl-diffusion", "text-to-image"]
     _example_prompt = "a red bicycle leaning on a stone wall"
     _card_parameters: dict[str, object] = {}  # what the card says in place of, or beside, what `args` holds
@@ -335,6 +335,27 @@ class DiffusionTrainer(_BaseTrainer):
         )
         encoders = [getattr(self.backbone.pipeline, name) for name in self.backbone.text_encoder_names]
         return [module_fingerprint(module) for module in (lent, *encoders)]
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        # Called for whatever is no `datasets.Dataset`: the padded rows, and every stream
+        return PaddingCollator(data_collator)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_rows = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # A stream may end within a step. The Trainer steps after the last micro-batch only, so the missing ones count nothing
+        batches += [as_padding(batches[-1]) for _ in range(num_batches - len(batches)) if batches]
+        return batches, num_rows
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        num_rows = count_rows(batch_samples)
+        if self.args.world_size > 1 and batch_samples:
+            num_rows = self.accelerator.reduce(torch.as_tensor(num_rows, device=device))
+        return num_rows
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        self._is_padding = inputs.get(IS_PADDING)
+        return inputs
 
     # ---- The reference ----
 
