@@ -59,6 +59,15 @@ class Backbone(ABC):
 
     # ---- What a family says of itself ----
 
+    @staticmethod
+    @abstractmethod
+    def check(pipeline: DiffusionPipeline) -> None:
+        """Raises a `ValueError` where something about a pipeline of this family would make training it wrong."""
+
+    @abstractmethod
+    def check_reference(self, pipeline: DiffusionPipeline) -> None:
+        """Raises a `ValueError` where another pipeline cannot be the reference of this one."""
+
     @abstractmethod
     def make_process(self) -> Process:
         """The process that the denoiser was trained with."""

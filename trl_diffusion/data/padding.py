@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from datasets import IterableDataset
 
 
 PADDING = "_is_padding"  # the column that marks a row that fills a batch and counts nothing
@@ -132,6 +133,36 @@ class PaddingCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         unmarked = [{column: value for column, value in row.items() if column != PADDING} for row in rows]
         return {**self.collator(unmarked), IS_PADDING: torch.tensor([PADDING in row for row in rows])}
+
+
+def pad_for_processes(
+    dataset: torch.utils.data.Dataset,
+    sampler_fn: Callable | None,
+    multiple: int,
+    epoch: Callable[[], int],
+    data_seed: int | None,
+) -> tuple[torch.utils.data.Dataset, Callable | None]:
+    """
+    Pads what several processes read, where Accelerate would fill the last batches with rows that count twice.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The rows.
+        sampler_fn (`Callable`):
+            From the dataset to the sampler of its order; `None` for the order of a stream.
+        multiple (`int`):
+            Number of rows that all processes read at once.
+        epoch (`Callable`), data_seed (`int`, *optional*):
+            See [`data.padding.PaddedSampler`].
+
+    Returns:
+        `tuple`: the dataset and the function, for the data loader.
+    """
+    if isinstance(dataset, IterableDataset):
+        return PaddedStream(dataset, multiple), sampler_fn
+    sampler = sampler_fn(dataset) or torch.utils.data.SequentialSampler(dataset)
+    padded = PaddedSampler(sampler, multiple, epoch, data_seed)
+    return PaddedRows(dataset), lambda _: padded
 
 
 def as_padding(batch: dict[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
+
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -277,7 +281,16 @@ def check_choice(args: DiffusionConfig, name: str, values: tuple[str, ...]) -> N
 
 
 def check_data_settings(args: DiffusionConfig, data_collator, train_dataset: Dataset | IterableDataset | None) -> None:
-    """Raises a `ValueError` where settings need another collator or another dataset."""
+    """Raises a `ValueError` where settings need another collator or another dataset. Changes `args` where they leave it open."""
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "`accelerator_config` has `dispatch_batches=True`, and the main process cannot cut batches that hold strings for the "
+            "others. Leave it out: each process then reads its own rows."
+        )
+    args.accelerator_config.dispatch_batches = False  # `None` would mean `True` for a stream
+    if args.n_gpu > 1:
+        logger.warning("Only one GPU is used. Train on several with `accelerate launch --multi_gpu`.")
+        args._n_gpu = 1
     for setting in ("precompute", "aspect_ratio_buckets"):
         if getattr(args, setting) and data_collator is not None:
             raise ValueError(

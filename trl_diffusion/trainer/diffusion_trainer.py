@@ -23,12 +23,13 @@ from ..data.buckets import BucketSampler, bucket_sizes, training_sizes
 from ..data.caching import TensorCache
 from ..data.collators import ImageCollator
 from ..data.formats import each_dataset, prepare_dataset
+from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
 from ..sampling import sample_images
 from .callbacks import HealthCallback, SampleImagesCallback
 from .checkpoints import load_weights, save_weights
 from .diffusion_config import DiffusionConfig, check_data_settings
 from .encoding import BatchEncoder
-from .meters import Meters
+from .meters import Meters, Metrics
 from .model_card import diffusion_model_card, hyperparameters_of
 from .noised_batch import NoisedBatch, Noiser, by_image, by_row
 from .policy import make_policy
@@ -38,8 +39,6 @@ from .row_randomness import RowRandomness
 
 
 logger = get_logger(__name__)
-
-Metrics = dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
 
 
 class DiffusionTrainer(_BaseTrainer):
@@ -118,12 +117,6 @@ class DiffusionTrainer(_BaseTrainer):
         train_dataset = each_dataset(train_dataset, "train_dataset", self._prepare_dataset)
         eval_dataset = each_dataset(eval_dataset, "eval_dataset", self._prepare_dataset)
         check_data_settings(args, data_collator, train_dataset)
-        if args.accelerator_config.dispatch_batches is None:
-            # The main process cannot cut batches that hold strings for the others: each reads the data itself.
-            args.accelerator_config.dispatch_batches = False
-        if args.n_gpu > 1:
-            logger.warning("Only one GPU is used. Train on several with `accelerate launch --multi_gpu`.")
-            args._n_gpu = 1
 
         self.backbone = load_backbone(model, **(args.model_init_kwargs or {}))
         self.process = self.backbone.process
@@ -169,9 +162,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.randomness = RowRandomness(args.seed, self.process, args.prompt_dropout, self._moment)
         self.noiser = Noiser(self.process, self.image_columns, args)
         self.noised_caches: list[TensorCache] = []  # one for each epoch
-        self.meters = {
-            mode: Meters(self.accelerator.reduce, self.accelerator.device) for mode in ("train", "evaluation")
-        }
+        self.meters = Meters(self.accelerator)
         self.finish_init()
         self.reference_is_initial_policy = ref_model is None
         self.reference: Reference | None = None
@@ -263,6 +254,11 @@ class DiffusionTrainer(_BaseTrainer):
             dataset = self._prepare_dataset(dataset, f"the dataset of `{description.lower()}`")
         if self.args.aspect_ratio_buckets and not is_training:
             batch_size = 1  # an evaluation takes every row, in order
+        args = self.args
+        if args.world_size > 1 and not (is_training and args.dataloader_drop_last):
+            multiple = batch_size * (1 if args.accelerator_config.split_batches else args.world_size)
+            epoch = (lambda: self._epoch) if is_training else (lambda: 0)
+            dataset, sampler_fn = pad_for_processes(dataset, sampler_fn, multiple, epoch, args.data_seed)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
@@ -317,7 +313,7 @@ class DiffusionTrainer(_BaseTrainer):
                 name = f"noised rows of epoch {epoch + 1}"
                 caches.append(files.by_id(self.train_dataset, self._noised_tensors, name, depends_on))
             self.state.epoch, self.noised_caches = 0, caches
-            self.meters["train"].averages()  # none of these was a step
+            self.meters.averages("train")  # none of these was a step
 
     @torch.no_grad()
     def _noised_tensors(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -336,27 +332,6 @@ class DiffusionTrainer(_BaseTrainer):
         encoders = [getattr(self.backbone.pipeline, name) for name in self.backbone.text_encoder_names]
         return [module_fingerprint(module) for module in (lent, *encoders)]
 
-    def _get_collator_with_removed_columns(self, data_collator, description=None):
-        # Called for whatever is no `datasets.Dataset`: the padded rows, and every stream
-        return PaddingCollator(data_collator)
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, num_rows = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # A stream may end within a step. The Trainer steps after the last micro-batch only, so the missing ones count nothing
-        batches += [as_padding(batches[-1]) for _ in range(num_batches - len(batches)) if batches]
-        return batches, num_rows
-
-    def _get_num_items_in_batch(self, batch_samples, device):
-        num_rows = count_rows(batch_samples)
-        if self.args.world_size > 1 and batch_samples:
-            num_rows = self.accelerator.reduce(torch.as_tensor(num_rows, device=device))
-        return num_rows
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
-        self._is_padding = inputs.get(IS_PADDING)
-        return inputs
-
     # ---- The reference ----
 
     def set_reference(self, ref_model: str | DiffusionPipeline | None) -> None:
@@ -366,12 +341,13 @@ class DiffusionTrainer(_BaseTrainer):
         """
         denoiser = None
         if ref_model is not None:
-            backbone = load_backbone(ref_model, **(self.args.model_init_kwargs or {}))
-            if backbone.denoiser is self.backbone.denoiser or ref_model is self.backbone.pipeline:
+            if ref_model is self.backbone.pipeline:
                 raise ValueError(
                     "`ref_model` is the pipeline that is trained, and would change with it. Leave `ref_model` out: the "
                     "reference is then the model before training."
                 )
+            backbone = load_backbone(ref_model, **(self.args.model_init_kwargs or {}))
+            self.backbone.check_reference(backbone.pipeline)
             denoiser = backbone.denoiser
         self.reference = make_reference(
             denoiser,
@@ -410,12 +386,36 @@ class DiffusionTrainer(_BaseTrainer):
             timestep_losses, metrics = self.objective(model, noised)
             losses.append(timestep_losses)
             self.record(metrics)
-        losses = torch.stack(losses).mean(dim=0)
+        losses, is_padding = torch.stack(losses).mean(dim=0), self.meters.is_padding
+        self.record({"loss": losses})
         if self.model.training:
-            self.health.losses.append((inputs["id"], losses.detach()))
-        else:
-            self.record({"loss": losses})
-        return (losses.mean(), {"losses": losses}) if return_outputs else losses.mean()
+            self.health.losses.append(
+                (inputs["id"], losses.detach() if is_padding is None else losses.detach().masked_fill(is_padding, 0))
+            )
+        num_processes = 1 if num_items_in_batch is None else self.args.world_size
+        loss = mean_over_rows(losses, is_padding, num_items_in_batch, num_processes)
+        return (loss, {"losses": losses}) if return_outputs else loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        self.meters.is_padding = inputs.get(IS_PADDING)
+        return inputs
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        num_rows = count_rows(batch_samples)
+        if self.args.world_size > 1 and batch_samples:
+            num_rows = self.accelerator.reduce(torch.as_tensor(num_rows, device=device))
+        return num_rows
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_rows = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # A stream may end within a step. The Trainer steps after the last micro-batch only, so the missing ones count nothing
+        batches += [as_padding(batches[-1]) for _ in range(num_batches - len(batches)) if batches]
+        return batches, num_rows
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        # Called for whatever is no `datasets.Dataset`: the padded rows, and every stream
+        return PaddingCollator(data_collator)
 
     def sample_latents(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Keyed latents of a batch's images, see [`trainer.encoding.BatchEncoder`]."""
@@ -471,19 +471,17 @@ class DiffusionTrainer(_BaseTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
-    @property
-    def _meters(self) -> Meters:
-        return self.meters["train" if self.model.training else "evaluation"]
-
     def record(self, metrics: Metrics) -> None:
-        """Collects metrics, as [`~DiffusionTrainer.objective`] returns them, for the next log."""
-        for name, value in metrics.items():
-            values, where = value if isinstance(value, tuple) else (value, torch.ones_like(value, dtype=torch.bool))
-            self._meters.record({name: values}, where)
+        """Collects metrics for the next log, see [`trainer.meters.Meters`]."""
+        self.meters.record("train" if self.model.training else "evaluation", metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            logs.update(self.meters["train"].averages())
+            metrics = self.meters.averages("train")
+            loss = metrics.pop("loss", None)
+            if "loss" in logs and loss is not None:
+                logs["loss"] = loss  # over rows; the Trainer's is over steps, which may have other numbers of rows
+            logs.update(metrics)
             for name, message in self.health_warnings(logs).items():
                 if name not in self.warned:
                     self.warned.add(name)
@@ -492,12 +490,12 @@ class DiffusionTrainer(_BaseTrainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         was_training = self.model.training
-        self.meters["evaluation"].averages()  # of an evaluation that was stopped
+        self.meters.averages("evaluation")  # of an evaluation that was stopped
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             self.model.train(was_training)
-        for name, value in self.meters["evaluation"].averages().items():
+        for name, value in self.meters.averages("evaluation").items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
