@@ -226,8 +226,6 @@ def _settings(args: TrainingArguments) -> dict[str, Any]:
     settings = {name: value for name, value in settings.items() if name not in NO_MATTER}
     if settings.get("data_seed") is None:
         settings["data_seed"] = args.seed
-    if args.max_steps > 0:
-        settings["num_train_epochs"] = None  # of no effect
     settings["use_seedable_sampler"] = getattr(args.accelerator_config, "use_seedable_sampler", None)
     return _plain(settings)
 
@@ -365,12 +363,11 @@ def compare_loras(before: dict[str, Any] | None, now: dict[str, Any] | None) -> 
             return [], []
         kinds = ["all weights" if lora is None else "a LoRA" for lora in (before, now)]
         return [f"the run trained {kinds[0]} and now trains {kinds[1]} (`peft_config`)"], []
-    changed = {name for name in before.keys() | now.keys() if _changed_settings(*_only(name, before, now))}
-    lines = {name: _changed_settings(*_only(name, before, now))[0] for name in sorted(changed)}
-    return (
-        [line for name, line in lines.items() if name not in LORA_CHANGES],
-        [line for name, line in lines.items() if name in LORA_CHANGES],
-    )
+    # A field that the older peft did not have was at its default
+    before = {**describe_lora(LoraConfig()), **before}
+    errors = _changed_settings(*({k: v for k, v in x.items() if k not in LORA_CHANGES} for x in (before, now)))
+    changes = _changed_settings(*({k: v for k, v in x.items() if k in LORA_CHANGES} for x in (before, now)))
+    return errors, changes
 
 
 def check_resumed_run(checkpoint: str | Path, now: dict[str, Any]) -> None:
@@ -442,17 +439,16 @@ def _same_reference(before: str | list[float] | None, now: str | list[float] | N
 
 def _without_the_end(before: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Without the training's length, where no step's learning rate depends on it."""
-    if any(
-        settings.get("lr_scheduler_type") not in ENDLESS_SCHEDULES or 0 < (settings.get("warmup_steps") or 0) < 1
-        for settings in (before, now)
+    both = (before, now)
+    left_out = set()
+    if any((settings.get("max_steps") or -1) > 0 for settings in both):
+        left_out.add("num_train_epochs")  # of no effect beside it
+    if all(
+        settings.get("lr_scheduler_type") in ENDLESS_SCHEDULES and not 0 < (settings.get("warmup_steps") or 0) < 1
+        for settings in both
     ):
-        return before, now
-    length = ("max_steps", "num_train_epochs")
-    return tuple({k: v for k, v in settings.items() if k not in length} for settings in (before, now))
-
-
-def _only(name: str, *settings: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{name: x[name]} if name in x else {} for x in settings]
+        left_out |= {"max_steps", "num_train_epochs"}
+    return tuple({name: value for name, value in x.items() if name not in left_out} for x in both)
 
 
 def _changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
