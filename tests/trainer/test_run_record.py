@@ -220,8 +220,12 @@ class TestLora:
         assert errors == [] and len(changes) == 1 and changes[0].startswith(f"`{setting}` was ")
 
     def test_the_order_of_modules(self):
-        """Target modules are a set."""
+        """Target modules are a set, also where they were assigned as a list."""
         assert compare_runs(record(), record(lora=lora(target_modules=TARGETS[::-1]))) == ([], [])
+        assigned = lora()
+        assigned.target_modules = TARGETS
+        assert compare_runs(record(), record(lora=assigned)) == ([], [])
+        assert compare_runs(record(lora=assigned), record()) == ([], [])
 
     @pytest.mark.parametrize(("before", "now"), [("all weights", "a LoRA"), ("a LoRA", "all weights")])
     def test_the_other_kind(self, before, now):
@@ -296,15 +300,23 @@ class TestWhatIsTrained:
 
 
 class TestRows:
+    COLUMNS = ("id", "prompt", "chosen", "rejected", "instances", "masks")
+
     def test_the_same_rows(self):
-        """Made twice, a dataset has one fingerprint."""
-        assert dataset_fingerprint(tiny.pairs(8)) == dataset_fingerprint(tiny.pairs(8))
-        assert dataset_fingerprint(tiny.paintings(8)) == dataset_fingerprint(tiny.paintings(8))
+        """Made twice, a dataset has one fingerprint, and columns that are not trained on do not count."""
+        pairs = tiny.pairs(8)
+        more = pairs.add_column("note", ["x"] * 8)
+        assert (
+            dataset_fingerprint(tiny.pairs(8), self.COLUMNS)
+            == dataset_fingerprint(pairs, self.COLUMNS)
+            == dataset_fingerprint(more, self.COLUMNS)
+        )
 
     def test_in_files(self, tmp_path):
         """Where the rows lie does not matter."""
         tiny.pairs(8).save_to_disk(tmp_path)
-        assert dataset_fingerprint(Dataset.load_from_disk(tmp_path)) == dataset_fingerprint(tiny.pairs(8))
+        read = Dataset.load_from_disk(tmp_path)
+        assert dataset_fingerprint(read, self.COLUMNS) == dataset_fingerprint(tiny.pairs(8), self.COLUMNS)
 
     @pytest.mark.parametrize(
         "change",
@@ -319,7 +331,8 @@ class TestRows:
     )
     def test_other_rows(self, change):
         """Rows, their order, texts and images all count."""
-        assert dataset_fingerprint(change(tiny.pairs(8))) != dataset_fingerprint(tiny.pairs(8))
+        pairs = tiny.pairs(8)
+        assert dataset_fingerprint(change(pairs), self.COLUMNS) != dataset_fingerprint(pairs, self.COLUMNS)
 
     def test_what_is_said(self):
         """Other rows are a change, their number is named; a stream has none."""

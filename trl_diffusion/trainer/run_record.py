@@ -170,23 +170,34 @@ def describe_lora(config: LoraConfig) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: what JSON can hold.
     """
-    return _plain({name: value for name, value in config.to_dict().items() if name not in LORA_NO_MATTER})
+    described = {name: value for name, value in config.to_dict().items() if name not in LORA_NO_MATTER}
+    for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+        if isinstance(described[name], list | tuple):
+            described[name] = set(described[name])  # their order has no meaning
+        elif isinstance(described[name], int):
+            described[name] = {described[name]}
+    for name in ("rank_pattern", "alpha_pattern"):
+        described[name] = described[name] or {}
+    return _plain(described)
 
 
-def dataset_fingerprint(dataset: Dataset) -> str:
+def dataset_fingerprint(dataset: Dataset, columns: Iterable[str]) -> str:
     """
     A hash of the rows of a dataset in their order: of all that is no image, and of 64 images of each column.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The dataset.
+        columns (`Iterable[str]`):
+            The columns that are trained on; of these, those that the dataset has.
 
     Returns:
         `str`: the same for the same rows, wherever their files lie.
     """
     digest = hashlib.blake2b(digest_size=16)
-    images = sorted(name for name, feature in dataset.features.items() if isinstance(feature, Image))
-    others = sorted(set(dataset.column_names) - set(images))
+    columns = sorted(set(columns) & set(dataset.column_names))
+    images = [name for name in columns if isinstance(dataset.features[name], Image)]
+    others = [name for name in columns if name not in images]
     digest.update(repr((len(dataset), images, others)).encode())
     if others:
         for batch in dataset.select_columns(others).with_format("arrow").iter(10_000):
