@@ -185,6 +185,9 @@ class AttributeSFTTrainer(DiffusionTrainer):
                 "before it is handed over, or load another pipeline for the `ComplexPOTrainer`."
             )
 
+    def record_details(self) -> dict[str, Any]:
+        return {"criteria": self._description()["attributes"]}
+
     def _description(self) -> dict[str, Any]:
         return describe_expert(self.policy, self.criteria, self.args)
 

@@ -276,6 +276,10 @@ class ComplexPOTrainer(DiffusionTrainer):
         expert = {name: weight.float().cpu().numpy() for name, weight in weights.items()}
         return [*super()._frozen_fingerprints(), Hasher.hash((expert, config.to_dict(), description)), asked, written]
 
+    def record_details(self) -> dict[str, Any]:
+        attributes = {leaf.id: [leaf.positive, leaf.negative] for leaf in self.criteria.attributes}
+        return {"criteria": attributes, "expert": self.expert[0]}
+
     def health_warnings(self, logs: dict[str, float]) -> dict[str, str]:
         args, warnings = self.args, {}
         if logs.get("drift", 0) > MAX_DRIFT:

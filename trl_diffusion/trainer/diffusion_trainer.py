@@ -5,7 +5,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,15 @@ from .callbacks import HealthCallback, SampleImagesCallback
 from .checkpoints import load_weights, save_weights
 from .diffusion_config import DiffusionConfig, check_data_settings
 from .encoding import BatchEncoder
+from .fingerprints import base_fingerprint, module_fingerprint
 from .meters import Meters, Metrics
 from .model_card import diffusion_model_card, hyperparameters_of
 from .noised_batch import NoisedBatch, Noiser, by_image, by_row
 from .policy import make_policy
-from .precompute import Precomputation, module_fingerprint, noising_settings, num_epochs, warn_of_unused_rows
+from .precompute import Precomputation, noising_settings, num_epochs, warn_of_unused_rows
 from .reference import Reference, check_untrained, make_reference
 from .row_randomness import RowRandomness
+from .run_record import describe_run, write_run_record
 
 
 logger = get_logger(__name__)
@@ -158,6 +160,7 @@ class DiffusionTrainer(_BaseTrainer):
         if args.channels_last:
             for module in (self.policy, self.backbone.pipeline.vae):
                 module.to(memory_format=torch.channels_last)
+        self.base, self.rows = base_fingerprint(self.policy), train_dataset  # as they are before the training
         self.encoder = BatchEncoder(self.backbone, self.accelerator, self.image_columns, args.size_conditions)
         self.randomness = RowRandomness(args.seed, self.process, args.prompt_dropout, self._moment)
         self.noiser = Noiser(self.process, self.image_columns, args)
@@ -526,13 +529,37 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
-        load_weights(self.backbone, model, resume_from_checkpoint)
+        load_weights(self.backbone, model, resume_from_checkpoint, self.run_record)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    @cached_property
+    def run_record(self) -> dict[str, Any]:
+        """What this run is, to compare a resumed run with."""
+        own_reference = self.reference is None or self.reference_is_initial_policy
+        return describe_run(
+            self.args,
+            type(self).__name__,
+            self.base,
+            self.process.describe(),
+            self.policy.peft_config["default"] if isinstance(self.policy, PeftModel) else None,
+            self.rows,
+            (*self.columns, "id", "instances"),
+            None if own_reference else base_fingerprint(self.reference.denoiser),
+            resolved={"resolution": self.resolution, "timestep_range": list(self.process.timestep_range)},
+            **self.record_details(),
+        )
+
+    def record_details(self) -> dict[str, Any]:
+        """What belongs into the record of a run besides: `expert`, `criteria`."""
+        return {}
+
     def _save_checkpoint(self, model, trial) -> None:
         self.create_model_card(model_name=self._model_name())
+        if self.args.should_save:  # first, so that no checkpoint is without it
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            write_run_record(folder, self.run_record)
         super()._save_checkpoint(model, trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

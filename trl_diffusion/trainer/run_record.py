@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Image, IterableDataset
 from peft import LoraConfig
 from transformers import TrainingArguments
 
 from ..files import write_file
+from .fingerprints import same_base
 
 
 logger = logging.getLogger(__name__)
@@ -79,8 +80,7 @@ ENDLESS_SCHEDULES = {"constant", "constant_with_warmup", "inverse_sqrt", "reduce
 
 MEANING = {
     "objective": "the trainer",
-    "prediction_type": "what the model predicts",
-    "schedule": "the noise schedule",
+    "process": "the noise schedule, or what the model predicts,",
     "criteria": "the tree of attributes that `criteria` names",
     "expert": "`expert`",
 }
@@ -93,17 +93,14 @@ def describe_run(
     args: TrainingArguments,
     objective: str,
     base: list[float],
-    prediction_type: str,
-    schedule: torch.Tensor,
+    process: dict[str, Any],
     lora: LoraConfig | None = None,
-    dataset: str | None = None,
-    num_rows: int | None = None,
+    dataset: Dataset | IterableDataset | None = None,
+    columns: Iterable[str] = (),
     reference: list[float] | None = None,
     expert: dict[str, torch.Tensor] | None = None,
     criteria: dict[str, list[str]] | None = None,
     resolved: dict[str, Any] | None = None,
-    world_size: int = 1,
-    versions: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """
     Describes a run, without a word about the machine that it runs on.
@@ -114,17 +111,15 @@ def describe_run(
         objective (`str`):
             Name of the trainer's class.
         base (`list[float]`):
-            [`trainer.attributes.base_fingerprint`] of the denoiser before the training.
-        prediction_type (`str`):
-            What the denoiser predicts.
-        schedule (`torch.Tensor` of shape `(T,)`):
-            The noise schedule.
+            [`trainer.fingerprints.base_fingerprint`] of the denoiser before the training.
+        process (`dict[str, Any]`):
+            Description of the model's [`process.Process`].
         lora ([`~peft.LoraConfig`], *optional*):
             The LoRA that is trained, with its target modules; all weights if left out.
-        dataset (`str`, *optional*):
-            [`trainer.run_record.dataset_fingerprint`] of the training rows; left out for a stream.
-        num_rows (`int`, *optional*):
-            How many rows there are; left out for a stream.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            The training rows.
+        columns (`Iterable[str]`, *optional*, defaults to `()`):
+            The columns that are trained on.
         reference (`list[float]`, *optional*):
             `base_fingerprint` of the reference's denoiser; left out where it is the policy before training.
         expert (`dict[str, torch.Tensor]`, *optional*):
@@ -134,10 +129,6 @@ def describe_run(
         resolved (`dict[str, Any]`, *optional*):
             Settings that `args` leaves to a default of the model, as they are trained with, such as `resolution` and
             `timestep_range`.
-        world_size (`int`, *optional*, defaults to `1`):
-            Number of processes.
-        versions (`dict[str, str]`, *optional*):
-            Versions of libraries, see [`trainer.run_record.library_versions`].
 
     Returns:
         `dict[str, Any]`: what JSON can hold.
@@ -145,17 +136,16 @@ def describe_run(
     return {
         "objective": objective,
         "base": base,
-        "prediction_type": prediction_type,
-        "schedule": _hash([f"{x:.5g}" for x in schedule.tolist()]),
+        "process": _hash(_rounded(process)),
         "lora": None if lora is None else describe_lora(lora),
         "reference": "the policy before training" if reference is None else reference,
         "expert": None if expert is None else _tensors_hash(expert),
         "criteria": None if criteria is None else _hash(list(criteria.items())),
-        "dataset": "stream" if dataset is None else dataset,
-        "num_rows": "stream" if num_rows is None else num_rows,
-        **_rows(args, lora, world_size),
+        "dataset": dataset_fingerprint(dataset, columns) if isinstance(dataset, Dataset) else "stream",
+        "num_rows": len(dataset) if isinstance(dataset, Dataset) else "stream",
+        **_rows(args, lora),
         "settings": _settings(args) | _plain(resolved or {}),
-        "versions": dict(versions or {}),
+        "versions": library_versions(),
     }
 
 
@@ -221,13 +211,13 @@ def library_versions() -> dict[str, str]:
     return {name: version(name).split("+")[0] for name in names}
 
 
-def _rows(args: TrainingArguments, lora: LoraConfig | None, world_size: int) -> dict[str, int | None]:
+def _rows(args: TrainingArguments, lora: LoraConfig | None) -> dict[str, int | None]:
     split = getattr(getattr(args, "accelerator_config", None), "split_batches", False)
-    per_forward = args.train_batch_size // (world_size if split else 1)
+    per_forward = args.train_batch_size // (args.world_size if split else 1)
     # Noise is keyed by row, so that only rows per step matter; but a bucket gives whole batches, and dropout is drawn for them
     matters = getattr(args, "aspect_ratio_buckets", False) or (lora is not None and lora.lora_dropout > 0)
     return {
-        "rows_per_step": per_forward * world_size * args.gradient_accumulation_steps,
+        "rows_per_step": per_forward * args.world_size * args.gradient_accumulation_steps,
         "rows_per_forward": per_forward if matters else None,
     }
 
@@ -252,6 +242,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return _plain(value.value)
     return value if value is None or isinstance(value, bool | int | float | str) else repr(type(value).__name__)
+
+
+def _rounded(value: Any) -> Any:
+    """With five digits, which do not depend on how a schedule was computed."""
+    if isinstance(value, dict):
+        return {key: _rounded(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_rounded(x) for x in value]
+    return f"{value:.5g}" if isinstance(value, float) else value
 
 
 def _hash(value: Any) -> str:
@@ -332,7 +331,7 @@ def compare_runs(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str]
     for name, what in MEANING.items():
         was, is_ = before.get(name), now.get(name)
         if was != is_:
-            readable = name in ("objective", "prediction_type")
+            readable = name == "objective"
             errors.append(f"{what} was {was} and is {is_}" if readable else f"{what} is another one")
     _compare_bases(before.get("base", []), now.get("base", []), errors, changes)
     lora_errors, lora_changes = compare_loras(before.get("lora"), now.get("lora"))
@@ -413,26 +412,6 @@ def check_resumed_run(checkpoint: str | Path, now: dict[str, Any]) -> None:
             f"The run that resumes {checkpoint} is not the run that was stopped, and ends on other weights: "
             f"{'; '.join(changes)}."
         )
-
-
-def same_base(before: Iterable[float], now: Iterable[float], tolerance: float = 0.01) -> bool:
-    """
-    Tells whether two fingerprints are of the same weights, perhaps in another precision.
-
-    Args:
-        before (`Iterable[float]`):
-            [`trainer.attributes.base_fingerprint`] of the one.
-        now (`Iterable[float]`):
-            The same of the other.
-        tolerance (`float`, *optional*, defaults to `0.01`):
-            The largest relative difference of a weight. Half precision changes a weight by 0.4 % at most, a conversion
-            between its kinds by as much again.
-
-    Returns:
-        `bool`: whether at most a tenth of the weights differ by more.
-    """
-    a, b = torch.tensor(list(before)), torch.tensor(list(now))
-    return a.shape == b.shape and not ((a - b).abs() > tolerance * b.abs() + 1e-6).float().mean() > 0.1
 
 
 def _compare_bases(before: list[float], now: list[float], errors: list[str], changes: list[str]) -> None:
