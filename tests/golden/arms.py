@@ -83,9 +83,7 @@ def record(name: str, changes: dict[str, Any] | None = None) -> dict[str, list[f
     return recorded
 
 
-def _trainer(
-    name: str, family: str, is_lora: bool, settings: dict[str, Any], changes: dict[str, Any], folder: Path
-):
+def _trainer(name: str, family: str, is_lora: bool, settings: dict[str, Any], changes: dict[str, Any], folder: Path):
     common = tiny.FAST | {"max_steps": STEPS, "use_cpu": True, "output_dir": str(folder)} | settings | changes
     if settings.get("precompute"):
         common["precompute_dir"] = str(folder / "cache")

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import logging
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from peft import LoraConfig
 
 from tests import tiny
 from trl_diffusion import AttributeSFTConfig, ComplexPOConfig, InstanceDPOConfig
-from trl_diffusion.trainer.attributes import base_fingerprint
+from trl_diffusion.process import DiscreteProcess, RectifiedFlow
+from trl_diffusion.trainer.fingerprints import base_fingerprint, same_base
 from trl_diffusion.trainer.run_record import (
     NO_MATTER,
     RUN_RECORD_NAME,
@@ -25,7 +27,6 @@ from trl_diffusion.trainer.run_record import (
     describe_run,
     library_versions,
     read_run_record,
-    same_base,
     write_run_record,
 )
 
@@ -43,7 +44,7 @@ SAID = {
     # Of this library
     *("resolution", "center_crop", "random_flip", "prompt_dropout", "aspect_ratio_buckets", "timestep_range"),
     *("beta", "w_neg", "mask_overlap", "noise_source", "inversion_steps", "inversion_model", "inversion_eta"),
-    *("precompute_ref_preds", "reverse_preference"),
+    *("precompute_ref_preds", "reverse_preference", "size_conditions"),
     *("attribute_order", "attribute_separator", "max_attributes", "attribute_dropout", "loss_type"),
     *("reflection_weight", "target_strength", "attribute_targets", "timestep_weighting", "policy_condition"),
 }
@@ -57,18 +58,23 @@ def lora(**settings) -> LoraConfig:
     return LoraConfig(**{"r": 8, "lora_alpha": 8, "target_modules": TARGETS} | settings)
 
 
-def record(args=None, **given) -> dict:
+PROCESS = DiscreteProcess(torch.linspace(0.99, 0.01, 10), "epsilon").describe()
+# Set in the record itself, since they are read from the rows and from the libraries
+FOUND = ("dataset", "num_rows", "versions")
+
+
+def record(args=None, world_size=1, **given) -> dict:
     """A run's record, as it is read back from a checkpoint."""
+    args = args or config()
     described = {
         "objective": "InstanceDPOTrainer",
         "base": [0.1, -0.2, 0.3],
-        "prediction_type": "epsilon",
-        "schedule": torch.linspace(0.99, 0.01, 10),
+        "process": PROCESS,
         "lora": lora(),
-        "dataset": "abc",
-        "num_rows": 8,
-    } | given
-    return json.loads(json.dumps(describe_run(args or config(), **described)))
+    } | {name: value for name, value in given.items() if name not in FOUND}
+    with patch.object(type(args), "world_size", property(lambda self: world_size)):
+        found = describe_run(args, **described) | {"dataset": "abc", "num_rows": 8}
+    return json.loads(json.dumps(found | {name: given[name] for name in FOUND if name in given}))
 
 
 def another(value):
@@ -245,8 +251,14 @@ class TestWhatIsTrained:
         ("given", "error"),
         [
             ({"objective": "ComplexPOTrainer"}, "the trainer was InstanceDPOTrainer and is ComplexPOTrainer"),
-            ({"prediction_type": "v_prediction"}, "what the model predicts was epsilon and is v_prediction"),
-            ({"schedule": torch.linspace(0.98, 0.01, 10)}, "the noise schedule is another one"),
+            *(
+                ({"process": other.describe()}, "the noise schedule, or what the model predicts, is another one")
+                for other in (
+                    DiscreteProcess(torch.linspace(0.99, 0.01, 10), "v_prediction"),
+                    DiscreteProcess(torch.linspace(0.98, 0.01, 10), "epsilon"),
+                    RectifiedFlow(),
+                )
+            ),
             ({"base": [0.1, 0.2, 0.3]}, "`model` has other weights"),
             ({"base": [0.1, -0.2]}, "`model` has other weights"),
             ({"criteria": {"hue": ["red", "blue"]}}, "the tree of attributes that `criteria` names is another one"),
@@ -344,7 +356,7 @@ class TestRows:
             [],
             ["rows of `train_dataset` were 8 and are 9"],
         )
-        stream = record(dataset=None, num_rows=None)
+        stream = record(dataset="stream", num_rows="stream")
         assert compare_runs(stream, stream) == ([], [])
         assert compare_runs(record(), stream) == ([], ["rows of `train_dataset` were 8 and are stream"])
 

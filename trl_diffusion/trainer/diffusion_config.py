@@ -287,6 +287,11 @@ def check_data_settings(args: DiffusionConfig, data_collator, train_dataset: Dat
             "`accelerator_config` has `dispatch_batches=True`, and the main process cannot cut batches that hold strings for the "
             "others. Leave it out: each process then reads its own rows."
         )
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"`train_sampling_strategy` is {args.train_sampling_strategy!r}, which sorts rows by their length, and images have none. "
+            "Use 'random', or `aspect_ratio_buckets` to sort images by their shape."
+        )
     args.accelerator_config.dispatch_batches = False  # `None` would mean `True` for a stream
     if args.n_gpu > 1:
         logger.warning("Only one GPU is used. Train on several with `accelerate launch --multi_gpu`.")

@@ -258,10 +258,9 @@ class DiffusionTrainer(_BaseTrainer):
         if self.args.aspect_ratio_buckets and not is_training:
             batch_size = 1  # an evaluation takes every row, in order
         args = self.args
-        if args.world_size > 1 and not (is_training and args.dataloader_drop_last):
+        if args.world_size > 1 and (isinstance(dataset, IterableDataset) or not args.dataloader_drop_last):
             multiple = batch_size * (1 if args.accelerator_config.split_batches else args.world_size)
-            epoch = (lambda: self._epoch) if is_training else (lambda: 0)
-            dataset, sampler_fn = pad_for_processes(dataset, sampler_fn, multiple, epoch, args.data_seed)
+            dataset, sampler_fn = pad_for_processes(dataset, sampler_fn, multiple, lambda: self._epoch, args.data_seed)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
