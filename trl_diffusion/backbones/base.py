@@ -178,6 +178,16 @@ class Backbone(ABC):
         """Number of pixels along a side of a latent position."""
         return self.pipeline.vae_scale_factor
 
+    def check_resolution(self, resolution: int | None) -> int:
+        """The resolution in pixels, or the default one. Raises a `ValueError` where the VAE cannot encode such an image."""
+        resolution = resolution or self.default_resolution
+        if resolution % self.vae_scale_factor:
+            raise ValueError(
+                f"`resolution` is {resolution}, which is no multiple of {self.vae_scale_factor}, the number of pixels along a "
+                "side of a latent position of this VAE."
+            )
+        return resolution
+
     def to(self, device: torch.device) -> None:
         """Moves the encoders to a device; the Trainer moves the denoiser."""
         for name in self.encoder_names:

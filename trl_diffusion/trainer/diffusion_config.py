@@ -268,6 +268,16 @@ class DiffusionConfig(_BaseConfig):
             )
 
     @property
+    def reference_inverts(self) -> bool:
+        """Whether noised images come from inversion by the reference."""
+        return self.noise_source == "inversion" and self.inversion_model == "reference"
+
+    @property
+    def is_noised_by_epoch(self) -> bool:
+        """Whether a row's noise depends on the epoch in place of the step, so that it is known before the training."""
+        return self.noise_source == "inversion" or self.precompute_ref_preds
+
+    @property
     def half_dtype(self) -> torch.dtype | None:
         """The type of mixed precision, if any."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None

@@ -31,7 +31,7 @@ from .diffusion_config import DiffusionConfig, check_data_settings
 from .encoding import BatchEncoder
 from .fingerprints import base_fingerprint, module_fingerprint
 from .meters import Meters, Metrics
-from .model_card import diffusion_model_card, hyperparameters_of
+from .model_card import Method, diffusion_model_card
 from .noised_batch import NoisedBatch, Noiser, by_image, by_row
 from .policy import make_policy
 from .precompute import Precomputation, noising_settings, num_epochs, warn_of_unused_rows
@@ -91,11 +91,11 @@ class DiffusionTrainer(_BaseTrainer):
     """
 
     loss_is_scaled_for_ga = True  # a loss here is its rows' share in the mean over all rows of the optimizer step
-    _tag_names = ["trl-diffusion", "text-to-image"]
     _example_prompt = "a red bicycle leaning on a stone wall"
     _card_parameters: dict[str, object] = {}  # what the card says in place of, or beside, what `args` holds
     _output_suffix: str  # of the default output directory
 
+    method: Method
     columns: tuple[str, ...]
     image_columns: tuple[str, ...]
     config_class: type[DiffusionConfig]
@@ -123,12 +123,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.backbone = load_backbone(model, **(args.model_init_kwargs or {}))
         self.process = self.backbone.process
         self.process.restrict(args.timestep_range)
-        self.resolution = args.resolution or self.backbone.default_resolution
-        if self.resolution % self.backbone.vae_scale_factor:
-            raise ValueError(
-                f"`resolution` is {self.resolution}, which is no multiple of {self.backbone.vae_scale_factor}, the number of "
-                "pixels along a side of a latent position of this VAE."
-            )
+        self.resolution = self.backbone.check_resolution(args.resolution)
         self.denoiser_was_training = self.backbone.denoiser.training
         super().__init__(
             model=make_policy(
@@ -169,14 +164,12 @@ class DiffusionTrainer(_BaseTrainer):
         self.finish_init()
         self.reference_is_initial_policy = ref_model is None
         self.reference: Reference | None = None
-        if self.uses_reference or args.sample_prompts or self._reference_inverts:
+        if self.uses_reference or args.sample_prompts or args.reference_inverts:
             self.set_reference(ref_model)
-        self.health = HealthCallback()
-        self.health.scaler = self.accelerator.scaler
+        self.health = HealthCallback(self.accelerator.scaler)
         self.add_callback(self.health)
         if args.sample_prompts:
             self.add_callback(SampleImagesCallback(self.sample, self.callback_handler.callbacks))
-        self.warned: set[str] = set()
         if args.precompute:
             self.precompute()
 
@@ -305,21 +298,18 @@ class DiffusionTrainer(_BaseTrainer):
         if self.has_fixed_prompts:
             self.encoder.prompt_cache = files.prompts(self.prompts_of)
         self.backbone.offload(self.backbone.encoder_names if self.has_fixed_prompts else ("vae",))
-        if self.train_dataset is not None and (self._reference_inverts or args.precompute_ref_preds):
+        if self.train_dataset is not None and (args.reference_inverts or args.precompute_ref_preds):
             self.model.train()  # as in a step
-            sampler = self._bucket_sampler(self.train_dataset) if args.aspect_ratio_buckets else self.train_dataset
-            caches = []
-            for epoch in range(num_epochs(len(sampler), args)):
-                self.state.epoch = epoch
-                depends_on = (self._frozen_fingerprints(), noising_settings(args, self.process), epoch)
-                name = f"noised rows of epoch {epoch + 1}"
-                caches.append(files.by_id(self.train_dataset, self._noised_tensors, name, depends_on))
+            rows = self._bucket_sampler(self.train_dataset) if args.aspect_ratio_buckets else self.train_dataset
+            depends_on = (self._frozen_fingerprints(), noising_settings(args, self.process))
+            epochs = num_epochs(len(rows), args)
+            caches = files.by_epoch(self.train_dataset, epochs, self._noised_tensors, depends_on)
             self.state.epoch, self.noised_caches = 0, caches
             self.meters.averages("train")  # none of these was a step
 
     @torch.no_grad()
-    def _noised_tensors(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        inputs = self._prepare_inputs(inputs)
+    def _noised_tensors(self, inputs: dict[str, Any], epoch: int) -> dict[str, torch.Tensor]:
+        self.state.epoch, inputs = epoch, self._prepare_inputs(inputs)
         latents = self.sample_latents(inputs)
         with self.accelerator.autocast():
             noised = next(self.noised_batches(self.model, latents, self.prepare_batch(inputs, latents), inputs))
@@ -363,10 +353,6 @@ class DiffusionTrainer(_BaseTrainer):
         """The policy, not wrapped."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    @property
-    def _reference_inverts(self) -> bool:
-        return self.args.noise_source == "inversion" and self.args.inversion_model == "reference"
-
     # ---- A step ----
 
     @property
@@ -377,8 +363,7 @@ class DiffusionTrainer(_BaseTrainer):
         """What the randomness of a row changes with: the step, or the epoch where it must be known before the training."""
         if not self.model.training:
             return None
-        by_epoch = self.args.noise_source == "inversion" or self.args.precompute_ref_preds
-        return f"epoch {self._epoch}" if by_epoch else self.state.global_step
+        return f"epoch {self._epoch}" if self.args.is_noised_by_epoch else self.state.global_step
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         latents = self.sample_latents(inputs)
@@ -439,7 +424,7 @@ class DiffusionTrainer(_BaseTrainer):
             yield self.noiser.explained(batch, latents, noisy_latents, timesteps, cached)
             return
         for timesteps, keys in self.randomness.timesteps(ids):
-            with self.reference.lend(model) if self._reference_inverts else nullcontext(model) as inverter:
+            with self.reference.lend(model) if self.args.reference_inverts else nullcontext(model) as inverter:
                 noised = self.noiser(batch, latents, timesteps, keys, partial(self.backbone.predict, inverter))
             yield noised._replace(frozen=self.frozen_predictions(model, noised))
 
@@ -484,10 +469,7 @@ class DiffusionTrainer(_BaseTrainer):
             if "loss" in logs and loss is not None:
                 logs["loss"] = loss  # over rows; the Trainer's is over steps, which may have other numbers of rows
             logs.update(metrics)
-            for name, message in self.health_warnings(logs).items():
-                if name not in self.warned:
-                    self.warned.add(name)
-                    logger.warning(message)
+            self.health.warn_once(self.health_warnings(logs))
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
@@ -580,24 +562,22 @@ class DiffusionTrainer(_BaseTrainer):
         """
         if not self.is_world_process_zero():
             return
-        args, global_step = self.args, self.state.global_step
         card = diffusion_model_card(
-            pipeline=self.backbone.pipeline,
+            self.method,
+            self.args,
+            self.backbone.pipeline,
             is_lora=isinstance(self.policy, PeftModel),
-            is_reversed=getattr(args, "reverse_preference", False),
+            resolution=self.resolution,
+            global_step=self.state.global_step,
+            example_prompt=self._example_prompt,
+            further=self._card_parameters,
             model_name=model_name or self._model_name(),
             model_id=self.hub_model_id,
             dataset_name=dataset_name,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            method=self._name,
-            paper=self._paper,
-            example_prompt=self._example_prompt,
-            hyperparameters=hyperparameters_of(args, self._unit, self.resolution, global_step, self._card_parameters),
-            resolution=self.resolution,
-            global_step=global_step,
+            tags=[tags] if isinstance(tags, str) else tags or [],
         )
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        card.save(Path(args.output_dir) / "README.md")
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        card.save(Path(self.args.output_dir) / "README.md")
 
     def _send_telemetry(self) -> None:
         # TRL counts the use of its own trainers and of transformers' models here; neither is what this is.

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,35 @@ class Precomputation:
 
         features, dependencies = {"id": Value("string")}, (dataset._fingerprint, depends_on)
         return TensorCache(self._precompute(dataset, encode_rows, features, name, dependencies), "id")
+
+    def by_epoch(
+        self,
+        dataset: Dataset,
+        epochs: int,
+        encode: Callable[[dict[str, Any], int], dict[str, torch.Tensor]],
+        depends_on: Any,
+    ) -> list[TensorCache]:
+        """
+        Computes tensors for the rows of a precomputed dataset, anew for each epoch.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                A result of [`~Precomputation.images`].
+            epochs (`int`):
+                Number of epochs.
+            encode (`Callable`):
+                From a batch of the collator and the epoch to tensors by name, whose first dimension is that of the batch.
+            depends_on (`Any`):
+                What the result depends on besides the rows.
+
+        Returns:
+            `list[TensorCache]`: for each epoch, the tensors by id.
+        """
+        names = [f"noised rows of epoch {epoch + 1}" for epoch in range(epochs)]
+        return [
+            self.by_id(dataset, partial(encode, epoch=epoch), name, (depends_on, epoch))
+            for epoch, name in enumerate(names)
+        ]
 
     @property
     def device(self) -> torch.device:
