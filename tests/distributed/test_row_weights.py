@@ -103,10 +103,10 @@ def test_a_batch_of_padding_counts_nothing(tmp_path):
     batch = trainer.data_collator([tiny.pairs(2)[row] for row in range(2)])
     assert trainer.training_step(trainer.model, as_padding(batch), torch.tensor(5)) == 0
     assert all(parameter.grad.eq(0).all() for parameter in trainer.model.parameters())
-    assert trainer._averaged_metrics("train") == {}
+    assert trainer.meters.averages("train") == {}
     assert trainer.training_step(trainer.model, batch, torch.tensor(5)) > 0
     assert any(parameter.grad.ne(0).any() for parameter in trainer.model.parameters())
-    assert "rewards/margins" in trainer._averaged_metrics("train")
+    assert "rewards/margins" in trainer.meters.averages("train")
 
 
 def test_rows_beside_padding_are_all_that_counts(tmp_path):
@@ -123,7 +123,7 @@ def test_rows_beside_padding_are_all_that_counts(tmp_path):
             batch["is_padding"] = torch.tensor([False, True])
         loss = trainer.training_step(trainer.model, batch, torch.tensor(1))
         gradients.append({name: parameter.grad for name, parameter in trainer.model.named_parameters()})
-        metrics.append({**trainer._averaged_metrics("train"), "step": loss.item()})
+        metrics.append({**trainer.meters.averages("train"), "step": loss.item()})
     assert tiny.max_difference(*gradients) <= 1e-6
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
     assert metrics[0]["rewards/margins"] != 0 and metrics[0]["masks/area"] == 0
