@@ -117,6 +117,7 @@ def test_rows_beside_padding_are_all_that_counts(tmp_path):
         trainer.create_optimizer_and_scheduler(1)
         with torch.no_grad():
             trainer.model.conv_out.bias.add_(0.1)
+        trainer.reference_is_initial_policy = False  # it was moved on purpose
         rows = [tiny.pairs(2)[row] for row in range(1 + padded)]
         batch = trainer.data_collator(rows)
         if padded:
@@ -166,6 +167,7 @@ def test_workers_that_persist_read_the_dataset_that_is_asked_for(tmp_path):
         trainer = make_trainer(tmp_path, tiny.pairs(ROWS), tiny.pairs(2), **settings)
         with torch.no_grad():
             trainer.model.conv_out.bias.add_(0.1)
+        trainer.reference_is_initial_policy = False  # it was moved on purpose
         datasets = (None, tiny.pairs(3), tiny.pairs(3).to_iterable_dataset(), tiny.pairs(1), None)
         losses.append([trainer.evaluate(dataset)["eval_loss"] for dataset in datasets])
     assert losses[0] == losses[1]
@@ -174,5 +176,5 @@ def test_workers_that_persist_read_the_dataset_that_is_asked_for(tmp_path):
 
 def test_batches_that_the_main_process_cuts_are_refused(tmp_path):
     """`dispatch_batches=True` is an error that names it."""
-    with pytest.raises(ValueError, match="`accelerator_config` asks for `dispatch_batches`"):
+    with pytest.raises(ValueError, match="`accelerator_config` has `dispatch_batches=True`"):
         make_trainer(tmp_path, tiny.pairs(ROWS), accelerator_config={"dispatch_batches": True})

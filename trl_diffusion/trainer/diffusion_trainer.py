@@ -247,7 +247,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
         if not any(dataset is known for known in self.prepared):  # given to `evaluate` or `predict`
-            dataset = self._prepare_dataset(dataset, f"the dataset of `{description.lower()}`")
+            dataset = self._prepare_dataset(dataset, description)
         if self.args.aspect_ratio_buckets and not is_training:
             batch_size = 1  # an evaluation takes every row, in order
         args = self.args
@@ -260,10 +260,10 @@ class DiffusionTrainer(_BaseTrainer):
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
         # Not by the Trainer's own method, which with persistent workers returns the loader of another dataset
-        return self._get_dataloader(eval_dataset, "evaluate", self.args.eval_batch_size, self._get_eval_sampler)
+        return self._get_dataloader(eval_dataset, "eval_dataset", self.args.eval_batch_size, self._get_eval_sampler)
 
     def get_test_dataloader(self, test_dataset: Dataset | IterableDataset):
-        return self._get_dataloader(test_dataset, "predict", self.args.eval_batch_size, self._get_eval_sampler)
+        return self._get_dataloader(test_dataset, "test_dataset", self.args.eval_batch_size, self._get_eval_sampler)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         if not self.args.aspect_ratio_buckets:
