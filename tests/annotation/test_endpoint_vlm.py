@@ -369,7 +369,7 @@ class TestTries:
         with serving(failure(200, body)) as server:
             answer = self.ask(server, max_tries=2)
         assert isinstance(answer, GenerationError) and len(server.posts) == 2
-        assert str(answer) == "the server's answer is no chat completion (2 tries)"
+        assert str(answer) == "the server's answer is not a chat completion (2 tries)"
 
     def test_a_completion_without_words_is_an_empty_text(self, waits):
         """A model that says nothing was asked successfully."""

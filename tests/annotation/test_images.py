@@ -166,13 +166,16 @@ def bomb(side: int) -> bytes:
 
 POISON = {
     "empty": (b"", "no bytes"),
-    "html": (b"<!DOCTYPE html><html>not found</html>", "no image that can be read; it starts with b'<!DOCTYPE html>"),
+    "html": (
+        b"<!DOCTYPE html><html>not found</html>",
+        "not an image that can be read; it starts with b'<!DOCTYPE html>",
+    ),
     "truncated jpeg": (encode(scene(64, 64, (5, 5, 30, 30)), "JPEG")[:500], "broken"),
     "truncated png": (encode(scene(64, 64, (5, 5, 30, 30)))[:90], "broken"),
     "bomb": (bomb(20000), "claims too many pixels"),
     "smaller bomb": (bomb(10000), "claims 100,000,000 pixels"),
     "thread": (encode(Image.new("RGB", (2000, 1))), "2000 x 1 pixels"),
-    "noise": (bytes(range(256)), "no image that can be read"),
+    "noise": (bytes(range(256)), "not an image that can be read"),
 }
 
 

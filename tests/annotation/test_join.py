@@ -209,7 +209,7 @@ def test_rows_without_an_annotation_are_counted(runs, caplog):
     source, counts = concatenate_datasets([sources.pairs(12, seed=1), sources.pairs()]), Counter()
     with caplog.at_level(logging.WARNING):
         joined = join_annotations(source, annotations, counts=counts)
-    assert caplog.messages == ["Of 36 rows of the source, 12 have no annotation, and are left out."]
+    assert caplog.messages == ["12 of 36 rows of the source have no annotation and are left out."]
     assert len(joined) == 24 and counts == {"joined": 24, "missing": 12}
     caplog.clear()
     counts.clear()
@@ -227,11 +227,11 @@ def test_annotations_that_are_left_out_are_logged(runs, caplog):
     annotations = load_annotations(runs / "pick_a_pic")
     with caplog.at_level(logging.WARNING):
         join_annotations(streamed(sources.pick_a_pic()), annotations)
-    assert caplog.messages == ["Of 24 annotations, 11 become rows to train on. Left out: rejected 4, error 6, ties 3."]
+    assert caplog.messages == ["11 of 24 annotations become training rows. Left out: rejected 4, error 6, ties 3."]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         join_annotations(sources.pick_a_pic().select(range(12)), annotations)
-    assert caplog.messages[1] == "Of 11 annotations that would be used, 6 have no row in the source."
+    assert caplog.messages[1] == "6 of 11 usable annotations have no row in the source."
 
 
 def test_ids_that_never_meet(runs):
@@ -262,7 +262,9 @@ def test_annotations_of_two_runs(runs):
 def test_other_things_are_refused(runs):
     """What is not annotations, or not a dataset, is a ValueError that says what to pass."""
     source, annotations = sources.pairs(), load_annotations(runs / "pairs")
-    with pytest.raises(ValueError, match="These are no annotations: they have the columns id, prompt"):
+    with pytest.raises(
+        ValueError, match="`annotations` has the columns id, prompt.*, which are not those of annotations"
+    ):
         join_annotations(source, source)
     with pytest.raises(ValueError, match="`annotations` must be a `datasets.Dataset`, got `IterableDataset`"):
         join_annotations(source, annotations.to_iterable_dataset())
@@ -379,7 +381,7 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path):
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     """A folder without a manifest is a ValueError that names the commands."""
-    with pytest.raises(ValueError, match="is no folder of annotations.*annotate-instances"):
+    with pytest.raises(ValueError, match="is not a folder of annotations.*annotate-instances"):
         load_annotations(tmp_path)
 
 

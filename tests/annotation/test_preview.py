@@ -84,7 +84,7 @@ def test_the_page_stands_alone(page):
 def test_errors_show_their_reason_and_nothing_is_run(page):
     """A broken row stands there with its reason, and what comes from the data is text."""
     assert '<span class="status error">error</span>' in page
-    assert "chosen: this is no image that can be read" in page
+    assert "chosen: this is not an image that can be read" in page
     assert "<script>" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
     assert "ok 2, error 1" in page and "instances 4" in page
 

@@ -123,7 +123,7 @@ def test_roles_have_their_pools(options, gpus, pools, caplog):
     assert RayExecutor(**options).pools((Planner(vlm), OracleDetector(), Judge(vlm)), gpus) == pools
     warned = [record.message for record in caplog.records]
     assert len(warned) == (sum(actors * each for actors, each in pools) > gpus + 1e-9)
-    assert not warned or "ask for 5 GPUs, and the cluster has 4" in warned[0]
+    assert not warned or "request 5 GPUs, but the cluster has 4" in warned[0]
 
 
 # ----- pairs, and the roles of IAPO -----
@@ -175,7 +175,7 @@ def test_images_that_cannot_be_read_are_errors(pairs):
     errors = {number: row["reason"] for number, row in enumerate(read(pairs[1].folder)) if row["status"] == 2}
     assert STATUSES[2] == "error" and sorted(errors) == sorted(POISON)
     assert "expected an image" in errors[5]
-    assert "no image that can be read" in errors[17]
+    assert "not an image that can be read" in errors[17]
     assert "No such file" in errors[18]
 
 

@@ -164,9 +164,9 @@ class TestPromptTemplate:
     @pytest.mark.parametrize(
         "content, message",
         [
-            (b"Is it {{ label ?", "judge.md, line 1: this is no Jinja template"),
-            (b"one\n{% for label %}", "judge.md, line 2: this is no Jinja template"),
-            (b"{{ label | nothing }}", "judge.md, line 1: this is no Jinja template: No filter named 'nothing'"),
+            (b"Is it {{ label ?", "judge.md, line 1: not a valid Jinja template"),
+            (b"one\n{% for label %}", "judge.md, line 2: not a valid Jinja template"),
+            (b"{{ label | nothing }}", "judge.md, line 1: not a valid Jinja template: No filter named 'nothing'"),
             (b"caf\xe9 {{ label }}", "The prompt of the judge cannot be read: .*utf-8"),
         ],
     )
@@ -186,7 +186,7 @@ class TestPromptTemplate:
         """A place that nothing is known for is a ValueError with the file, the place and the known places."""
         path = tmp_path / "judge.md"
         path.write_text("Is the {{ lable }} better?")
-        with pytest.raises(ValueError, match="judge.md: 'lable' is undefined; the places of this prompt are label"):
+        with pytest.raises(ValueError, match="judge.md: 'lable' is undefined; the variables of this prompt are label"):
             PromptTemplate("judge", path).render(label="cow")
 
 
