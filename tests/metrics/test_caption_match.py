@@ -156,7 +156,7 @@ def test_a_prompt_without_things_has_no_score():
     """A prompt that names nothing to look for is left out with that reason, and is no zero."""
     for things in (colors, VLMThings(Reader())):
         scores = CaptionMatchScorer(Palette(), things).score([stripes("red")] * 2, ["a mood", "red"])
-        assert scores.values == [None, 1.0] and scores.errors == {0: "the prompt names no thing to look for"}
+        assert scores.values == [None, 1.0] and scores.errors == {0: "the prompt names no object to find"}
 
 
 def test_a_prompt_that_is_not_understood_has_no_score():
@@ -191,11 +191,11 @@ def test_a_function_may_not_know():
 @pytest.mark.parametrize(
     "answer, message",
     [
-        ([["red"]], "it was asked about 2 prompts and returned 1 answers"),
-        (["red", "blue"], "of 'a' it returned 'red'"),
-        ([["red"], None], "of 'b' it returned None"),
-        ([["red", " "], []], r"of 'a' it returned \['red', ' '\]"),
-        ([["red"], [3]], r"of 'b' it returned \[3\]"),
+        ([["red"]], "it was given 2 prompts and returned 1 lists"),
+        (["red", "blue"], "for 'a' it returned 'red'"),
+        ([["red"], None], "for 'b' it returned None"),
+        ([["red", " "], []], r"for 'a' it returned \['red', ' '\]"),
+        ([["red"], [3]], r"for 'b' it returned \[3\]"),
     ],
 )
 def test_a_function_must_return_lists_of_names(answer, message):

@@ -436,10 +436,10 @@ class TestOpenClip:
                 {"transformer.resblocks.1.attn.in_proj_bias": None},
                 r"lacks text_model.encoder.layers.1.self_attn.k_proj.bias, .*q_proj.bias, .*v_proj.bias",
             ),
-            ({"score_predictor.weight": torch.zeros(2)}, "has, and the model does not, score_predictor.weight"),
+            ({"score_predictor.weight": torch.zeros(2)}, "has the unexpected tensors score_predictor.weight"),
             (
                 {"visual.transformer.resblocks.2.ln_1.bias": torch.zeros(40)},
-                "does not, vision_model.encoder.layers.2.",
+                "has the unexpected tensors vision_model.encoder.layers.2.",
             ),
             ({"visual.proj": torch.zeros(40, 21)}, "has other shapes for visual_projection.weight"),
             (
@@ -658,7 +658,7 @@ class TestWeights:
         )
         shutil.copy(folder / "config.json", tmp_path)
         shutil.copy(folder / "preprocessor_config.json", tmp_path)
-        with pytest.raises(ValueError, match=f"{tmp_path} has 258 tokens, and the model knows 514"):
+        with pytest.raises(ValueError, match=f"{tmp_path} has 258 tokens, but the model has 514"):
             PickScoreScorer(str(folder), str(tmp_path), "cpu")
 
     @pytest.mark.parametrize(
@@ -675,7 +675,7 @@ class TestWeights:
         changed = Path(shutil.copytree(folder, tmp_path / "changed"))
         tensors = load_file(changed / "model.safetensors") | changes
         save_file({name: value for name, value in tensors.items() if value is not None}, changed / "model.safetensors")
-        with pytest.raises(ValueError, match=f"{changed} do not fit its config.json.* are {tensor}"):
+        with pytest.raises(ValueError, match=f"{changed} do not fit its config.json.* another shape: {tensor}"):
             scorer(name, changed)
 
     def test_positions_in_old_files_are_no_weights(self, folder, tmp_path):
@@ -700,7 +700,7 @@ class TestWeights:
         "changes, message",
         [
             ({"layers.0.weight": torch.zeros(1024, 768)}, "has other shapes for layers.0.weight"),
-            ({"layers.8.bias": torch.zeros(1)}, "has, and the model does not, layers.8.bias"),
+            ({"layers.8.bias": torch.zeros(1)}, "has the unexpected tensors layers.8.bias"),
         ],
     )
     def test_a_head_that_does_not_fit(self, folder, tmp_path, changes, message):

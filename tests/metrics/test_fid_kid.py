@@ -299,7 +299,10 @@ def test_the_last_block_pools_maxima(network):
     "change, message",
     [
         (lambda tensors: tensors.pop("Mixed_6a.branch3x3.bn.bias"), r"lacks Mixed_6a\.branch3x3\.bn\.bias"),
-        (lambda tensors: tensors.update({"AuxLogits.fc.bias": torch.zeros(1)}), r"does not, AuxLogits\.fc\.bias"),
+        (
+            lambda tensors: tensors.update({"AuxLogits.fc.bias": torch.zeros(1)}),
+            r"has the unexpected tensors AuxLogits\.fc\.bias",
+        ),
         (lambda tensors: tensors.update({"fc.bias": torch.zeros(1000)}), r"other shapes for fc\.bias"),
     ],
 )
@@ -334,11 +337,11 @@ def test_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "urlopen", unreachable)
     path = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
     with pytest.raises(
-        ValueError, match=f"{path}.*fetched from https://github.com/mseitzer.*no network.*weights_path"
+        ValueError, match=f"{path}.*downloaded from https://github.com/mseitzer.*no network.*weights_path"
     ):
         fetch_inception()
     path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match="is not what .*delete it"):
+    with pytest.raises(ValueError, match="is not the file from https://github.com/mseitzer.*delete it"):
         fetch_inception()
     digest = hashlib.sha256(b"something else").hexdigest()
     monkeypatch.setattr(inception, "SHA256", digest[:8])
@@ -470,7 +473,7 @@ def test_fid_of_equal_covariances_is_that_of_the_means():
 
 def test_few_images_are_warned_of():
     """Up to as many images as features FID warns with both numbers, above it does not, and one image is too few."""
-    with pytest.warns(UserWarning, match="FID of 8 images and 50 references is biased.* 9 images at the least"):
+    with pytest.warns(UserWarning, match="FID of 8 images and 50 references is biased.* at least 9 images"):
         fid_from_features(gaussian(8, 8, seed=0), gaussian(50, 8, seed=1))
     with pytest.warns(UserWarning, match="FID of 50 images and 8 references"):
         fid_from_features(gaussian(50, 8, seed=0), gaussian(8, 8, seed=1))
@@ -478,7 +481,7 @@ def test_few_images_are_warned_of():
         warnings.simplefilter("error")
         fid_from_features(gaussian(9, 8, seed=0), gaussian(50, 8, seed=1))
     for n, m in ((1, 9), (9, 1)):
-        with pytest.raises(ValueError, match=f"two images and two references at the least, there are {n} and {m}"):
+        with pytest.raises(ValueError, match=f"at least two images and two references, got {n} and {m}"):
             fid_from_features(torch.randn(n, 8), torch.randn(m, 8))
 
 
@@ -573,7 +576,9 @@ def test_torchmetrics_is_named_where_it_is_missing(monkeypatch):
 @pytest.mark.parametrize("name", ["fid", "kid"])
 def test_unknown_settings(name):
     """A misspelt setting is refused, which `evaluate` would drop, and the published weights would be taken."""
-    with pytest.raises(ValueError, match=f"`{name}` has no setting weights_pth; there is weights_path, device"):
+    with pytest.raises(
+        ValueError, match=f"`{name}` has no setting weights_pth; its settings are weights_path, device"
+    ):
         evaluate.load(metric_path(name), weights_pth="weights.pth")
 
 

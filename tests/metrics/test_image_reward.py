@@ -309,10 +309,10 @@ def test_the_published_file_fills_the_model():
     [
         (lambda tensors: tensors.pop("mlp.layers.4.bias"), r"lacks mlp\.4\.bias"),
         (lambda tensors: tensors.pop("blip.visual_encoder.norm.bias"), r"lacks visual_encoder\.post_layernorm\.bias"),
-        (lambda tensors: tensors.update(blip_itm=torch.zeros(1)), "does not, blip_itm"),
+        (lambda tensors: tensors.update(blip_itm=torch.zeros(1)), "has the unexpected tensors blip_itm"),
         (
             lambda tensors: tensors.update({"blip.text_encoder.pooler.dense.bias": torch.zeros(12)}),
-            r"does not, text_encoder\.pooler\.dense\.bias",
+            r"has the unexpected tensors text_encoder\.pooler\.dense\.bias",
         ),
         (lambda tensors: tensors.update({"mlp.layers.7.bias": torch.zeros(2)}), r"other shapes for mlp\.7\.bias"),
     ],

@@ -214,7 +214,7 @@ class TestMetric:
 
     def test_unknown_settings(self, tmp_path):
         """A setting that neither the scorer nor `evaluate` has is a ValueError with those that there are: a slip of the pen."""
-        with pytest.raises(ValueError, match="`brightness` has no setting units; there is unit"):
+        with pytest.raises(ValueError, match="`brightness` has no setting units; its settings are unit"):
             BrightnessMetric(units=2.0, cache_dir=str(tmp_path))
 
     def test_paths(self):

@@ -94,7 +94,7 @@ class TestReading:
     def test_a_tensor_is_no_state_dict(self, tmp_path):
         """What holds no named tensors is a ValueError with the path."""
         torch.save(torch.ones(2), tmp_path / "weights.pt")
-        with pytest.raises(ValueError, match=f"{tmp_path / 'weights.pt'} holds no state dict"):
+        with pytest.raises(ValueError, match=f"{tmp_path / 'weights.pt'} contains no state dict"):
             read_tensors(tmp_path / "weights.pt")
 
     def test_nothing_but_tensors_is_read(self, tmp_path):
@@ -123,12 +123,12 @@ class TestLoading:
         [
             ({"bias": None}, "it lacks bias."),
             ({"bias": None, "weight": None}, "it lacks bias, weight."),
-            ({"gain": torch.ones(2)}, "it has, and the model does not, gain."),
+            ({"gain": torch.ones(2)}, "it has the unexpected tensors gain."),
             ({"bias": torch.ones(3)}, "it has other shapes for bias."),
             ({"bias": torch.ones(2, 1)}, "it has other shapes for bias."),
             (
                 {f"{index}": torch.ones(1) for index in range(8)},
-                "it has, and the model does not, 0, 1, 2, 3, 4 and 3 more.",
+                "it has the unexpected tensors 0, 1, 2, 3, 4 and 3 more.",
             ),
         ],
     )
@@ -139,5 +139,5 @@ class TestLoading:
         tensors = {name: tensor for name, tensor in (TENSORS | changes).items() if tensor is not None}
         with pytest.raises(ValueError) as caught:
             load_tensors(module, tensors, "file.pt")
-        assert str(caught.value) == f"file.pt is no file of this metric: {message}"
+        assert str(caught.value) == f"file.pt does not fit the model of this metric: {message}"
         assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())

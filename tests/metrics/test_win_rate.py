@@ -170,8 +170,8 @@ def test_one_group_has_no_interval():
     [
         (([1.0], [1.0, 2.0]), {}, "There are 1 scores, 2 references: each pair"),
         (([1.0], [1.0]), {"groups": []}, "There are 1 scores, 1 references and 0 groups"),
-        (([], []), {}, "Of 0 pairs none has two scores"),
-        (([None, 1.0], [1.0, None]), {}, "Of 2 pairs none has two scores"),
+        (([], []), {}, "None of the 0 pairs has two scores"),
+        (([None, 1.0], [1.0, None]), {}, "None of the 2 pairs has two scores"),
         (([1.0, math.nan], [1.0, 2.0]), {}, r"`scores\[1\]` is nan"),
         (([1.0, 2.0], [-math.inf, 2.0]), {}, r"`references\[0\]` is -inf"),
         ((["best"], [1.0]), {}, r"`scores\[0\]` is 'best'"),
