@@ -284,7 +284,7 @@ class TestGoingOn:
         folder = tmp_path / "images" / "sd"
         folder.mkdir(parents=True)
         tiny.image(0).save(folder / "p-0_0.png")
-        with pytest.raises(ValueError, match="holds images and no manifest.json"):
+        with pytest.raises(ValueError, match="holds images but no manifest.json"):
             run(specs["sd"], tmp_path)
 
     def test_two_runs_at_once(self, specs, tmp_path):
@@ -292,7 +292,7 @@ class TestGoingOn:
         folder = tmp_path / "images" / "sd"
         folder.mkdir(parents=True)
         with FileLock(folder / ".lock"):
-            with pytest.raises(ValueError, match="Another process is drawing into .*sd. Wait"):
+            with pytest.raises(ValueError, match="Another process is sampling into .*sd. Wait"):
                 run(specs["sd"], tmp_path)
 
 
@@ -325,7 +325,7 @@ class TestFoldersOfImages:
         self.save(tmp_path / "x", "p-0_0.png", "p-2_1.png")
         with pytest.raises(ValueError, match="lacks 8 of 10 images: p-0_1, p-1_0, p-1_1, p-2_0, p-3_0 and others"):
             run(self.spec(tmp_path / "x"), tmp_path)
-        with pytest.raises(ValueError, match="lacks 1 of 2 images: p-0_1\\. It must hold"):
+        with pytest.raises(ValueError, match="lacks 1 of 2 images: p-0_1\\. Each image needs the name"):
             run(self.spec(tmp_path / "x"), tmp_path, PROMPTS.select(1))
 
     def test_extra_ones(self, tmp_path, caplog):
@@ -336,7 +336,7 @@ class TestFoldersOfImages:
             assert not caplog.text
             self.save(tmp_path / "x", "p-0_2.png", "p-9_0.png", "grid.png")
             run(self.spec(tmp_path / "x"), tmp_path, PROMPTS.select(1))
-        assert "holds 3 images beside the 2 of this comparison" in caplog.text
+        assert "holds 3 images that are not among the 2 of this comparison" in caplog.text
 
     def test_two_of_one_place(self, tmp_path):
         """Two files of one prompt and index are refused with both names."""
@@ -359,14 +359,17 @@ class TestFoldersOfImages:
         with caplog.at_level(logging.WARNING):
             rows = run(self.spec(tmp_path / "x"), tmp_path, PROMPTS.select(1))
         assert [(row.index, row.path.name) for row in rows] == [(0, "b.png"), (1, "a.png")]
-        assert "holds 1 images beside" in caplog.text
+        assert "holds 1 images that are not among" in caplog.text
 
     @pytest.mark.parametrize(
         ("row", "message"),
         [
             ({"prompt": "a cat"}, "Row 0 .* must have `file_name`"),
             ({"file_name": "a.png", "text": "a cat"}, "either `prompt_id` or `prompt`; it has file_name, text"),
-            ({"file_name": "a.png", "prompt": "twice"}, "stands twice among the prompts: tell which by `prompt_id`"),
+            (
+                {"file_name": "a.png", "prompt": "twice"},
+                "a text that several prompts share: name the prompt with `prompt_id`",
+            ),
         ],
     )
     def test_mistakes_in_metadata(self, tmp_path, row, message):
@@ -380,5 +383,5 @@ class TestFoldersOfImages:
         """The file is named."""
         self.write(tmp_path, {"file_name": "a.png", "prompt_id": "p-0"})
         (tmp_path / "a.png").unlink()
-        with pytest.raises(ValueError, match="names a.png, which is not there"):
+        with pytest.raises(ValueError, match="names a.png, which does not exist"):
             match_images(tmp_path, PROMPTS, 1)

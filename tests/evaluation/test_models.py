@@ -73,7 +73,7 @@ class TestNames:
 
     def test_no_model(self):
         """A name alone names no model."""
-        with pytest.raises(ValueError, match="names no model: write NAME=WHERE"):
+        with pytest.raises(ValueError, match="has no model: write NAME=WHERE"):
             parse_model("dpo=")
 
 
@@ -161,13 +161,11 @@ class TestKinds:
             ValueError, match="no model_index.json .*, no pytorch_lora_weights.safetensors .* and no images"
         ):
             resolve_model("m", str(tmp_path))
-        with pytest.raises(ValueError, match="gave neither model_index.json nor pytorch_lora_weights.safetensors"):
+        with pytest.raises(ValueError, match="provides neither model_index.json nor pytorch_lora_weights.safetensors"):
             resolve_model("m", "user/no-such-model")
-        with pytest.raises(
-            ValueError, match="'/no/such/folder' is nothing that can be evaluated: there is no such folder"
-        ):
+        with pytest.raises(ValueError, match="'/no/such/folder' cannot be evaluated: there is no such folder"):
             resolve_model("m", "/no/such/folder")
-        with pytest.raises(ValueError, match="is a file: name its folder"):
+        with pytest.raises(ValueError, match="is a file: pass its folder"):
             resolve_model("m", f"{folders['lora']}/pytorch_lora_weights.safetensors")
         with pytest.raises(ValueError, match="The base of the LoRA .* must be a pipeline"):
             resolve_model("m", folders["lora"], base=folders["reversed"])
@@ -175,7 +173,7 @@ class TestKinds:
             resolve_model("m", folders["base"], negative_lora=folders["base"])
         tiny.sd_pipeline().save_pretrained(tmp_path)
         save_lora(tiny.sd_pipeline(), tmp_path)
-        with pytest.raises(ValueError, match="holds a pipeline .* and a LoRA"):
+        with pytest.raises(ValueError, match="holds both a pipeline .* and a LoRA"):
             resolve_model("m", str(tmp_path))
         (tmp_path / "images").mkdir()
         tiny.image(0).save(tmp_path / "images" / "a_0.png")

@@ -126,28 +126,36 @@ class TestFiles:
             ("my.txt", "a cat\n\na dog\n", "The prompt in row 1 of my.txt, counted from 0, is ''"),
             ("my.csv", "id,prompt\na,x\nb,  \n", "The prompt in row 1 of my.csv, counted from 0, is '  '"),
             ("my.json", '["a", 3]', "The prompt in row 1 of my.json, counted from 0, is 3"),
-            ("my.json", '{"a": 3}', "my.json cannot be read.*no list of strings"),
+            ("my.json", '{"a": 3}', "my.json cannot be read.*not a list of strings"),
             ("my.csv", "caption,id\nx,1\n", "no 'prompt'; it has 'caption', 'id'.*`prompt_column`"),
             ("my.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "Row 1 of .*my.jsonl, counted from 0, has no 'prompt'"),
-            ("my.jsonl", '{"prompt": "a"}\n{"prompt"\n', "my.jsonl cannot be read.*row 1, counted from 0, is no JSON"),
-            ("my.jsonl", '"a cat"\n', "row 0, counted from 0, is no JSON object"),
+            (
+                "my.jsonl",
+                '{"prompt": "a"}\n{"prompt"\n',
+                "my.jsonl cannot be read.*row 1, counted from 0, is not a JSON",
+            ),
+            ("my.jsonl", '"a cat"\n', "row 0, counted from 0, is not a JSON object"),
             (
                 "my.csv",
                 'prompt\n"a cat\na dog\n',
                 "my.csv cannot be read as a file of prompts: unexpected end of data",
             ),
-            ("my.csv", "prompt\na cat, a dog\n", "row 0, counted from 0, has more cells.*in quotes"),
+            (
+                "my.csv",
+                "prompt\na cat, a dog\n",
+                "row 0, counted from 0, has more cells.*Quote texts that contain ','",
+            ),
             (
                 "my.csv",
                 "id,prompt\na,x\nb,y\na,z\n",
-                "The id 'a' in row 2 of my.csv, counted from 0, stands in an earlier row",
+                "The id 'a' in row 2 of my.csv, counted from 0, repeats 'a' of an earlier row",
             ),
-            ("my.csv", "id,prompt\na,x\nA,y\n", "The id 'A' in row 1 .* earlier row as 'a'"),
-            ("my.csv", "id,prompt\na/b,x\n", "The id 'a/b' in row 0 .* cannot be part of a file's name"),
+            ("my.csv", "id,prompt\na,x\nA,y\n", "The id 'A' in row 1 .* repeats 'a' of an earlier row"),
+            ("my.csv", "id,prompt\na/b,x\n", "The id 'a/b' in row 0 .* cannot be part of a file name"),
             ("my.csv", "id,prompt\n..,x\n", "The id '..' in row 0 .* cannot be part"),
             ("my.csv", "id,prompt\n,x\n", "The id '' in row 0 .* cannot be part"),
             ("my.parquet", "no parquet", "my.parquet cannot be read as a file of prompts"),
-            ("my.md", "a cat", "my.md is no file of prompts: these end in .txt"),
+            ("my.md", "a cat", "my.md is not a file of prompts, which must end in one of .txt"),
         ],
     )
     def test_mistakes(self, tmp_path, name, content, message):
@@ -165,7 +173,7 @@ class TestFiles:
     def test_sources_that_there_are_not(self, tmp_path):
         """An unknown name lists those that there are, a file that is missing is called one."""
         with pytest.raises(
-            ValueError, match="no prompts called 'partl'. There are parti, hpdv2, pickapic; else name a file"
+            ValueError, match="no prompts called 'partl'. Choose one of parti, hpdv2, pickapic, a file"
         ):
             load_prompts("partl")
         with pytest.raises(ValueError, match="There is no file of prompts at .*my.txt"):
@@ -251,7 +259,7 @@ class TestHub:
 
     def test_a_benchmark_that_is_out_of_reach(self, hub):
         """The message names the file, the reason and the command that fetches it, at the pinned commit."""
-        with pytest.raises(ValueError, match="the repository is gone. Where the network is") as error:
+        with pytest.raises(ValueError, match="the repository is gone. On a machine with network access, run") as error:
             load_prompts("parti")
         revision = module.BENCHMARKS["parti"].revision
         assert f"hf download nateraw/parti-prompts PartiPrompts.tsv --revision {revision} --repo-type dataset" in str(
@@ -306,6 +314,6 @@ class TestHub:
     def test_a_dataset_that_is_out_of_reach(self):
         """Offline, a name that is no file is a ValueError that says both."""
         with pytest.raises(
-            ValueError, match="user/name is no file, and https://huggingface.co/datasets/user/name could not"
+            ValueError, match="user/name is not a file, and https://huggingface.co/datasets/user/name could not"
         ):
             load_prompts("user/name")

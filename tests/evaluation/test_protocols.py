@@ -63,7 +63,7 @@ class TestFiles:
             ("steps: 3", "x.yaml has the unknown key steps; the keys are name, num_inference_steps, guidance_scale"),
             ("- seed", "x.yaml must be a mapping"),
             ("", "x.yaml must be a mapping"),
-            ("seed: [", "x.yaml is no YAML"),
+            ("seed: [", "x.yaml is not valid YAML"),
             (
                 "num_inference_steps: 0",
                 "x.yaml: `num_inference_steps` of the protocol must be a whole number .* got 0",
@@ -87,7 +87,7 @@ class TestFiles:
     def test_no_such_protocol(self):
         """The message names those that there are."""
         with pytest.raises(
-            ValueError, match="no protocol 'iapo'. There are cpo_sdxl, iapo_sd15, iapo_sdxl; else name"
+            ValueError, match="no protocol 'iapo'. Choose one of cpo_sdxl, iapo_sd15, iapo_sdxl, or a YAML file"
         ):
             load_protocol("iapo")
 

@@ -232,9 +232,9 @@ def test_figures_of_different_kinds_are_not_compared():
     corpus = {"fid": {"base": fid_of(12.34), "tuned": fid_of(11.96, num_images=2)}}
     report = report_markdown(summarize(table_of(THREE_BY_TWO, METRICS), {}, corpus))
     assert "| 12.3 |" in report and "| 12.0 |" in report
-    assert r"FID: the figures are fid\_x\_n3, fid\_x\_n2, which cannot be compared" in report
+    assert r"FID: the values are fid\_x\_n3, fid\_x\_n2, which are not comparable" in report
     report = report_markdown(summarize(table_of(THREE_BY_TWO, METRICS), {}, {"fid": {"base": fid_of(12.34)}}))
-    assert "| n/a |" in report and "FID of tuned: there is no figure." in report
+    assert "| n/a |" in report and "FID of tuned: there is no value." in report
 
 
 @pytest.mark.parametrize(

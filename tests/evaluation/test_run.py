@@ -148,7 +148,7 @@ def test_names_and_references_are_asked_for(folder, tmp_path):
     """Two models of one name, and FID without references, are mistakes that are said before anything is drawn."""
     with pytest.raises(ValueError, match="Two models are called first"):
         evaluate(folder, tmp_path, names=["first", "first"])
-    with pytest.raises(ValueError, match="fid compare with `references`"):
+    with pytest.raises(ValueError, match="fid needs `references`: pass a folder"):
         evaluate(folder, tmp_path, corpus_metrics=("fid",))
     assert not list(tmp_path.iterdir())
 
@@ -157,7 +157,7 @@ def test_names_and_references_are_asked_for(folder, tmp_path):
 def test_missing_packages_are_named_before_anything_is_drawn(folder, tmp_path, monkeypatch, package):
     """Without a package of the extra nothing is drawn, and the message says what to install."""
     monkeypatch.setattr(run, "find_spec", lambda name: None if name == package else name)
-    with pytest.raises(ValueError, match=rf'needs {package}: `pip install "trl-diffusion\[evaluation\]"`'):
+    with pytest.raises(ValueError, match=rf'needs {package}: run `pip install "trl-diffusion\[evaluation\]"`'):
         evaluate(folder, tmp_path, corpus_metrics=("kid",), references=folder / "references")
     assert not list(tmp_path.iterdir())
 
