@@ -327,7 +327,9 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch, uninterrupted):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full)
-        with pytest.raises(ValueError, match="No space left on device. 12 rows are written and safe: make room"):
+        with pytest.raises(
+            ValueError, match="No space left on device. 12 rows are written and safe. Free some disk space"
+        ):
             annotate(world(), tmp_path)
     assert len(read(tmp_path)) == 12 and not list(tmp_path.rglob("*.tmp"))
     annotate(world(), tmp_path)

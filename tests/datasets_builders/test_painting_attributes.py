@@ -159,18 +159,18 @@ def test_splits_without_rows_are_left_out(tmp_path):
 def test_what_does_not_fit_is_refused(paintings, tmp_path):
     """Another tree, annotations of pairs, runs of two splits: a ValueError, and no folder."""
     with pytest.raises(
-        ValueError, match="annotated with the criteria 'quickstart' of 4 attributes, and painting is another"
+        ValueError, match="annotated with the criteria 'quickstart' of 4 attributes, but painting is another"
     ):
         sources.build_paintings(paintings / "source", paintings / "annotations", tmp_path / "out", criteria="painting")
     sources.annotate_pairs(sources.pairs(2), tmp_path / "pairs")
-    with pytest.raises(ValueError, match="holds annotations of instances, and `painting_attributes`"):
+    with pytest.raises(ValueError, match="holds annotations of instances, but `painting_attributes` needs"):
         sources.build_paintings(paintings / "source", tmp_path / "pairs", tmp_path / "out")
     shutil.copytree(paintings / "annotations", tmp_path / "annotations")
     sources.annotate_paintings(sources.paintings(5), tmp_path / "annotations", split="test")
-    with pytest.raises(ValueError, match="holds runs of several splits: test-.*, train-.*name the folder of one run"):
+    with pytest.raises(ValueError, match="holds runs of several splits: test-.*, train-.*pass the folder of one run"):
         sources.build_paintings(paintings / "source", tmp_path / "annotations", tmp_path / "out")
     lacking = sources.save(tmp_path / "source", train=sources.paintings().select(range(30)))
-    with pytest.raises(ValueError, match="rows belong into the split"):
+    with pytest.raises(ValueError, match="The split .* annotated rows, but the source has only"):
         sources.build_paintings(lacking, paintings / "annotations", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations", "pairs", "source"]
 

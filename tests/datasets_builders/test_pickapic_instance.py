@@ -238,7 +238,7 @@ def test_what_an_annotator_sees_comes_out(tmp_path):
             for name in ("chosen_box", "rejected_box"):
                 assert instance.pop(name) == pytest.approx(expected.pop(name), abs=1e-5)  # float32, up to 64 pixels
         assert row == given
-    assert "of the 16 objects here, 4 (25.0 %)" in sources.card_of(tmp_path / "out")[1]
+    assert "of the 16 objects, 4 (25.0 %)" in sources.card_of(tmp_path / "out")[1]
 
 
 def test_columns_are_those_that_are_named(world, tmp_path):
@@ -268,7 +268,7 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
     )
     cases = {
         "id 'world-0-00005' has other images": {"train": changed, "validation": validation},
-        "24 rows belong into the split train, and the source has 20": {
+        "The split train has 24 annotated rows, but the source has only 20": {
             "train": train.select(range(20)),
             "validation": validation,
         },
@@ -287,13 +287,13 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
         sources.build_pairs(world / "source", tmp_path / "annotations", tmp_path / "out")
     (run / MANIFEST).write_text(json.dumps(manifest | {"task": "attributes"}))
     with pytest.raises(
-        ValueError, match="holds annotations of attributes, and `pickapic_instance` is built from instances"
+        ValueError, match="holds annotations of attributes, but `pickapic_instance` needs annotations of instances"
     ):
         sources.build_pairs(world / "source", tmp_path / "annotations", tmp_path / "out")
     manifest["judge"]["crop_size"] = 96
     (run / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(
-        ValueError, match=r"not annotated in one way: they differ in judge.crop_size \((96, 64|64, 96)\)"
+        ValueError, match=r"not annotated in the same way: they differ in judge.crop_size \((96, 64|64, 96)\)"
     ):
         sources.build_pairs(world / "source", tmp_path / "annotations", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations"]
@@ -304,7 +304,7 @@ def test_annotations_of_which_none_is_ok_are_refused(tmp_path):
     ties = sources.pick_a_pic().filter(lambda row: row["label_0"] == 0.5)
     sources.annotate_pairs(ties, tmp_path / "annotations")
     sources.save(tmp_path / "source", train=ties)
-    with pytest.raises(ValueError, match="none is ok: there is nothing to train on"):
+    with pytest.raises(ValueError, match="No row in .* has the status ok: there is nothing to train on"):
         sources.build_pairs(tmp_path / "source", tmp_path / "annotations", tmp_path / "out")
     sources.build_pairs(tmp_path / "source", tmp_path / "annotations", tmp_path / "out", "--no_images")
     assert Counter(load_dataset(str(tmp_path / "out"), split="train")["status"]) == {1: 8}
@@ -314,7 +314,7 @@ def test_flags_that_do_not_fit_are_refused(world, tmp_path):
     """A folder that holds something stays as it is; images are pushed to a repository; a repository has an owner."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is there already, and holds something"):
+    with pytest.raises(ValueError, match="out exists and is not empty"):
         sources.build_pairs(world / "source", world / "annotations", tmp_path / "out")
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="name one with `--push_to_hub`"):
@@ -381,7 +381,7 @@ def test_the_card_says_why_rows_are_left_out(pick_a_pic, world):
     ]
     assert dropped == [["train", "not detected in the chosen and the rejected image", "1"]]
     text = sources.card_of(world / "out")[1]
-    assert "No row is left out." in text and "Every object that was named is used." in text
+    assert "No row is left out." in text and "No object is dropped." in text
 
 
 def test_the_card_describes_the_annotation(pick_a_pic):
@@ -562,7 +562,7 @@ def test_a_push_from_a_source_that_lacks_rows_commits_none_of_them(world, tmp_pa
         tmp_path / "source", train=sources.pairs(24).select(range(20)), validation=sources.pairs(8, seed=1)
     )
     flags = ("--no_images", "--push_to_hub", REPO, "--push_images")
-    with pytest.raises(ValueError, match="24 rows belong into the split train, and the source has 20"):
+    with pytest.raises(ValueError, match="The split train has 24 annotated rows, but the source has only 20"):
         sources.build_pairs(source, world / "annotations", tmp_path / "out", *flags)
     assert {name.split("/")[0] for name in hub.files} == {"annotations"}
 
