@@ -426,7 +426,8 @@ class TestChoosing:
         assert previous == attributes
 
     def test_by_hand(self):
-        """The first of each dimension is chosen, then the second of each: five of a a a b b c are all but the third a."""
+        """The first of each dimension is chosen, then the second of each: five of a a a b b c are all but the third
+        a."""
         leaves = [attribute(name, name[0]) for name in ("a1", "a2", "a3", "b1", "b2", "c1")]
         chosen = [[leaf.id for leaf, _ in choose_attributes([(x, "positive") for x in leaves], n)] for n in range(7)]
         assert chosen == [

@@ -79,7 +79,8 @@ def case(request) -> tuple[Criteria, np.ndarray]:
 
 
 def test_every_attribute_is_drawn(case):
-    """There is an overview and a panel for each dimension, with a stripe of green and red letters for each attribute."""
+    """There is an overview and a panel for each dimension, with a stripe of green and red letters for each
+    attribute."""
     criteria, image = case
     overview, *dimensions = panels(image)
     assert len(dimensions) == len(criteria.dimensions)

@@ -144,7 +144,8 @@ class TestKinds:
             resolve_model("m", str(tmp_path / "lora"))
 
     def test_images(self, tmp_path):
-        """A folder with images, or with a list of them, is a folder of images, whose revision is a hash of its files."""
+        """A folder with images, or with a list of them, is a folder of images, whose revision is a hash of its
+        files."""
         tiny.image(0).save(tmp_path / "00000_0.JPG", format="jpeg")
         spec = resolve_model("m", str(tmp_path))
         assert spec.kind == "images" and spec.revision.startswith("sha256:")

@@ -255,7 +255,8 @@ def test_the_best_is_marked(values, higher_is_better, expected):
 
 
 def test_bold_cells(summary):
-    """In both tables, in Markdown and LaTeX, the best value of each metric is bold, whether higher or lower is better."""
+    """In both tables, in Markdown and LaTeX, the best value of each metric is bold, whether higher or lower is
+    better."""
     of_scores, of_rates = grids(summary)
     assert markdown_table(of_scores).splitlines() == [
         r"| Model | PickScore ↑ | \#A\_neg ↓ |",

@@ -170,7 +170,8 @@ def flags(*words: str) -> EvaluateArguments:
 
 
 def test_models_of_the_flags(folder):
-    """Names, bases of LoRAs and negative LoRAs are passed to the models; a negative LoRA without its model is refused."""
+    """Names, bases of LoRAs and negative LoRAs are passed to the models; a negative LoRA without its model is
+    refused."""
     (spec,) = get_models(flags("--models", f"mine={folder / 'first'}"))
     assert (spec.name, spec.path, spec.kind) == ("mine", str(folder / "first"), "pipeline")
     with pytest.raises(ValueError, match="`--negative_loras` names other, and `--models` has no such model"):

@@ -123,7 +123,8 @@ def normalized(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def blocks(x: torch.Tensor, tensors: dict, prefix: str, layers: int, heads: int, mask: torch.Tensor) -> torch.Tensor:
-    """Residual attention blocks of open_clip: x has shape (length, width), the mask is added to the attention logits."""
+    """Residual attention blocks of open_clip: x has shape (length, width), the mask is added to the attention
+    logits."""
 
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"])
@@ -519,7 +520,8 @@ def test_scores_depend_on_nothing_else(folder, name):
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_evaluate_loads_it(folder, name, tmp_path, monkeypatch):
-    """The module of `evaluate` returns the scorer's scores for files and images in memory, and loads the model once."""
+    """The module of `evaluate` returns the scorer's scores for files and images in memory, and loads the model
+    once."""
     loaded = []
     make = CLIPModel.__init__
     monkeypatch.setattr(
@@ -641,7 +643,8 @@ class TestWeights:
         ],
     )
     def test_files_that_are_not_there(self, hub, name, repo_id, file, said):
-        """Without network, a missing file raises a one-line ValueError with the file, the repository and the command."""
+        """Without network, a missing file raises a one-line ValueError with the file, the repository and the
+        command."""
         next(hub.rglob(f"models--{repo_id.replace('/', '--')}/snapshots/*/{file}")).unlink()
         with pytest.raises(ValueError, match=f"`hf download {repo_id}") as caught:
             SCORERS[name](device="cpu")
@@ -709,7 +712,8 @@ class TestWeights:
         ],
     )
     def test_a_head_that_does_not_fit(self, folder, tmp_path, changes, message):
-        """An unexpected or misshapen tensor, as in a head for another CLIP, raises a ValueError with file and tensor."""
+        """An unexpected or misshapen tensor, as in a head for another CLIP, raises a ValueError with file and
+        tensor."""
         path = head_file(tmp_path, **changes)
         with pytest.raises(ValueError, match=f"{path} .*{message}"):
             AestheticScorer(path, str(folder), "cpu")

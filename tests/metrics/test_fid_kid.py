@@ -367,7 +367,8 @@ def bicubic(length: int, size: int) -> np.ndarray:
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 @pytest.mark.parametrize("size", [(64, 48), (299, 299), (512, 512), (640, 301)])
 def test_images_are_resized_without_rounding(mode, size):
-    """Any image is resized to 299x299 with a floating-point bicubic filter and clipped to [0, 255]; alpha is dropped."""
+    """Any image is resized to 299x299 with a floating-point bicubic filter and clipped to [0, 255]; alpha is
+    dropped."""
     image = picture(*size, mode)
     pixels = np.asarray(image, dtype=np.float64)
     pixels = np.repeat(pixels[..., None], 3, axis=2) if mode == "L" else pixels[..., :3]

@@ -271,7 +271,8 @@ def test_a_score_depends_on_its_own_image_and_prompt(scorer):
 )
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 def test_the_centre_of_the_resized_image_is_seen(size, resized, corner, mode):
-    """The shorter side is resized to 224 with PIL's bicubic filter, the centre cropped, and transparency dropped last."""
+    """The shorter side is resized to 224 with PIL's bicubic filter, the centre cropped, and transparency dropped
+    last."""
     image = picture(*size, mode)
     pixels = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
     pixels = pixels[corner[1] : corner[1] + 224, corner[0] : corner[0] + 224]

@@ -204,7 +204,7 @@ class TestMetric:
         """Prompts are required if the scorer needs them; the descriptions are the docstrings of scorer and metric."""
         metrics = [kind(cache_dir=str(tmp_path)) for kind in (BrightnessMetric, DarknessMetric)]
         assert [list(metric.features) for metric in metrics] == [["images", "prompts"], ["images"]]
-        assert metrics[0].description.startswith("The first pixel")
+        assert metrics[0].description.startswith("Scores the first pixel, times `unit`")
         assert metrics[0].inputs_description == "Brightness as a metric."
 
     def test_unknown_settings(self, tmp_path):
