@@ -110,7 +110,8 @@ class SourceConfig(BuilderConfig):
 
 class AnnotatedDatasetBuilder(GeneratorBasedBuilder):
     """
-    A builder with two configurations: the rows for the trainers, with images, and the full annotations, without images.
+    A builder with two configurations: the rows for the trainers, with images, and the full annotations, without
+    images.
     """
 
     BUILDER_CONFIG_CLASS = SourceConfig
@@ -438,7 +439,8 @@ def push(
 def push_stream(api: HfApi, repo_id: str, builder: AnnotatedDatasetBuilder) -> DatasetInfo:
     """
     Pushes a configuration whose rows are streamed from the source. Only one file at a time is on the disk, and one row
-    group in memory. The source is read once for each split. (`IterableDataset.push_to_hub` fails for shards without rows.)
+    group in memory. The source is read once for each split. (`IterableDataset.push_to_hub` fails for shards without
+    rows.)
 
     Args:
         api ([`~huggingface_hub.HfApi`]):

@@ -3,9 +3,9 @@
 
 """Conversions of box formats, which all take place in this module.
 
-A dataset stores a box as `[x_min, y_min, x_max, y_max]` in pixels of the stored image. In memory, a box has the same four
-numbers as fractions of the image size ("unit box"), so resizing does not change it. Every operation that moves the content of
-an image (EXIF orientation, crop, flip) has its counterpart here.
+A dataset stores a box as `[x_min, y_min, x_max, y_max]` in pixels of the stored image. In memory, a box has the same
+four numbers as fractions of the image size ("unit box"), so resizing does not change it. Every operation that moves
+the content of an image (EXIF orientation, crop, flip) has its counterpart here.
 """
 
 import torch

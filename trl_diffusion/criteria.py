@@ -3,8 +3,8 @@
 
 """The criteria tree of complex preference optimization (CPO, arXiv 2601.04300): loading, validation, search, prompts.
 
-A tree is a YAML file. Its keys are ids, which are unique in the whole tree. A node with a `positive` and a `negative` form is
-a leaf, called an attribute. Every other node is a group:
+A tree is a YAML file. Its keys are ids, which are unique in the whole tree. A node with a `positive` and a `negative`
+form is a leaf, called an attribute. Every other node is a group:
 
     name: still_life
     levels: [dimension, attribute]
@@ -153,7 +153,8 @@ class Criteria:
         Walks the tree depth first.
 
         Yields:
-            `tuple[int, str, Attribute | None]`: depth (0 for a dimension), id, and the attribute if the node is a leaf.
+            `tuple[int, str, Attribute | None]`: depth (0 for a dimension), id, and the attribute if the node is a
+            leaf.
         """
         previous: tuple[str, ...] = ()
         for attribute in self.attributes:
@@ -199,8 +200,8 @@ class Criteria:
 
 def choose_attributes(attributes: Sequence[tuple[Attribute, str]], maximum: int) -> list[tuple[Attribute, str]]:
     """
-    Chooses attributes evenly over the dimensions: the first of each dimension, then the second of each, and so on. A larger
-    maximum adds attributes to the choice of a smaller one.
+    Chooses attributes evenly over the dimensions: the first of each dimension, then the second of each, and so on. A
+    larger maximum adds attributes to the choice of a smaller one.
 
     Args:
         attributes (`Sequence[tuple[Attribute, str]]`):
@@ -239,8 +240,8 @@ def render_prompt(
         maximum (`int`, *optional*):
             Maximum number of attributes.
         fits (`Callable[[str], bool]`, *optional*):
-            Whether the text encoders can encode a prompt without truncation. If not, [`criteria.choose_attributes`] chooses
-            fewer attributes.
+            Whether the text encoders can encode a prompt without truncation. If not, [`criteria.choose_attributes`]
+            chooses fewer attributes.
 
     Returns:
         `tuple[str, int]`: the prompt, and the number of attributes that are left out.

@@ -67,8 +67,8 @@ class Row:
 
 def criteria_picture(criteria: Criteria) -> PIL.Image.Image:
     """
-    Draws a criteria tree: an overview, then a panel for each dimension. Nodes are indented headings, and the two forms of
-    an attribute are side by side, the positive one in green and the negative one in red.
+    Draws a criteria tree: an overview, then a panel for each dimension. Nodes are indented headings, and the two forms
+    of an attribute are side by side, the positive one in green and the negative one in red.
 
     Args:
         criteria ([`Criteria`]):

@@ -112,7 +112,8 @@ def describe_criteria(criteria: Criteria) -> dict[str, str | int]:
             The tree.
 
     Returns:
-        `dict`: `name`, number of `attributes`, and `sha256`, a hash of the attributes with their forms and definitions.
+        `dict`: `name`, number of `attributes`, and `sha256`, a hash of the attributes with their forms and
+        definitions.
     """
     digest = sha256(repr(criteria.attributes).encode()).hexdigest()[:16]
     return {"name": criteria.name, "attributes": len(criteria.attributes), "sha256": digest}

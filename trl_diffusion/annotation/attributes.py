@@ -58,8 +58,8 @@ def count_attributes(rows: list[Row]) -> Counter:
             Annotation rows, with class labels as indices.
 
     Returns:
-        `Counter`: `positive_attributes`, `negative_attributes`, and the number of images `without_attributes`, all over
-        the images with the status `ok`.
+        `Counter`: `positive_attributes`, `negative_attributes`, and the number of images `without_attributes`, all
+        over the images with the status `ok`.
     """
     ok = [row for row in rows if STATUSES[row["status"]] == "ok"]
     return Counter(

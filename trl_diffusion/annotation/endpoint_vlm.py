@@ -41,9 +41,9 @@ class EndpointVLM(VLM):
         timeout (`float`, *optional*, defaults to `120.0`):
             Timeout of a request in seconds.
         max_tries (`int`, *optional*, defaults to `6`):
-            Attempts per request before it counts as an error. After a failed attempt, the wait is the time that the server
-            asks for, or starts at one second and doubles with each attempt. A random factor of up to 1.5 spreads the
-            retries.
+            Attempts per request before it counts as an error. After a failed attempt, the wait is the time that the
+            server asks for, or starts at one second and doubles with each attempt. A random factor of up to 1.5
+            spreads the retries.
         max_new_tokens (`int`, *optional*, defaults to `512`):
             Maximum length of an answer in tokens.
 
@@ -140,9 +140,9 @@ class EndpointVLM(VLM):
 
 class ChatClient(InferenceClient):
     """
-    `InferenceClient` with two changes. It sends a JSON schema in OpenAI's format, not in that of an older server. And it
-    opens its own connections: those shared with the Hub are limited to a hundred, and refuse every server, even localhost,
-    when HF_HUB_OFFLINE is set.
+    `InferenceClient` with two changes. It sends a JSON schema in OpenAI's format, not in that of an older server. And
+    it opens its own connections: those shared with the Hub are limited to a hundred, and refuse every server, even
+    localhost, when HF_HUB_OFFLINE is set.
     """
 
     @cached_property

@@ -1,10 +1,11 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The first stage of IAPO (Sun et al., CVPR 2026): finds the instances of image pairs, and which image shows each better.
+"""The first stage of IAPO (Sun et al., CVPR 2026): annotates image pairs with instances and their preferences.
 
-The planner lists the instances that both images show, the detector locates them in both images, and the judge decides which
-image shows each instance better. If that is the rejected image, the instance contradicts the pair's label: it is a *conflict*.
+The planner lists the instances that both images show, the detector locates them in both images, and the judge decides
+which image shows each instance better. If that is the rejected image, the instance contradicts the pair's label: it is
+a *conflict*.
 """
 
 from collections import Counter
@@ -76,8 +77,9 @@ def count_instances(rows: list[Row]) -> Counter:
             Annotation rows, with class labels as indices.
 
     Returns:
-        `Counter`: `tie`, the pairs that are ties; and over the pairs with the status `ok`, `without_instances` (pairs),
-        `instances`, the `conflicts` and `instance_ties` among them, and `dropped_instances` (planned, but not kept).
+        `Counter`: `tie`, the pairs that are ties; and over the pairs with the status `ok`, `without_instances`
+        (pairs), `instances`, the `conflicts` and `instance_ties` among them, and `dropped_instances` (planned, but not
+        kept).
     """
     ok = [row for row in rows if STATUSES[row["status"]] == "ok"]
     preferences = Counter(PREFERENCES[instance["preference"]] for row in ok for instance in row["instances"])

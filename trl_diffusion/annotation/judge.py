@@ -22,8 +22,8 @@ class Verdict(BaseModel):
 
 class Judge:
     """
-    Compares two crops of each instance, of the same size and around its centre, in both orders. A verdict that changes with
-    the order is a tie (our addition, because models prefer one position).
+    Compares two crops of each instance, of the same size and around its centre, in both orders. A verdict that changes
+    with the order is a tie (our addition, because models prefer one position).
 
     Args:
         vlm ([`VLM`]):

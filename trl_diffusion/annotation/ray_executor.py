@@ -3,9 +3,9 @@
 
 """Runs the roles of a task as actor pools of Ray Data: `--executor ray`.
 
-Ray Data streams whole shards through the pools, keeps their order, and repeats the work of a lost process. A role receives
-the same records as in a local run, and the run writes the results in the same way: manifest, restart and error rate are the
-same, and each executor can continue a run of the other.
+Ray Data streams whole shards through the pools, keeps their order, and repeats the work of a lost process. A role
+receives the same records as in a local run, and the run writes the results in the same way: manifest, restart and
+error rate are the same, and each executor can continue a run of the other.
 """
 
 import logging
@@ -40,8 +40,8 @@ class RayExecutor:
             Actors of each role that uses the vision-language model (every role but the detector). Each actor loads the
             model.
         vlm_gpus (`float`, *optional*):
-            GPUs per such actor. Defaults to 1, or to an equal share if the cluster has fewer GPUs than actors, or to 0 if
-            it has none.
+            GPUs per such actor. Defaults to 1, or to an equal share if the cluster has fewer GPUs than actors, or to 0
+            if it has none.
         detector_actors (`int`, *optional*, defaults to `1`):
             Actors of the detector.
         detector_gpus (`float`, *optional*):
@@ -70,7 +70,7 @@ class RayExecutor:
         self.detector_gpus = detector_gpus
 
     def __call__(self, task: Task, rest: Rest) -> Iterator[tuple[list[Row], dict | None]]:
-        """Annotates the remaining rows, see [`annotation.run.Executor`]. Errors of roles are raised here, in shard order."""
+        """Annotates the remaining rows, see [`annotation.run.Executor`]. Raises errors of roles in shard order."""
         import ray
 
         if not ray.is_initialized():
@@ -247,15 +247,16 @@ def gpu_share(actors: int, gpus: float) -> float:
 
 def portable(error: Exception) -> Exception:
     """
-    Makes an error that another process can raise. If Ray raised the error itself, it would do so before the earlier shards
-    are written, and would add its own advice to the message.
+    Makes an error that another process can raise. If Ray raised the error itself, it would do so before the earlier
+    shards are written, and would add its own advice to the message.
 
     Args:
         error (`Exception`):
             An error that was raised in this process.
 
     Returns:
-        `Exception`: the error with its traceback as a note, or a `RuntimeError` with its message if it does not pickle.
+        `Exception`: the error with its traceback as a note, or a `RuntimeError` with its message if it does not
+        pickle.
     """
     text = "".join(traceback.format_exception(error))
     try:

@@ -239,9 +239,9 @@ def pair_columns(present: list[str], mapping: dict[str, str] | None = None) -> d
         present (`list[str]`):
             Columns of the dataset.
         mapping (`dict[str, str]`, *optional*):
-            The user's mapping from our names to the dataset's columns. Our names are `id`, `prompt`, and either `chosen`
-            and `rejected`, or `image_0`, `image_1` and `label_0`; uids such as `chosen_uid` are optional. Defaults to the
-            trainers' columns or those of Pick-a-Pic v2.
+            The user's mapping from our names to the dataset's columns. Our names are `id`, `prompt`, and either
+            `chosen` and `rejected`, or `image_0`, `image_1` and `label_0`; uids such as `chosen_uid` are optional.
+            Defaults to the trainers' columns or those of Pick-a-Pic v2.
 
     Returns:
         `dict[str, str]`: from our names to the dataset's columns.
@@ -265,8 +265,8 @@ def pair_columns(present: list[str], mapping: dict[str, str] | None = None) -> d
 
 def image_columns(present: list[str], mapping: dict[str, str] | None = None) -> dict[str, str]:
     """
-    Finds the columns of a dataset of images, as [`annotation.records.pair_columns`] does for pairs. Our names are `id`,
-    `prompt`, `image` and `image_uid`.
+    Finds the columns of a dataset of images, as [`annotation.records.pair_columns`] does for pairs. Our names are
+    `id`, `prompt`, `image` and `image_uid`.
     """
     return _mapped(IMAGE_COLUMNS, mapping or {}, present)
 
@@ -300,8 +300,8 @@ def prepare_rows(
     mapping: dict[str, str] | None = None,
 ) -> tuple[Dataset | IterableDataset, dict[str, str]]:
     """
-    Selects the columns that the annotation reads and disables the decoding of images. If a dataset in memory has no ids,
-    the row numbers become its ids.
+    Selects the columns that the annotation reads and disables the decoding of images. If a dataset in memory has no
+    ids, the row numbers become its ids.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -345,12 +345,12 @@ def read_pair(row: dict[str, Any], columns: dict[str, str], tie_policy: str = "d
         columns (`dict[str, str]`):
             From our names to the dataset's columns, see [`annotation.records.pair_columns`].
         tie_policy (`str`, *optional*, defaults to `"drop"`):
-            `"drop"` rejects ties (neither image is better); `"keep"` annotates them, with `image_0` as chosen and `tie`
-            set to `True`.
+            `"drop"` rejects ties (neither image is better); `"keep"` annotates them, with `image_0` as chosen and
+            `tie` set to `True`.
 
     Returns:
-        [`PairRecord`]: with the status `"rejected"` if the pair has no label, `"error"` if the file of an image cannot be
-        read.
+        [`PairRecord`]: with the status `"rejected"` if the pair has no label, `"error"` if the file of an image cannot
+        be read.
     """
     record = PairRecord(read_id(row, columns), row[columns["prompt"]] or "")
     names = ("chosen", "rejected")

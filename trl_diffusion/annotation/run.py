@@ -3,8 +3,9 @@
 
 """A run annotates a dataset and writes Parquet shards. After an interruption, the same command continues it.
 
-A shard holds the annotations of `rows_per_shard` rows in the order of the dataset, and is written completely or not at all.
-Its content depends only on the rows and on what the manifest describes, so an interrupted run has the same result.
+A shard holds the annotations of `rows_per_shard` rows in the order of the dataset, and is written completely or not at
+all. Its content depends only on the rows and on what the manifest describes, so an interrupted run has the same
+result.
 """
 
 import hashlib
@@ -209,8 +210,8 @@ class Run:
         task ([`Task`]):
             The task.
         output_dir (`str` or `Path`):
-            Parent of the run's folder. The folder is named after the split and the fingerprint of the task, so a changed
-            prompt or model starts a new run.
+            Parent of the run's folder. The folder is named after the split and the fingerprint of the task, so a
+            changed prompt or model starts a new run.
 
     Raises:
         `ValueError`: If another process works on this run.
@@ -261,8 +262,8 @@ class Run:
 
     def rest(self, dataset: Dataset | IterableDataset) -> Rest:
         """
-        Finds the remaining rows. A stream continues at its saved state, without reading the earlier rows again. A finished
-        stream is not read again.
+        Finds the remaining rows. A stream continues at its saved state, without reading the earlier rows again. A
+        finished stream is not read again.
 
         Args:
             dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):

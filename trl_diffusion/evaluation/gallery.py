@@ -29,14 +29,14 @@ def disagreement(
     """
     Measures how strongly two metrics disagree about which of two models has the better image for a prompt.
 
-    According to metric `k`, model `a` leads model `b` by `d_k(a, b) = (s_k(a) - s_k(b)) / scale_k`, negated if lower is
-    better. The disagreement about a pair of models is the smaller of the largest leads in the two directions. The pair with
-    the largest disagreement counts:
+    According to metric `k`, model `a` leads model `b` by `d_k(a, b) = (s_k(a) - s_k(b)) / scale_k`, negated if lower
+    is better. The disagreement about a pair of models is the smaller of the largest leads in the two directions. The
+    pair with the largest disagreement counts:
 
         disagreement = max over a, b of min( max_k d_k(a, b), max_k d_k(b, a) ), and at least 0
 
-    With standard deviations as scales, a value of 1 means that for some pair of images, one metric prefers the first by at
-    least one standard deviation, and another metric the second.
+    With standard deviations as scales, a value of 1 means that for some pair of images, one metric prefers the first
+    by at least one standard deviation, and another metric the second.
 
     Args:
         scores (`list[list[float | None]]` of shape `(models, metrics)`):
@@ -76,9 +76,9 @@ def gallery_data(table: pa.Table) -> dict[str, Any]:
             Scores from [`evaluation.scores.score_models`].
 
     Returns:
-        `dict`: `models`; `metrics` (`name`, `label`, `up`, `decimals`); `groups`; and `rows`, one for each prompt and index,
-        with `images` by model (a quoted path, or `None`), `scores` by model and metric, `best` (for each metric, the indices
-        of the best models; empty if all are equal), `disagreement`, and `spreads` by metric.
+        `dict`: `models`; `metrics` (`name`, `label`, `up`, `decimals`); `groups`; and `rows`, one for each prompt and
+        index, with `images` by model (a quoted path, or `None`), `scores` by model and metric, `best` (for each
+        metric, the indices of the best models; empty if all are equal), `disagreement`, and `spreads` by metric.
     """
     metrics = metrics_of(table)
     models = table["model"].unique().to_pylist()

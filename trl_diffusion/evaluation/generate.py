@@ -3,8 +3,9 @@
 
 """Samples the images of a comparison, with the same noise for every model. An interrupted run continues.
 
-The noise of an image depends only on the seed, the id of its prompt and its index among the images of the prompt, not on the
-batch size, the order, the other prompts or the number of processes. A run therefore samples only the missing images.
+The noise of an image depends only on the seed, the id of its prompt and its index among the images of the prompt, not
+on the batch size, the order, the other prompts or the number of processes. A run therefore samples only the missing
+images.
 """
 
 import gc
@@ -95,8 +96,8 @@ def generate(
         `list[ImageRow]`: the images, sorted by prompt in the order of the set, then by index.
 
     Raises:
-        `ValueError`: If the folder holds images that were sampled with other settings, another process is sampling into it,
-            the scheduler does not fit the model, the disk is full, or a folder of images is incomplete.
+        `ValueError`: If the folder holds images that were sampled with other settings, another process is sampling
+            into it, the scheduler does not fit the model, the disk is full, or a folder of images is incomplete.
     """
     if spec.kind == "images":
         return match_images(Path(spec.path), prompt_set, protocol.images_per_prompt)
@@ -263,9 +264,9 @@ def write_image(sample: tuple[ImageRow, PIL.Image.Image]) -> None:
 
 def match_images(folder: Path, prompt_set: PromptSet, images_per_prompt: int) -> list[ImageRow]:
     """
-    Finds the images of prompts in a folder, either by their names `<prompt id>_<index>.png` (or `.jpg`, `.jpeg`, `.webp`), or
-    by a `metadata.jsonl` in the format of `datasets`: one line per image, with `file_name` and either `prompt_id` or
-    `prompt`. The first line of a prompt is its image 0.
+    Finds the images of prompts in a folder, either by their names `<prompt id>_<index>.png` (or `.jpg`, `.jpeg`,
+    `.webp`), or by a `metadata.jsonl` in the format of `datasets`: one line per image, with `file_name` and either
+    `prompt_id` or `prompt`. The first line of a prompt is its image 0.
 
     Args:
         folder (`Path`):

@@ -112,7 +112,8 @@ def resolve_model(name: str, where: str, base: str | None = None, negative_lora:
             Name of the model in tables and folders.
         where (`str`):
             - a pipeline: a folder or Hub id with `model_index.json`, such as a checkpoint of full fine-tuning;
-            - a LoRA: a folder or Hub id with `pytorch_lora_weights.safetensors`, such as a checkpoint of LoRA training;
+            - a LoRA: a folder or Hub id with `pytorch_lora_weights.safetensors`, such as a checkpoint of LoRA
+              training;
             - a folder of images, see [`evaluation.generate.match_images`].
         base (`str`, *optional*):
             Folder or Hub id of the base pipeline of a LoRA. Defaults to the `base_model` in the LoRA's card.
@@ -196,8 +197,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
     Args:
         dtype (`str`):
-            `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: `float16` on a CUDA device, as in Diffusion-DPO's notebook,
-            and `float32` elsewhere.
+            `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: `float16` on a CUDA device, as in Diffusion-DPO's
+            notebook, and `float32` elsewhere.
         device (`torch.device`):
             Device of the model.
 

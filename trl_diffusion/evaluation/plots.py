@@ -35,8 +35,9 @@ NAME_WIDTH = 26  # characters per line of a model's name
 
 def plot_distributions(table: pa.Table) -> "Figure":
     """
-    Plots the distribution of the scores of each model. There is a panel for each metric, which shows the density of each
-    model's scores, their interquartile range as a bar and their mean as a dot. A line marks the mean of the baseline.
+    Plots the distribution of the scores of each model. There is a panel for each metric, which shows the density of
+    each model's scores, their interquartile range as a bar and their mean as a dot. A line marks the mean of the
+    baseline.
 
     Args:
         table (`pyarrow.Table`):
@@ -76,8 +77,8 @@ def draw_distributions(axes: "Axes", distributions: list[np.ndarray], models: li
 
 def plot_win_rates(summary: dict[str, Any]) -> "Figure":
     """
-    Plots the win rates against the baseline. There is a panel for each metric, which shows the win rate of each model with
-    its interval, and a line at 50 %.
+    Plots the win rates against the baseline. There is a panel for each metric, which shows the win rate of each model
+    with its interval, and a line at 50 %.
 
     Args:
         summary (`dict`):
@@ -116,7 +117,7 @@ def plot_win_rates(summary: dict[str, Any]) -> "Figure":
 
 
 def draw_win_rate(axes: "Axes", rate: dict[str, Any], place: int, model: str) -> None:
-    """One row of a panel of `plot_win_rates`. The first model has the second colour, because the baseline has the first."""
+    """One row of a panel of `plot_win_rates`. The first colour is that of the baseline, which is not shown."""
     if rate["win_rate"] is None:
         draw_note(axes, "no pairs", place)
         return
@@ -201,7 +202,8 @@ def save_plots(table: pa.Table, summary: dict[str, Any], output_dir: str | Path)
             Folder of the evaluation.
 
     Returns:
-        `dict[str, str]`: files by title, for [`evaluation.report.write_report`]. Empty if no metric scores single images.
+        `dict[str, str]`: files by title, for [`evaluation.report.write_report`]. Empty if no metric scores single
+        images.
     """
     figures = {}
     if metrics_of(table):

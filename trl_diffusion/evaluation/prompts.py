@@ -117,8 +117,8 @@ class PromptSet:
 
     def select(self, limit: int) -> "PromptSet":
         """
-        Selects evenly spaced prompts. The consecutive groups of a benchmark therefore keep their shares, and a selection of
-        twice the size contains the smaller one.
+        Selects evenly spaced prompts. The consecutive groups of a benchmark therefore keep their shares, and a
+        selection of twice the size contains the smaller one.
 
         Args:
             limit (`int`):
@@ -147,8 +147,8 @@ def load_prompts(
     """
     Loads prompts.
 
-    The id of a prompt is that of the column `id`, if there is one, else the zero-padded row number, counted from 0. The ids
-    of `hpdv2` begin with the style. Groups are Parti's categories, HPD v2's styles, or a column `group`.
+    The id of a prompt is that of the column `id`, if there is one, else the zero-padded row number, counted from 0.
+    The ids of `hpdv2` begin with the style. Groups are Parti's categories, HPD v2's styles, or a column `group`.
 
     Args:
         source (`str` or `Path`):
@@ -169,8 +169,8 @@ def load_prompts(
         [`PromptSet`]
 
     Raises:
-        `ValueError`: If the source does not exist, cannot be downloaded or read, has no prompts or lacks the column; if a
-            prompt is empty; if an id is repeated or is not valid in a file name.
+        `ValueError`: If the source does not exist, cannot be downloaded or read, has no prompts or lacks the column;
+            if a prompt is empty; if an id is repeated or is not valid in a file name.
     """
     source = str(source)
     if source in BENCHMARKS:

@@ -53,18 +53,19 @@ def summarize(
         table (`pyarrow.Table`):
             Scores from [`evaluation.scores.score_models`]. The first model is the baseline.
         settings (`dict`):
-            Settings of the run, for the record: the prompt set, the protocol, the models and their revisions, versions of
-            packages.
+            Settings of the run, for the record: the prompt set, the protocol, the models and their revisions, versions
+            of packages.
         corpus (`dict[str, dict[str, dict]]`, *optional*):
-            Results of corpus metrics, which score all images of a model together, by metric and model. A result contains
-            the score under a name that starts with that of the metric, `higher_is_better`, `weights`, and possibly more.
+            Results of corpus metrics, which score all images of a model together, by metric and model. A result
+            contains the score under a name that starts with that of the metric, `higher_is_better`, `weights`, and
+            possibly more.
 
     Returns:
         `dict` of JSON values: `baseline`; `models`, with the number of images of each; `num_prompts`; `metrics`, with
-        `higher_is_better` and `weights`; `scores` by model and metric (`mean`, `standard_error` over prompts, `num_scored`,
-        `num_errors` and the first few `errors`; for corpus metrics `value`, `full_name`, and the rest of the result);
-        `groups`, the scores by group, model and metric; `win_rates` against the baseline by model and metric; `confidence`
-        of their intervals; and `settings`.
+        `higher_is_better` and `weights`; `scores` by model and metric (`mean`, `standard_error` over prompts,
+        `num_scored`, `num_errors` and the first few `errors`; for corpus metrics `value`, `full_name`, and the rest of
+        the result); `groups`, the scores by group, model and metric; `win_rates` against the baseline by model and
+        metric; `confidence` of their intervals; and `settings`.
     """
     metrics = metrics_of(table)
     rows = table.to_pylist()
@@ -135,13 +136,13 @@ def corpus_summary(result: dict[str, Any], name: str) -> tuple[dict[str, Any], d
 def standard_error(values: Sequence[float], prompts: Sequence[Hashable]) -> float | None:
     """
     Computes the standard error of a mean over images with respect to the choice of prompts. The images of a prompt are
-    correlated and form a cluster: with `r_p` the sum over the images of prompt `p` of value minus mean, `P` prompts and `N`
-    images,
+    correlated and form a cluster: with `r_p` the sum over the images of prompt `p` of value minus mean, `P` prompts
+    and `N` images,
 
         SE = sqrt( P / (P - 1) * sum_p r_p^2 ) / N
 
-    (the cluster-robust variance of Liang and Zeger, Biometrika 1986, for a mean). With one image per prompt, this is the
-    standard deviation divided by `sqrt(N)`.
+    (the cluster-robust variance of Liang and Zeger, Biometrika 1986, for a mean). With one image per prompt, this is
+    the standard deviation divided by `sqrt(N)`.
 
     Args:
         values (`Sequence[float]` of length `N`):

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Runs a complete evaluation: samples images for the same prompts and noise with every model, scores and compares them."""
+"""Runs a complete evaluation: samples images with every model for the same prompts and noise, and scores them."""
 
 import os
 from collections.abc import Callable
@@ -48,8 +48,8 @@ def evaluate_models(
     disable_tqdm: bool = False,
 ) -> dict[str, Any] | None:
     """
-    Samples and scores images, and writes the report. Images and scores of an earlier run in the same folder are reused. FID
-    and KID are always computed again.
+    Samples and scores images, and writes the report. Images and scores of an earlier run in the same folder are
+    reused. FID and KID are always computed again.
 
     Args:
         specs (`list[ModelSpec]`):
@@ -80,7 +80,8 @@ def evaluate_models(
             Whether to hide the progress bars.
 
     Returns:
-        `dict`: the result of [`evaluation.report.summarize`] in the main process; `None` in the others, which only sample.
+        `dict`: the result of [`evaluation.report.summarize`] in the main process; `None` in the others, which only
+        sample.
 
     Raises:
         `ValueError`: If two models have the same name, or `references` or a package is missing. See also

@@ -3,8 +3,8 @@
 
 """Scores the images of all models, with one scorer in memory at a time.
 
-Scores are cached for each metric, so a run that was interrupted, or that has more models or metrics than before, scores only
-what is new. A score depends on the bytes of the image and, if the metric uses it, on the prompt.
+Scores are cached for each metric, so a run that was interrupted, or that has more models or metrics than before,
+scores only what is new. A score depends on the bytes of the image and, if the metric uses it, on the prompt.
 """
 
 import gc
@@ -89,11 +89,11 @@ def score_models(
 
     Args:
         images (`pyarrow.Table`):
-            The images, with the columns of `IMAGES_SCHEMA`: `model`, `prompt_id`, `prompt`, `group` (null if there are no
-            groups), `index` among the images of the prompt, and `image`, the file relative to `output_dir`.
+            The images, with the columns of `IMAGES_SCHEMA`: `model`, `prompt_id`, `prompt`, `group` (null if there are
+            no groups), `index` among the images of the prompt, and `image`, the file relative to `output_dir`.
         scorers (`dict[str, Callable]`):
-            A function that loads the scorer, for each metric, such as `{"pickscore": PickScoreScorer}`. A scorer is loaded
-            after the previous one was released from memory.
+            A function that loads the scorer, for each metric, such as `{"pickscore": PickScoreScorer}`. A scorer is
+            loaded after the previous one was released from memory.
         output_dir (`str` or `Path`):
             Folder of the evaluation. Scores are cached in its `scores/<metric>.parquet`.
         batch_size (`int`, *optional*, defaults to `16`):
@@ -104,12 +104,12 @@ def score_models(
             Whether to hide the progress bars.
 
     Returns:
-        `pyarrow.Table`: the columns of `images`, and a column of `float64` for each metric, null for missing scores. Its
-        metadata describe the metrics, see [`evaluation.scores.metrics_of`].
+        `pyarrow.Table`: the columns of `images`, and a column of `float64` for each metric, null for missing scores.
+        Its metadata describe the metrics, see [`evaluation.scores.metrics_of`].
 
     Raises:
-        `ValueError`: If there are no images, or two rows are the same image; if a file is missing or not an image; if the
-            disk is full.
+        `ValueError`: If there are no images, or two rows are the same image; if a file is missing or not an image; if
+            the disk is full.
     """
     output_dir = Path(output_dir)
     images = check_images(images)
@@ -183,8 +183,8 @@ def score_metric(
     disable_tqdm: bool,
 ) -> tuple[list[float | None], dict[str, Any]]:
     """
-    Like `score_models`, for one metric: returns the scores of all images, and the description of the metric. The scorer is
-    loaded here and released on return.
+    Like `score_models`, for one metric: returns the scores of all images, and the description of the metric. The
+    scorer is loaded here and released on return.
     """
     scorer = load()
     path = output_dir / "scores" / f"{name}.parquet"

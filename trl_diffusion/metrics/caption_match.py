@@ -59,8 +59,8 @@ class VLMThings:
                 The prompts.
 
         Returns:
-            `list[list[str] | ScoringError]` of length `B`: the objects of each prompt, most important first, or why there
-            is no valid answer.
+            `list[list[str] | ScoringError]` of length `B`: the objects of each prompt, most important first, or why
+            there is no valid answer.
         """
         answers = ask(self.vlm, [self.request(prompt) for prompt in prompts])
         return [
@@ -76,16 +76,16 @@ class CaptionMatchScorer(Scorer):
     """
     The share of the objects named in the prompt that a detector finds in the image, in [0, 1]. Higher is better.
 
-    Each object is searched for separately. The score therefore ignores their number and arrangement, and considers their
-    attributes only as far as the detector does.
+    Each object is searched for separately. The score therefore ignores their number and arrangement, and considers
+    their attributes only as far as the detector does.
 
     Args:
         detector ([`Detector`]):
             The detector.
         things (`Callable`):
-            Extracts the objects that prompts name: [`VLMThings`], or a function that returns a list of names for each of
-            a list of prompts, or a [`ScoringError`] instead of a list. It is called once for each distinct prompt. Its
-            attribute `weights`, if any, becomes part of the result.
+            Extracts the objects that prompts name: [`VLMThings`], or a function that returns a list of names for each
+            of a list of prompts, or a [`ScoringError`] instead of a list. It is called once for each distinct prompt.
+            Its attribute `weights`, if any, becomes part of the result.
     """
 
     name = "caption_match"
@@ -152,8 +152,8 @@ class CaptionMatchScorer(Scorer):
 
 class CaptionMatch(ImageMetric):
     """
-    [`CaptionMatchScorer`] as a module of `evaluate`:
-    `evaluate.load(metric_path("caption_match"), detector=detector, things=things).compute(images=[...], prompts=[...])`.
+    [`CaptionMatchScorer`] as a module of `evaluate`: `evaluate.load(metric_path("caption_match"), detector=detector,
+    things=things).compute(images=[...], prompts=[...])`.
     """
 
     scorer_type = CaptionMatchScorer

@@ -11,8 +11,8 @@ class CLIPScoreScorer(CosineScorer):
     """
     CLIP score: 100 times the cosine similarity of image and prompt in LAION's CLIP ViT-H/14. Higher is better.
 
-    Negative values are kept. The CLIPScore of Hessel et al. (2021) clips them at 0, multiplies by 2.5 instead of 100, and
-    uses OpenAI's ViT-B/32. Scores of different models are not comparable.
+    Negative values are kept. The CLIPScore of Hessel et al. (2021) clips them at 0, multiplies by 2.5 instead of 100,
+    and uses OpenAI's ViT-B/32. Scores of different models are not comparable.
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):

@@ -68,8 +68,8 @@ def fid_result(
             The extractor of the features.
 
     Returns:
-        `dict`: the distance under the name `fid_<spec>_n<N>`, such as `fid_inception2015_2048_clean_n10000`, which states
-        what it depends on; `num_images`, `num_references`, `higher_is_better` and `weights`.
+        `dict`: the distance under the name `fid_<spec>_n<N>`, such as `fid_inception2015_2048_clean_n10000`, which
+        states what it depends on; `num_images`, `num_references`, `higher_is_better` and `weights`.
     """
     return {
         f"fid_{extractor.spec}_n{len(features)}": fid_from_features(features, reference_features),

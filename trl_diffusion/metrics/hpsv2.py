@@ -25,9 +25,9 @@ def fit_into_square(image: PIL.Image.Image, size: int) -> torch.Tensor:
     """
     Resizes the longer side to `size`, and centres the image on a black square. Transparency is dropped.
 
-    This follows `resize_longest_max` of https://github.com/tgxs002/HPSv2 with torchvision 0.17 or later: pixels are resized
-    as floats, with antialiased bicubic interpolation, and values outside of [0, 1] are kept. Earlier versions of torchvision
-    do not antialias, and give other scores.
+    This follows `resize_longest_max` of https://github.com/tgxs002/HPSv2 with torchvision 0.17 or later: pixels are
+    resized as floats, with antialiased bicubic interpolation, and values outside of [0, 1] are kept. Earlier versions
+    of torchvision do not antialias, and give other scores.
 
     Args:
         image (`PIL.Image.Image`):
@@ -55,15 +55,16 @@ def clean_prompt(prompt: str) -> str:
 
 class HPSv2Scorer(CosineScorer):
     """
-    HPS v2: 100 times the cosine similarity of image and prompt in a CLIP ViT-H/14 that was fine-tuned on human preferences.
-    Higher is better.
+    HPS v2: 100 times the cosine similarity of image and prompt in a CLIP ViT-H/14 that was fine-tuned on human
+    preferences. Higher is better.
 
-    Papers and the benchmark of the `hpsv2` package also report it times 100; `hpsv2.score` returns the cosine itself. The
-    other differences from the package are:
+    Papers and the benchmark of the `hpsv2` package also report it times 100; `hpsv2.score` returns the cosine itself.
+    The other differences from the package are:
     - This computes in float32, the package in half precision on a GPU.
-    - The package repairs prompts with `ftfy`; this does only the common part of it. Prompts with mojibake, ligatures or
-      full-width letters can score differently.
-    - An image whose longer side is exactly the model's 224 pixels is padded like all others. The package does not pad it.
+    - The package repairs prompts with `ftfy`; this does only the common part of it. Prompts with mojibake, ligatures
+      or full-width letters can score differently.
+    - An image whose longer side is exactly the model's 224 pixels is padded like all others. The package does not pad
+      it.
     - In the package, resizing depends on the version of torchvision, see [`fit_into_square`].
 
     Args:
@@ -103,7 +104,8 @@ class HPSv2Scorer(CosineScorer):
 
 class HPSv2(ImageMetric):
     """
-    [`HPSv2Scorer`] as a module of `evaluate`: `evaluate.load(metric_path("hpsv2")).compute(images=[...], prompts=[...])`.
+    [`HPSv2Scorer`] as a module of `evaluate`: `evaluate.load(metric_path("hpsv2")).compute(images=[...],
+    prompts=[...])`.
     """
 
     scorer_type = HPSv2Scorer

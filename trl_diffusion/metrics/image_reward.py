@@ -95,7 +95,8 @@ def preprocess(image: PIL.Image.Image, size: int) -> torch.Tensor:
 
 class ImageRewardModel(nn.Module):
     """
-    A text encoder whose tokens attend to the patches of the image, and a head on the last hidden state of the first token.
+    A text encoder whose tokens attend to the patches of the image, and a head on the last hidden state of the first
+    token.
 
     Args:
         config (`BlipConfig`):
@@ -162,9 +163,9 @@ def convert_image_reward(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
 
 class ImageRewardScorer(Scorer):
     """
-    ImageReward-v1.0: the normalized reward `(r - 0.1672) / 1.0333`, where `r` is the output of a BLIP model that was trained
-    on 137,000 comparisons, and the constants are the authors' mean and standard deviation. Prompts are truncated to 35
-    tokens. Higher is better.
+    ImageReward-v1.0: the normalized reward `(r - 0.1672) / 1.0333`, where `r` is the output of a BLIP model that was
+    trained on 137,000 comparisons, and the constants are the authors' mean and standard deviation. Prompts are
+    truncated to 35 tokens. Higher is better.
 
     Args:
         weights_path (`str` or `Path`, *optional*):

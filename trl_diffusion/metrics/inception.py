@@ -3,8 +3,8 @@
 
 """Shared by FID and KID: the features of TensorFlow's Inception v3 of 2015-12-05, with which FID is defined.
 
-Images are resized as in Clean-FID (Parmar et al., CVPR 2022, https://github.com/GaParmar/clean-fid). The original FID (Heusel
-et al., NeurIPS 2017, https://github.com/bioinf-jku/TTUR) resizes with TensorFlow, which aliases.
+Images are resized as in Clean-FID (Parmar et al., CVPR 2022, https://github.com/GaParmar/clean-fid). The original FID
+(Heusel et al., NeurIPS 2017, https://github.com/bioinf-jku/TTUR) resizes with TensorFlow, which aliases.
 """
 
 import inspect
@@ -185,8 +185,8 @@ class InceptionE(nn.Module):
 
 class InceptionV3(nn.Module):
     """
-    The variant of Inception v3 (Szegedy et al., CVPR 2016) that FID uses: average pooling ignores padding, and the last block
-    uses max pooling. The parameters have torchvision's names.
+    The variant of Inception v3 (Szegedy et al., CVPR 2016) that FID uses: average pooling ignores padding, and the
+    last block uses max pooling. The parameters have torchvision's names.
     """
 
     def __init__(self):
@@ -305,8 +305,8 @@ class InceptionFeatures:
 
     Attributes:
         spec (`str`):
-            What features depend on besides the images: the network (`inception2015`), the layer (`2048`, its last pooling)
-            and the resizing (`clean`).
+            What features depend on besides the images: the network (`inception2015`), the layer (`2048`, its last
+            pooling) and the resizing (`clean`).
         weights (`dict[str, str]`):
             Source of the weights, and their hash.
 
@@ -372,9 +372,9 @@ class InceptionFeatures:
 
 class InceptionMetric(evaluate.Metric, ABC):
     """
-    A distance between images and reference images as a module of `evaluate`:
-    `metric.compute(images=[...], references=[...], batch_size=32)`. Their numbers may differ, and each may be a folder. The
-    network is loaded at the first use.
+    A distance between images and reference images as a module of `evaluate`: `metric.compute(images=[...],
+    references=[...], batch_size=32)`. Their numbers may differ, and each may be a folder. The network is loaded at the
+    first use.
 
     Args:
         weights_path (`str` or `Path`, *optional*):

@@ -21,8 +21,8 @@ def kid_from_features(
     seed: int = 0,
 ) -> tuple[float, float]:
     """
-    Computes the unbiased squared maximum mean discrepancy with the kernel `(x.y / D + 1)^3` on random subsets of both sets,
-    with torchmetrics in float64.
+    Computes the unbiased squared maximum mean discrepancy with the kernel `(x.y / D + 1)^3` on random subsets of both
+    sets, with torchmetrics in float64.
 
     Args:
         features (`torch.Tensor` of shape `(N, D)`):
@@ -37,8 +37,8 @@ def kid_from_features(
             Seed of the subsets.
 
     Returns:
-        `tuple[float, float]`: mean and standard deviation over the subsets. For equal distributions, the mean varies around
-        0 and may be negative.
+        `tuple[float, float]`: mean and standard deviation over the subsets. For equal distributions, the mean varies
+        around 0 and may be negative.
 
     Raises:
         `ValueError`: If `subsets` is less than 1, or `subset_size` is less than 2 or larger than one of the sets.
@@ -97,8 +97,8 @@ def kid_result(
     Returns:
         `dict`: the mean over the subsets under the name `kid_<spec>_<subsets>x<size>_n<N>`, such as
         `kid_inception2015_2048_clean_100x1000_n10000`, which states what it depends on; `standard_deviation` over the
-        subsets, which is not the standard error of the mean; `seed`, `num_images`, `num_references`, `higher_is_better`
-        and `weights`.
+        subsets, which is not the standard error of the mean; `seed`, `num_images`, `num_references`,
+        `higher_is_better` and `weights`.
     """
     subset_size = min(subset_size, len(features), len(reference_features))
     mean, deviation = kid_from_features(features, reference_features, subsets, subset_size, seed)
@@ -150,8 +150,8 @@ def kernel_inception_distance(
 
 class KID(InceptionMetric):
     """
-    Kernel Inception distance between the distributions of images and reference images, unbiased for any number of images.
-    Lower is better. `compute` also accepts `subsets`, `subset_size` and `seed`.
+    Kernel Inception distance between the distributions of images and reference images, unbiased for any number of
+    images. Lower is better. `compute` also accepts `subsets`, `subset_size` and `seed`.
     """
 
     citation = """\

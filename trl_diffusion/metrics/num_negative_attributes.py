@@ -17,15 +17,16 @@ from trl_diffusion.metrics.scorer import ImageMetric, Scorer, ScoringError, qual
 
 class NumNegativeAttributesScorer(Scorer):
     """
-    Number of negative attributes of an image according to an expert: #A_neg of CPO (arXiv 2601.04300). Lower is better.
+    Number of negative attributes of an image according to an expert: #A_neg of CPO (arXiv 2601.04300). Lower is
+    better.
 
     Numbers are comparable only for the same expert and tree, because a larger tree has more attributes to find.
 
     Args:
         expert ([`AttributeExpert`] or `Callable`):
-            The expert of the annotation, or a function such as a trained classifier that takes an upright RGB image and its
-            prompt and returns the ids of the negative attributes. A function may raise [`ScoringError`] for an image that
-            it cannot score.
+            The expert of the annotation, or a function such as a trained classifier that takes an upright RGB image
+            and its prompt and returns the ids of the negative attributes. A function may raise [`ScoringError`] for an
+            image that it cannot score.
 
     Raises:
         `ValueError`: If the expert cannot be called.

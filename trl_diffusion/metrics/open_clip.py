@@ -48,8 +48,8 @@ def convert_open_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
             State dict of an open_clip `CLIP` with a ViT.
 
     Returns:
-        `dict[str, torch.Tensor]`: state dict of [`~transformers.CLIPModel`], without copies. Unknown tensors keep their
-        names, so loading refuses them.
+        `dict[str, torch.Tensor]`: state dict of [`~transformers.CLIPModel`], without copies. Unknown tensors keep
+        their names, so loading refuses them.
     """
     converted = {}
     for name, tensor in tensors.items():

@@ -10,11 +10,11 @@ from trl_diffusion.revisions import resolve_revision
 
 class PickScoreScorer(CosineScorer):
     """
-    PickScore: the cosine similarity of image and prompt times the learned logit scale, in a CLIP ViT-H/14 that was fine-tuned
-    on the preferences of Pick-a-Pic. Higher is better.
+    PickScore: the cosine similarity of image and prompt times the learned logit scale, in a CLIP ViT-H/14 that was
+    fine-tuned on the preferences of Pick-a-Pic. Higher is better.
 
-    Follows https://github.com/yuvalkirstain/PickScore, in float32. Papers with values near 0.2 report this score divided by
-    100.
+    Follows https://github.com/yuvalkirstain/PickScore, in float32. Papers with values near 0.2 report this score
+    divided by 100.
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"yuvalkirstain/PickScore_v1"`):

@@ -3,8 +3,9 @@
 
 """Shared by all metrics of single images: scoring batches of images, and summarizing the scores.
 
-A metric consists of a [`Scorer`], which implements the algorithm, and a thin [`ImageMetric`] around it for `evaluate.load`. The
-files of the metrics use absolute imports, because `evaluate` copies them to another place before it imports them.
+A metric consists of a [`Scorer`], which implements the algorithm, and a thin [`ImageMetric`] around it for
+`evaluate.load`. The files of the metrics use absolute imports, because `evaluate` copies them to another place before
+it imports them.
 """
 
 import inspect
@@ -135,8 +136,8 @@ class Scorer(ABC):
             [`Scores`]
 
         Raises:
-            `ValueError`: If there are no images, if the number of prompts differs, if a file is not an image, or if a score
-                is not finite.
+            `ValueError`: If there are no images, if the number of prompts differs, if a file is not an image, or if a
+                score is not finite.
         """
         if not images:
             raise ValueError(f"There are no images to compute `{self.name}` of.")
@@ -174,8 +175,8 @@ class Scorer(ABC):
                 The scores.
 
         Returns:
-            `dict`: the mean over the scored images under the name of the metric, `standard_error`, `scores`, `errors` by
-            the index of the image, `higher_is_better` and `weights`.
+            `dict`: the mean over the scored images under the name of the metric, `standard_error`, `scores`, `errors`
+            by the index of the image, `higher_is_better` and `weights`.
         """
         return {
             self.name: scores.mean,
@@ -275,11 +276,11 @@ def check_settings(settings: dict[str, Any], name: str, known: Iterable[str]) ->
 
 class ImageMetric(evaluate.Metric, ABC):
     """
-    A scorer as a module of `evaluate`: `metric.compute(images=[...], prompts=[...], batch_size=16)` returns the result of
-    [`Scorer.result`]. The scorer is created, and its weights are loaded, at the first use.
+    A scorer as a module of `evaluate`: `metric.compute(images=[...], prompts=[...], batch_size=16)` returns the result
+    of [`Scorer.result`]. The scorer is created, and its weights are loaded, at the first use.
 
-    `evaluate` writes its inputs to the disk before it computes. Pass image files rather than images in memory, which it would
-    have to encode.
+    `evaluate` writes its inputs to the disk before it computes. Pass image files rather than images in memory, which
+    it would have to encode.
 
     Args:
         settings:

@@ -69,8 +69,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
     Args:
         path (`Path`):
-            A safetensors or PyTorch file. Of a PyTorch file, only tensors are read. A state dict may be nested under the
-            key `state_dict`.
+            A safetensors or PyTorch file. Of a PyTorch file, only tensors are read. A state dict may be nested under
+            the key `state_dict`.
 
     Returns:
         `dict[str, torch.Tensor]`: the state dict.

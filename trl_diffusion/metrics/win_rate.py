@@ -24,11 +24,12 @@ def win_rate(
     groups: Sequence[Hashable] | None = None,
 ) -> dict[str, Any]:
     """
-    Computes the share of pairs that the first model wins, with ties counted as one half, and a percentile bootstrap interval.
+    Computes the share of pairs that the first model wins, with ties counted as one half, and a percentile bootstrap
+    interval.
 
-    Images of the same prompt are not independent. With several seeds per prompt, pass the prompts as `groups`: the bootstrap
-    then resamples whole prompts (a cluster bootstrap). The interval has no width if all pairs have the same outcome, and is
-    too narrow for a dozen prompts.
+    Images of the same prompt are not independent. With several seeds per prompt, pass the prompts as `groups`: the
+    bootstrap then resamples whole prompts (a cluster bootstrap). The interval has no width if all pairs have the same
+    outcome, and is too narrow for a dozen prompts.
 
     Args:
         scores (`Sequence[float | None]` of length `N`):
@@ -47,11 +48,12 @@ def win_rate(
             Group of each pair, such as its prompt. By default, all pairs are independent.
 
     Returns:
-        `dict`: `win_rate`; `lower` and `upper`, `None` if there is only one pair or one group; `num_pairs` and `num_ties`
-        of the compared pairs; `left_out`, the number of pairs in which an image has no score.
+        `dict`: `win_rate`; `lower` and `upper`, `None` if there is only one pair or one group; `num_pairs` and
+        `num_ties` of the compared pairs; `left_out`, the number of pairs in which an image has no score.
 
     Raises:
-        `ValueError`: If the lengths differ, a score is not finite, no pair has both scores, or an option is out of range.
+        `ValueError`: If the lengths differ, a score is not finite, no pair has both scores, or an option is out of
+            range.
     """
     if len(scores) != len(references) or groups is not None and len(groups) != len(scores):
         raise ValueError(
@@ -94,11 +96,11 @@ def bootstrap_interval(
     sums: np.ndarray, sizes: np.ndarray, confidence: float, num_resamples: int, seed: int
 ) -> tuple[float, float] | tuple[None, None]:
     """
-    Computes the percentile interval of a mean under a cluster bootstrap, which resamples whole groups (Field and Welsh,
-    Bootstrapping clustered data, 2007).
+    Computes the percentile interval of a mean under a cluster bootstrap, which resamples whole groups (Field and
+    Welsh, Bootstrapping clustered data, 2007).
 
-    Groups with the same sum and size are interchangeable, so a resample is a multinomial sample of the counts of each kind
-    of group. This needs few numbers for any number of groups.
+    Groups with the same sum and size are interchangeable, so a resample is a multinomial sample of the counts of each
+    kind of group. This needs few numbers for any number of groups.
 
     Args:
         sums (`np.ndarray` of shape `(G,)`):
@@ -127,9 +129,9 @@ def bootstrap_interval(
 
 class WinRate(evaluate.Metric):
     """
-    [`win_rate`] as a module of `evaluate`: `metric.compute(predictions=[...], references=[...], groups=prompts)`, where
-    `predictions` are the scores of the first model and `references` those of the other one. It accepts all options of
-    [`win_rate`].
+    [`win_rate`] as a module of `evaluate`: `metric.compute(predictions=[...], references=[...], groups=prompts)`,
+    where `predictions` are the scores of the first model and `references` those of the other one. It accepts all
+    options of [`win_rate`].
     """
 
     def _info(self) -> evaluate.MetricInfo:
