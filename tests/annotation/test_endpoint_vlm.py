@@ -38,7 +38,7 @@ from trl_diffusion.annotation.vlm import GenerationError, Request
 
 
 Reply = tuple[int, dict[str, str], str]
-CLOSE, HANG = "close", "hang"  # what a server may do in place of a reply
+CLOSE, HANG = "close", "hang"  # what a server can do instead of a reply
 
 
 def completion(text: str | None) -> Reply:
@@ -473,8 +473,8 @@ def taught(tmp_path_factory) -> Path:
 def transformers_server(taught, tmp_path_factory) -> Iterator[tuple[str, str]]:
     """`transformers serve` with the taught model: its address, and the name of the model."""
     root = tmp_path_factory.mktemp("serve")
-    # The server loads processors by AutoProcessor, which wants torchvision for the part that reads videos. A processor of
-    # the folder's own has no such part.
+    # The server loads processors with AutoProcessor, which needs torchvision for videos. A custom processor in the folder
+    # has no video part.
     folder = shutil.copytree(taught, root / "model")
     (folder / "images_only.py").write_text(IMAGES_ONLY)
     names = {"processor_class": "ImagesOnly", "auto_map": {"AutoProcessor": "images_only.ImagesOnly"}}

@@ -71,7 +71,7 @@ def test_a_box_that_is_found_is_the_box_that_is_trained_on(orientation):
     opened = Image.open(io.BytesIO(image.data))
     seen = prepare_image(opened, found, (64, 64), torch.Generator())
     pixels = Image.fromarray(((seen.pixel_values.permute(1, 2, 0) / 2 + 0.5) * 255).round().byte().numpy())
-    if seen.boxes[0, 2] > seen.boxes[0, 0]:  # else the crop cut it away
+    if seen.boxes[0, 2] > seen.boxes[0, 0]:  # otherwise the box is outside the crop
         assert seen.boxes[0].tolist() == pytest.approx(red_box(pixels), abs=1.5 / 64)
 
 

@@ -24,10 +24,10 @@ from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
 from trl_diffusion.quickstart.world import preference_dataset
 
 
-# Every actor imports torch, which takes seconds: few runs, with several tests to each.
+# Every actor imports torch, which takes seconds, so several tests share a run.
 
-OBJECT_STORE = 80_000_000  # bytes, about the least that Ray takes
-PARCELS = 800  # of 200 kB each: twice what fits in there
+OBJECT_STORE = 80_000_000  # bytes, about the minimum of Ray
+PARCELS = 800  # of 200 kB each: twice the size of the object store
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def real_pairs() -> Dataset:
     if not REAL_PAIRS.is_dir():
         pytest.skip(f"there is no {REAL_PAIRS}")
     rows = [json.loads(line) for line in (REAL_PAIRS / "pairs.jsonl").read_text().splitlines()]
-    # The taught model knows prompts of up to 200 letters or so; one here has 637.
+    # The taught model was trained on prompts of about 200 characters or less; one here has 637.
     columns = {"id": [row["id"] for row in rows], "prompt": [row["prompt"][:200] for row in rows]}
     files = {name: [str(REAL_PAIRS / row[name]) for row in rows] for name in ("chosen", "rejected")}
     return undecoded(Dataset.from_dict({**columns, **files}))

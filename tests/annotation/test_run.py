@@ -291,7 +291,7 @@ def test_errors_are_rows_with_a_reason_and_a_limit(tmp_path):
     assert "--retry_errors" in str(error.value) and f"{failing[0]}: planner: the server is out" in str(error.value)
     assert [row["id"] for row in read(tmp_path) if STATUSES[row["status"]] == "error"] == failing
     assert annotate(dataset, tmp_path, vlm, max_error_rate=1).counts["error"] == len(failing)
-    # Once the server is well again
+    # When the server works again
     healthy = Asked()
     finished = annotate(dataset, tmp_path, healthy, retry_errors=True)
     assert finished.counts["error"] == 0 and finished.counts["ok"] == 12

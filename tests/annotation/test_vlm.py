@@ -336,7 +336,7 @@ class TestRevisions:
             assert resolve_revision("someone/tiny", revision) == resolved
         vlm = tiny_vlm("someone/tiny")
         assert vlm.describe()["revision"] == commit
-        (repository / "refs" / "main").write_text(other)  # the branch moves on; the run does not
+        (repository / "refs" / "main").write_text(other)  # the branch changes, the run does not
         assert vlm.generate(mixed_requests()[:2]) == tiny_vlm(vlm_folder).generate(mixed_requests()[:2])
 
 

@@ -73,8 +73,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LABELS = ["cow", "tree"]  # what the taught model plans, always
-ATTRIBUTES = {  # what the taught model answers on each dimension of `tiny.CRITERIA`, always
+LABELS = ["cow", "tree"]  # the plan of the taught model for every request
+ATTRIBUTES = {  # the answers of the taught model on each dimension of `tiny.CRITERIA`
     "color": {"positive": ["hue"], "negative": []},
     "drawing": {"positive": ["kind"], "negative": ["pet"]},
 }
@@ -238,7 +238,7 @@ def taught_vlm(folder: Path) -> Path:
     lessons = Lessons(vlm)
     optimizer = torch.optim.AdamW(vlm.model.parameters(), fused=True)
     losses = []
-    for rate, enough, steps in ((3e-3, 0.5, 6), (7e-4, 0.05, 24)):  # learn it, then become sure of it
+    for rate, enough, steps in ((3e-3, 0.5, 6), (7e-4, 0.05, 24)):  # learn the answers, then become confident
         optimizer.param_groups[0]["lr"] = rate
         while len(losses) < 24 or max(losses[-steps:]) > enough:
             lesson, size = [(lessons.verdict, 8), (lessons.plan, 4), (lessons.inspection, 4)][len(losses) % 3]
@@ -321,7 +321,7 @@ def tiny_detector(folder: Path) -> Path:
     )
     torch.manual_seed(0)
     model = GroundingDinoForObjectDetection(config)
-    with torch.no_grad():  # fresh weights move no box from where it starts, and are certain of every one
+    with torch.no_grad():  # initial weights do not move any box, and have high scores for all of them
         model.model.decoder.layer_norm.weight.fill_(0.1)
         for head in model.bbox_embed:
             head.layers[-1].weight.normal_(std=5.0)
@@ -362,7 +362,7 @@ def tiny_owl(folder: Path) -> Path:
     )
     torch.manual_seed(0)
     model = OwlViTForObjectDetection(config)
-    with torch.no_grad():  # fresh weights press all boxes against the borders, and are certain of every one
+    with torch.no_grad():  # initial weights put all boxes at the borders, and have high scores for all of them
         model.box_head.dense2.weight.mul_(0.1)
         model.class_head.logit_shift.weight.mul_(0.1)
         model.class_head.logit_scale.weight.mul_(0.1)

@@ -33,7 +33,9 @@ class FakeHub:
         self.scratch = folder / "scratch"
         self.scratch.mkdir()
         self.created: list[dict] = []
-        self.on_upload: Callable[[Path], None] = lambda path: None  # told each file that goes ahead of its commit
+        self.on_upload: Callable[[Path], None] = lambda path: (
+            None
+        )  # called with each file before its commit
         self.ahead: dict[str, bytes] = {}
         self.commits: list[list[str]] = []
         monkeypatch.setattr(tempfile, "tempdir", str(self.scratch))

@@ -62,7 +62,7 @@ def pick_a_pic(num_rows: int = 24, with_uids: bool = True) -> Dataset:
     second or neither; every sixth row has no label. An image of row 7 is broken."""
     rows = []
     for index, row in enumerate(undecoded(pairs(num_rows))):
-        # Files that no encoder would write just so
+        # Files with extra bytes, which encoding them again would remove
         images = [row[name]["bytes"] + b"what a decoder does not read" for name in ("chosen", "rejected")]
         label = [1.0, 0.0, 0.5][index % 3]
         if label == 0.0:

@@ -532,7 +532,7 @@ def test_images_go_from_the_source_to_the_hub_without_a_copy(pick_a_pic, tmp_pat
     sources.build_pairs(pick_a_pic / "source", pick_a_pic / "annotations", tmp_path / "out", *flags)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "annotations"]
     assert not list(hub.scratch.rglob("*.parquet"))
-    assert len(read) == 48  # the source once for either split
+    assert len(read) == 48  # the source once for each split
     files = [f"pairs/train-{index:05d}.parquet" for index in range(6)]
     files += [f"pairs/train_ties-{index:05d}.parquet" for index in range(2)]
     assert hub.files == ["README.md", "annotations/train-00000-of-00001.parquet", *files]

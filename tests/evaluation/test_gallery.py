@@ -42,19 +42,19 @@ def table() -> pa.Table:
 @pytest.mark.parametrize(
     "scores, scales, ups, expected",
     [
-        # The first metric puts the second model ahead by 1 scale, the second metric the first model by 2
+        # The second model leads by 1 scale for the first metric, the first model by 2 for the second metric
         ([[1, 5], [3, 4]], [2, 0.5], [True, True], 1.0),
         ([[1, 5], [3, 4]], [2, 0.5], [True, False], 0.0),
         ([[1, 5], [3, 4]], [2, 0.5], [False, False], 1.0),
-        # A third metric without an opinion changes nothing
+        # A third metric without a preference changes nothing
         ([[1, 5, 7], [3, 4, 7]], [2, 0.5, 1], [True] * 3, 1.0),
         ([[1, 5, 7], [3, 4, None]], [2, 0.5, 1], [True] * 3, 1.0),
         ([[1, 5, 7], [3, 4, 9]], [2, 0.5, 0], [True] * 3, 1.0),
-        # Nobody to contradict: one metric, one model, no scores
+        # No disagreement: one metric, one model, no scores
         ([[1], [3]], [1], [True], 0.0),
         ([[1, 5]], [1, 1], [True, True], 0.0),
         ([[None, 5], [3, None]], [1, 1], [True, True], 0.0),
-        # Of three models, the most disputed pair counts: the first and the last, by 3 and 4
+        # Of three models, the pair with the largest disagreement counts: the first and the last, by 3 and 4
         ([[0, 4], [1, 3], [3, 0]], [1, 1], [True, True], 3.0),
     ],
 )

@@ -82,7 +82,7 @@ def test_means_and_standard_errors(summary):
 @pytest.mark.parametrize(
     "values, prompts, expected",
     [
-        ([1, 2, 3, 6], "abcd", math.sqrt(14 / 3 / 4)),  # one image a prompt: deviations -2, -1, 0, 3
+        ([1, 2, 3, 6], "abcd", math.sqrt(14 / 3 / 4)),  # one image per prompt: deviations -2, -1, 0, 3
         ([1, 3, 5, 9], "aabb", 2.5),  # means 2 and 7 of the prompts: sqrt(25 / 2) / sqrt(2)
         ([1, 2, 6], "aab", 2.0),  # residuals -3 and 3: sqrt(2 / 1 * 18) / 3
         ([4, 4, 4, 4], "abcd", 0.0),

@@ -205,7 +205,7 @@ def test_one_scorer_is_in_memory_at_a_time(tmp_path):
     def load():
         assert all(scorer() is None for scorer in loaded)
         scorer = Brightness()
-        scorer.itself = scorer  # as modules and hooks refer to one another
+        scorer.itself = scorer  # a reference cycle, as between modules and hooks
         loaded.append(weakref.ref(scorer))
         return scorer
 

@@ -255,7 +255,7 @@ def test_real_models_look_and_read(tmp_path):
     for threshold, expected in ((0.0, 1.0), (0.999, 0.0)):
         scorer = CaptionMatchScorer(TransformersDetector(folder, threshold=threshold, device="cpu"), animals)
         assert scorer.score(images, prompts, batch_size=3).values == [expected] * 4
-    # Between the confidences of its hits some things are found and others are not
+    # A threshold between the scores, so that some objects are found and others are not
     detector = TransformersDetector(folder, threshold=0.0, device="cpu")
     hits = detector.detect(
         [(image, thing) for image, things in zip(images, animals(prompts), strict=True) for thing in things]

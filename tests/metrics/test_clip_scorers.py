@@ -65,9 +65,9 @@ TINY = {
 }
 SIZE = TINY["image_size"]
 
-# Of different lengths, one of them too long; of ASCII, so that a character is a byte
+# Different lengths, one of them too long; ASCII, so that a character is a byte
 PROMPTS = ["a", "a red cat, and 2 dogs' houses", "it's 19 foxes", "long and longer " * 20, "", "A  RED\tcat"]
-COSINE = 1e-5  # by how much cosines may differ: what float32 leaves of sums of some thousand products
+COSINE = 1e-5  # tolerance for cosines: rounding of float32 sums of some thousand products
 
 
 def images() -> list[Image.Image]:
@@ -86,7 +86,7 @@ def images() -> list[Image.Image]:
     ]
 
 
-# What is published, worked out plainly and in double precision
+# Plain reimplementations of the published code in double precision
 
 
 def token_ids(prompt: str) -> list[int]:
@@ -361,7 +361,7 @@ class TestFormulas:
         ]
         scores = scorer(name, folder).score(images(), PROMPTS).values
         assert scores == pytest.approx(expected, abs=100 * COSINE)
-        assert np.std(scores) > 10  # they differ, so they could differ from what is expected
+        assert np.std(scores) > 10  # the scores differ from each other, so the comparison is meaningful
 
     @pytest.mark.parametrize("name", ["pickscore", "clip_score"])
     def test_transformers(self, folder, name):
@@ -468,7 +468,7 @@ class TestPreprocessing:
             ("pickscore", plain_pixels(image), 1e-6),
             ("clip_score", plain_pixels(image), 1e-6),
             ("aesthetic", plain_pixels(image), 1e-6),
-            ("hpsv2", normalized(square_pixels(image)), 1e-4),  # float32 sums over a hundred pixels, in another order
+            ("hpsv2", normalized(square_pixels(image)), 1e-4),  # float32 sums over a hundred pixels in another order
         ):
             pixels = scorer(name, folder).prepare(image)
             assert pixels.shape == (3, SIZE, SIZE) and pixels.dtype == torch.float32
@@ -534,7 +534,7 @@ def test_evaluate_loads_it(folder, name, tmp_path, monkeypatch):
     prompts = {"prompts": PROMPTS} if needs_prompts else {}
     metric = evaluate.load(metric_path(name), cache_dir=str(tmp_path / "cache"), **settings(name, folder))
     assert set(metric.features) == {"images", *prompts} and metric.citation
-    assert not loaded  # nothing is read before there is something to score
+    assert not loaded  # nothing is loaded before the first images
     results = [
         metric.compute(images=[str(file) for file in files], **prompts),
         metric.compute(images=images(), **prompts, batch_size=5),
