@@ -33,9 +33,7 @@ class FakeHub:
         self.scratch = folder / "scratch"
         self.scratch.mkdir()
         self.created: list[dict] = []
-        self.on_upload: Callable[[Path], None] = lambda path: (
-            None
-        )  # called with each file before its commit
+        self.on_upload: Callable[[Path], None] = lambda path: None  # called with each file before its commit
         self.ahead: dict[str, bytes] = {}
         self.commits: list[list[str]] = []
         monkeypatch.setattr(tempfile, "tempdir", str(self.scratch))
