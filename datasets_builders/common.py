@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the builders share: where rows come from, the folder that comes out, its card, and the way to the Hub."""
+"""Shared by the builders: reading the source, writing the folder and its card, and pushing to the Hub."""
 
 import argparse
 import json
@@ -41,10 +41,10 @@ from trl_diffusion.trainer.diffusion_trainer import DiffusionTrainer
 
 
 ANNOTATIONS = "annotations"  # the configuration without images
-SHARD_BYTES = 500_000_000  # of rows in a file, before compression
+SHARD_BYTES = 500_000_000  # size of the rows of a file before compression
 FILES_PER_COMMIT = 50
 ROW_GROUP = 100
-BLOCK = 1000  # rows of annotations that are counted at once
+BLOCK = 1000  # annotation rows that are counted at a time
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
 
 
@@ -57,18 +57,17 @@ class SourceConfig(BuilderConfig):
         annotations_dir (`str`, *optional*, defaults to `""`):
             Folder of a run, or the `output_dir` of runs.
         source (`str`, *optional*, defaults to `""`):
-            The dataset that was annotated: a Hub id, a folder of Parquet files or images, or what `save_to_disk`
-            wrote.
+            The annotated dataset: a Hub id, a folder of Parquet files or images, or a folder from `save_to_disk`.
         source_config (`str`, *optional*):
-            Its configuration.
+            Configuration of the source.
         source_revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         source_streaming (`bool`, *optional*, defaults to `False`):
-            Stream it: nothing of it is kept on the disk.
+            Whether to stream the source instead of storing it on the disk.
         columns (`str`, *optional*):
-            JSON, from our names to its columns, see [`annotation.records.pair_columns`].
+            JSON mapping from our names to the columns of the source, see [`annotation.records.pair_columns`].
         criteria (`str`, *optional*, defaults to `"painting"`):
-            The tree of attributes, where there are attributes: a YAML file, or the name of a shipped one.
+            Criteria tree of the attributes, if there are any: a YAML file, or the name of a shipped tree.
     """
 
     annotations_dir: str = ""
@@ -80,7 +79,7 @@ class SourceConfig(BuilderConfig):
     criteria: str = "painting"
 
     def arguments(self, split: str) -> AnnotationArguments:
-        """The source as the annotation commands name it."""
+        """The source as arguments of the annotation commands."""
         return AnnotationArguments(
             dataset_name=self.source,
             dataset_config=self.source_config,
@@ -103,7 +102,7 @@ class SourceConfig(BuilderConfig):
                 [`annotation.records.pair_columns`] or [`annotation.records.image_columns`].
 
         Returns:
-            `tuple`: its rows, each read when it is asked for, and which columns hold what.
+            `tuple`: a stream of the rows, and the mapping from our names to its columns.
         """
         dataset, columns, _ = load_rows(self.arguments(split), find_columns)
         return dataset.to_iterable_dataset() if isinstance(dataset, Dataset) else dataset, columns
@@ -111,27 +110,27 @@ class SourceConfig(BuilderConfig):
 
 class AnnotatedDatasetBuilder(GeneratorBasedBuilder):
     """
-    A builder with two configurations: the rows of the trainers, with their images, and the annotations as they were
-    written.
+    A builder with two configurations: the rows for the trainers, with images, and the full annotations, without
+    images.
     """
 
     BUILDER_CONFIG_CLASS = SourceConfig
 
-    TASK: str  # of the runs, as their manifests call it
-    TEMPLATE: Path  # of the card
+    TASK: str  # name of the task in the manifests of the runs
+    TEMPLATE: Path  # template of the card
     TAGS: list[str]
-    TRAINER: type[DiffusionTrainer]  # whose paper is cited
+    TRAINER: type[DiffusionTrainer]  # the card cites its paper
 
     def annotations(self) -> dict[str, Dataset]:
         """The annotations of each split."""
         raise NotImplementedError
 
     def joined(self, annotations: dict[str, Dataset]) -> dict[str, IterableDataset]:
-        """The rows of the trainers, of each split that has any."""
+        """The rows for the trainers, of each split that has any."""
         raise NotImplementedError
 
     def describe(self, annotations: dict[str, Dataset]) -> dict[str, Any]:
-        """What the card says of this dataset, besides its name and the source's."""
+        """Values for the template of the card, besides the names of the dataset and its source."""
         raise NotImplementedError
 
     def runs(self) -> dict[str, Path]:
@@ -139,17 +138,17 @@ class AnnotatedDatasetBuilder(GeneratorBasedBuilder):
         Finds the runs.
 
         Returns:
-            `dict[str, Path]`: the folder of each split's.
+            `dict[str, Path]`: the folder of the run of each split.
 
         Raises:
-            `ValueError`: If there are none, or they are another builder's.
+            `ValueError`: If there are none, or their task is not that of this builder.
         """
         runs = find_runs(self.config.annotations_dir)
         for run in runs.values():
             if (task := read_manifest(run)["task"]) != self.TASK:
                 raise ValueError(
-                    f"{run} holds annotations of {task}, and `{self.name}` is built from {self.TASK}: `trl-diffusion "
-                    f"annotate-{self.TASK}` makes them."
+                    f"{run} holds annotations of {task}, but `{self.name}` needs annotations of {self.TASK}: create them "
+                    f"with `trl-diffusion annotate-{self.TASK}`."
                 )
         return runs
 
@@ -158,7 +157,7 @@ class AnnotatedDatasetBuilder(GeneratorBasedBuilder):
         The rows of this configuration.
 
         Returns:
-            `dict`: those of each split. With images these are streams, in the source's order.
+            `dict`: the rows of each split. With images, these are streams in the order of the source.
 
         Raises:
             `ValueError`: If the configuration with images has no rows.
@@ -170,7 +169,7 @@ class AnnotatedDatasetBuilder(GeneratorBasedBuilder):
             return annotations
         if not (joined := self.joined(annotations)):
             raise ValueError(
-                f"Of the rows in {self.config.annotations_dir}, none is ok: there is nothing to train on."
+                f"No row in {self.config.annotations_dir} has the status ok: there is nothing to train on."
             )
         return joined
 
@@ -182,7 +181,7 @@ class AnnotatedDatasetBuilder(GeneratorBasedBuilder):
         columns: dict[str, str],
         ties: bool = False,
     ) -> dict[str, IterableDataset]:
-        """The joined rows of a split, if there are any, and note of how many there should be."""
+        """The joined rows of a split, if there are any. Stores their expected number."""
         is_tie = annotations["tie"][:] if "tie" in annotations.column_names else [False] * len(annotations)
         number = sum(
             STATUSES[status] == "ok" and tie == ties
@@ -195,24 +194,24 @@ class AnnotatedDatasetBuilder(GeneratorBasedBuilder):
 
     def check_complete(self) -> None:
         """
-        Checks that the annotations have found their rows, once they have been read.
+        Checks that all annotations were joined, after the rows have been read.
 
         Raises:
-            `ValueError`: If the source lacks rows.
+            `ValueError`: If rows are missing in the source.
         """
         for split, number in self.expected.items():
             if self.counts[split]["joined"] < number:
                 raise ValueError(
-                    f"{number:,} rows belong into the split {split}, and the source has "
-                    f"{self.counts[split]['joined']:,} of them. Name the dataset, and its revision, that the "
-                    "annotations were made from."
+                    f"The split {split} has {number:,} annotated rows, but the source has only "
+                    f"{self.counts[split]['joined']:,} of them. Pass the dataset and the revision that were annotated, with "
+                    "`--dataset_name` and `--dataset_revision`."
                 )
 
     def _split_generators(self, dl_manager) -> list[SplitGenerator]:
         return [SplitGenerator(name=split, gen_kwargs={"rows": rows}) for split, rows in self.rows().items()]
 
     def _generate_examples(self, rows: Dataset | IterableDataset) -> Iterator[tuple[int, Row]]:
-        # Images that were decoded would be encoded anew
+        # Decoded images would be encoded again
         yield from enumerate(rows.decode(False) if isinstance(rows, IterableDataset) else rows)
 
 
@@ -221,19 +220,19 @@ class AnnotatedDatasetBuilder(GeneratorBasedBuilder):
 
 def build(builder: AnnotatedDatasetBuilder, folder: Path) -> DatasetInfo:
     """
-    Writes a configuration: Parquet files with the images inside, named as `push_to_hub` names them.
+    Writes a configuration as Parquet files that contain the images, with the file names of `push_to_hub`.
 
     Args:
         builder ([`AnnotatedDatasetBuilder`]):
             The builder.
         folder (`Path`):
-            Where the configuration's folder goes.
+            Parent of the configuration's folder.
 
     Returns:
         [`~datasets.DatasetInfo`]: columns and splits.
 
     Raises:
-        `ValueError`: If source and annotations do not fit.
+        `ValueError`: If the source and the annotations do not match.
     """
     target = folder / builder.config.name
     try:
@@ -248,7 +247,7 @@ def build(builder: AnnotatedDatasetBuilder, folder: Path) -> DatasetInfo:
         for number, file in enumerate(files):
             file.rename(target / f"{split}-{number:05d}-of-{len(files):05d}.parquet")
     builder.info.download_size = sum(file.stat().st_size for file in target.glob("*.parquet"))
-    (target / "dataset_info.json").unlink()  # the card says it
+    (target / "dataset_info.json").unlink()  # the card contains the same information
     for lock in folder.glob("*.lock"):
         lock.unlink()
     return builder.info
@@ -268,13 +267,13 @@ def make_card(
 
     Args:
         builder ([`AnnotatedDatasetBuilder`]):
-            The builder, of either configuration.
+            The builder, with either configuration.
         described (`dict`):
-            What it says of the annotations.
+            The builder's values for the template.
         infos (`dict[str, DatasetInfo]`):
-            The configurations whose files lie beside the card; the first is the default.
+            The configurations of the dataset. The first is the default.
         name (`str`):
-            Hub id or folder, by which the dataset is loaded.
+            Hub id or folder of the dataset.
 
     Returns:
         [`~huggingface_hub.DatasetCard`]
@@ -314,45 +313,45 @@ def make_card(
 
 
 def public(name: str) -> str:
-    """A dataset's or model's name; where it is a path, its last part, since the rest means nothing to anybody else."""
+    """The name of a dataset or model for publication: of a local path, only the last part."""
     is_path = Path(name).is_dir() or Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
     return Path(name).name if is_path else name
 
 
 def describe_role(role: dict[str, Any]) -> dict[str, Any]:
     """
-    What a card says of a role.
+    Describes a role for the card.
 
     Args:
         role (`dict`):
-            What the manifest says of it.
+            Description of the role in the manifest.
 
     Returns:
-        `dict`: `settings` by their names, and its `prompt`, or `None`.
+        `dict`: `settings` by name, and the `prompt` or `None`.
     """
     found = dict(entries(role))
     prompt = found.pop("prompt.text", None)
-    for name in ("prompt.sha256", "model.server"):  # the text is there; the address is one of the annotator's network
+    for name in ("prompt.sha256", "model.server"):  # the card has the full text, and the address is private
         found.pop(name, None)
     settings = {name.removeprefix("model."): value for name, value in found.items()}
     return {"settings": settings | {"model": public(settings["model"])}, "prompt": prompt}
 
 
 def blocks(annotations: Dataset) -> Iterator[list[Row]]:
-    """Annotations, some rows at a time."""
+    """Blocks of annotation rows."""
     for start in range(0, len(annotations), BLOCK):
         yield annotations.select(range(start, min(start + BLOCK, len(annotations)))).to_list()
 
 
 def count_statuses(rows: list[Row]) -> Counter:
-    """How many rows there are, and of each status."""
+    """The number of rows, in total and by status."""
     counts = Counter(dict.fromkeys(("rows", *STATUSES), 0))
     counts.update((STATUSES[row["status"]] for row in rows), rows=len(rows))
     return counts
 
 
 def count_reasons(rows: list[Row]) -> Counter:
-    """How many rows are not ok, by status and the beginning of the reason."""
+    """The number of rows that are not ok, by status and beginning of the reason."""
     return Counter(
         (STATUSES[row["status"]], re.sub("([:,]).*", "\\1 …", row["reason"], flags=re.DOTALL))
         for row in rows
@@ -361,7 +360,7 @@ def count_reasons(rows: list[Row]) -> Counter:
 
 
 def join_versions(manifests: list[dict[str, Any]]) -> dict[str, str]:
-    """The versions of the packages that runs used."""
+    """The package versions of all runs."""
     names = dict.fromkeys(name for manifest in manifests for name in manifest["versions"])
     return {name: ", ".join(dict.fromkeys(manifest["versions"][name] for manifest in manifests)) for name in names}
 
@@ -371,12 +370,12 @@ def share(part: int, whole: int) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value in a table of Markdown."""
+    """Formats a value for a Markdown table."""
     return " ".join(str(value).replace("|", "\\|").split())
 
 
 def fenced(text: str) -> str:
-    """Text as it is, in Markdown, fenced by more backticks than it has anywhere."""
+    """A Markdown code block, with a fence of more backticks than the text contains."""
     fence = "`" * (max([2, *map(len, re.findall("`+", text))]) + 1)
     return f"{fence}text\n{text.strip()}\n{fence}"
 
@@ -394,26 +393,26 @@ def push(
     private: bool,
 ) -> None:
     """
-    Pushes a dataset: its files first, and last the card that declares them.
+    Pushes a dataset: first its files, then the card.
 
     Args:
         folder (`Path`):
-            What was built.
+            Folder of the dataset.
         repo_id (`str`):
-            Where it goes.
+            Repository on the Hub.
         builder ([`AnnotatedDatasetBuilder`]):
             The builder, for the card.
         described (`dict`):
-            What it says of the annotations.
+            The builder's values for the template of the card.
         infos (`dict[str, DatasetInfo]`):
-            The configurations of the folder that go along.
+            The configurations in the folder to push.
         streamed ([`AnnotatedDatasetBuilder`], *optional*):
-            A builder whose rows go from the source to the Hub.
+            A builder whose rows are streamed from the source to the Hub.
         private (`bool`):
-            Whether a repository that is new is private.
+            Whether a new repository is private.
 
     Raises:
-        `ValueError`: If the source lacks rows.
+        `ValueError`: If rows are missing in the source.
     """
     api = HfApi()
     api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
@@ -439,9 +438,9 @@ def push(
 
 def push_stream(api: HfApi, repo_id: str, builder: AnnotatedDatasetBuilder) -> DatasetInfo:
     """
-    Pushes a configuration whose rows come from the source as they are asked for. One file at a time is on the disk,
-    and one row group in memory; the source is read once for each split. (`IterableDataset.push_to_hub` fails at a
-    shard without rows.)
+    Pushes a configuration whose rows are streamed from the source. Only one file at a time is on the disk, and one row
+    group in memory. The source is read once for each split. (`IterableDataset.push_to_hub` fails for shards without
+    rows.)
 
     Args:
         api ([`~huggingface_hub.HfApi`]):
@@ -455,7 +454,7 @@ def push_stream(api: HfApi, repo_id: str, builder: AnnotatedDatasetBuilder) -> D
         [`~datasets.DatasetInfo`]: columns and splits.
 
     Raises:
-        `ValueError`: If the source lacks rows; then nothing of it is in the repository.
+        `ValueError`: If rows are missing in the source. Then nothing is committed to the repository.
     """
     name, info = builder.config.name, builder.info.copy()
     info.splits, info.download_size, info.dataset_size = SplitDict(), 0, 0
@@ -488,16 +487,16 @@ def push_stream(api: HfApi, repo_id: str, builder: AnnotatedDatasetBuilder) -> D
 
 def write_files(rows: IterableDataset, folder: Path) -> Iterator[tuple[Path, int, int]]:
     """
-    Writes a stream as Parquet files. A file is begun when the one before has been taken.
+    Writes a stream as Parquet files. Each file is written when the caller requests it.
 
     Args:
         rows ([`~datasets.IterableDataset`]):
             The stream.
         folder (`Path`):
-            Where the files go.
+            Folder for the files.
 
     Yields:
-        `tuple[Path, int, int]`: a file, its rows, and their size in bytes before compression.
+        `tuple[Path, int, int]`: a file, its number of rows, and their size in bytes before compression.
     """
     features, iterator = rows.features, iter(rows.decode(False))
     blocks = iter(lambda: [features.encode_example(row) for row in islice(iterator, ROW_GROUP)], [])
@@ -521,40 +520,38 @@ def write_files(rows: IterableDataset, folder: Path) -> Iterator[tuple[Path, int
 
 def make_parser(name: str, images: str) -> argparse.ArgumentParser:
     """
-    The flags of both builders.
+    Creates the parser of a builder.
 
     Args:
         name (`str`):
             Name of the builder.
         images (`str`):
-            Its configuration with images.
+            Name of its configuration with images.
 
     Returns:
         `argparse.ArgumentParser`
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m datasets_builders.{name}",
-        description="Builds a dataset from annotations and the dataset that was annotated: a folder with a card, that "
-        "`load_dataset` reads.",
+        description="Builds a dataset from annotations and the annotated dataset: a folder with a card for `load_dataset`.",
     )
     parser.add_argument(
         "--dataset_name",
         required=True,
-        help="The dataset that was annotated: a Hub id, a folder of Parquet files or images, or what `save_to_disk` "
-        "wrote.",
+        help="The annotated dataset: a Hub id, a folder of Parquet files or images, or a folder from `save_to_disk`.",
     )
-    parser.add_argument("--dataset_config", help="Its configuration.")
+    parser.add_argument("--dataset_config", help="Configuration of the dataset.")
     parser.add_argument("--dataset_revision", help="Branch, tag or commit on the Hub.")
     parser.add_argument(
-        "--dataset_streaming", action="store_true", help="Stream it: nothing of it is kept on the disk."
+        "--dataset_streaming", action="store_true", help="Stream the dataset instead of storing it on the disk."
     )
-    parser.add_argument("--columns", help="JSON, from our names to its columns.")
+    parser.add_argument("--columns", help="JSON mapping from our names to the columns of the dataset.")
     parser.add_argument(
         "--annotations_dir", required=True, help="Folder of a run, or the `--output_dir` of the annotation command."
     )
-    parser.add_argument("--output_dir", required=True, type=Path, help="Folder for the dataset; new or empty.")
+    parser.add_argument("--output_dir", required=True, type=Path, help="New or empty folder for the dataset.")
     parser.add_argument(
-        "--no_images", action="store_true", help=f"Build the annotations alone, without the configuration `{images}`."
+        "--no_images", action="store_true", help=f"Build only the annotations, without the configuration `{images}`."
     )
     parser.add_argument(
         "--push_to_hub", metavar="USER/NAME", help="Push the annotations and the card to this repository."
@@ -562,15 +559,15 @@ def make_parser(name: str, images: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--push_images",
         action="store_true",
-        help=f"Push `{images}` as well. With `--no_images` its rows go from the source to the Hub, past the disk.",
+        help=f"Also push `{images}`. With `--no_images`, its rows are streamed from the source to the Hub.",
     )
-    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
+    parser.add_argument("--private", action="store_true", help="Make the repository private if it is new.")
     return parser
 
 
 def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace, criteria: str | None = None) -> None:
     """
-    Builds a dataset, and pushes it if that is asked for.
+    Builds a dataset, and pushes it if requested.
 
     Args:
         builder_class (`type[AnnotatedDatasetBuilder]`):
@@ -578,18 +575,18 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
         args (`argparse.Namespace`):
             The flags of [`make_parser`].
         criteria (`str`, *optional*):
-            The tree of attributes.
+            Criteria tree of the attributes.
 
     Raises:
-        `ValueError`: If the folder holds something, or source and annotations do not fit.
+        `ValueError`: If the folder is not empty, or the source and the annotations do not match.
     """
     if args.push_images and not args.push_to_hub:
         raise ValueError("`--push_images` needs a repository: name one with `--push_to_hub`.")
     if args.push_to_hub and args.push_to_hub.count("/") != 1:
-        raise ValueError(f"`--push_to_hub` names a repository as USER/NAME, got {args.push_to_hub!r}.")
+        raise ValueError(f"`--push_to_hub` must be a repository as USER/NAME, got {args.push_to_hub!r}.")
     folder = args.output_dir.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{args.output_dir} is there already, and holds something. Name another `--output_dir`.")
+        raise ValueError(f"{args.output_dir} exists and is not empty. Choose another `--output_dir`.")
     options = {
         "annotations_dir": args.annotations_dir,
         "source": args.dataset_name,

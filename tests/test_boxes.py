@@ -49,7 +49,7 @@ def test_integer_boxes_become_float32():
 
 @pytest.mark.parametrize("orientation", [*range(1, 9), 0, 9])
 def test_orient_follows_exif_transpose(orientation):
-    """A box goes where PIL's `exif_transpose` moves the pixels that it encloses; unknown tags move nothing."""
+    """A box moves like its pixels under PIL's `exif_transpose`; unknown tags change nothing."""
     upright = ImageOps.exif_transpose(painted(BOX, orientation))
     boxes = denormalize_boxes(orient_boxes(unit(BOX), orientation), *upright.size)
     assert boxes.round().int().tolist() == list(upright.getbbox())
@@ -109,7 +109,7 @@ def test_crop_can_be_undone_inside_the_window():
     "box", [[0.0, 0.2, 0.3, 0.8], [0.8, 0.2, 1.0, 0.8], [0.4, 0.0, 0.6, 0.1], [0.4, 0.9, 0.6, 1.0]]
 )
 def test_a_box_outside_of_the_window_has_area_0(box):
-    """A box that the crop cuts away, on any side, is kept with area 0 inside of the crop."""
+    """A box outside the crop, on any side, has area 0 and lies inside the crop."""
     x_min, y_min, x_max, y_max = crop_boxes(torch.tensor(box), (0.35, 0.15, 0.75, 0.85)).tolist()
     assert (x_max - x_min) * (y_max - y_min) == 0
     assert 0 <= x_min <= x_max <= 1

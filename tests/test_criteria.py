@@ -44,7 +44,7 @@ def attribute(name: str, dimension: str) -> Attribute:
 
 
 def random_choice(seed: int) -> list[tuple[Attribute, str]]:
-    """Attributes of up to five dimensions, mixed, each in one of its forms."""
+    """Attributes of up to five dimensions, shuffled, each in one of its forms."""
     rng = random.Random(seed)
     sizes = [rng.randrange(6) for _ in range(rng.randrange(1, 6))]
     attributes = [attribute(f"d{d}_{index}", f"d{d}") for d, size in enumerate(sizes) for index in range(size)]
@@ -54,14 +54,14 @@ def random_choice(seed: int) -> list[tuple[Attribute, str]]:
 
 class TestLoading:
     def test_from_a_file(self, tmp_path, tree):
-        """A path, as a string or a `Path`, gives what its text gives."""
+        """A path, as a string or a `Path`, gives the same tree as its text."""
         path = tmp_path / "still_life.yaml"
         path.write_text(TREE)
         assert Criteria.load(path) == Criteria.load(str(path)) == tree
         assert (tree.name, tree.levels) == ("still_life", ("dimension", "group", "attribute"))
 
     def test_shipped(self):
-        """`painting` loads by its name, and finds each of its attributes by id and by index."""
+        """`painting` loads by name, and its attributes are found by id and by index."""
         criteria = Criteria.load("painting")
         assert len(criteria.dimensions) > 1 and criteria.attributes
         for index, leaf in enumerate(criteria.attributes):
@@ -69,7 +69,7 @@ class TestLoading:
             assert len(leaf.path) + 1 == len(criteria.levels)
 
     def test_every_shipped_tree_is_in_the_wheel(self):
-        """`package-data` lists the trees: what it does not list is not installed."""
+        """`package-data` lists all shipped trees, so they are installed."""
         root = Path(__file__).parents[1]
         project = tomllib.loads((root / "pyproject.toml").read_text())
         patterns = project["tool"]["setuptools"]["package-data"]["trl_diffusion"]
@@ -78,7 +78,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("name", ["paintings", "no/such/tree.yaml", "", "painting.yaml", "../criteria"])
     def test_no_such_tree(self, name, tmp_path, monkeypatch):
-        """A name of neither a file nor a shipped tree is a ValueError that names it and the shipped ones."""
+        """An unknown name raises a ValueError that names it and the shipped trees."""
         monkeypatch.chdir(tmp_path)
         with pytest.raises(ValueError, match=f"no file {re.escape(repr(name))}.*shipped: .*painting"):
             Criteria.load(name)
@@ -89,21 +89,21 @@ class TestLoading:
             Criteria.load(tmp_path)
 
     def test_byte_order_mark_and_umlauts(self, tmp_path):
-        """A file as Windows editors save it, with letters of any script in its forms, is legal."""
+        """A file with a byte order mark, Windows line ends and letters of any script is valid."""
         text = HEAD + GOOD.replace("red", "weiche Übergänge 柔").replace("\n", "\r\n")
         (tmp_path / "tree.yaml").write_bytes(text.encode("utf-8-sig"))
         assert Criteria.load(tmp_path / "tree.yaml").find("hue").positive == "weiche Übergänge 柔"
 
     @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
     def test_another_encoding_names_the_file(self, tmp_path, encoding):
-        """A file that is not UTF-8 is a ValueError that says which file, and that it must be UTF-8."""
+        """A file that is not UTF-8 raises a ValueError with the file and the expected encoding."""
         (tmp_path / "tree.yaml").write_bytes((HEAD + GOOD.replace("red", "grün")).encode(encoding))
         with pytest.raises(ValueError, match="tree.yaml") as error:
             Criteria.load(tmp_path / "tree.yaml")
         assert "UTF-8" in str(error.value)
 
     def test_words_of_yaml_stay_text(self):
-        """Ids and forms that YAML reads as truth values, null or numbers are the text that the file has."""
+        """Ids and forms that YAML reads as booleans, null or numbers stay text."""
         ids = ["yes", "on", "null", "off", "true", "y"]
         leaves = "".join(f"    {name}: {{positive: yes, negative: 3.10, definition: 0x1F}}\n" for name in ids)
         criteria = parse_criteria(f"name: 007\nlevels: [yes, no]\ntree:\n  n:\n{leaves}", "t")
@@ -114,13 +114,13 @@ class TestLoading:
         }
 
     def test_forms_are_stripped(self):
-        """Blanks around a form, such as a block's last line break, would end up in prompts."""
+        """Whitespace around a form is removed, because it would end up in prompts."""
         text = "  color:\n    hue:\n      positive: |\n        red\n      negative: ' blue '\n      definition: Hue.\n"
         leaf = parse_criteria(HEAD + text, "t").find("hue")
         assert (leaf.positive, leaf.negative) == ("red", "blue")
 
     def test_two_attributes_may_share_a_form(self):
-        """Only ids are unique: "soft" may be said of light and of contours."""
+        """Forms may be repeated; only ids are unique."""
         text = "  light:\n    glow: {positive: soft, negative: hard, definition: Glow.}\n"
         text += "  line:\n    contour: {positive: soft, negative: sharp, definition: Contour.}\n"
         assert len(parse_criteria(HEAD + text, "t").attributes) == 2
@@ -152,71 +152,71 @@ INVALID = {
     "no name": (f"levels: [a]\ntree:\n  hue: {{{FORMS}}}\n", 1, None, "`name` is missing"),
     "no levels": (f"name: t\ntree:\n  hue: {{{FORMS}}}\n", 1, None, "`levels` is missing"),
     "no tree": ("\nname: t\nlevels: [a]\n", 2, None, "`tree` is missing"),
-    "empty name": ("name:\nlevels: [a]\ntree: {}\n", 1, "name", "must be a text that is not empty"),
-    "name a list": ("name: [t]\nlevels: [a]\ntree: {}\n", 1, "name", "must be a text that is not empty"),
+    "empty name": ("name:\nlevels: [a]\ntree: {}\n", 1, "name", "must be a non-empty text"),
+    "name a list": ("name: [t]\nlevels: [a]\ntree: {}\n", 1, "name", "must be a non-empty text"),
     "levels empty": ("name: t\nlevels: []\ntree: {}\n", 2, "levels", "must be a list"),
     "levels null": ("name: t\nlevels:\ntree: {}\n", 2, "levels", "must be a list"),
     "levels a text": ("name: t\nlevels: a\ntree: {}\n", 2, "levels", "must be a list"),
     "levels a mapping": ("name: t\nlevels: {a: b}\ntree: {}\n", 2, "levels", "must be a list"),
-    "level empty": ("name: t\nlevels: [a, '']\ntree: {}\n", 2, "levels", "must be a text that is not empty"),
-    "level a list": ("name: t\nlevels: [a, [b]]\ntree: {}\n", 2, "levels", "must be a text that is not empty"),
+    "level empty": ("name: t\nlevels: [a, '']\ntree: {}\n", 2, "levels", "must be a non-empty text"),
+    "level a list": ("name: t\nlevels: [a, [b]]\ntree: {}\n", 2, "levels", "must be a non-empty text"),
     "tree empty": ("name: t\nlevels: [a]\ntree: {}\n", 3, "tree", "is empty"),
     "tree null": ("name: t\nlevels: [a]\ntree:\n", 3, "tree", "is empty"),
     "tree a list": ("name: t\nlevels: [a]\ntree:\n  - hue\n", 4, "tree", "must be a mapping"),
-    "tree twice": (HEAD + GOOD + "tree: {}\n", 6, None, "'tree' is taken"),
+    "tree twice": (HEAD + GOOD + "tree: {}\n", 6, None, "the key 'tree' is already used"),
     "inner node empty": (HEAD + GOOD + "  form: {}\n", 6, "form", "is empty"),
     "inner node null": (HEAD + GOOD + "  form:\n", 6, "form", "is empty"),
     "inner node a text": (HEAD + GOOD + "  form: round\n", 6, "form", "must be a mapping"),
     "leaf null": (HEAD + GOOD + "    tone:\n", 6, "color.tone", "is empty"),
     "leaf a list": (HEAD + GOOD + "    tone: [red, blue]\n", 6, "color.tone", "must be a mapping"),
-    "id beside it": (HEAD + GOOD + f"    hue: {{{FORMS}}}\n", 6, "color", "'hue' is taken"),
+    "id beside it": (HEAD + GOOD + f"    hue: {{{FORMS}}}\n", 6, "color", "the key 'hue' is already used"),
     "id elsewhere": (
         HEAD + GOOD + f"  form:\n    hue: {{{FORMS}}}\n",
         7,
         "form",
-        "the id 'hue' is taken, in line 5",
+        "the id 'hue' is already used in line 5",
     ),
     "id of a dimension": (
         HEAD + GOOD + f"  form:\n    color: {{{FORMS}}}\n",
         7,
         "form",
-        "the id 'color' is taken, in line 4",
+        "the id 'color' is already used in line 4",
     ),
     "id of its own dimension": (
         HEAD + f"  color:\n    color: {{{FORMS}}}\n",
         5,
         "color",
-        "the id 'color' is taken, in line 4",
+        "the id 'color' is already used in line 4",
     ),
     "node used twice": (
         HEAD + f"  color: &same\n    hue: {{{FORMS}}}\n  form: *same\n",
         5,
         "form",
-        "the id 'hue' is taken, in line 5",
+        "the id 'hue' is already used in line 5",
     ),
     "node inside itself": (
         "name: t\nlevels: [a, b, c]\ntree: &all\n  color: *all\n",
         4,
         "color",
-        "the id 'color' is taken",
+        "the id 'color' is already used",
     ),
-    "bad id": (HEAD + f"  color:\n    Bad Id: {{{FORMS}}}\n", 5, "color", "'Bad Id' is no id"),
-    "bad dimension": (HEAD + "  Color:\n    hue: {}\n", 4, "tree", "'Color' is no id"),
-    "id with a dash": (HEAD + f"  color:\n    warm-hue: {{{FORMS}}}\n", 5, "color", "'warm-hue' is no id"),
-    "id a number": (HEAD + f"  color:\n    1: {{{FORMS}}}\n", 5, "color", "'1' is no id"),
-    "id empty": (HEAD + f"  color:\n    '': {{{FORMS}}}\n", 5, "color", "'' is no id"),
-    "id with a line break": (HEAD + f'  color:\n    "hue\\n": {{{FORMS}}}\n', 5, "color", "is no id"),
-    "id with an umlaut": (HEAD + f"  color:\n    tönung: {{{FORMS}}}\n", 5, "color", "'tönung' is no id"),
-    "merge key": (HEAD + "  color:\n    <<: {a: b}\n", 5, "color", "'<<' is no id"),
-    "key a list": (HEAD + "  color:\n    ? [a, b]\n    : c\n", 5, "color", "has a key that is no text"),
-    "top key a list": (f"? [a]\n: b\n{HEAD}{GOOD}", 1, None, "has a key that is no text"),
+    "bad id": (HEAD + f"  color:\n    Bad Id: {{{FORMS}}}\n", 5, "color", "'Bad Id' is not a valid id"),
+    "bad dimension": (HEAD + "  Color:\n    hue: {}\n", 4, "tree", "'Color' is not a valid id"),
+    "id with a dash": (HEAD + f"  color:\n    warm-hue: {{{FORMS}}}\n", 5, "color", "'warm-hue' is not a valid id"),
+    "id a number": (HEAD + f"  color:\n    1: {{{FORMS}}}\n", 5, "color", "'1' is not a valid id"),
+    "id empty": (HEAD + f"  color:\n    '': {{{FORMS}}}\n", 5, "color", "'' is not a valid id"),
+    "id with a line break": (HEAD + f'  color:\n    "hue\\n": {{{FORMS}}}\n', 5, "color", "is not a valid id"),
+    "id with an umlaut": (HEAD + f"  color:\n    tönung: {{{FORMS}}}\n", 5, "color", "'tönung' is not a valid id"),
+    "merge key": (HEAD + "  color:\n    <<: {a: b}\n", 5, "color", "'<<' is not a valid id"),
+    "key a list": (HEAD + "  color:\n    ? [a, b]\n    : c\n", 5, "color", "has a key that is not a text"),
+    "top key a list": (f"? [a]\n: b\n{HEAD}{GOOD}", 1, None, "has a key that is not a text"),
     "leaf too high": (HEAD + f"  hue: {{{FORMS}}}\n", 4, "hue", "at level 1, but attributes are at level 2"),
     "tree a leaf": (f"name: t\nlevels: [a]\ntree: {{{FORMS}}}\n", 3, "tree", "at level 0, but attributes are at"),
     "leaf too deep": (
         HEAD + f"  color:\n    tone:\n      hue: {{{FORMS}}}\n",
         6,
         "color.tone",
-        "is an attribute's place, level 2 \\(attribute\\), but has no forms",
+        "must be an attribute, at level 2 \\(attribute\\), but has no forms",
     ),
     "no positive": (HEAD + "  color:\n    hue: {negative: a, definition: b}\n", 5, "color.hue", "lacks `positive`"),
     "no negative": (HEAD + "  color:\n    hue: {positive: a, definition: b}\n", 5, "color.hue", "lacks `negative`"),
@@ -231,38 +231,38 @@ INVALID = {
         HEAD + "  color:\n    hue:\n      positive:\n      negative: b\n      definition: c\n",
         6,
         "color.hue.positive",
-        "must be a text that is not empty",
+        "must be a non-empty text",
     ),
     "blank form": (
         HEAD + "  color:\n    hue: {positive: a, negative: '  ', definition: c}\n",
         5,
         "color.hue.negative",
-        "must be a text that is not empty",
+        "must be a non-empty text",
     ),
     "form a list": (
         HEAD + "  color:\n    hue: {positive: [a, b], negative: b, definition: c}\n",
         5,
         "color.hue.positive",
-        "must be a text that is not empty",
+        "must be a non-empty text",
     ),
     "equal forms": (
         HEAD + "  color:\n    hue: {positive: red, negative: ' red', definition: c}\n",
         5,
         "color.hue",
-        "has one form twice: 'red'",
+        "has two equal forms: 'red'",
     ),
     "form twice": (
         HEAD + "  color:\n    hue: {positive: a, negative: b, positive: c, definition: d}\n",
         5,
         "color.hue",
-        "'positive' is taken",
+        "the key 'positive' is already used",
     ),
-    "unknown top key": (f"notes: x\n{HEAD}{GOOD}", 1, None, "`notes` is not known here"),
+    "unknown top key": (f"notes: x\n{HEAD}{GOOD}", 1, None, "`notes` is an unknown key"),
     "unknown leaf key": (
         HEAD + f"  color:\n    hue: {{{FORMS[:-1]}, weight: 3}}\n",
         5,
         "color.hue",
-        "`weight` is not known here",
+        "`weight` is an unknown key",
     ),
 }
 
@@ -270,14 +270,14 @@ INVALID = {
 class TestInvalidFiles:
     @pytest.mark.parametrize("name", INVALID)
     def test_message(self, name):
-        """Whatever is wrong with a tree is a ValueError that names file, line and node."""
+        """Every mistake in a tree raises a ValueError with file, line and node."""
         text, line, node, reason = INVALID[name]
         where = re.escape(f"my tree.yaml, line {line}") + (f", node `{re.escape(node)}`" if node else "") + ": "
         with pytest.raises(ValueError, match=f"^{where}.*{reason}"):
             parse_criteria(text, "my tree.yaml")
 
     def test_loading_names_the_path(self, tmp_path):
-        """A message of `load` begins with the path that was given."""
+        """The error of `load` begins with the given path."""
         (tmp_path / "tree.yaml").write_text(HEAD)
         with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'tree.yaml'))}, line 3"):
             Criteria.load(tmp_path / "tree.yaml")
@@ -295,20 +295,20 @@ class TestInvalidFiles:
         ids=["top", "leaf"],
     )
     def test_an_unknown_key_is_named_with_its_own_line(self, text, line):
-        """In a file of hundreds of lines, the line is where the key stands, not where what holds it begins."""
-        with pytest.raises(ValueError, match=f"^t, line {line}[,:].*is not known here"):
+        """The line in the error is that of the key, not that of its parent."""
+        with pytest.raises(ValueError, match=f"^t, line {line}[,:].*is an unknown key"):
             parse_criteria(text, "t")
 
     @pytest.mark.parametrize("character", ["\x07", "\x00", "\x0c"])
     def test_control_characters(self, character):
-        """A character that YAML does not allow, as text copied from a PDF has them, names file and line."""
+        """A character that YAML does not allow raises an error with file and line."""
         with pytest.raises(ValueError, match="^my tree.yaml, line 5.*not YAML"):
             parse_criteria(HEAD + GOOD.replace("red", f"red{character}"), "my tree.yaml")
 
 
 class TestLooking:
     def test_attributes(self, tree):
-        """The leaves come in the order of the file, each with the ids above it."""
+        """The leaves are in the order of the file, with the ids of their parents."""
         assert [(leaf.id, leaf.path, leaf.dimension) for leaf in tree.attributes] == [
             ("edges", ("light", "shadows"), "light"),
             ("depth", ("light", "shadows"), "light"),
@@ -320,7 +320,7 @@ class TestLooking:
         )
 
     def test_counts_and_select(self, tree):
-        """Dimensions and their attributes, in the order of the file."""
+        """Dimensions and their attributes are in the order of the file."""
         assert list(tree.counts().items()) == [("light", 3), ("paint", 1)]
         assert tree.dimensions == ("light", "paint")
         assert tree.select("light") == tree.attributes[:3]
@@ -328,12 +328,12 @@ class TestLooking:
 
     @pytest.mark.parametrize("name", ["shadows", "edges", "Light", None])
     def test_no_such_dimension(self, tree, name):
-        """What is no root is refused with the roots that there are, an inner node and a leaf included."""
+        """An id that is not a root, such as an inner node or a leaf, is refused with the list of roots."""
         with pytest.raises(ValueError, match=f"'still_life' have no dimension {name!r}; they have light, paint"):
             tree.select(name)
 
     def test_walk(self, tree):
-        """Depth first, every node once, and an attribute with the leaves only."""
+        """The walk is depth first and yields every node once, with an attribute for leaves only."""
         edges, depth, warmth, brush = tree.attributes
         assert list(tree.walk()) == [
             (0, "light", None),
@@ -348,7 +348,7 @@ class TestLooking:
         ]
 
     def test_walk_of_the_shipped_tree(self):
-        """The walk has all ids once, its leaves are the attributes, and a node's path is the nodes above it."""
+        """The walk yields every id once, its leaves are the attributes, and paths are the parent nodes."""
         criteria = Criteria.load("painting")
         above, names = [], []
         for depth, name, leaf in criteria.walk():
@@ -380,7 +380,7 @@ class TestLooking:
         ],
     )
     def test_nearest(self, tree, name, nearest):
-        """A misspelt id, and a form in place of an id, name the id that was meant, and say that ids are wanted."""
+        """For a misspelt id or a form, the error names the nearest id, and explains that ids are expected."""
         with pytest.raises(ValueError, match=f"{name!r} is no attribute of.*'still_life'; the nearest is {nearest!r}"):
             tree.find(name)
 
@@ -388,7 +388,7 @@ class TestLooking:
         "value", ["", "light", "柔", True, False, -1, 4, 10**30, None, 1.0, math.nan, b"edges", [], ["edges"], {}]
     )
     def test_what_is_no_attribute(self, tree, value):
-        """Anything else is a ValueError with the value: truth values, floats and negative numbers are no indices."""
+        """Anything else raises a ValueError with the value: booleans, floats and negative numbers are not indices."""
         with pytest.raises(
             ValueError, match=f"^{re.escape(repr(value))} is no attribute of the criteria 'still_life'"
         ):
@@ -398,7 +398,8 @@ class TestLooking:
 class TestChoosing:
     @pytest.mark.parametrize("seed", range(20))
     def test_spread(self, seed):
-        """Dimensions differ by at most one, unless the smaller has no more to give; as many are chosen as may be."""
+        """Chosen numbers per dimension differ by at most one, unless one has no more attributes; the maximum is
+        reached."""
         attributes = random_choice(seed)
         available = {}
         for leaf, _ in attributes:
@@ -412,7 +413,7 @@ class TestChoosing:
 
     @pytest.mark.parametrize("seed", range(20))
     def test_nested_and_in_order(self, seed):
-        """A larger maximum keeps what a smaller one chose, and the given order stays."""
+        """A larger maximum includes the choice of a smaller one, and the given order is kept."""
         attributes = random_choice(seed)
         places = {leaf.id: place for place, (leaf, _) in enumerate(attributes)}
         previous = []
@@ -425,7 +426,8 @@ class TestChoosing:
         assert previous == attributes
 
     def test_by_hand(self):
-        """The first of each dimension, then the second of each: of a a a b b c, five are all but the third a."""
+        """The first of each dimension is chosen, then the second of each: five of a a a b b c are all but the third
+        a."""
         leaves = [attribute(name, name[0]) for name in ("a1", "a2", "a3", "b1", "b2", "c1")]
         chosen = [[leaf.id for leaf, _ in choose_attributes([(x, "positive") for x in leaves], n)] for n in range(7)]
         assert chosen == [
@@ -458,7 +460,7 @@ class TestRendering:
     criteria = parse_criteria(tiny.CRITERIA, "tiny.yaml")
 
     def forms(self, *names: str) -> list[tuple[Attribute, str]]:
-        """Attributes by id, a leading minus for the negative form."""
+        """Attributes by id, with a leading minus for the negative form."""
         return [
             (self.criteria.find(name.removeprefix("-")), "negative" if name[0] == "-" else "positive")
             for name in names
@@ -471,12 +473,12 @@ class TestRendering:
 
     @pytest.mark.parametrize("separator", [" ", "; ", " | ", ""])
     def test_separator(self, separator):
-        """It stands between the parts, never at an end."""
+        """The separator is between the parts, never at an end."""
         text, _ = render_prompt("a dog", self.forms("hue", "pet"), separator)
         assert text == f"a dog{separator}red{separator}cat"
 
     def test_no_prompt_or_no_attributes(self):
-        """An empty prompt leaves the attributes, no attributes leave the prompt, and nothing is nothing."""
+        """An empty prompt gives the attributes alone, no attributes give the prompt, and both give an empty text."""
         assert render_prompt("", self.forms("hue", "pet")) == ("red, cat", 0)
         assert render_prompt("a dog", []) == ("a dog", 0)
         assert render_prompt("", []) == ("", 0)
@@ -493,18 +495,18 @@ class TestRendering:
         ],
     )
     def test_maximum(self, maximum, expected):
-        """At most so many are written, one of each dimension first, and the others are counted."""
+        """At most `maximum` attributes are included, one of each dimension first, and the others are counted."""
         assert render_prompt("a", self.forms("hue", "-kind", "pet"), maximum=maximum) == expected
 
     def test_length_and_maximum_together(self):
-        """What does not fit and what is too many are counted together."""
+        """Attributes that do not fit and those above the maximum are counted together."""
         attributes = self.forms("hue", "kind", "pet")
         assert render_prompt("a", attributes, maximum=2, fits=lambda text: words(text) <= 2) == ("a, red", 2)
         assert render_prompt("a", attributes, maximum=1, fits=lambda text: words(text) <= 3) == ("a, red", 2)
 
     @pytest.mark.parametrize("seed", range(30))
     def test_as_many_as_fit(self, seed):
-        """The result fits where anything does, one attribute more would not, and those left out are counted."""
+        """The result fits if possible, one more attribute would not fit, and omitted ones are counted."""
         rng = random.Random(seed)
         attributes = random_choice(seed)
         prompt = " ".join(["word"] * rng.randrange(5))
@@ -526,9 +528,9 @@ class TestRendering:
 
     @pytest.mark.parametrize("prompt", ["a red circle and a blue square", ""])
     def test_a_prompt_that_is_too_long_alone(self, prompt):
-        """It stays whole, and all attributes are left out."""
+        """A prompt that is too long is not changed, and all attributes are left out."""
         assert render_prompt(prompt, self.forms("hue", "pet"), fits=lambda text: False) == (prompt, 2)
 
     def test_nothing_to_write_asks_nothing_wrong(self):
-        """A prompt that is too long and has no attributes comes back as it is."""
+        """A prompt that is too long and has no attributes is returned unchanged."""
         assert render_prompt("a dog", [], fits=lambda text: False) == ("a dog", 0)

@@ -20,7 +20,7 @@ from trl_diffusion.criteria_picture import (
 
 
 def tree(dimensions: dict[str, int], above: tuple[str, ...] = (), words: int = 2) -> Criteria:
-    """A tree whose dimensions have so many attributes, with nodes in between, and forms of so many words."""
+    """A tree with the given numbers of attributes per dimension and of words per form, with nodes in between."""
     attributes = tuple(
         Attribute(
             f"{dimension}_{i}",
@@ -57,13 +57,13 @@ def is_color(image: np.ndarray, *colors: tuple[int, int, int]) -> np.ndarray:
 
 
 def runs(mask: np.ndarray) -> list[tuple[int, int]]:
-    """Where the runs of true values begin and end."""
+    """Start and end of each run of true values."""
     changes = np.flatnonzero(np.diff(np.pad(mask.astype(int), 1)))
     return list(zip(changes[::2].tolist(), changes[1::2].tolist(), strict=True))
 
 
 def panels(image: np.ndarray) -> list[np.ndarray]:
-    """The panels, row by row. The first row of the grid is full, and bands have no letters on their edges."""
+    """The panels, row by row. The first row of the grid is complete, and bands have no letters on their edges."""
     columns = runs(is_color(image[MARGIN], BAND_COLOR))
     tops = [top for top, _ in runs(is_color(image[:, MARGIN], BAND_COLOR))]
     places = [(top, bottom, *column) for top, bottom in zip(tops, [*tops[1:], len(image)]) for column in columns]
@@ -79,10 +79,8 @@ def case(request) -> tuple[Criteria, np.ndarray]:
 
 
 def test_every_attribute_is_drawn(case):
-    """
-    There is an overview, and then a panel for each dimension with a stripe for each of its attributes, which holds
-    green letters and then red ones.
-    """
+    """There is an overview and a panel for each dimension, with a stripe of green and red letters for each
+    attribute."""
     criteria, image = case
     overview, *dimensions = panels(image)
     assert len(dimensions) == len(criteria.dimensions)
@@ -96,7 +94,7 @@ def test_every_attribute_is_drawn(case):
 
 
 def test_nothing_is_cut_off(case):
-    """The border is white, and no letter comes near the right side of its panel."""
+    """The border is white, and letters keep a distance from the right side of their panel."""
     _, image = case
     for border in (image[:MARGIN], image[-MARGIN:], image[:, :MARGIN], image[:, -MARGIN:]):
         assert (border == 255).all()
@@ -105,7 +103,7 @@ def test_nothing_is_cut_off(case):
 
 
 def test_panels_do_not_touch(case):
-    """All panels are equally wide, with white between them, beside and below."""
+    """All panels have the same width, with white space between and below them."""
     _, image = case
     columns = runs(is_color(image[MARGIN], BAND_COLOR))
     assert len({right - left for left, right in columns}) == 1
@@ -125,7 +123,7 @@ def test_the_shipped_tree_fits_a_poster():
 
 
 def test_long_forms_go_on_in_the_next_line():
-    """Ten times as many words make the picture higher but no wider, which is two columns of text a panel."""
+    """Ten times as many words make the picture higher, but not wider than two columns of text per panel."""
     short, long = (criteria_picture(tree({"light": 1}, words=words)) for words in (30, 300))
     assert long.height > 2 * short.height
     assert long.width == short.width
@@ -134,7 +132,7 @@ def test_long_forms_go_on_in_the_next_line():
 
 @pytest.mark.parametrize("criteria", CRITERIA.values(), ids=CRITERIA)
 def test_the_text_has_a_line_for_each_node(criteria, capsys, monkeypatch):
-    """`show-criteria` prints every node, indented by its depth, an attribute with its forms, and then the counts."""
+    """`show-criteria` prints every node, indented by depth, with the forms of attributes, and then the counts."""
     monkeypatch.setattr(Criteria, "load", lambda name: criteria)
     assert main(["show-criteria"]) == 0
     nodes, counts = capsys.readouterr().out.rstrip("\n").split("\n\n")
@@ -153,7 +151,7 @@ def test_the_text_has_a_line_for_each_node(criteria, capsys, monkeypatch):
 
 
 def test_one_dimension_of_a_file(tmp_path, capsys):
-    """`--dimension` prints and draws one dimension of a tree that the user wrote; the picture's folder is made."""
+    """`--dimension` prints and draws one dimension of a user's tree, and creates the folder of the picture."""
     leaf = "{positive: lit, negative: dim, definition: Whether it is.}"
     (tmp_path / "tree.yaml").write_text(
         "name: mine\nlevels: [dimension, attribute]\n"
@@ -169,7 +167,7 @@ def test_one_dimension_of_a_file(tmp_path, capsys):
 
 
 def test_an_unknown_dimension_is_refused(capsys):
-    """The message names the dimensions that there are."""
+    """The message names the existing dimensions."""
     assert main(["show-criteria", "--dimension", "colour"]) == 2
     captured = capsys.readouterr()
     assert not captured.out

@@ -23,7 +23,7 @@ def overlay(mask: torch.Tensor, boxes=NO_BOXES, labels=(), preferences=(), size:
 
 
 def cells(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Colours of the cells (rows, columns, 3), each of which must be of one colour."""
+    """Colours of the cells (rows, columns, 3), which must each have a single colour."""
     height, width, _ = image.shape
     blocks = image.reshape(rows, height // rows, columns, width // columns, 3).swapaxes(1, 2)
     assert (blocks == blocks[:, :, :1, :1]).all()
@@ -41,7 +41,7 @@ def test_grid_size(row_labels, height):
 
 
 def test_grid_places():
-    """Each image stands in the middle of its own place."""
+    """Each image is centred in its place."""
     rows = [[picture("red"), picture("blue")], [picture("lime", 64, 32), picture("black", 32, 64)]]
     grid = image_grid(rows, ["a", "b"], size=64)
     assert grid.getpixel((8, 32)) == grid.getpixel((71, 95)) == (255, 0, 0)
@@ -66,7 +66,7 @@ def test_small_images_are_enlarged_without_smoothing():
 
 @pytest.mark.parametrize("label", ["ok", "a label that is much wider than its column of the grid", "W" * 300])
 def test_labels_fit(label):
-    """Labels are drawn, stay above their column and inside of the grid, and end in dots where they are cut."""
+    """Labels are drawn above their column and inside the grid, and end in dots if they are truncated."""
     grid = np.array(image_grid([[picture(), picture()]], [label, label], [label], size=64).convert("L"))
     header, footer = grid[:32], grid[96:]
     for left in (8, 80):
@@ -79,14 +79,14 @@ def test_labels_fit(label):
 
 
 def test_mask_of_ones_leaves_the_image_alone():
-    """Where all cells weigh the same, the picture is the image itself, enlarged: 0.6, 0.2, 0.4 are 204, 153 and 178."""
+    """If all weights are equal, the picture is the enlarged image: 0.6, 0.2, 0.4 are 204, 153 and 178."""
     image = overlay(torch.ones(8, 8))
     assert image.shape == (256, 256, 3)
     assert (image == [204, 153, 178]).all()
 
 
 def test_cells_are_darkened_the_less_they_weigh():
-    """Exactly the cells that weigh less than the largest weight are darker, and the darker the less they weigh."""
+    """Exactly the cells below the largest weight are darker, and lower weights are darker."""
     mask = torch.full((4, 4), 2.0)
     mask[1, 2], mask[3, 0], mask[0, 3] = 1.0, 0.0, 1.9
     colors = cells(overlay(mask), 4, 4)
@@ -99,7 +99,7 @@ def test_cells_are_darkened_the_less_they_weigh():
 
 
 def test_negative_cells_are_red():
-    """Cells of negative weight, and no others, turn red: more red than before, less of the rest."""
+    """Only cells with negative weights turn red: more red than before, less green and blue."""
     mask = torch.ones(4, 4)
     mask[2, 1], mask[0, 0] = -1.0, 0.0
     colors = cells(overlay(mask), 4, 4)
@@ -109,7 +109,7 @@ def test_negative_cells_are_red():
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_masks_without_a_positive_weight(value):
-    """A mask of zeros is dark everywhere and one of negative weights red everywhere."""
+    """A mask of zeros is dark everywhere, and a mask of negative weights is red everywhere."""
     colors = cells(overlay(torch.full((4, 4), value)), 4, 4)
     assert (colors[..., 1] < 153 / 2).all()
     assert (colors[..., 0] > 204).all() == (value < 0)
@@ -117,7 +117,7 @@ def test_masks_without_a_positive_weight(value):
 
 @pytest.mark.parametrize("preference", BOX_COLORS)
 def test_boxes_are_outlined_in_the_colour_of_their_preference(preference):
-    """The edge of a box has its preference's colour, and outside of the box nothing changes."""
+    """The edge of a box has the colour of its preference, and nothing changes outside of the box."""
     image = overlay(torch.ones(8, 8), torch.tensor([[0.25, 0.5, 0.75, 1.0]]), ["cat"], [preference])
     changed = (image != [204, 153, 178]).any(axis=-1)
     rows, columns = changed.nonzero()
@@ -128,7 +128,7 @@ def test_boxes_are_outlined_in_the_colour_of_their_preference(preference):
 
 
 def test_boxes_of_area_0_are_not_drawn():
-    """A box that the crop cut away leaves no trace."""
+    """A box outside the crop is not drawn."""
     boxes = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.2, 1.0, 0.8], [0.1, 0.0, 0.9, 0.0]])
     image = overlay(torch.ones(8, 8), boxes, ["a", "b", "c"], ["chosen", "rejected", "tie"])
     assert (image == [204, 153, 178]).all()

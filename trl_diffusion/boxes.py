@@ -1,11 +1,11 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The one place where box formats convert.
+"""Conversions of box formats, which all take place in this module.
 
-A dataset stores a box as `[x_min, y_min, x_max, y_max]` in pixels of the stored image. In memory a box is the same four
-numbers in [0, 1] of an image ("unit boxes"), so that resizing needs no code at all. Every operation on an image that
-moves its content (EXIF orientation, crop, flip) has its counterpart here.
+A dataset stores a box as `[x_min, y_min, x_max, y_max]` in pixels of the stored image. In memory, a box has the same
+four numbers as fractions of the image size ("unit box"), so resizing does not change it. Every operation that moves
+the content of an image (EXIF orientation, crop, flip) has its counterpart here.
 """
 
 import torch
@@ -55,24 +55,24 @@ def orient_boxes(boxes: torch.Tensor, orientation: int) -> torch.Tensor:
         boxes (`torch.Tensor` of shape `(..., 4)`):
             Unit boxes of the stored image.
         orientation (`int`):
-            The EXIF orientation tag of the stored image, 1 to 8; any other number moves nothing, as in PIL.
+            EXIF orientation tag of the stored image, 1 to 8. Other values change nothing, as in PIL.
 
     Returns:
         `torch.Tensor` of shape `(..., 4)`: unit boxes of the upright image.
     """
     x_min, y_min, x_max, y_max = boxes.unbind(-1)
-    if orientation in (2, 3, 7, 8):  # what was right in the stored image comes first
+    if orientation in (2, 3, 7, 8):  # mirrored left to right
         x_min, x_max = 1 - x_max, 1 - x_min
-    if orientation in (3, 4, 6, 7):  # what was at the bottom comes first
+    if orientation in (3, 4, 6, 7):  # mirrored top to bottom
         y_min, y_max = 1 - y_max, 1 - y_min
-    if orientation in (5, 6, 7, 8):  # rows become columns
+    if orientation in (5, 6, 7, 8):  # rows and columns are swapped
         x_min, y_min, x_max, y_max = y_min, x_min, y_max, x_max
     return torch.stack([x_min, y_min, x_max, y_max], dim=-1)
 
 
 def crop_boxes(boxes: torch.Tensor, window: tuple[float, float, float, float]) -> torch.Tensor:
     """
-    Expresses unit boxes of an image as unit boxes of a crop of it.
+    Converts unit boxes of an image to unit boxes of a crop of it.
 
     Args:
         boxes (`torch.Tensor` of shape `(..., 4)`):
@@ -81,8 +81,7 @@ def crop_boxes(boxes: torch.Tensor, window: tuple[float, float, float, float]) -
             The crop as a unit box of the image.
 
     Returns:
-        `torch.Tensor` of shape `(..., 4)`: unit boxes of the crop, clipped to it. A box that the crop cuts away has
-        area 0.
+        `torch.Tensor` of shape `(..., 4)`: unit boxes of the crop, clipped to it. A box outside the crop has area 0.
     """
     left, top, right, bottom = window
     origin = torch.tensor([left, top, left, top], device=boxes.device)
@@ -92,7 +91,7 @@ def crop_boxes(boxes: torch.Tensor, window: tuple[float, float, float, float]) -
 
 def flip_boxes(boxes: torch.Tensor) -> torch.Tensor:
     """
-    Mirrors unit boxes left to right, as a horizontal flip does with the image.
+    Mirrors unit boxes left to right, like a horizontal flip of the image.
 
     Args:
         boxes (`torch.Tensor` of shape `(..., 4)`):

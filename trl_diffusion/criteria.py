@@ -1,10 +1,10 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The attribute tree of complex preference optimisation (CPO, arXiv 2601.04300): load, validate, walk, render.
+"""The criteria tree of complex preference optimization (CPO, arXiv 2601.04300): loading, validation, search, prompts.
 
-A tree is a YAML file. Its keys are ids, unique in the whole tree; a node with a `positive` and a `negative` form is a leaf,
-an attribute; every other node groups what is below it:
+A tree is a YAML file. Its keys are ids, which are unique in the whole tree. A node with a `positive` and a `negative`
+form is a leaf, called an attribute. Every other node is a group:
 
     name: still_life
     levels: [dimension, attribute]
@@ -36,19 +36,19 @@ ID = re.compile(r"[a-z][a-z0-9_]*")
 @dataclass(frozen=True)
 class Attribute:
     """
-    A leaf of the tree: one quality of an image, in its positive and its negative form.
+    A leaf of the tree: a quality of an image, with a positive and a negative form.
 
     Args:
         id (`str`):
             Stable id, unique in the tree.
         path (`tuple[str, ...]`):
-            Ids of the nodes above it, from the dimension down.
+            Ids of the parent nodes, from the dimension downwards.
         positive (`str`):
-            What a prompt says of an image that has the quality.
+            Phrase for prompts of images with the quality.
         negative (`str`):
-            What a prompt says of an image that has its opposite.
+            Phrase for prompts of images with the opposite.
         definition (`str`):
-            What an annotator looks at.
+            Instruction for annotators.
     """
 
     id: str
@@ -59,7 +59,7 @@ class Attribute:
 
     @property
     def dimension(self) -> str:
-        """The root that the attribute is under."""
+        """Id of the root node above the attribute."""
         return (*self.path, self.id)[0]
 
 
@@ -72,7 +72,7 @@ class Criteria:
         name (`str`):
             Name of the tree.
         levels (`tuple[str, ...]`):
-            What each level is called, from the dimensions down to the attributes.
+            Names of the levels, from the dimensions down to the attributes.
         attributes (`tuple[Attribute, ...]`):
             The leaves, in the order of the file.
     """
@@ -91,26 +91,26 @@ class Criteria:
 
         Args:
             name_or_path (`str` or `Path`):
-                A YAML file, or the name of a tree that the package ships: `"painting"`.
+                A YAML file, or the name of a tree of this package: `"painting"`.
 
         Returns:
             [`Criteria`]
 
         Raises:
-            `ValueError`: If there is no such file or tree, or if the tree is not valid; names file, line and node.
+            `ValueError`: If there is no such file or tree, or if the tree is not valid, with file, line and node.
         """
         path = Path(name_or_path)
         if path.is_file():
             try:
                 text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{name_or_path}: this is not UTF-8: {error}. Save the file as UTF-8.") from error
+                raise ValueError(f"{name_or_path} is not UTF-8: {error}. Save the file as UTF-8.") from error
             return parse_criteria(text, str(name_or_path))
         shipped = resources.files("trl_diffusion").joinpath("criteria_trees")
         names = sorted(file.name.removesuffix(".yaml") for file in shipped.iterdir() if file.name.endswith(".yaml"))
         if str(name_or_path) not in names:
             raise ValueError(
-                f"There is no file {str(name_or_path)!r}, and no shipped tree of criteria of that name; shipped: "
+                f"There is no file {str(name_or_path)!r}, and no shipped criteria tree of that name; shipped: "
                 f"{', '.join(names)}."
             )
         name = f"{name_or_path}.yaml"
@@ -122,7 +122,7 @@ class Criteria:
         return tuple(self.counts())
 
     def counts(self) -> dict[str, int]:
-        """How many attributes each dimension has."""
+        """Number of attributes of each dimension."""
         counts = {}
         for attribute in self.attributes:
             counts[attribute.dimension] = counts.get(attribute.dimension, 0) + 1
@@ -130,17 +130,17 @@ class Criteria:
 
     def select(self, dimension: str) -> tuple[Attribute, ...]:
         """
-        The attributes of one dimension.
+        Selects the attributes of one dimension.
 
         Args:
             dimension (`str`):
-                Id of a root.
+                Id of a root node.
 
         Returns:
-            `tuple[Attribute, ...]`: in the order of the file.
+            `tuple[Attribute, ...]`: the attributes, in the order of the file.
 
         Raises:
-            `ValueError`: If there is no such dimension; names those that there are.
+            `ValueError`: If there is no such dimension.
         """
         if dimension not in self.dimensions:
             raise ValueError(
@@ -153,7 +153,8 @@ class Criteria:
         Walks the tree depth first.
 
         Yields:
-            `tuple[int, str, Attribute | None]`: depth (0 for a dimension), id, and the attribute where the node is one.
+            `tuple[int, str, Attribute | None]`: depth (0 for a dimension), id, and the attribute if the node is a
+            leaf.
         """
         previous: tuple[str, ...] = ()
         for attribute in self.attributes:
@@ -165,17 +166,17 @@ class Criteria:
 
     def find(self, attribute: str | int) -> Attribute:
         """
-        Looks an attribute up.
+        Finds an attribute.
 
         Args:
             attribute (`str` or `int`):
-                Its id, or its index in `attributes`, as a [`~datasets.ClassLabel`] stores it.
+                Id of the attribute, or its index in `attributes`, as in a [`~datasets.ClassLabel`].
 
         Returns:
             [`Attribute`]
 
         Raises:
-            `ValueError`: If the tree has no such attribute; names the nearest that it has.
+            `ValueError`: If the tree has no such attribute, with the id of the nearest one.
         """
         if isinstance(attribute, str) and attribute in self._by_id:
             return self._by_id[attribute]
@@ -199,17 +200,17 @@ class Criteria:
 
 def choose_attributes(attributes: Sequence[tuple[Attribute, str]], maximum: int) -> list[tuple[Attribute, str]]:
     """
-    Chooses attributes, spread over the dimensions: the first of each dimension, then the second of each, and so on. More
-    are chosen by a larger maximum, never others.
+    Chooses attributes evenly over the dimensions: the first of each dimension, then the second of each, and so on. A
+    larger maximum adds attributes to the choice of a smaller one.
 
     Args:
         attributes (`Sequence[tuple[Attribute, str]]`):
-            Attributes, each with `"positive"` or `"negative"`, the form that it takes.
+            Attributes with their form, `"positive"` or `"negative"`.
         maximum (`int`):
-            How many to choose at most.
+            Maximum number of attributes.
 
     Returns:
-        `list[tuple[Attribute, str]]`: the chosen ones, in the order in which they were given.
+        `list[tuple[Attribute, str]]`: the chosen attributes, in the given order.
     """
     by_dimension = {}
     for index, (attribute, _) in enumerate(attributes):
@@ -231,19 +232,19 @@ def render_prompt(
 
     Args:
         prompt (`str`):
-            The prompt; may be empty.
+            The prompt, which may be empty.
         attributes (`Sequence[tuple[Attribute, str]]`):
-            Attributes in the order to write them, each with the form that it takes, `"positive"` or `"negative"`.
+            Attributes with their form, `"positive"` or `"negative"`, in the order of the result.
         separator (`str`, *optional*, defaults to `", "`):
-            What stands between.
+            Separator.
         maximum (`int`, *optional*):
-            How many attributes to write at most.
+            Maximum number of attributes.
         fits (`Callable[[str], bool]`, *optional*):
-            Whether the text encoders see the whole of a prompt. Where they do not, fewer attributes are written, chosen by
-            [`criteria.choose_attributes`].
+            Whether the text encoders can encode a prompt without truncation. If not, [`criteria.choose_attributes`]
+            chooses fewer attributes.
 
     Returns:
-        `tuple[str, int]`: the prompt, and the number of attributes that it had to leave out.
+        `tuple[str, int]`: the prompt, and the number of attributes that are left out.
     """
 
     def render(number: int) -> str:
@@ -261,7 +262,7 @@ def render_prompt(
 
 def parse_criteria(text: str, source: str) -> Criteria:
     """
-    Reads a tree from YAML.
+    Parses a tree from YAML.
 
     Args:
         text (`str`):
@@ -273,7 +274,7 @@ def parse_criteria(text: str, source: str) -> Criteria:
         [`Criteria`]
 
     Raises:
-        `ValueError`: If the tree is not valid; names file, line and node.
+        `ValueError`: If the tree is not valid, with file, line and node.
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -289,11 +290,11 @@ def parse_criteria(text: str, source: str) -> Criteria:
 
 
 class _Parser:
-    """From YAML nodes, which know their lines, to a tree."""
+    """Builds a tree from YAML nodes, which know their lines."""
 
     def __init__(self, source: str):
         self.source = source
-        self.lines: dict[str, int] = {}  # of the ids seen so far
+        self.lines: dict[str, int] = {}  # line of each id so far
 
     def parse(self, root: yaml.Node | None) -> Criteria:
         pairs = self.entries(root, "", "the file")
@@ -302,11 +303,11 @@ class _Parser:
             self.fail(root, "", f"`{missing[0]}` is missing; a tree has `name`, `levels` and `tree`")
         if unknown := set(entries) - {"name", "levels", "tree"}:
             self.fail(
-                keys[min(unknown)], "", f"`{min(unknown)}` is not known here; a tree has `name`, `levels` and `tree`"
+                keys[min(unknown)], "", f"`{min(unknown)}` is an unknown key; a tree has `name`, `levels` and `tree`"
             )
         levels = entries["levels"]
         if not isinstance(levels, yaml.SequenceNode) or not levels.value:
-            self.fail(levels, "levels", "must be a list of the levels' names, from the dimensions to the attributes")
+            self.fail(levels, "levels", "must be a list of the names of the levels, from dimensions to attributes")
         self.levels = tuple(self.string(level, "levels") for level in levels.value)
         name = self.string(entries["name"], "name")
         return Criteria(name, self.levels, tuple(self.walk(entries["tree"], ())))
@@ -319,18 +320,20 @@ class _Parser:
         for key, value in entries:
             if key.value in LEAF_KEYS and isinstance(value, yaml.MappingNode):
                 self.fail(
-                    key, where, f"{key.value!r} is no id: an attribute's parts are called {', '.join(LEAF_KEYS)}"
+                    key, where, f"{key.value!r} is not a valid id: it is a key of attributes ({', '.join(LEAF_KEYS)})"
                 )
         if any(key.value in LEAF_KEYS for key, _ in entries):
             yield self.leaf(node, path, entries)
             return
         if len(path) == len(self.levels):
-            self.fail(node, where, f"is an attribute's place, level {len(path)} ({self.levels[-1]}), but has no forms")
+            self.fail(node, where, f"must be an attribute, at level {len(path)} ({self.levels[-1]}), but has no forms")
         for key, value in entries:
             if not ID.fullmatch(key.value):
-                self.fail(key, where, f"{key.value!r} is no id: use lower case letters, digits and underscores")
+                self.fail(
+                    key, where, f"{key.value!r} is not a valid id: use lower case letters, digits and underscores"
+                )
             if key.value in self.lines:
-                self.fail(key, where, f"the id {key.value!r} is taken, in line {self.lines[key.value]}")
+                self.fail(key, where, f"the id {key.value!r} is already used in line {self.lines[key.value]}")
             self.lines[key.value] = key.start_mark.line + 1
             yield from self.walk(value, (*path, key.value))
 
@@ -351,11 +354,11 @@ class _Parser:
             self.fail(
                 keys[min(unknown)],
                 where,
-                f"`{min(unknown)}` is not known here; an attribute has {', '.join(LEAF_KEYS)}",
+                f"`{min(unknown)}` is an unknown key; an attribute has {', '.join(LEAF_KEYS)}",
             )
         positive, negative, definition = (self.string(entries[key], f"{where}.{key}") for key in LEAF_KEYS)
         if positive.lower() == negative.lower():
-            self.fail(node, where, f"has one form twice: {positive!r}")
+            self.fail(node, where, f"has two equal forms: {positive!r}")
         return Attribute(path[-1], path[:-1], positive, negative, definition)
 
     def entries(self, node: yaml.Node | None, where: str, what: str) -> list[tuple[yaml.Node, yaml.Node]]:
@@ -364,17 +367,17 @@ class _Parser:
             self.fail(node, where, "is empty" if empty else f"{what} must be a mapping")
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                self.fail(key, where, "has a key that is no text")
+                self.fail(key, where, "has a key that is not a text")
         lines = {}
         for key, _ in node.value:
             if key.value in lines:
-                self.fail(key, where, f"{key.value!r} is taken, in line {lines[key.value]}")
+                self.fail(key, where, f"the key {key.value!r} is already used in line {lines[key.value]}")
             lines[key.value] = key.start_mark.line + 1
         return node.value
 
     def string(self, node: yaml.Node, where: str) -> str:
         if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null") or not node.value.strip():
-            self.fail(node, where, "must be a text that is not empty")
+            self.fail(node, where, "must be a non-empty text")
         return node.value.strip()
 
     def fail(self, node: yaml.Node | None, where: str, what: str):

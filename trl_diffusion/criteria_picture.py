@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A tree of criteria as one picture, with a panel for each dimension."""
+"""A picture of a criteria tree, with a panel for each dimension."""
 
 import math
 from collections import Counter
@@ -17,12 +17,12 @@ from .criteria import Criteria
 
 POSITIVE_COLOR, NEGATIVE_COLOR = (0, 112, 60), (186, 38, 28)
 BAND_COLOR, BRANCH_COLOR, STRIPE_COLOR = (38, 50, 66), (166, 176, 188), (242, 245, 248)
-# Headings by depth: size of the letters, color and space above. The last holds for deeper ones, too.
+# Headings by depth: font size, color and space above. The last entry also applies to deeper headings.
 HEADINGS = ((30, "white", 0), (25, (17, 24, 34), 16), (21, (52, 64, 80), 6), (18, (98, 108, 122), 0))
 FORM_SIZE = 18
 MARGIN, GAP, PADDING, INDENT, BAND_HEIGHT = 40, 32, 18, 24, 52
 HEAD_HEIGHT = BAND_HEIGHT + 10
-TEXT_WIDTH = 400  # pixels; a longer text goes on in the next line
+TEXT_WIDTH = 400  # pixels; longer texts are wrapped
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Row:
         depth (`int`):
             Depth of the node in the panel, from 1.
         texts (`list[list[str]]`):
-            The lines of the heading, or those of the positive form and those of the negative form.
+            Lines of the heading, or lines of the positive form and lines of the negative form.
     """
 
     depth: int
@@ -67,21 +67,21 @@ class Row:
 
 def criteria_picture(criteria: Criteria) -> PIL.Image.Image:
     """
-    Draws a tree of criteria: an overview, then a panel for each dimension. The nodes below it are indented headings;
-    the two forms of an attribute stand side by side, the positive one in green and the negative one in red.
+    Draws a criteria tree: an overview, then a panel for each dimension. Nodes are indented headings, and the two forms
+    of an attribute are side by side, the positive one in green and the negative one in red.
 
     Args:
         criteria ([`Criteria`]):
             The tree.
 
     Returns:
-        `PIL.Image.Image`: the picture, as large as it takes to read all of it.
+        `PIL.Image.Image`: the picture, large enough to read all of it.
     """
     counts = criteria.counts()
     panels = [(_title(criteria.name, len(criteria.attributes)), _overview(criteria))]
     panels += [(_title(dimension, counts[dimension]), _dimension(criteria, dimension)) for dimension in counts]
 
-    # All panels have one width, and their negative forms begin at one place.
+    # All panels have the same width, and their negative forms start at the same position
     rows = [row for _, panel in panels for row in panel]
     middle = max(row.left + row.width(0) for row in rows if row.is_attribute) + PADDING
     width = max(
@@ -92,7 +92,7 @@ def criteria_picture(criteria: Criteria) -> PIL.Image.Image:
     width += PADDING
     heights = [HEAD_HEIGHT + sum(row.height for row in panel) for _, panel in panels]
 
-    # The grid whose diagonal is the shortest
+    # Choose the grid with the shortest diagonal
     grids = []
     for columns in range(1, len(panels) + 1):
         lines = [max(heights[start : start + columns]) for start in range(0, len(panels), columns)]
@@ -110,8 +110,8 @@ def criteria_picture(criteria: Criteria) -> PIL.Image.Image:
 
 
 def _overview(criteria: Criteria) -> list[Row]:
-    """What the two colors mean, and how many attributes the dimensions have and the nodes right below them."""
-    # An attribute counts for the nodes above it, and for itself where it is a dimension.
+    """A legend of the two colors, and the number of attributes of the dimensions and their children."""
+    # An attribute counts for its parent nodes, or for itself if it is a dimension
     counts = Counter(node for attribute in criteria.attributes for node in attribute.path or (attribute.id,))
     rows = [Row(1, [_lines("positive form", FORM_SIZE), _lines("negative form", FORM_SIZE)])]
     for depth, node, _ in criteria.walk():
@@ -121,7 +121,7 @@ def _overview(criteria: Criteria) -> list[Row]:
 
 
 def _dimension(criteria: Criteria, dimension: str) -> list[Row]:
-    """What is below a dimension."""
+    """The rows of a dimension."""
     rows = []
     for depth, node, attribute in Criteria(criteria.name, criteria.levels, criteria.select(dimension)).walk():
         if attribute is not None:
@@ -147,7 +147,7 @@ def _draw_panel(
     draw.rectangle((left, top, left + width - 1, top + BAND_HEIGHT - 1), fill=BAND_COLOR)
     draw.text((left + PADDING, top + BAND_HEIGHT // 2), title, color, _font(size), anchor="lm")
     top += HEAD_HEIGHT
-    parents = {}  # depth: where the line to the nodes below begins
+    parents = {}  # by depth, the start of the line to the child nodes
     for row in rows:
         size, color, space = row.style
         bottom = top + row.height
@@ -168,7 +168,7 @@ def _draw_panel(
 
 
 def _lines(text: str, size: int) -> list[str]:
-    """Breaks a text into lines that are at most `TEXT_WIDTH` wide, but for words that are longer."""
+    """Wraps a text into lines of at most `TEXT_WIDTH` pixels, except for longer words."""
     lines = []
     for word in text.split():
         if lines and _font(size).getlength(f"{lines[-1]} {word}") <= TEXT_WIDTH:

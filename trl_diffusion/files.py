@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Files that are there whole or not at all."""
+"""Writes files completely or not at all."""
 
 import os
 from contextlib import suppress
@@ -10,18 +10,18 @@ from pathlib import Path
 
 def write_file(path: Path, content: bytes, safe: str = "What was written before is safe") -> None:
     """
-    Writes a file under another name first, so that a stop at any moment leaves none that is cut short.
+    Writes a temporary file and renames it, so that an interruption never leaves an incomplete file.
 
     Args:
         path (`Path`):
-            The file. Its folder is made where there is none.
+            The file. Its folder is created if it does not exist.
         content (`bytes`):
-            What it holds.
+            Content of the file.
         safe (`str`, *optional*, defaults to `"What was written before is safe"`):
-            For the message: what a failure does not touch.
+            For the error message: what a failure does not affect.
 
     Raises:
-        `ValueError`: If it cannot be written, as on a full disk.
+        `ValueError`: If the file cannot be written, for example because the disk is full.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -35,5 +35,6 @@ def write_file(path: Path, content: bytes, safe: str = "What was written before 
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise ValueError(
-            f"{path} cannot be written: {error.strerror}. {safe}: make room, and the same command goes on."
+            f"{path} cannot be written: {error.strerror}. {safe}. Free some disk space and repeat the same command to "
+            "continue."
         ) from error

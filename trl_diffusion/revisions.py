@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which weights a name stands for: the commit of a Hub repository, or a digest of a folder."""
+"""Revisions of models and files: the commit on the Hub, or a hash of a folder or file."""
 
 import hashlib
 from pathlib import Path
@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 
 def resolve_revision(model_name_or_path: str, revision: str | None = None) -> str:
     """
-    Pins a model.
+    Resolves the revision of a model.
 
     Args:
         model_name_or_path (`str`):
@@ -21,7 +21,7 @@ def resolve_revision(model_name_or_path: str, revision: str | None = None) -> st
             Branch, tag or commit on the Hub.
 
     Returns:
-        `str`: the commit, or `"sha256:..."` over all files of the folder.
+        `str`: the commit, or a hash `"sha256:..."` of all files of the folder.
 
     Raises:
         `ValueError`: If there is no such folder or repository, or the Hub cannot be reached and nothing is cached.
@@ -38,23 +38,23 @@ def resolve_revision(model_name_or_path: str, revision: str | None = None) -> st
         config = hf_hub_download(model_name_or_path, "config.json", revision=revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError) as error:
         raise ValueError(
-            f"{model_name_or_path!r} is neither a folder nor a model that the Hub or its cache gives: "
-            f"{str(error).splitlines()[0]} Where the network is, `hf download {model_name_or_path}` fetches it."
+            f"{model_name_or_path!r} is neither a folder nor a model on the Hub or in its cache: "
+            f"{str(error).splitlines()[0]} Run `hf download {model_name_or_path}` on a machine with network access."
         ) from error
     return commit_of(Path(config), "config.json")
 
 
 def commit_of(path: Path, filename: str) -> str:
-    """The commit that a file of the Hub's cache is of: it lies at `.../snapshots/<commit>/<filename>`."""
+    """The commit of a file in the Hub's cache, whose path is `.../snapshots/<commit>/<filename>`."""
     return path.parents[len(Path(filename).parts) - 1].name
 
 
 def digest_of_file(path: Path) -> str:
-    """What stands in the place of a revision for a single file: `"sha256:..."`."""
+    """The hash `"sha256:..."` of a file, which serves as its revision."""
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def pinned(revision: str) -> dict[str, str]:
-    """The keywords of `from_pretrained` for a resolved revision; a folder has none."""
+    """The keyword arguments of `from_pretrained` for a resolved revision. A folder needs none."""
     return {} if revision.startswith("sha256:") else {"revision": revision}

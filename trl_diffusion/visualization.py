@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures for people: labelled grids, and masks laid over the images that they weigh."""
+"""Labelled grids of images, and overlays of masks on images."""
 
 import math
 
@@ -22,13 +22,13 @@ def image_grid(
 
     Args:
         rows (`list[list[PIL.Image.Image]]`):
-            The rows of images, all of one length.
+            Rows of images, all of the same length.
         column_labels (`list[str]`):
-            A label above each column.
+            Labels above the columns.
         row_labels (`list[str]`, *optional*):
-            A label below each row, such as its prompt; cut where it is too long.
+            Labels below the rows, such as prompts. Long ones are truncated.
         size (`int`, *optional*, defaults to `256`):
-            Width and height in pixels that each image is fitted into.
+            Maximum width and height of each image in pixels.
 
     Returns:
         `PIL.Image.Image`: the grid.
@@ -45,7 +45,7 @@ def image_grid(
         top = line + gap + index * row_height
         for column, image in enumerate(row):
             scale = size / max(image.size)
-            # Pictures smaller than their place are enlarged without smoothing: what they hold is what is shown.
+            # Small images are enlarged without smoothing, to show their actual pixels
             filter = PIL.Image.Resampling.NEAREST if scale > 1 else PIL.Image.Resampling.LANCZOS
             image = image.convert("RGB").resize([max(1, round(side * scale)) for side in image.size], filter)
             left = gap + column * (size + gap) + (size - image.width) // 2
@@ -59,19 +59,19 @@ def mask_overlay(
     pixel_values: torch.Tensor, mask: torch.Tensor, boxes: torch.Tensor, labels: list[str], preferences: list[str]
 ) -> PIL.Image.Image:
     """
-    Draws an instance mask and its boxes over the image that training sees.
+    Draws an instance mask and its boxes on the image that is used in training.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(3, H, W)`):
             The image in [-1, 1].
         mask (`torch.Tensor` of shape `(h, w)`):
-            Its mask on the latent grid. Cells are darkened the less they weigh; a negative weight turns them red.
+            Mask of the image on the latent grid. Cells with lower weights are darker, those with negative weights red.
         boxes (`torch.Tensor` of shape `(N, 4)`):
             Unit boxes. A box of area 0 is not drawn.
         labels (`list[str]` of length `N`):
-            Names of the instances.
+            Labels of the instances.
         preferences (`list[str]` of length `N`):
-            `"chosen"` (green), `"rejected"` (orange: in conflict with the image's label) or `"tie"` (grey).
+            `"chosen"` (green), `"rejected"` (orange, a conflict with the pair's label) or `"tie"` (grey).
 
     Returns:
         `PIL.Image.Image`: the picture, at least 256 pixels high.
@@ -104,7 +104,7 @@ def mask_overlay(
 
 
 def _fitting(text: str, font: PIL.ImageFont.ImageFont, width: int) -> str:
-    """Puts a text on one line and cuts it, with an ellipsis, so that it is at most `width` pixels wide."""
+    """Puts a text on one line, truncated with an ellipsis to at most `width` pixels."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--criteria",
         default="painting",
-        help="The tree that the images were annotated with: a YAML file, or the name of a shipped one.",
+        help="The criteria tree of the annotations: a YAML file, or the name of a shipped tree.",
     )
     args = parser.parse_args()
     main(PaintingAttributes, args, args.criteria)

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Images with attributes of a tree of criteria: for CPO (arXiv 2601.04300)."""
+"""Images with attributes of a criteria tree, for CPO (arXiv 2601.04300)."""
 
 from collections import Counter
 from functools import partial
@@ -36,11 +36,11 @@ SPLITS = {"train": 8, "validation": 1, "test": 1}  # in tenths
 
 def split_of(row_id: str) -> str:
     """
-    The split of a row. It follows from the id alone: rows that come later, or in another order, move no row.
+    Determines the split of a row. It depends only on the id, so new rows or another order do not change it.
 
     Args:
         row_id (`str`):
-            The row's id.
+            Id of the row.
 
     Returns:
         `str`: a key of `SPLITS`.
@@ -51,7 +51,7 @@ def split_of(row_id: str) -> str:
 
 class PaintingAttributes(AnnotatedDatasetBuilder):
     """
-    The images of one run, eight tenths of them in the split `train`, one in `validation` and one in `test`.
+    The images of one run: eight tenths in the split `train`, one in `validation` and one in `test`.
     """
 
     VERSION = Version("1.0.0")
@@ -87,17 +87,17 @@ class PaintingAttributes(AnnotatedDatasetBuilder):
         Finds the run.
 
         Returns:
-            `Path`: its folder.
+            `Path`: the folder of the run.
 
         Raises:
-            `ValueError`: If there are several, or the tree is another one than they name.
+            `ValueError`: If there are several, or they were annotated with another tree.
         """
         runs = self.runs()
         if len(runs) > 1:
             raise ValueError(
                 f"{self.config.annotations_dir} holds runs of several splits: "
-                f"{', '.join(run.name for run in runs.values())}. This builder makes its own: name the folder of one "
-                "run as `--annotations_dir`."
+                f"{', '.join(run.name for run in runs.values())}. This builder creates its own splits: pass the folder of "
+                "one run as `--annotations_dir`."
             )
         (run,) = runs.values()
         criteria = Criteria.load(self.config.criteria)
@@ -105,13 +105,13 @@ class PaintingAttributes(AnnotatedDatasetBuilder):
         if describe_criteria(criteria)["sha256"] != annotated["sha256"]:
             raise ValueError(
                 f"The images were annotated with the criteria {annotated['name']!r} of {annotated['attributes']} "
-                f"attributes, and {self.config.criteria} is another tree: {criteria.name!r} of "
-                f"{len(criteria.attributes)}. Name the tree of the annotations as `--criteria`."
+                f"attributes, but {self.config.criteria} is another tree: {criteria.name!r} of "
+                f"{len(criteria.attributes)} attributes. Pass the tree of the annotations as `--criteria`."
             )
         return run
 
     def annotations(self) -> dict[str, Dataset]:
-        """The annotations of each split that has any, with labels of the tree."""
+        """The annotations of each split that has any, with the attributes of the tree as class labels."""
         annotations = load_annotations(self.run())
         labels = attribute_features(Criteria.load(self.config.criteria))
         annotations = annotations.cast(
@@ -132,7 +132,7 @@ class PaintingAttributes(AnnotatedDatasetBuilder):
         return rows
 
     def describe(self, annotations: dict[str, Dataset]) -> dict[str, Any]:
-        """The manifest, the tree, and figures of the annotations."""
+        """The manifest, the tree, and counts of the annotations."""
         manifest = read_manifest(self.run())
         criteria = Criteria.load(self.config.criteria)
         dimensions = {dimension: Counter() for dimension in criteria.dimensions}

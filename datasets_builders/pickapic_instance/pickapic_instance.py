@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Image pairs with the instances that both images share: for IAPO (Sun et al., CVPR 2026)."""
+"""Image pairs with the instances that both images share, for IAPO (Sun et al., CVPR 2026)."""
 
 from collections import Counter
 from pathlib import Path
@@ -32,8 +32,7 @@ ROLES = ("planner", "detector", "judge")
 
 class PickapicInstance(AnnotatedDatasetBuilder):
     """
-    The splits are the source's. Pairs of which neither image is better, if they were annotated, are a split of their
-    own.
+    The splits are those of the source. Annotated ties are in a separate split.
     """
 
     VERSION = Version("1.0.0")
@@ -55,11 +54,11 @@ class PickapicInstance(AnnotatedDatasetBuilder):
         return DatasetInfo(description=self.config.description, features=features)
 
     def annotations(self) -> dict[str, Dataset]:
-        """The annotations of each split's run."""
+        """The annotations of the run of each split."""
         return {split: load_annotations(run) for split, run in self.runs().items()}
 
     def joined(self, annotations: dict[str, Dataset]) -> dict[str, IterableDataset]:
-        """The pairs of each split, and those of its ties that were kept."""
+        """The pairs of each split, and its annotated ties."""
         rows = {}
         for split, annotated in annotations.items():
             stream, columns = self.config.load_stream(split, pair_columns)
@@ -68,14 +67,14 @@ class PickapicInstance(AnnotatedDatasetBuilder):
         return rows
 
     def describe(self, annotations: dict[str, Dataset]) -> dict[str, Any]:
-        """The manifests, and figures of the annotations."""
+        """The manifests, and counts of the annotations."""
         manifests = [read_manifest(run) for run in self.runs().values()]
         for manifest in manifests:
             del manifest["dataset"]["split"], manifest["rows_per_shard"]
         if differing := differences(manifests):
             raise ValueError(
-                f"The splits were not annotated in one way: they differ in {listed(differing)}. Annotate them anew, "
-                "or build a dataset of each with its run's folder as `--annotations_dir`."
+                f"The splits were not annotated in the same way: they differ in {listed(differing)}. Annotate them again, or "
+                "build a dataset from each, with the folder of its run as `--annotations_dir`."
             )
         statuses, reasons, pairs, dropped = {}, {}, {}, {}
         for split, annotated in annotations.items():

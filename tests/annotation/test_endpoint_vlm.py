@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The model behind a server, asked over real HTTP: what goes out, what comes back, and what is tried again."""
+"""A model behind a server, over real HTTP: requests, answers and retries."""
 
 import base64
 import io
@@ -38,11 +38,11 @@ from trl_diffusion.annotation.vlm import GenerationError, Request
 
 
 Reply = tuple[int, dict[str, str], str]
-CLOSE, HANG = "close", "hang"  # what a server may do in place of a reply
+CLOSE, HANG = "close", "hang"  # what a server can do instead of a reply
 
 
 def completion(text: str | None) -> Reply:
-    """What an OpenAI-compatible server answers."""
+    """The response of an OpenAI-compatible server."""
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
     body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
     return 200, {"Content-Type": "application/json"}, json.dumps(body)
@@ -53,7 +53,7 @@ def failure(status: int, body: str = "", **headers: str) -> Reply:
 
 
 class Server(ThreadingHTTPServer):
-    """A real server on this machine. `script` says what to do with each payload; `posts` are the requests that came."""
+    """A real local server. `script` maps a payload to a reply; `posts` are the received requests."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -68,7 +68,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request, client_address):
-        """A client that hangs up on a server that hangs is what some tests are about."""
+        """Ignores errors of clients that disconnect, which some tests cause."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -93,12 +93,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body.encode())
 
     def log_message(self, format, *args):
-        """Nothing: the output belongs to the tests."""
+        """Logs nothing."""
 
 
 @contextmanager
 def serving(*replies: Reply | str, script: Callable[[dict], Reply | str] | None = None) -> Iterator[Server]:
-    """A server that gives these replies in turn, the last one again and again; or what `script` says."""
+    """A server that gives these replies in turn and then repeats the last one, or uses `script`."""
     left = list(replies)
     with Server(script or (lambda payload: left.pop(0) if len(left) > 1 else left[0])) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
@@ -112,7 +112,7 @@ def serving(*replies: Reply | str, script: Callable[[dict], Reply | str] | None 
 
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
-    """The seconds that the client wanted to wait, without waiting."""
+    """Records the client's waits in seconds, without waiting."""
     waits = []
     monkeypatch.setattr(endpoint_vlm, "time", SimpleNamespace(sleep=waits.append))
     return waits
@@ -132,7 +132,7 @@ def text_of(payload: dict) -> str:
 
 
 def decoded(url: str) -> Image.Image:
-    """The image of a data URL."""
+    """Decodes the image of a data URL."""
     head, data = url.split(",", 1)
     assert head == "data:image/jpeg;base64"
     image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
@@ -141,7 +141,7 @@ def decoded(url: str) -> Image.Image:
 
 
 def in_range(waits: list[float], expected: list[float]) -> bool:
-    """Whether each wait is as long as it should be, or by chance up to half as long again."""
+    """Whether each wait is between 1 and 1.5 times its expected length."""
     return len(waits) == len(expected) and all(
         base <= wait <= 1.5 * base for wait, base in zip(waits, expected, strict=True)
     )
@@ -149,7 +149,8 @@ def in_range(waits: list[float], expected: list[float]) -> bool:
 
 class TestRequests:
     def test_a_request_goes_out_in_the_form_of_openai(self):
-        """One POST with model, limit, temperature 0, a seed, the images before the text, and the schema of the answer."""
+        """A request is one POST with model, limit, temperature 0, seed, images before the text, and the schema of the
+        answer."""
         request = plan_request("What is there? ü", (40, 32), (32, 48))
         with serving(completion('{"instances": []}')) as server:
             (text,) = EndpointVLM(server.url, "qwen", max_new_tokens=77).generate([request])
@@ -175,14 +176,14 @@ class TestRequests:
         }
 
     def test_pixels_arrive_as_they_are(self):
-        """A smooth image comes out of its data URL two levels from what it was, at most ten where colours end."""
+        """The data URL of a smooth image has a mean error of at most two levels, and a maximum of ten."""
         across, down = np.meshgrid(np.linspace(0, 255, 64), np.linspace(0, 255, 48))
         image = Image.fromarray(np.stack([across, down, 255 - across], axis=-1).astype(np.uint8))
         errors = np.abs(np.asarray(decoded(data_url(image)), int) - np.asarray(image, int))
         assert errors.mean() <= 2 and errors.max() <= 10
 
     def test_a_file_goes_out_as_it_is(self):
-        """Where a request has an image's own JPEG file, the server gets its bytes, and of the others an encoding."""
+        """If a request has the JPEG file of an image, its bytes are sent; other images are encoded."""
         images, buffer = (tiny.image(0), tiny.image(1)), io.BytesIO()
         images[1].save(buffer, format="JPEG", quality=30)
         with serving(completion('{"instances": []}')) as server:
@@ -217,12 +218,12 @@ class TestRequests:
 
     @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://server/v1", "http://", "http://server:80x/v1", ""])
     def test_an_address_that_is_none_is_refused(self, url):
-        """What is no address of a server is a ValueError with the address, before any request."""
+        """An invalid address raises a ValueError with the address, before any request."""
         with pytest.raises(ValueError, match=re.escape(repr(url))):
             EndpointVLM(url, "qwen")
 
     def test_the_description_is_that_of_the_answers(self):
-        """Where the server stands, how fast it is asked and how often change no answer, and so not the description."""
+        """The description does not depend on the address, concurrency and retries, which do not change answers."""
         one = EndpointVLM("http://localhost:8000/v1", "qwen", concurrency=1, timeout=1, max_tries=1)
         assert one.describe() == EndpointVLM("https://server/v1", "qwen").describe()
         assert one.describe() != EndpointVLM("http://localhost:8000/v1", "qwen", max_new_tokens=9).describe()
@@ -231,7 +232,7 @@ class TestRequests:
 class TestKeys:
     @pytest.fixture
     def hub_token(self, tmp_path, monkeypatch) -> str:
-        """A Hub token where the Hub's client looks for one."""
+        """A Hub token that the client of the Hub finds."""
         token = "hf_secret"
         (tmp_path / "token").write_text(token)
         monkeypatch.setenv("HF_TOKEN", token)
@@ -241,7 +242,7 @@ class TestKeys:
 
     @pytest.mark.parametrize("key, sent", [(None, "Bearer none"), ("", "Bearer none"), ("sk-mine", "Bearer sk-mine")])
     def test_the_hub_token_is_never_sent(self, hub_token, monkeypatch, key, sent):
-        """A server gets OPENAI_API_KEY where it is set, and never the user's Hub token, in whichever header."""
+        """A server gets OPENAI_API_KEY if it is set, and never the user's Hub token, in any header."""
         if key is not None:
             monkeypatch.setenv("OPENAI_API_KEY", key)
         with serving(completion("{}")) as server:
@@ -252,7 +253,7 @@ class TestKeys:
 
 
 def test_a_server_is_asked_where_the_hub_may_not_be(monkeypatch):
-    """HF_HUB_OFFLINE is about the Hub: a server on this machine is asked all the same."""
+    """HF_HUB_OFFLINE applies to the Hub only, not to a local server."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert huggingface_hub.constants.is_offline_mode()
     with serving(completion("fine")) as server:
@@ -262,7 +263,7 @@ def test_a_server_is_asked_where_the_hub_may_not_be(monkeypatch):
 class TestConcurrency:
     @pytest.mark.parametrize("concurrency, rounds", [(1, 3), (4, 3), (120, 1)])
     def test_as_many_requests_are_under_way_as_allowed(self, concurrency, rounds):
-        """A server that answers none before `concurrency` are there answers all, in the order of the requests."""
+        """A server that waits for `concurrency` requests answers all of them, in order."""
         together = threading.Barrier(concurrency, timeout=20)
         in_flight = []
 
@@ -278,7 +279,7 @@ class TestConcurrency:
         assert len(server.posts) == len(requests)
 
     def test_no_more_requests_are_under_way_than_allowed(self):
-        """With three at once the server never sees a fourth."""
+        """With a concurrency of three, the server never has four open requests."""
         lock, open_now, most = threading.Lock(), 0, 0
 
         def script(payload: dict) -> Reply:
@@ -295,7 +296,7 @@ class TestConcurrency:
         assert most == 3
 
     def test_answers_keep_their_order_whichever_comes_first(self):
-        """The first request is answered last, and its text still stands first."""
+        """The first request is answered last, and its text is still the first."""
         others = threading.Semaphore(0)
 
         def script(payload: dict) -> Reply:
@@ -317,7 +318,7 @@ class TestTries:
         return answer
 
     def test_a_busy_server_is_given_the_time_that_it_asks_for(self, waits):
-        """After 429 with Retry-After the client waits no shorter than that, and asks once more."""
+        """After 429 with Retry-After, the client waits at least that long, and retries once."""
         with serving(failure(429, Retry_After="7"), completion("fine")) as server:
             assert self.ask(server) == "fine"
         assert len(server.posts) == 2 and in_range(waits, [7])
@@ -326,20 +327,21 @@ class TestTries:
         "asked, expected", [("3600", 60), ("0", 0), ("Wed, 21 Oct 2065 07:28:00 GMT", 1), ("soon", 1)]
     )
     def test_odd_wishes_are_met_half_way(self, waits, asked, expected):
-        """A server that asks for an hour gets a minute; a date or a word is as no wish at all."""
+        """A Retry-After of an hour is limited to a minute; a date or a word is ignored."""
         with serving(failure(503, Retry_After=asked), completion("fine")) as server:
             assert self.ask(server) == "fine"
         assert in_range(waits, [expected])
 
     @pytest.mark.parametrize("trouble", [failure(500, "oops"), failure(529), failure(408), failure(502), CLOSE])
     def test_a_server_that_recovers_is_asked_until_then(self, waits, trouble):
-        """Two failures cost two waits, of one and of two seconds, and no answer."""
+        """Two failures cause two waits, of one and two seconds, and the request succeeds."""
         with serving(trouble, trouble, completion("fine")) as server:
             assert self.ask(server) == "fine"
         assert len(server.posts) == 3 and in_range(waits, [1, 2])
 
     def test_a_server_that_stays_broken_is_left_alone(self, waits):
-        """After `max_tries` requests the answer is an error with the server's own words; waits double up to a minute."""
+        """After `max_tries` requests, the answer is an error with the server's message; waits double up to a
+        minute."""
         with serving(failure(500, "CUDA\n  out of memory")) as server:
             answer = self.ask(server, max_tries=9)
         assert isinstance(answer, GenerationError)
@@ -362,23 +364,23 @@ class TestTries:
         ],
     )
     def test_what_is_no_completion_is_tried_again(self, waits, body):
-        """Status 200 with anything but a completion is a failure like others: recovered from, or an error in the end."""
+        """Status 200 without a completion is a failure like others: it is retried, and becomes an error in the end."""
         with serving(failure(200, body), completion("fine")) as server:
             assert self.ask(server) == "fine"
         assert len(server.posts) == 2 and in_range(waits, [1])
         with serving(failure(200, body)) as server:
             answer = self.ask(server, max_tries=2)
         assert isinstance(answer, GenerationError) and len(server.posts) == 2
-        assert str(answer) == "the server's answer is no chat completion (2 tries)"
+        assert str(answer) == "the server's answer is not a chat completion (2 tries)"
 
     def test_a_completion_without_words_is_an_empty_text(self, waits):
-        """A model that says nothing was asked successfully."""
+        """An empty answer of the model is a success."""
         with serving(completion(None)) as server:
             assert self.ask(server) == ""
         assert len(server.posts) == 1 and waits == []
 
     def test_a_silent_server_is_asked_again_after_the_timeout(self, waits):
-        """A server that never answers costs `timeout` seconds a try, then the next try or an error."""
+        """A server that does not answer is retried after `timeout` seconds, and becomes an error in the end."""
         with serving(HANG, completion("fine")) as server:
             start = time.monotonic()
             assert self.ask(server, timeout=0.3) == "fine"
@@ -389,7 +391,7 @@ class TestTries:
         assert isinstance(answer, GenerationError) and "the server does not answer: ReadTimeout" in str(answer)
 
     def test_no_server_at_all_is_an_error_with_a_reason(self, waits):
-        """A port on which nothing listens is tried as often as any server."""
+        """A port without a server is retried as often as any server."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
@@ -399,7 +401,8 @@ class TestTries:
 
     @pytest.mark.parametrize("status", [401, 403, 404, 413])
     def test_a_refusal_is_not_tried_again(self, waits, status):
-        """A wrong key, a wrong name or a request too large fails at once, with status and words of the server."""
+        """A wrong key, a wrong name or a request that is too large fails immediately, with status and message of the
+        server."""
         with serving(failure(status, '{"error": "not for you"}')) as server:
             answer = self.ask(server)
         assert isinstance(answer, GenerationError)
@@ -407,7 +410,7 @@ class TestTries:
         assert len(server.posts) == 1 and waits == []
 
     def test_one_failure_among_others_is_one_error(self, waits):
-        """Each request has its own tries: the others get their answers, in their order."""
+        """Each request has its own attempts, and the others get their answers, in order."""
 
         def script(payload: dict) -> Reply:
             return failure(404, "gone") if text_of(payload) == "question 1" else completion(text_of(payload))
@@ -423,7 +426,8 @@ class TestSchemas:
     @pytest.mark.parametrize("status", [400, 422])
     @pytest.mark.parametrize("max_tries", [1, 6])
     def test_a_server_without_schemas_is_asked_without(self, waits, status, max_tries):
-        """A server that refuses `response_format` gets the same request without it at once, and later ones never with it."""
+        """A server that refuses `response_format` immediately gets the same request, and all later ones, without
+        it."""
 
         def script(payload: dict) -> Reply:
             return failure(status, "unknown field") if "response_format" in payload else completion(text_of(payload))
@@ -467,10 +471,10 @@ def taught(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def transformers_server(taught, tmp_path_factory) -> Iterator[tuple[str, str]]:
-    """`transformers serve` with the taught model: its address, and the model's name there."""
+    """`transformers serve` with the taught model: its address, and the name of the model."""
     root = tmp_path_factory.mktemp("serve")
-    # The server loads processors by AutoProcessor, which wants torchvision for the part that reads videos. A processor of
-    # the folder's own has no such part.
+    # The server loads processors with AutoProcessor, which needs torchvision for videos. A custom processor in the folder
+    # has no video part.
     folder = shutil.copytree(taught, root / "model")
     (folder / "images_only.py").write_text(IMAGES_ONLY)
     names = {"processor_class": "ImagesOnly", "auto_map": {"AutoProcessor": "images_only.ImagesOnly"}}
@@ -493,7 +497,8 @@ def transformers_server(taught, tmp_path_factory) -> Iterator[tuple[str, str]]:
 
 
 def test_a_server_of_transformers_answers_as_the_model_in_this_process(taught, transformers_server):
-    """Through `transformers serve` the roles' requests get the texts that the model gives here for the same JPEGs."""
+    """Through `transformers serve`, requests get the same texts as from the model in this process, for the same
+    JPEGs."""
     url, model = transformers_server
     local = TransformersVLM(str(taught), dtype="float32", device="cpu", max_new_tokens=64)
     lessons = tiny_models.Lessons(local)
@@ -509,7 +514,7 @@ def test_a_server_of_transformers_answers_as_the_model_in_this_process(taught, t
 
 
 def test_roles_work_through_a_server_of_transformers(transformers_server):
-    """Planner and judge get their answers over HTTP, and a verdict that follows from the pixels holds in both orders."""
+    """Planner and judge work over HTTP, and a verdict that depends on the pixels holds in both orders."""
     url, model = transformers_server
     vlm = EndpointVLM(url, model, max_new_tokens=64)
     rng = np.random.default_rng(5)

@@ -35,7 +35,7 @@ def scene(width: int, height: int, box: tuple[int, int, int, int]) -> Image.Imag
 
 
 def red_box(image: Image.Image) -> list[float]:
-    """Where an upright image is redder than green, as a unit box: a detector that cannot err."""
+    """The unit box of the red pixels of an upright image: a perfect detector."""
     pixels = np.asarray(image.convert("RGB")).astype(int)
     ys, xs = np.where(pixels[..., 0] - pixels[..., 1] > 100)
     return [
@@ -52,7 +52,7 @@ SHAPES = {"landscape": (90, 60), "portrait": (60, 90), "square": (64, 64), "stri
 @pytest.mark.parametrize("orientation", [None, *range(1, 9)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_boxes_come_back_in_pixels_of_the_stored_image(shape, orientation):
-    """What is found in the upright image is returned where the file has it, under every EXIF orientation."""
+    """Boxes in the upright image are converted to the stored file, for every EXIF orientation."""
     width, height = SHAPES[shape]
     box = (width // 3, height // 3, width // 3 + width // 4, height // 3 + max(height // 4, 1))
     image = StoredImage(encode(scene(width, height, box), orientation=orientation))
@@ -63,7 +63,7 @@ def test_boxes_come_back_in_pixels_of_the_stored_image(shape, orientation):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_box_that_is_found_is_the_box_that_is_trained_on(orientation):
-    """From the detector's frame to the stored file to the training tensor, a box stays on its object."""
+    """From the detector to the stored file to the training tensor, a box stays on its object."""
     box = (10, 20, 34, 50)
     stored = scene(96, 64, box)
     image = StoredImage(encode(stored, orientation=orientation))
@@ -71,7 +71,7 @@ def test_a_box_that_is_found_is_the_box_that_is_trained_on(orientation):
     opened = Image.open(io.BytesIO(image.data))
     seen = prepare_image(opened, found, (64, 64), torch.Generator())
     pixels = Image.fromarray(((seen.pixel_values.permute(1, 2, 0) / 2 + 0.5) * 255).round().byte().numpy())
-    if seen.boxes[0, 2] > seen.boxes[0, 0]:  # else the crop cut it away
+    if seen.boxes[0, 2] > seen.boxes[0, 0]:  # otherwise the box is outside the crop
         assert seen.boxes[0].tolist() == pytest.approx(red_box(pixels), abs=1.5 / 64)
 
 
@@ -86,7 +86,7 @@ def test_orienting_twice_is_the_identity():
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "P", "L", "LA", "1", "I;16", "F", "JPEG", "WEBP", "GIF"])
 def test_every_mode_is_seen_as_people_see_it(mode):
-    """Whatever the file's mode, the upright image is RGB and has light and dark where the file has them."""
+    """For every mode of the file, the upright image is RGB with the same light and dark regions."""
     array = np.full((24, 36), 40, dtype=np.uint8)
     array[6:18, 9:27] = 220
     image, format = Image.fromarray(array), "PNG"
@@ -126,7 +126,7 @@ def test_one_pixel():
 
 
 def test_a_huge_image_is_made_smaller_and_its_boxes_are_not():
-    """A panorama is looked at with at most MOST_PIXELS, and its boxes come back in its own pixels."""
+    """A panorama is downscaled to at most MOST_PIXELS, and its boxes are in its original pixels."""
     box = (6000, 100, 8000, 700)
     image = StoredImage(encode(scene(12000, 800, box)))
     assert image.upright.width * image.upright.height <= MOST_PIXELS
@@ -140,7 +140,7 @@ def test_a_huge_image_is_made_smaller_and_its_boxes_are_not():
     + [("PNG", None, 10000, False)],
 )
 def test_a_file_is_shown_only_where_it_shows_just_the_image(format, orientation, most, is_file):
-    """A JPEG goes to a server as it is, unless it lies on its side or is too large; other formats do not."""
+    """A JPEG file is sent unchanged unless it is rotated or too large; other formats are encoded."""
     image = StoredImage(encode(scene(60, 40, (5, 5, 30, 30)), format, orientation))
     shown, file = image.shown(most)
     assert (file == image.data) if is_file else (file is None)
@@ -150,13 +150,13 @@ def test_a_file_is_shown_only_where_it_shows_just_the_image(format, orientation,
 
 
 def test_boxes_are_clipped_to_the_image():
-    """A detector's box that reaches beyond the image ends at its edge."""
+    """A box that extends beyond the image is clipped to it."""
     image = StoredImage(encode(Image.new("RGB", (50, 20))))
     assert image.stored_box([-0.1, 0.5, 1.2, 1.01]) == pytest.approx([0, 10, 50, 20])
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of a few bytes that claims to be so wide and high."""
+    """A PNG of a few bytes that claims this width and height."""
     data = bytearray(encode(Image.new("RGB", (1, 1))))
     data[16:24] = side.to_bytes(4, "big") * 2
 
@@ -166,19 +166,22 @@ def bomb(side: int) -> bytes:
 
 POISON = {
     "empty": (b"", "no bytes"),
-    "html": (b"<!DOCTYPE html><html>not found</html>", "no image that can be read; it starts with b'<!DOCTYPE html>"),
+    "html": (
+        b"<!DOCTYPE html><html>not found</html>",
+        "not an image that can be read; it starts with b'<!DOCTYPE html>",
+    ),
     "truncated jpeg": (encode(scene(64, 64, (5, 5, 30, 30)), "JPEG")[:500], "broken"),
     "truncated png": (encode(scene(64, 64, (5, 5, 30, 30)))[:90], "broken"),
     "bomb": (bomb(20000), "claims too many pixels"),
     "smaller bomb": (bomb(10000), "claims 100,000,000 pixels"),
     "thread": (encode(Image.new("RGB", (2000, 1))), "2000 x 1 pixels"),
-    "noise": (bytes(range(256)), "no image that can be read"),
+    "noise": (bytes(range(256)), "not an image that can be read"),
 }
 
 
 @pytest.mark.parametrize("name", POISON)
 def test_poison_is_an_error_with_a_reason(name):
-    """An image that cannot be read makes its row an error that says which image and why, and decodes nothing."""
+    """An image that cannot be read makes its row an error with the name of the image and the reason."""
     data, reason = POISON[name]
     good = StoredImage(encode(Image.new("RGB", (8, 8))))
     record = PairRecord("x", "a cat", chosen=good, rejected=StoredImage(data))
@@ -188,7 +191,7 @@ def test_poison_is_an_error_with_a_reason(name):
 
 
 def test_reading_values(tmp_path):
-    """Bytes, paths, undecoded columns and images in memory are read; the bytes of a file stay as they are."""
+    """Bytes, paths, undecoded columns and images in memory are read; the bytes of files are unchanged."""
     data = encode(scene(20, 10, (2, 2, 8, 8)), "JPEG")
     (tmp_path / "a.jpg").write_bytes(data)
     path = str(tmp_path / "a.jpg")
@@ -205,7 +208,7 @@ def test_reading_values(tmp_path):
 
 @pytest.mark.parametrize("place", [(10, 10), (60, 30), (88, 45)])
 def test_crops_are_centred_and_of_one_scale(place):
-    """An instance fills the same middle share of its crop wherever it is, also at the image's edge."""
+    """An instance fills the same central share of its crop at any position, also at the edge of the image."""
     left, top = place
     image = scene(100, 60, (left, top, left + 12, top + 12))
     box = [left / 100, top / 60, (left + 12) / 100, (top + 12) / 60]
@@ -216,7 +219,7 @@ def test_crops_are_centred_and_of_one_scale(place):
 
 
 def test_two_sizes_of_one_thing_give_one_crop():
-    """Scale does not sway the judge: an object and its enlarged copy give the same crop."""
+    """An object and its enlarged copy give the same crop."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
     small = image.resize((64, 64), Image.Resampling.BICUBIC)
     large = image.resize((256, 256), Image.Resampling.BICUBIC)
@@ -226,7 +229,7 @@ def test_two_sizes_of_one_thing_give_one_crop():
 
 
 def test_limiting_pixels_keeps_the_shape():
-    """An image within the limit is itself; a larger one has at most so many pixels and the same shape."""
+    """An image within the limit is unchanged; a larger one is downscaled with the same aspect ratio."""
     image = Image.new("RGB", (300, 100))
     assert limit_pixels(image, 30000) is image
     small = limit_pixels(image, 3000)

@@ -43,7 +43,7 @@ def streamed(dataset: Dataset) -> IterableDataset:
 
 
 def expected(source: Dataset, annotations: Dataset) -> list[dict]:
-    """What joining gives for a source in the trainers' columns, written out once more."""
+    """The expected result for a source with the trainers' columns, computed independently."""
     found = {row["id"]: row for row in annotations}
     return [
         row
@@ -59,8 +59,8 @@ def expected(source: Dataset, annotations: Dataset) -> list[dict]:
 
 @pytest.mark.parametrize("kind", [Dataset.with_format, streamed])
 def test_rows_are_the_sources_with_the_annotations_instances(kind, runs):
-    """Joined rows have exactly the trainers' columns, typed; ids, prompts and bytes are the source's, instances the
-    annotation's."""
+    """Joined rows have exactly the trainers' columns and types, with the source's ids, prompts and bytes and the
+    annotated instances."""
     source, annotations = sources.pairs(), load_annotations(runs / "pairs")
     joined = join_annotations(kind(source), annotations)
     assert isinstance(joined, type(kind(source)))
@@ -73,8 +73,7 @@ def test_rows_are_the_sources_with_the_annotations_instances(kind, runs):
 @pytest.mark.parametrize("kind", [Dataset.with_format, streamed])
 @pytest.mark.parametrize("with_uids", [True, False])
 def test_pick_a_pic(kind, with_uids, tmp_path, runs):
-    """The chosen image is `jpg_0` where label_0 is 1 and `jpg_1` where it is 0, with and without uids in the
-    source."""
+    """The chosen image is `jpg_0` if label_0 is 1 and `jpg_1` if it is 0, with and without uids in the source."""
     source, folder = sources.pick_a_pic(with_uids=with_uids), runs / "pick_a_pic"
     if not with_uids:
         folder = tmp_path
@@ -94,8 +93,7 @@ def test_pick_a_pic(kind, with_uids, tmp_path, runs):
 
 
 def test_every_row_is_accounted_for(runs):
-    """Rows that come out and rows that are left out, by their status, are all rows; a kept tie is neither ok nor
-    gone."""
+    """Joined rows and left out rows add up to all rows, and annotated ties are counted separately."""
     annotations, counts, ties = load_annotations(runs / "pick_a_pic"), Counter(), Counter()
     assert len(list(join_annotations(streamed(sources.pick_a_pic()), annotations, counts=counts))) == 11
     assert counts == {"joined": 11, "rejected": 4, "error": 6, "tie": 3}
@@ -105,7 +103,7 @@ def test_every_row_is_accounted_for(runs):
 
 @pytest.mark.parametrize("kind", [Dataset.with_format, streamed])
 def test_ties_come_alone(kind, runs):
-    """`ties=True` gives the pairs that the source calls ties, the first image as chosen, and no others."""
+    """`ties=True` returns exactly the ties of the source, with the first image as chosen."""
     source = sources.pick_a_pic()
     joined = rows(join_annotations(kind(source), load_annotations(runs / "pick_a_pic"), ties=True))
     by_id = {str(row["ranking_id"]): row for row in source}
@@ -116,7 +114,7 @@ def test_ties_come_alone(kind, runs):
 
 @pytest.mark.parametrize("kind", [Dataset.with_format, streamed])
 def test_images_with_attributes(kind, runs):
-    """Attributes are strings from a run, and labels where the annotations have labels; a broken image is left out."""
+    """Attributes have the type of the annotations, strings or class labels; a broken image is left out."""
     source, annotations = sources.paintings(), load_annotations(runs / "paintings")
     joined = join_annotations(kind(source), annotations)
     assert joined.features == attribute_features()
@@ -139,7 +137,7 @@ def test_images_with_attributes(kind, runs):
 
 
 def test_a_source_in_another_order(runs):
-    """The order is the source's, and every row is the one that it is in any other order."""
+    """The order is that of the source, and rows do not depend on it."""
     source, annotations = sources.pairs(), load_annotations(runs / "pairs")
     order = random.Random(0).sample(range(24), 24)
     joined = rows(join_annotations(source.select(order), annotations))
@@ -147,14 +145,14 @@ def test_a_source_in_another_order(runs):
 
 
 def test_what_is_chosen_follows_from_the_uids(runs):
-    """A source that calls the annotated pair's images the other way round gives the same rows."""
+    """Swapping chosen and rejected in the source does not change the joined rows."""
     source, annotations = sources.pairs(), load_annotations(runs / "pairs")
     swapped = source.rename_columns({"chosen": "rejected", "rejected": "chosen"})
     assert rows(join_annotations(swapped, annotations)) == rows(join_annotations(source, annotations))
 
 
 def test_columns_are_those_that_are_named(runs):
-    """`columns` says what a source's columns hold, and further columns do not come out."""
+    """`columns` names the columns of the source, and other columns are dropped."""
     source, annotations = sources.pairs(), load_annotations(runs / "pairs")
     renamed = source.rename_columns({"id": "key", "prompt": "text", "chosen": "winner", "rejected": "loser"})
     renamed = renamed.add_column("licence", ["none"] * 24)
@@ -165,7 +163,7 @@ def test_columns_are_those_that_are_named(runs):
 
 
 def test_a_dataset_without_ids(tmp_path):
-    """Rows that were numbered to be annotated are numbered to be joined; a stream's cannot be."""
+    """Rows without ids get the same row numbers for annotating and joining; a stream without ids is refused."""
     source = sources.pairs(6).remove_columns("id")
     sources.annotate_pairs(source, tmp_path / "run")
     annotations = load_annotations(tmp_path / "run")
@@ -182,7 +180,7 @@ def test_a_dataset_without_ids(tmp_path):
 @pytest.mark.parametrize("kind", [Dataset.with_format, streamed])
 @pytest.mark.parametrize("with_uids", [True, False])
 def test_other_images_are_refused(kind, with_uids, runs):
-    """A row with an image that was not annotated, by its uid or by its bytes, is an error that names the row."""
+    """A row whose image has another uid or other bytes than the annotated one raises an error that names the row."""
     if with_uids:
         source, annotations, row_id = sources.pick_a_pic(), load_annotations(runs / "pick_a_pic"), "1009"
         change = {"image_1_uid": "another"}
@@ -195,7 +193,7 @@ def test_other_images_are_refused(kind, with_uids, runs):
 
 
 def test_an_image_that_is_gone_is_refused(runs, tmp_path):
-    """An image that cannot be read any more is an error that names the row."""
+    """An image that can no longer be read raises an error that names the row."""
     source = sources.undecoded(sources.pairs())
     path = str(tmp_path / "gone.png")
     changed = source.map(lambda row: {"chosen": {"path": path, "bytes": None}} if row["id"].endswith("7") else {})
@@ -204,12 +202,12 @@ def test_an_image_that_is_gone_is_refused(runs, tmp_path):
 
 
 def test_rows_without_an_annotation_are_counted(runs, caplog):
-    """A dataset's are logged at once; a stream's at the first and the tenth, and `counts` has them all."""
+    """For a dataset, their number is logged; for a stream, the first and the tenth; `counts` has all of them."""
     annotations = load_annotations(runs / "pairs")
     source, counts = concatenate_datasets([sources.pairs(12, seed=1), sources.pairs()]), Counter()
     with caplog.at_level(logging.WARNING):
         joined = join_annotations(source, annotations, counts=counts)
-    assert caplog.messages == ["Of 36 rows of the source, 12 have no annotation, and are left out."]
+    assert caplog.messages == ["12 of 36 rows of the source have no annotation and are left out."]
     assert len(joined) == 24 and counts == {"joined": 24, "missing": 12}
     caplog.clear()
     counts.clear()
@@ -223,26 +221,26 @@ def test_rows_without_an_annotation_are_counted(runs, caplog):
 
 
 def test_annotations_that_are_left_out_are_logged(runs, caplog):
-    """What is known without the source is said at once: how many annotations are used, and what the others are."""
+    """The numbers of used and unused annotations are logged before the source is read."""
     annotations = load_annotations(runs / "pick_a_pic")
     with caplog.at_level(logging.WARNING):
         join_annotations(streamed(sources.pick_a_pic()), annotations)
-    assert caplog.messages == ["Of 24 annotations, 11 become rows to train on. Left out: rejected 4, error 6, ties 3."]
+    assert caplog.messages == ["11 of 24 annotations become training rows. Left out: rejected 4, error 6, ties 3."]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         join_annotations(sources.pick_a_pic().select(range(12)), annotations)
-    assert caplog.messages[1] == "Of 11 annotations that would be used, 6 have no row in the source."
+    assert caplog.messages[1] == "6 of 11 usable annotations have no row in the source."
 
 
 def test_ids_that_never_meet(runs):
-    """A source of which no row has an annotation is refused, with an id of either."""
+    """A source without any annotated row is refused, with an example id of both sides."""
     with pytest.raises(ValueError, match="None of the 3 rows.*'world-1-00000'.*'world-0-00000'"):
         join_annotations(sources.pairs(3, seed=1), load_annotations(runs / "pairs"))
 
 
 @pytest.mark.parametrize("kind", [Dataset.with_format, streamed])
 def test_an_id_that_the_source_has_twice(kind, tmp_path):
-    """The run rejects the second row of an id, and joining leaves it out, though the id has an annotation."""
+    """A run rejects the second row with an id, and joining leaves it out, although the id has an annotation."""
     other = sources.pairs(1, seed=1).map(lambda row: {"id": "world-0-00002"})
     source = concatenate_datasets([sources.pairs(4), other])
     sources.annotate_pairs(source, tmp_path / "run")
@@ -260,9 +258,11 @@ def test_annotations_of_two_runs(runs):
 
 
 def test_other_things_are_refused(runs):
-    """What is not annotations, or not a dataset, is a ValueError that says what to pass."""
+    """Anything but annotations or a dataset raises a ValueError that says what to pass."""
     source, annotations = sources.pairs(), load_annotations(runs / "pairs")
-    with pytest.raises(ValueError, match="These are no annotations: they have the columns id, prompt"):
+    with pytest.raises(
+        ValueError, match="`annotations` has the columns id, prompt.*, which are not those of annotations"
+    ):
         join_annotations(source, source)
     with pytest.raises(ValueError, match="`annotations` must be a `datasets.Dataset`, got `IterableDataset`"):
         join_annotations(source, annotations.to_iterable_dataset())
@@ -276,7 +276,7 @@ def test_other_things_are_refused(runs):
 
 
 def test_a_stream_is_read_as_it_is_asked_for(runs):
-    """Nothing is read before the first row is asked for, and then no more than a batch ahead."""
+    """Nothing is read before the first row is requested, and then at most one batch ahead."""
     read = Counter()
 
     def generate():
@@ -293,7 +293,7 @@ def test_a_stream_is_read_as_it_is_asked_for(runs):
 
 
 def test_a_stream_goes_on_where_it_stood(runs):
-    """A stream's state, taken after any row, leads to the rows that were left."""
+    """The state of a stream, taken after any row, continues with the remaining rows."""
     source, annotations = sources.pick_a_pic(), load_annotations(runs / "pick_a_pic")
     whole = rows(join_annotations(streamed(source), annotations))
     for number in (1, 4, 7):
@@ -307,7 +307,7 @@ def test_a_stream_goes_on_where_it_stood(runs):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_workers_share_a_stream(num_workers, runs):
-    """Data loader workers read each row once between them."""
+    """Data loader workers together read each row once."""
     joined = join_annotations(streamed(sources.pick_a_pic()), load_annotations(runs / "pick_a_pic")).decode(False)
     assert joined.num_shards == 3
     loader = torch.utils.data.DataLoader(joined, batch_size=None, num_workers=num_workers)
@@ -316,8 +316,7 @@ def test_workers_share_a_stream(num_workers, runs):
 
 
 def test_a_joined_dataset_is_found_in_the_cache(runs):
-    """What a join is, for the cache of `datasets`, depends on annotations and columns, not on what it has been used
-    for."""
+    """The hash of a join in the cache of `datasets` depends on annotations and columns, not on its use."""
     annotations = load_annotations(runs / "pairs")
     source, columns = prepare_rows(sources.pairs(), pair_columns)
     fresh = Join(annotations, columns, instance_pair_features(), ties=False)
@@ -333,8 +332,8 @@ def test_a_joined_dataset_is_found_in_the_cache(runs):
 
 
 def test_annotations_are_loaded_from_either_folder(runs):
-    """A run's folder and the folder above it give all rows in their order, with the declared columns and the split's
-    name."""
+    """The folder of a run and its parent give all rows in order, with the declared columns and the name of the
+    split."""
     (run,) = (runs / "pairs").glob("train-*")
     annotations = load_annotations(run)
     assert annotations.features == PAIR_ANNOTATION_FEATURES and str(annotations.split) == "train"
@@ -343,7 +342,7 @@ def test_annotations_are_loaded_from_either_folder(runs):
 
 
 def test_a_split_is_named_where_there_are_several(tmp_path):
-    """Runs of several splits are told apart by `split`."""
+    """`split` selects one of several runs."""
     sources.annotate_pairs(sources.pairs(2), tmp_path)
     sources.annotate_pairs(sources.pairs(3, seed=1), tmp_path, split="test")
     with pytest.raises(ValueError, match="holds runs of the splits test, train"):
@@ -354,8 +353,7 @@ def test_a_split_is_named_where_there_are_several(tmp_path):
 
 
 def test_several_runs_of_a_split_are_refused(tmp_path):
-    """Two runs of one split are refused, with their folders and what differs between them; each loads by its own
-    folder."""
+    """Two runs of one split are refused, with their folders and differences; each loads by its own folder."""
     first = sources.annotate_pairs(sources.pairs(2), tmp_path)
     second = sources.annotate_pairs(sources.pairs(3), tmp_path, crop_size=96)
     with pytest.raises(ValueError) as error:
@@ -367,7 +365,7 @@ def test_several_runs_of_a_split_are_refused(tmp_path):
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path):
-    """Half of a run is loaded only if that is asked for."""
+    """An unfinished run is loaded only on request."""
     folder = sources.annotate_pairs(sources.pairs(7), tmp_path).folder
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | {"complete": False}))
@@ -378,13 +376,13 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    """A folder without a manifest is a ValueError that names the commands."""
-    with pytest.raises(ValueError, match="is no folder of annotations.*annotate-instances"):
+    """A folder without a manifest raises a ValueError that names the commands."""
+    with pytest.raises(ValueError, match="is not a folder of annotations.*annotate-instances"):
         load_annotations(tmp_path)
 
 
 def test_a_shard_that_was_written_again_is_read_again(tmp_path):
-    """Loading is cached by `datasets`, and yet gives what the files hold now."""
+    """Loading uses the cache of `datasets`, but returns the current content of the files."""
     folder = sources.annotate_pairs(sources.pairs(2), tmp_path / "first").folder
     assert len(load_annotations(folder)) == 2
     other = sources.annotate_pairs(sources.pairs(3, seed=1), tmp_path / "second").folder

@@ -24,7 +24,7 @@ from trl_diffusion.quickstart.sampling import shipped
 
 
 class Tags(HTMLParser):
-    """Start tags with their attributes; fails where tags do not close."""
+    """Start tags with their attributes. Fails if a tag is not closed."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -61,7 +61,7 @@ def encoded(image) -> bytes:
 
 
 def test_boxes_stand_where_they_are(page):
-    """Each instance has its box on both images, in percent of the image, in its verdict's colour."""
+    """Each instance has its box on both images, in percent of the image, in the colour of its verdict."""
     tags = Tags(page)
     boxes = [found for tag, found in tags.tags if tag == "div" and (found.get("class") or "").startswith("box ")]
     assert len(boxes) == 2 * 2 * 2  # two rows that are ok, two instances, two images
@@ -72,7 +72,7 @@ def test_boxes_stand_where_they_are(page):
 
 
 def test_the_page_stands_alone(page):
-    """All pictures are inside of the page and decode; nothing is loaded from elsewhere."""
+    """All images are embedded in the page and valid, and nothing is loaded from elsewhere."""
     sources = [found["src"] for tag, found in Tags(page).tags if tag == "img"]
     assert len(sources) == 2 * (2 + 4) + 1  # the broken row shows the image that it has
     for source in sources:
@@ -82,15 +82,15 @@ def test_the_page_stands_alone(page):
 
 
 def test_errors_show_their_reason_and_nothing_is_run(page):
-    """A broken row stands there with its reason, and what comes from the data is text."""
+    """A broken row is shown with its reason, and data are escaped."""
     assert '<span class="status error">error</span>' in page
-    assert "chosen: this is no image that can be read" in page
+    assert "chosen: this is not an image that can be read" in page
     assert "<script>" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
     assert "ok 2, error 1" in page and "instances 4" in page
 
 
 def test_attributes_show_their_forms():
-    """A painting stands beside the forms of its attributes, by dimension."""
+    """A painting is shown with the forms of its attributes, by dimension."""
     dataset, columns = prepare_rows(paintings.painting_dataset(2, seed=0), image_columns)
     expert = AttributeExpert(OracleVLM(), Criteria.load(shipped("criteria.yaml")))
     page = preview(attribute_task(expert, {"name": "paintings", "split": "train"}, columns), dataset)

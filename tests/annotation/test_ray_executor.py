@@ -24,10 +24,10 @@ from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
 from trl_diffusion.quickstart.world import preference_dataset
 
 
-# Every actor imports torch, which takes seconds: few runs, with several tests to each.
+# Every actor imports torch, which takes seconds, so several tests share a run.
 
-OBJECT_STORE = 80_000_000  # bytes, about the least that Ray takes
-PARCELS = 800  # of 200 kB each: twice what fits in there
+OBJECT_STORE = 80_000_000  # bytes, about the minimum of Ray
+PARCELS = 800  # of 200 kB each: twice the size of the object store
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def cluster():
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file that a finished run leaves, but its lock and where the stream stood."""
+    """All files of a finished run, except its lock and the state of the stream."""
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
 
 
@@ -54,10 +54,8 @@ def read(folder: Path) -> list[dict]:
 
 
 class Watched:
-    """
-    A role that notes the processes it runs in, begins when there are as many as are expected, and kills the first that has
-    done a certain record.
-    """
+    """A role that records its processes, waits for the expected number of them, and kills the first that processes a
+    certain record."""
 
     def __init__(self, role, notes: Path, expected: int = 1, fatal_id: str | None = None):
         self.role = role
@@ -90,7 +88,7 @@ def wait_for(condition) -> None:
 
 
 def test_ray_that_is_not_installed_is_asked_for(monkeypatch):
-    """Without Ray the error says what to install."""
+    """Without Ray, the error names what to install."""
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r'pip install "trl-diffusion\[ray\]"'):
         RayExecutor()
@@ -100,7 +98,7 @@ def test_ray_that_is_not_installed_is_asked_for(monkeypatch):
     ("actors", "gpus", "share"), [(3, 0, 0), (3, 1, 1 / 3), (3, 2, 1 / 2), (3, 3, 1), (3, 8, 1), (9, 8, 1 / 2)]
 )
 def test_actors_share_the_gpus(actors, gpus, share):
-    """An actor has a whole GPU, or the n-th part of one for the smallest n with room for all."""
+    """An actor gets a whole GPU, or 1 / n of one for the smallest n for which all fit."""
     assert gpu_share(actors, gpus) == share
     assert share == 0 or gpus * int(1 / share) >= actors
 
@@ -117,13 +115,14 @@ def test_actors_share_the_gpus(actors, gpus, share):
     ],
 )
 def test_roles_have_their_pools(options, gpus, pools, caplog):
-    """Planner, detector and judge get the actors and GPUs that their options say; more than there are is warned of."""
+    """Planner, detector and judge get actors and GPUs according to the options, with a warning if there are too few
+    GPUs."""
     pytest.importorskip("ray")
     vlm = OracleVLM()
     assert RayExecutor(**options).pools((Planner(vlm), OracleDetector(), Judge(vlm)), gpus) == pools
     warned = [record.message for record in caplog.records]
     assert len(warned) == (sum(actors * each for actors, each in pools) > gpus + 1e-9)
-    assert not warned or "ask for 5 GPUs, and the cluster has 4" in warned[0]
+    assert not warned or "request 5 GPUs, but the cluster has 4" in warned[0]
 
 
 # ----- pairs, and the roles of IAPO -----
@@ -138,7 +137,7 @@ POISON = {
 
 @pytest.fixture(scope="module")
 def pairs(cluster, tmp_path_factory) -> tuple[Run, Run, Path]:
-    """A local run, one with Ray in which a process is killed, and what was noted about that process."""
+    """A local run, a run with Ray in which a process is killed, and the records about that process."""
     notes = tmp_path_factory.mktemp("notes")
     dataset, columns = prepare_rows(preference_dataset(60, 0), pair_columns)
     dataset = dataset.map(lambda row, number: {"chosen": POISON.get(number, row["chosen"])}, with_indices=True)
@@ -154,7 +153,7 @@ def pairs(cluster, tmp_path_factory) -> tuple[Run, Run, Path]:
 
 
 def test_shards_and_manifest_are_those_of_a_local_run(pairs):
-    """Which executor ran changes no byte of what is written."""
+    """Both executors write the same bytes."""
     local, ray, _ = pairs
     assert len(contents(local.folder)) == 9
     assert ray.folder.name == local.folder.name
@@ -162,7 +161,7 @@ def test_shards_and_manifest_are_those_of_a_local_run(pairs):
 
 
 def test_the_batch_of_a_killed_process_is_done_again(pairs):
-    """A process killed at its work is replaced, and every row is there, once and in order."""
+    """A killed process is replaced, and every row is written once and in order."""
     _, ray, notes = pairs
     killed = int((notes / "killed").read_text())
     assert len(processes(notes)) == 2 and killed in processes(notes)
@@ -171,11 +170,11 @@ def test_the_batch_of_a_killed_process_is_done_again(pairs):
 
 
 def test_images_that_cannot_be_read_are_errors(pairs):
-    """Empty, garbled and missing images each make an error row that says so, and no others are made."""
+    """Exactly the rows with empty, invalid and missing images are errors, with a reason."""
     errors = {number: row["reason"] for number, row in enumerate(read(pairs[1].folder)) if row["status"] == 2}
     assert STATUSES[2] == "error" and sorted(errors) == sorted(POISON)
     assert "expected an image" in errors[5]
-    assert "no image that can be read" in errors[17]
+    assert "not an image that can be read" in errors[17]
     assert "No such file" in errors[18]
 
 
@@ -196,7 +195,7 @@ def read_parcel(row: dict) -> Parcel:
 
 
 class Scales:
-    """A role that takes some time, and breaks at a certain record."""
+    """A slow role that fails at a certain record."""
 
     def __init__(self, broken_by: str | None = None):
         self.broken_by = broken_by
@@ -228,7 +227,7 @@ def weigh(role) -> Task:
 
 
 def make_parcels(starts: list[int], log: Path, fatal: int | None):
-    """Parcels, with a log of what was read; the first process that comes to a certain one is killed."""
+    """Yields parcels and logs them; the first process that reaches a certain one is killed."""
     for start in starts:
         for number in range(start, start + 16):
             first_time = not log.exists() or number not in read_rows(log)
@@ -254,7 +253,7 @@ class Stop(Exception):
 
 @dataclass
 class StoppedRun:
-    """A run that was stopped locally after 10 shards, and with Ray and two actors after 10 more."""
+    """A run that was interrupted locally after 10 shards, and with Ray and two actors after 10 more."""
 
     folder: Path
     notes: Path
@@ -288,27 +287,24 @@ def stopped(cluster, tmp_path_factory) -> StoppedRun:
 
 
 def test_a_stream_is_read_as_it_is_used(stopped):
-    """When the first shard is done, less is read than fits in the object store, which is half of the stream."""
+    """When the first shard is done, less than half of the stream is read, which is the size of the object store."""
     assert PARCELS / 2 == OBJECT_STORE / 200_000
     assert 16 <= len(stopped.read_at_first_shard) < PARCELS / 2
 
 
 def test_actors_share_the_work(stopped):
-    """Two actors are two processes, and neither waits for the other to end."""
+    """Two actors are two processes that run at the same time."""
     assert len(processes(stopped.notes)) == 2
 
 
 def test_a_stopped_run_leaves_no_process_behind(stopped):
-    """The actors end with the driver's iteration."""
+    """The actors end when the iteration of the driver ends."""
     wait_for(lambda: not any(Path(f"/proc/{process}").exists() for process in processes(stopped.notes)))
 
 
 def test_either_executor_goes_on_where_the_other_stopped(stopped, tmp_path):
-    """
-    A run that was stopped locally and with Ray, went on with Ray, had its reader killed, was broken by a role and ended locally
-    is, byte for byte, a local run that never stopped. What the role raises is what it raises locally, after the same shards,
-    and says where.
-    """
+    """A run with interruptions of both executors, a killed reader and a failing role, finished locally, has the same
+    bytes as an uninterrupted run. Errors of roles are the same as locally, after the same shards, with a traceback."""
     uninterrupted = run(stream(tmp_path / "log"), weigh(Scales()), tmp_path / "uninterrupted", run_locally)
     assert uninterrupted.counts["weight"] == sum(200_000 + number % 256 for number in range(PARCELS))
     errors = {}
@@ -331,13 +327,13 @@ def test_either_executor_goes_on_where_the_other_stopped(stopped, tmp_path):
 
 
 def test_what_a_role_raises_passes_by_the_later_roles():
-    """An error goes through a role as it is, and the role does nothing."""
+    """A role passes an error on unchanged, and does nothing."""
     shard = pack(KeyError("no scales"))
     assert RoleWorker(Scales(), last=True)(shard) is shard
 
 
 def test_what_reading_raises_comes_after_the_shards_before_it():
-    """Two shards are read, and then comes the error of the row that has no content."""
+    """An error while reading comes after the shards before it."""
     rows = Dataset.from_list([{"id": str(number), "content": b"x"} for number in range(5)] + [{"id": "5"}])
 
     def read_checked(row):
@@ -351,13 +347,13 @@ def test_what_reading_raises_comes_after_the_shards_before_it():
 
 
 class Awkward(Exception):
-    """Does not pickle: it takes two arguments and keeps one."""
+    """An error that does not pickle, because it takes two arguments and keeps one."""
 
     def __init__(self, what: str, why: str):
         super().__init__(f"{what}, {why}")
 
 
 def test_an_error_that_does_not_pickle_still_says_what_happened():
-    """Its text travels in a `RuntimeError`."""
+    """It becomes a `RuntimeError` with the same text."""
     error = portable(Awkward("no", "because"))
     assert (type(error), str(error)) == (RuntimeError, "Awkward: no, because")

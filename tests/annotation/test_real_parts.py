@@ -41,11 +41,11 @@ def undecoded(dataset: Dataset) -> Dataset:
 
 
 def real_pairs() -> Dataset:
-    """Pairs of images by two versions of a text-to-image model, of 12 sizes."""
+    """Pairs of images from two versions of a text-to-image model, in 12 sizes."""
     if not REAL_PAIRS.is_dir():
         pytest.skip(f"there is no {REAL_PAIRS}")
     rows = [json.loads(line) for line in (REAL_PAIRS / "pairs.jsonl").read_text().splitlines()]
-    # The taught model knows prompts of up to 200 letters or so; one here has 637.
+    # The taught model was trained on prompts of about 200 characters or less; one here has 637.
     columns = {"id": [row["id"] for row in rows], "prompt": [row["prompt"][:200] for row in rows]}
     files = {name: [str(REAL_PAIRS / row[name]) for row in rows] for name in ("chosen", "rejected")}
     return undecoded(Dataset.from_dict({**columns, **files}))
@@ -91,7 +91,7 @@ def image_task(vlm: TransformersVLM) -> Task:
 
 
 def written(folder: Path) -> list[dict]:
-    """All rows of a run, with names in place of class labels' indices."""
+    """All rows of a run, with names instead of indices of class labels."""
     rows = [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     for row in rows:
         row["status"] = STATUSES[row["status"]]
@@ -101,7 +101,7 @@ def written(folder: Path) -> list[dict]:
 
 
 def counts(folder: Path) -> dict[str, int]:
-    """The manifest's figures of a finished run."""
+    """The counts in the manifest of a finished run."""
     manifest = json.loads((folder / MANIFEST).read_text())
     assert manifest["complete"]
     return manifest["counts"]
@@ -120,7 +120,7 @@ def images(dataset) -> Dataset:
 
 class TestInstances:
     def test_every_row_comes_out_once_and_in_order(self, dataset, finished):
-        """The shards hold the ids and prompts of the dataset, in its order, all of them ok and each with its plan."""
+        """The shards contain the ids and prompts of the dataset in order, all with status ok and a plan."""
         rows = written(finished.folder)
         assert [row["id"] for row in rows] == dataset["id"] and [row["prompt"] for row in rows] == dataset["prompt"]
         for row in rows:
@@ -130,7 +130,7 @@ class TestInstances:
             assert row["dropped"] == []
 
     def test_boxes_are_the_detectors_in_pixels_of_the_file(self, dataset, finished, detector):
-        """Each box lies in its stored image, has an area, and is what the detector finds there, times the image's sides."""
+        """Each box is inside its stored image, has an area, and is the detector's box in pixels."""
         for source, row in zip(dataset, written(finished.folder), strict=True):
             for side in ("chosen", "rejected"):
                 image = open_image(source[side]).convert("RGB")
@@ -145,7 +145,7 @@ class TestInstances:
                     assert instance[f"{side}_score"] > 0.5
 
     def test_preferences_follow_from_both_raw_answers(self, finished):
-        """Both answers are kept as the model gave them, and an instance is preferred where both orders agree."""
+        """Both raw answers are stored, and an instance has a preference if both orders agree."""
         outcomes = {("A", "B"): "chosen", ("B", "A"): "rejected", ("A", "A"): "tie", ("B", "B"): "tie"}
         for row in written(finished.folder):
             for instance in row["instances"]:
@@ -153,7 +153,7 @@ class TestInstances:
                 assert instance["preference"] == outcomes[tuple(verdicts)]
 
     def test_counts_add_up(self, dataset, finished):
-        """The manifest's figures are those of the rows."""
+        """The counts in the manifest are those of the rows."""
         rows = written(finished.folder)
         preferences = Counter(instance["preference"] for row in rows for instance in row["instances"])
         assert counts(finished.folder) == {
@@ -170,7 +170,7 @@ class TestInstances:
         }
 
     def test_a_detector_that_finds_nothing_leaves_rows_without_instances(self, dataset, taught, detector, tmp_path):
-        """Below the threshold all planned things are dropped with a reason, and the rows are ok."""
+        """Below the threshold, all planned instances are dropped with a reason, and the rows are ok."""
         blind = TransformersDetector(detector.model_name_or_path, threshold=0.99, device="cpu")
         finished = run(dataset, pair_task(taught, blind, taught), tmp_path, run_locally)
         reason = "not detected in the chosen and the rejected image"
@@ -181,7 +181,7 @@ class TestInstances:
         assert (figures["without_instances"], figures["dropped_instances"]) == (len(dataset), 2 * len(dataset))
 
     def test_babble_makes_error_rows_that_name_the_role(self, dataset, taught, untaught, detector, tmp_path):
-        """Random weights give error rows alone, with planner or judge, the mistake and the raw answer in them."""
+        """With random weights, all rows are errors that contain the role, the mistake and the raw answer."""
         for planner, judge, role in ((untaught, taught, "planner: "), (taught, untaught, "judge, 'cow': ")):
             finished = run(dataset, pair_task(planner, detector, judge), tmp_path, run_locally, max_error_rate=1.0)
             rows = written(finished.folder)
@@ -195,7 +195,7 @@ class TestInstances:
 
 
 def test_verdicts_follow_from_the_pixels(taught, detector, tmp_path):
-    """What is bright in one image and dark in the other is preferred where it is bright; of two bright ones neither is."""
+    """The judge prefers the bright image of a bright and a dark one, and neither of two bright ones."""
     rng = np.random.default_rng(3)
     kinds = {"chosen": (True, False), "rejected": (False, True), "tie": (True, True)}
     rows = []
@@ -212,7 +212,7 @@ def test_verdicts_follow_from_the_pixels(taught, detector, tmp_path):
 
 
 def test_boxes_of_a_turned_photograph_fit_its_file(taught, detector, tmp_path):
-    """A file that is shown a quarter turn clockwise gets its boxes before the turn: x is their y, y counts x from the end."""
+    """For a file with a rotation of 90 degrees in its EXIF data, boxes are rotated back to the stored image."""
     width, height = 80, 48
     exif = PILImage.Exif()
     exif[PILImage.ExifTags.Base.Orientation] = 6
@@ -232,7 +232,8 @@ def test_boxes_of_a_turned_photograph_fit_its_file(taught, detector, tmp_path):
 
 
 def test_a_run_of_babble_stops(untaught, detector, tmp_path):
-    """With one error in a hundred allowed, ten of the first thousand rows are let pass: the third shard of four is refused."""
+    """With an error rate of 1 %, ten errors are allowed in the first thousand rows: the third shard of four is
+    refused."""
     dataset = undecoded(tiny.pairs(16, with_instances=False))
     task = pair_task(untaught, detector, untaught)
     with pytest.raises(ValueError, match="Stopped: 12 of 12 rows are errors.*8 rows are written") as caught:
@@ -244,7 +245,7 @@ def test_a_run_of_babble_stops(untaught, detector, tmp_path):
 
 
 def test_a_small_run_of_babble_fails_in_the_end(untaught, detector, tmp_path):
-    """Where the dataset ends before the allowance does, all rows are written and the run says that they are errors."""
+    """If the dataset ends before the allowance is used up, all rows are written and the run fails with the errors."""
     dataset = undecoded(tiny.pairs(7, with_instances=False))
     with pytest.raises(ValueError, match="7 of 7 rows are errors"):
         run(dataset, pair_task(untaught, detector, untaught), tmp_path, run_locally)
@@ -254,7 +255,7 @@ def test_a_small_run_of_babble_fails_in_the_end(untaught, detector, tmp_path):
 
 class TestAttributes:
     def test_every_image_gets_the_experts_answers(self, images, taught, tmp_path):
-        """Each image comes out once and in order, with the ids of all dimensions in the tree's order and both raw answers."""
+        """Each image is written once and in order, with ids of all dimensions in tree order and both raw answers."""
         finished = run(images, image_task(taught), tmp_path, run_locally)
         rows = written(finished.folder)
         assert [row["id"] for row in rows] == images["id"]
@@ -274,7 +275,7 @@ class TestAttributes:
         }
 
     def test_babble_makes_error_rows_that_name_the_dimension(self, images, untaught, tmp_path):
-        """Random weights give error rows alone, with the raw answers; without leave to do so, the run fails."""
+        """With random weights, all rows are errors with raw answers, and the run fails unless they are allowed."""
         task = image_task(untaught)
         with pytest.raises(ValueError, match=f"{len(images)} of {len(images)} rows are errors"):
             run(images, task, tmp_path, run_locally, max_error_rate=0.5)

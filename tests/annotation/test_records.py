@@ -29,7 +29,7 @@ def png(seed: int) -> bytes:
 
 
 def pick(label: float = 1, **changes) -> dict:
-    """A row as Pick-a-Pic v2 has them."""
+    """A row in the format of Pick-a-Pic v2."""
     return {
         "ranking_id": 7,
         "caption": "a cat",
@@ -48,7 +48,7 @@ PICK = pair_columns(list(pick()))
 
 
 def test_pick_a_pic_is_known():
-    """Its columns are recognised, the image with label 1 is the chosen one, and uids and ranking id are kept."""
+    """The columns of Pick-a-Pic are recognised, the image with label 1 is chosen, and uids and ranking id are kept."""
     first, second = read_pair(pick(1), PICK), read_pair(pick(0), PICK)
     assert (first.id, first.prompt, first.tie) == ("7", "a cat", False)
     assert (first.chosen_uid, first.rejected_uid) == ("zero", "one") == (second.rejected_uid, second.chosen_uid)
@@ -57,7 +57,7 @@ def test_pick_a_pic_is_known():
 
 
 def test_ties():
-    """A tie is rejected with its reason, or kept with image 0 first and marked."""
+    """A tie is rejected with a reason, or kept with image 0 as chosen and marked."""
     dropped, kept = read_pair(pick(0.5), PICK), read_pair(pick(0.5), PICK, tie_policy="keep")
     assert dropped.status == "rejected" and dropped.reason.startswith("tie") and dropped.tie
     assert kept.status == "ok" and kept.tie and kept.chosen_uid == "zero"
@@ -66,7 +66,7 @@ def test_ties():
 
 @pytest.mark.parametrize("row", [pick(0.3), pick(has_label=False), pick(label_0=None)])
 def test_a_pair_without_label_is_rejected(row):
-    """What nobody has judged is no preference."""
+    """A pair without a label is rejected."""
     record = read_pair(row, PICK)
     assert record.status == "rejected" and "no label" in record.reason
 
@@ -80,7 +80,7 @@ def test_an_image_that_is_missing_is_an_error():
 
 
 def test_uids_follow_from_the_bytes_where_there_are_none():
-    """Without a column of uids, an image's name is a hash of its bytes."""
+    """Without a column of uids, the uid of an image is a hash of its bytes."""
     columns = pair_columns(["prompt", "chosen", "rejected", "id"])
     row = {"id": 1, "prompt": "x", "chosen": png(0), "rejected": png(0)}
     record = read_pair(row, columns)
@@ -101,7 +101,7 @@ def test_uids_follow_from_the_bytes_where_there_are_none():
     ],
 )  # fmt: skip
 def test_mappings(present, mapping, expected):
-    """Columns are found by the trainers' names, by Pick-a-Pic's, or as the user says."""
+    """Columns are found by the trainers' names, by those of Pick-a-Pic, or by the user's mapping."""
     columns = pair_columns(present, mapping)
     assert expected.items() <= columns.items()
     assert set(columns.values()) - {"id"} <= set(present)
@@ -117,13 +117,13 @@ def test_mappings(present, mapping, expected):
     ],
 )
 def test_mistakes_in_mappings(present, mapping, message):
-    """A column that is not there, or a name that means nothing, is named."""
+    """The error names a missing column or an unknown name."""
     with pytest.raises(ValueError, match=message):
         pair_columns(present, mapping)
 
 
 def test_images_with_attributes():
-    """A dataset of images is read alike."""
+    """A dataset of images is read in the same way."""
     columns = image_columns(["picture", "prompt", "n"], {"image": "picture", "id": "n"})
     record = read_attribute_image({"picture": png(3), "prompt": "a", "n": 4}, columns)
     assert (record.id, record.status, record.image.data) == ("4", "ok", png(3))
@@ -132,7 +132,7 @@ def test_images_with_attributes():
 
 
 def test_rows_are_prepared():
-    """Images stay undecoded, other columns are left out, and rows in memory get their numbers as ids."""
+    """Images are not decoded, other columns are dropped, and rows in memory get row numbers as ids."""
     dataset = Dataset.from_list([{"prompt": "a", "chosen": tiny.image(0), "rejected": tiny.image(1), "x": 1}] * 2)
     rows, columns = prepare_rows(dataset.cast_column("chosen", Image()), pair_columns)
     assert rows["id"] == ["0", "1"] and "x" not in rows.column_names and rows.features["id"] == Value("string")
@@ -144,7 +144,7 @@ def test_rows_are_prepared():
 
 
 def test_only_ok_rows_have_instances():
-    """A row that failed at the judge does not keep half of its verdicts."""
+    """A row that fails at the judge has no instances."""
     record = read_pair(pick(), PICK)
     record.instances = [Instance("cat", [0, 0, 0.5, 1], [0.5, 0, 1, 1], 0.9, 0.8, "rejected", "a", "b")]
     row = record.to_row()
@@ -160,7 +160,7 @@ def test_only_ok_rows_have_instances():
 
 
 def test_encoded_rows_are_those_of_the_features():
-    """What is written of a row is what `datasets` would make of it by its features."""
+    """A written row equals its encoding by `datasets` with the declared features."""
     record = read_pair(pick(), PICK)
     record.instances = [
         Instance("cat", [0, 0, 0.5, 1], [0.5, 0, 1, 1], 0.9, 0.8, preference, "a", "b")
@@ -173,7 +173,7 @@ def test_encoded_rows_are_those_of_the_features():
 
 
 def test_a_stored_image_travels_without_its_pixels():
-    """Another process gets the bytes, and decodes them itself."""
+    """Pickling contains only the encoded bytes."""
     import pickle
 
     image = StoredImage(png(0))

@@ -19,7 +19,7 @@ from trl_diffusion.criteria import parse_criteria
 
 
 class Scripted(VLM):
-    """Says what it is told to, and remembers what it was asked."""
+    """Gives scripted answers and records the requests."""
 
     def __init__(self, *answers):
         self.answers, self.requests = list(answers), []
@@ -39,7 +39,7 @@ class Scripted(VLM):
 
 
 class Everywhere(Detector):
-    """Finds everything but what it is told to miss."""
+    """Finds everything except the given objects."""
 
     def __init__(self, *missing):
         self.missing = missing
@@ -68,7 +68,7 @@ def pair(**changes) -> PairRecord:
 
 
 def test_the_planner_names_each_thing_once():
-    """Labels lose their blanks, repetitions go, the order stays, and what is beyond the limit is recorded."""
+    """Labels are stripped and deduplicated in order, and those beyond the limit are recorded as dropped."""
     vlm = Scripted({"instances": [" Eagle ", "tree", "eagle", "house", "cow"]})
     (record,) = Planner(vlm, max_instances=3)([pair()])
     assert record.labels == ["Eagle", "tree", "house"]
@@ -81,7 +81,7 @@ def test_the_planner_names_each_thing_once():
 
 @pytest.mark.parametrize("labels", [[], ["eagle"]])
 def test_pairs_that_share_nothing_are_ok(labels):
-    """A pair without shared things, or none that is found, is a row without instances."""
+    """A pair without shared objects, or without detected ones, is a row without instances."""
     vlm = Scripted({"instances": labels})
     (record,) = Everywhere(("eagle", CHOSEN))(Planner(vlm)([pair()]))
     assert record.status == "ok" and record.to_row()["instances"] == []
@@ -91,7 +91,7 @@ def test_pairs_that_share_nothing_are_ok(labels):
     "answer", [{"instances": [""]}, {"instances": ["x" * 81]}, {"things": []}, {"instances": "cow"}]
 )
 def test_a_plan_that_does_not_validate_is_asked_for_once_more(answer):
-    """The second answer counts; a second mistake makes the row an error that names role and mistake."""
+    """The second answer counts; a second mistake makes the row an error with role and mistake."""
     (record,) = Planner(Scripted(answer, {"instances": ["cow"]}))([pair()])
     assert record.status == "ok" and record.labels == ["cow"]
     (record,) = Planner(Scripted(answer, answer))([pair()])
@@ -99,7 +99,7 @@ def test_a_plan_that_does_not_validate_is_asked_for_once_more(answer):
 
 
 def test_rows_that_are_not_ok_are_not_asked_about():
-    """Rejected and broken rows go through all roles untouched, and cost nothing."""
+    """Rejected and broken rows pass all roles unchanged, without requests."""
     rejected, broken = pair(), pair()
     rejected.reject("tie")
     broken.fail("chosen: broken")
@@ -111,7 +111,7 @@ def test_rows_that_are_not_ok_are_not_asked_about():
 
 
 def test_the_detector_keeps_what_both_images_have():
-    """An instance that is missing in either image is dropped with the image's name."""
+    """An instance that is missing in an image is dropped with the name of that image."""
     detector = Everywhere(("eagle", CHOSEN), ("cow", REJECTED), ("tree", CHOSEN), ("tree", REJECTED))
     (record,) = detector([pair(labels=["red", "eagle", "cow", "tree", "blue"])])
     assert [(instance.label, instance.chosen_box[2]) for instance in record.instances] == [
@@ -137,7 +137,7 @@ def test_verdicts_count_in_both_orders(first, swapped, expected):
 
 
 def test_the_judge_sees_crops_of_one_size_in_both_orders():
-    """Each instance is asked about twice, with the images exchanged, and both raw answers are kept."""
+    """The judge compares each instance twice, with the images swapped, and both raw answers are stored."""
     vlm = Scripted({"better": "B"}, {"better": "A"}, {"better": "A"}, {"better": "A"})
     (record,) = Judge(vlm, crop_size=28)(Everywhere()([pair(labels=["red", "blue"])]))
     assert [instance.preference for instance in record.instances] == ["rejected", "tie"]
@@ -149,7 +149,7 @@ def test_the_judge_sees_crops_of_one_size_in_both_orders():
 
 
 def test_a_judge_without_an_answer_makes_an_error():
-    """One instance without a verdict makes the row an error, and its neighbours in the batch are not touched."""
+    """One instance without a verdict makes its row an error, and other rows of the batch are not affected."""
     answers = [GenerationError("the server is out"), {"better": "A"}, {"better": "A"}, {"better": "B"}]
     records = Judge(Scripted(*answers))(Everywhere()([pair(labels=["red"]), pair(labels=["blue"])]))
     assert [record.status for record in records] == ["error", "ok"]
@@ -158,7 +158,7 @@ def test_a_judge_without_an_answer_makes_an_error():
 
 
 def test_counts():
-    """Conflicts, ties and drops are those of rows that are ok."""
+    """Conflicts, ties and drops are counted for rows that are ok."""
     vlm = Scripted({"better": "B"}, {"better": "A"}, {"better": "A"}, {"better": "A"})
     good = Judge(vlm)(Everywhere(("cow", CHOSEN))([pair(labels=["red", "blue", "cow"])]))[0]
     bad, kept_tie = pair(labels=["red"]), pair(tie=True)
@@ -183,7 +183,7 @@ def painting() -> ImageRecord:
 
 
 def test_the_expert_walks_the_tree():
-    """One question a dimension, with that dimension's leaves; attributes come in the tree's order, raw answers are kept."""
+    """There is one request per dimension with its leaves; attributes are in tree order, and raw answers are stored."""
     vlm = Scripted({"positive": ["hue"], "negative": []}, {"positive": [], "negative": ["pet", "kind"]})
     (record,) = AttributeExpert(vlm, CRITERIA)([painting()])
     assert record.positive_attributes == ["hue"] and record.negative_attributes == ["kind", "pet"]
@@ -204,7 +204,7 @@ def test_the_expert_walks_the_tree():
     ],
 )
 def test_the_expert_answers_with_known_ids_only(answer, mistake):
-    """An id of another dimension, a form in place of an id, or an id twice is asked for again, then an error."""
+    """An id of another dimension, a form instead of an id, or a repeated id causes one retry, then an error."""
     drawing = {"positive": [], "negative": []}
     (record,) = AttributeExpert(Scripted(answer, drawing, drawing), CRITERIA)([painting()])
     assert record.status == "ok"
@@ -226,7 +226,7 @@ def test_schemas_are_closed_lists():
 
 
 def test_shipped_prompts_name_the_answers_that_are_asked_for():
-    """What each shipped prompt gives as an example validates."""
+    """The example answer in each shipped prompt is valid."""
     vlm = Scripted()
     record = pair(labels=["red"])
     Everywhere()([record])

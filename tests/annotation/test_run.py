@@ -40,7 +40,7 @@ def annotate(dataset, folder: Path, vlm=None, rows_per_shard: int = 4, **kwargs)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file that a finished run leaves, but the lock and where the stream stood."""
+    """All files of a finished run, except the lock and the state of the stream."""
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
 
 
@@ -56,11 +56,11 @@ def uninterrupted(tmp_path_factory) -> dict[str, bytes]:
 
 
 class Crash(BaseException):
-    """As if the process were gone."""
+    """Simulates a killed process."""
 
 
 def test_every_row_comes_out_once_and_in_order(tmp_path):
-    """Ids out are ids in, in typed Parquet shards of the given size, and the manifest counts them."""
+    """All ids are written in order, in typed Parquet shards of the given size, and counted in the manifest."""
     finished = annotate(world(10), tmp_path)
     assert [path.name for path in sorted(finished.folder.glob("*.parquet"))] == [
         f"annotations-{index:06d}.parquet" for index in range(3)
@@ -79,13 +79,13 @@ def test_every_row_comes_out_once_and_in_order(tmp_path):
 
 
 def test_a_stream_gives_the_same_shards(tmp_path, uninterrupted):
-    """Streaming changes nothing of what is written."""
+    """Streaming writes the same files."""
     annotate(world().to_iterable_dataset(num_shards=3), tmp_path)
     assert contents(tmp_path) == uninterrupted
 
 
 class Dying:
-    """Lets a file's n-th replacement, or the moment after it, be the process's last."""
+    """Ends the process before or after the n-th replacement of a file."""
 
     def __init__(self, monkeypatch, number: int, after: bool):
         self.number, self.after, self.count, self.replace = number, after, 0, Path.replace
@@ -106,7 +106,7 @@ class Dying:
 def test_a_run_that_dies_at_a_file_ends_as_one_that_does_not(
     number, after, streaming, tmp_path, monkeypatch, uninterrupted
 ):
-    """Shard, stream's state and manifest are written one after the other; dying between any two of them costs nothing."""
+    """An interruption between the writing of shard, stream state and manifest does not change the result."""
 
     def source():
         return world().to_iterable_dataset(num_shards=2) if streaming else world()
@@ -126,7 +126,7 @@ def annotate_in_child(folder: Path, num_pairs: int, streaming: bool):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_twenty_kills(streaming, tmp_path):
-    """A run that is killed twenty times at random moments, then left alone, has the shards of an undisturbed one."""
+    """A run that is killed twenty times at random moments and then finishes has the shards of an uninterrupted one."""
     num_pairs, rng, killed = 160, random.Random(0), 0
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["trl_diffusion.quickstart.oracle", "trl_diffusion.annotation.run", __name__])
@@ -146,7 +146,7 @@ def test_twenty_kills(streaming, tmp_path):
 
 
 class Asked(OracleVLM):
-    """Counts the prompts that it plans for, and fails for some."""
+    """Counts the prompts of plans, and fails for some."""
 
     def __init__(self, failing: str | None = None):
         self.prompts, self.failing = Counter(), failing
@@ -164,7 +164,7 @@ class Asked(OracleVLM):
 
 
 def test_done_rows_are_not_asked_again(tmp_path):
-    """A finished run asks nothing, and a longer dataset only about its new rows."""
+    """A finished run makes no requests, and a longer dataset only those for its new rows."""
     annotate(world(8), tmp_path)
     vlm = Asked()
     annotate(world(8), tmp_path, vlm)
@@ -175,7 +175,7 @@ def test_done_rows_are_not_asked_again(tmp_path):
 
 
 def test_a_dataset_that_grows(tmp_path):
-    """A last shard that was not full is done again when there are rows to fill it; then all is as if there always were."""
+    """If a dataset grows, an incomplete last shard is annotated again, and the result is that of one run."""
     for number in (6, 10, 10):
         vlm = Asked()
         annotate(world(20).select(range(number)), tmp_path / "grown", vlm)
@@ -185,7 +185,7 @@ def test_a_dataset_that_grows(tmp_path):
 
 
 def test_a_finished_stream_is_not_read_again(tmp_path):
-    """The same command after the end of a stream costs nothing."""
+    """Repeating the command after the end of a stream reads nothing."""
     read = []
 
     def rows():
@@ -199,7 +199,7 @@ def test_a_finished_stream_is_not_read_again(tmp_path):
 
 
 def test_a_stream_goes_on_where_it_stood(tmp_path):
-    """After a stop, a stream of several files does not open the files that are done."""
+    """After an interruption, a stream of several files does not open finished files again."""
     opened = []
 
     def rows(parts):
@@ -227,7 +227,7 @@ def test_a_stream_goes_on_where_it_stood(tmp_path):
 
 
 def test_a_changed_prompt_or_model_is_another_run(tmp_path):
-    """What an annotation depends on names the folder; how it is computed does not."""
+    """The name of the folder depends on everything that annotations depend on, and on nothing else."""
     _, columns = prepare_rows(world(1), pair_columns)
     prompt = tmp_path / "prompt.md"
     prompt.write_text("Which things do both show? {{ prompt }} {{ max_instances }}")
@@ -250,14 +250,14 @@ def test_a_changed_prompt_or_model_is_another_run(tmp_path):
 
 
 def test_another_dataset_in_the_same_place_is_refused(tmp_path):
-    """Rows whose ids have changed are not taken for those that are done."""
+    """A dataset with other ids than the finished rows is refused."""
     annotate(world(8), tmp_path)
     with pytest.raises(ValueError, match="holds annotations of other rows"):
         annotate(world(8).select(range(7, -1, -1)), tmp_path)
 
 
 def test_an_id_that_comes_twice_is_rejected_the_second_time(tmp_path):
-    """Rows of one id come out as often as they go in, and only the first is ok, across shards and restarts."""
+    """Rows with a repeated id are all written, and only the first is ok, across shards and restarts."""
     dataset = world(10)
     doubled = dataset.select([0, 1, 1, 2, 3, 4, 5, 0, 6])
     annotate(doubled.select(range(6)), tmp_path / "a", rows_per_shard=3)
@@ -271,7 +271,7 @@ def test_an_id_that_comes_twice_is_rejected_the_second_time(tmp_path):
 
 
 def test_a_repeated_id_whose_first_row_is_an_error(tmp_path):
-    """Trying an error again does not take the second row of its id for the first."""
+    """When an error is annotated again, the later row with its id stays rejected."""
     dataset = world(5)
     doubled = dataset.select([0, 1, 2, 3, 0, 4])
     with pytest.raises(ValueError, match="rows are errors"):
@@ -282,7 +282,7 @@ def test_a_repeated_id_whose_first_row_is_an_error(tmp_path):
 
 
 def test_errors_are_rows_with_a_reason_and_a_limit(tmp_path):
-    """A few errors are rows; a rate above the limit ends the run with status and list, and nothing is lost."""
+    """Errors are rows; an error rate above the limit fails the run with a list of errors, and no row is lost."""
     dataset = world(12)
     vlm = Asked(failing=dataset["prompt"][5])
     failing = [row["id"] for row in dataset if row["prompt"] == vlm.failing]
@@ -291,7 +291,7 @@ def test_errors_are_rows_with_a_reason_and_a_limit(tmp_path):
     assert "--retry_errors" in str(error.value) and f"{failing[0]}: planner: the server is out" in str(error.value)
     assert [row["id"] for row in read(tmp_path) if STATUSES[row["status"]] == "error"] == failing
     assert annotate(dataset, tmp_path, vlm, max_error_rate=1).counts["error"] == len(failing)
-    # Once the server is well again
+    # When the server works again
     healthy = Asked()
     finished = annotate(dataset, tmp_path, healthy, retry_errors=True)
     assert finished.counts["error"] == 0 and finished.counts["ok"] == 12
@@ -301,7 +301,7 @@ def test_errors_are_rows_with_a_reason_and_a_limit(tmp_path):
 
 
 def test_a_run_that_goes_wrong_stops_before_it_writes(tmp_path):
-    """When everything fails, the run stops within its first rows; afterwards the same command does all of them."""
+    """If everything fails, the run stops within its first rows; later, the same command annotates all of them."""
     dataset = world(60)
 
     class Dead(OracleVLM):
@@ -316,7 +316,7 @@ def test_a_run_that_goes_wrong_stops_before_it_writes(tmp_path):
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch, uninterrupted):
-    """When nothing more can be written the run says so, keeps what it has, and goes on once there is room."""
+    """If the disk is full, the run stops with an error, keeps its shards, and continues when there is space."""
     replace, written = Path.replace, []
 
     def full(path, target):
@@ -327,7 +327,9 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch, uninterrupted):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full)
-        with pytest.raises(ValueError, match="No space left on device. 12 rows are written and safe: make room"):
+        with pytest.raises(
+            ValueError, match="No space left on device. 12 rows are written and safe. Free some disk space"
+        ):
             annotate(world(), tmp_path)
     assert len(read(tmp_path)) == 12 and not list(tmp_path.rglob("*.tmp"))
     annotate(world(), tmp_path)
@@ -335,7 +337,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch, uninterrupted):
 
 
 def test_one_process_a_run(tmp_path):
-    """A second process at the same run is refused; at another it is not."""
+    """A second process for the same run is refused, but not for another run."""
     _, columns = prepare_rows(world(1), pair_columns)
     held = Run(make_task(columns), tmp_path)
     with pytest.raises(ValueError, match="Another process is annotating"):
@@ -357,7 +359,7 @@ def test_a_mistake_in_the_code_is_not_an_error_row(tmp_path):
 
 
 def test_a_row_without_an_id_is_named(tmp_path):
-    """An empty id cannot be found again, and stops the run."""
+    """An empty id stops the run."""
     rows = [dict(row) for row in world(3)]
     rows[1]["id"] = None
     with pytest.raises(ValueError, match="A row has no `id`"):

@@ -32,7 +32,7 @@ from trl_diffusion.revisions import resolve_revision
 
 
 class Scripted(VLM):
-    """Gives one list of texts after the other, and remembers what it was asked."""
+    """Returns scripted lists of texts, and records the requests."""
 
     def __init__(self, *texts: list[str | GenerationError]):
         self.texts, self.calls = list(texts), []
@@ -61,12 +61,12 @@ class TestValidate:
         ],
     )
     def test_an_object_is_found_wherever_it_stands(self, text):
-        """JSON counts bare, in a code block, between words and with more keys; the raw text stays."""
+        """JSON is found alone, in a code block, between words and with more keys; the raw text is kept."""
         answer = validate(text, Verdict)
         assert (answer.value, answer.raw, answer.error) == (Verdict(better="A"), text, None)
 
     def test_braces_within_a_string_do_not_end_an_object(self):
-        """What is read goes from the first brace to the last one."""
+        """The JSON extends from the first brace to the last one."""
         assert validate('so: {"instances": ["a } b", "{c"]}.', Plan).value.instances == ["a } b", "{c"]
 
     @pytest.mark.parametrize(
@@ -85,13 +85,13 @@ class TestValidate:
         ],
     )
     def test_everything_else_is_an_error_with_a_reason(self, text, error):
-        """An answer that is none says what is wrong, on one line, and never gives a value."""
+        """An invalid answer has a one-line reason and no value."""
         answer = validate(text, Verdict)
         assert answer.value is None and error in answer.error and "\n" not in answer.error
         assert answer.raw.strip() == text.strip()
 
     def test_at_most_three_mistakes_are_told(self):
-        """A model that does everything wrong is not shown everything."""
+        """At most three mistakes are reported to the model."""
         answer = validate(json.dumps({"instances": [1, 2, 3, 4, 5]}), Plan)
         assert [mistake.split(":")[0] for mistake in answer.error.split("; ")] == [
             "instances.0",
@@ -102,14 +102,14 @@ class TestValidate:
 
 class TestAsk:
     def test_answers_keep_the_order_of_the_requests(self):
-        """Each request gets its own answer, and one round is enough where all of them validate."""
+        """Each request gets its own answer, and one round is enough if all are valid."""
         requests = [question(seed=seed) for seed in range(5)]
         vlm = Scripted([f'{{"better": "{letter}"}}' for letter in "ABBAB"])
         assert "".join(answer.value.better for answer in ask(vlm, requests)) == "ABBAB"
         assert vlm.calls == [requests]
 
     def test_a_mistake_is_asked_about_once_more(self):
-        """Only what did not validate is asked again, about the same images, with the raw answer and the reason."""
+        """Only invalid answers are requested again, with the same images, the raw answer and the reason."""
         requests = [question(f"Question {index} {{raw}}?", index) for index in range(4)]
         wrong = '{"better": "C"}'
         vlm = Scripted(
@@ -126,27 +126,27 @@ class TestAsk:
         assert wrong in vlm.calls[1][0].text and "better: Input should be 'A' or 'B'" in vlm.calls[1][0].text
 
     def test_a_long_wrong_answer_is_quoted_in_part(self):
-        """A model that rambles does not fill its own next question: 500 letters of it are enough."""
+        """The retry quotes at most 500 characters of the wrong answer."""
         vlm = Scripted(["x" * 100_000], ['{"better": "A"}'])
         ask(vlm, [question()])
         assert vlm.calls[1][0].text.count("x") < 520
 
     def test_a_model_that_gave_nothing_is_not_asked_again(self):
-        """A GenerationError was tried often enough already: it is the error, and costs no second round."""
+        """A GenerationError is not retried: it is the error of the answer."""
         vlm = Scripted([GenerationError("the server answers 500"), '{"better": "A"}'])
         lost, fine = ask(vlm, [question(), question()])
         assert (lost.raw, lost.value, lost.error) == ("", None, "the server answers 500")
         assert fine.value.better == "A" and len(vlm.calls) == 1
 
     def test_the_last_text_is_kept_where_the_second_try_gives_none(self):
-        """What the model said stays to be read, though the server is gone when it is asked again."""
+        """The first raw answer is kept if the retry gives no text."""
         (answer,) = ask(Scripted(["I cannot say"], [GenerationError("the server answers 500")]), [question()])
         assert (answer.raw, answer.value, answer.error) == ("I cannot say", None, "the server answers 500")
 
 
 class TestPromptTemplate:
     def test_a_file_of_ones_own_takes_the_place_of_the_shipped_one(self, tmp_path):
-        """The text of a file is rendered in place of the shipped prompt, and described by its digest."""
+        """The text of a file replaces the shipped prompt, and is described by its hash."""
         path = tmp_path / "judge.md"
         path.write_text("Is the {{ label }} better in A? ü\n")
         prompt = PromptTemplate("judge", path)
@@ -157,36 +157,36 @@ class TestPromptTemplate:
         assert len({*digests, prompt.describe()["sha256"]}) == 3
 
     def test_what_fills_a_place_is_no_template(self):
-        """A dataset's prompt with Jinja's signs in it is shown as it is."""
+        """A prompt with Jinja syntax is inserted unchanged."""
         text = PromptTemplate("planner").render(prompt="{{ 7 * 7 }} {% raw %}", max_instances=5)
         assert "{{ 7 * 7 }} {% raw %}" in text and "at most 5" in text
 
     @pytest.mark.parametrize(
         "content, message",
         [
-            (b"Is it {{ label ?", "judge.md, line 1: this is no Jinja template"),
-            (b"one\n{% for label %}", "judge.md, line 2: this is no Jinja template"),
-            (b"{{ label | nothing }}", "judge.md, line 1: this is no Jinja template: No filter named 'nothing'"),
+            (b"Is it {{ label ?", "judge.md, line 1: not a valid Jinja template"),
+            (b"one\n{% for label %}", "judge.md, line 2: not a valid Jinja template"),
+            (b"{{ label | nothing }}", "judge.md, line 1: not a valid Jinja template: No filter named 'nothing'"),
             (b"caf\xe9 {{ label }}", "The prompt of the judge cannot be read: .*utf-8"),
         ],
     )
     def test_a_broken_file_is_refused_before_anything_is_loaded(self, tmp_path, content, message):
-        """A file that is no template is a ValueError that says where it is broken."""
+        """An invalid template raises a ValueError with the line."""
         (tmp_path / "judge.md").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             PromptTemplate("judge", tmp_path / "judge.md")
 
     def test_a_missing_file_is_named(self, tmp_path):
-        """A path that leads nowhere, or to a folder, is a ValueError that names role and path."""
+        """A missing file or a folder raises a ValueError with role and path."""
         for path in (tmp_path / "none.md", tmp_path):
             with pytest.raises(ValueError, match=f"The prompt of the attribute expert cannot be read: .*{path}"):
                 PromptTemplate("attribute_expert", path)
 
     def test_an_unknown_place_is_named_with_those_that_there_are(self, tmp_path):
-        """A place that nothing is known for is a ValueError with the file, the place and the known places."""
+        """An unknown variable raises a ValueError with the file, the variable and the known ones."""
         path = tmp_path / "judge.md"
         path.write_text("Is the {{ lable }} better?")
-        with pytest.raises(ValueError, match="judge.md: 'lable' is undefined; the places of this prompt are label"):
+        with pytest.raises(ValueError, match="judge.md: 'lable' is undefined; the variables of this prompt are label"):
             PromptTemplate("judge", path).render(label="cow")
 
 
@@ -200,7 +200,7 @@ def tiny_vlm(folder: Path, **options) -> TransformersVLM:
 
 
 def mixed_requests() -> list[Request]:
-    """Short and long questions about two images, one and none, of several shapes."""
+    """Short and long requests with two, one or no images of several shapes."""
     requests = []
     for index, (length, sizes) in enumerate(
         [
@@ -220,21 +220,21 @@ def mixed_requests() -> list[Request]:
 class TestTransformersVLM:
     @pytest.mark.parametrize("batch_size", [2, 6])
     def test_answers_do_not_depend_on_the_batch(self, vlm_folder, batch_size):
-        """Requests of all lengths and numbers of images get the same answers together as one at a time, in their order."""
+        """Requests of all lengths and numbers of images get the same answers in batches as one at a time, in order."""
         requests = mixed_requests()
         alone = [answer for request in requests for answer in tiny_vlm(vlm_folder).generate([request])]
         assert tiny_vlm(vlm_folder, batch_size=batch_size).generate(requests) == alone
         assert len(set(alone)) == len(alone)
 
     def test_answers_depend_on_the_images_and_their_order(self, vlm_folder):
-        """The model sees the pixels, and which image is the first."""
+        """Answers depend on the pixels and the order of the images."""
         vlm = tiny_vlm(vlm_folder)
         bright, dark = Image.new("RGB", (56, 56), "white"), Image.new("RGB", (56, 56), "navy")
         pairs = [(bright, dark), (dark, bright), (bright, bright)]
         assert len(set(vlm.generate([Request("Which?", images, Verdict) for images in pairs]))) == 3
 
     def test_an_answer_ends_at_its_limit(self, vlm_folder):
-        """No answer has more tokens than `max_new_tokens`, and a shorter limit cuts the same answer."""
+        """No answer has more tokens than `max_new_tokens`, and a smaller limit truncates the same answer."""
         (request,) = mixed_requests()[:1]
         vlm = tiny_vlm(vlm_folder)
         (long,), (short,) = vlm.generate([request]), tiny_vlm(vlm_folder, max_new_tokens=3).generate([request])
@@ -242,7 +242,7 @@ class TestTransformersVLM:
         assert long.startswith(short.rstrip("\N{REPLACEMENT CHARACTER}"))
 
     def test_the_model_is_loaded_once_and_when_it_is_needed(self, vlm_folder, monkeypatch):
-        """Describing a model loads nothing; two batches of questions load it once."""
+        """Describing a model loads nothing; two batches of requests load it once."""
         loads = []
         load = AutoModelForImageTextToText.from_pretrained
         monkeypatch.setattr(
@@ -258,7 +258,7 @@ class TestTransformersVLM:
         assert loads == [(str(vlm_folder),)]
 
     def test_control_tokens_in_a_text_are_only_text(self, vlm_folder):
-        """A prompt that spells the model's places for images, or the end of a turn, breaks neither its batch nor itself."""
+        """A prompt that contains special tokens, such as image placeholders, does not affect itself or its batch."""
         vlm = tiny_vlm(vlm_folder)
         fine = mixed_requests()[0]
         for token in ("<|image_pad|>", "<|video_pad|>", "<|im_end|>", "<|vision_start|>"):
@@ -276,7 +276,8 @@ class TestTransformersVLM:
             assert counts[0] == counts[1]
 
     def test_a_request_that_the_processor_refuses_is_an_error_of_its_own(self, vlm_folder):
-        """An image that is far too thin is a GenerationError with the reason; its neighbours in the batch are answered."""
+        """An image with an extreme aspect ratio gives a GenerationError with a reason; the other requests are
+        answered."""
         vlm = tiny_vlm(vlm_folder)
         fine = mixed_requests()[:3]
         thin = Request("What is it?", (tiny.image(0, 1000, 4),), Plan)
@@ -285,7 +286,8 @@ class TestTransformersVLM:
         assert [answers[0], answers[1], answers[3]] == vlm.generate(fine)
 
     def test_other_families_load_by_name(self, tmp_path):
-        """LLaVA, whose template and tokenizer both set the first token, answers in batches as alone, with one such token."""
+        """LLaVA, whose template and tokenizer both add the first token, has it once, and answers in batches as
+        alone."""
         vlm = tiny_vlm(tiny_models.tiny_llava(tmp_path))
         requests = [request for request in mixed_requests() if request.images]
         ids = vlm.encode([vlm.chat(request) for request in requests])["input_ids"]
@@ -296,7 +298,7 @@ class TestTransformersVLM:
 
 class TestRevisions:
     def test_a_folder_is_described_by_a_digest_of_its_files(self, vlm_folder, tmp_path):
-        """A copy has the same digest; a changed weight, a changed file and a new name each give another."""
+        """A copy has the same hash; a changed weight, a changed file and a new file name each change it."""
         copy = Path(shutil.copytree(vlm_folder, tmp_path / "copy"))
         description = tiny_vlm(vlm_folder).describe()
         assert description["revision"].startswith("sha256:")
@@ -313,16 +315,15 @@ class TestRevisions:
 
     @pytest.mark.parametrize("name", ["nobody/has-this-model", "./no/such/folder", "no such model"])
     def test_a_name_that_leads_nowhere_is_a_readable_error(self, name):
-        """A name that is neither a folder nor in the cache is a one-line ValueError with the name, before anything is loaded."""
+        """A name that is neither a folder nor in the cache raises a one-line ValueError with the name, before
+        loading."""
         for model in (TransformersVLM, TransformersDetector):
-            with pytest.raises(
-                ValueError, match="neither a folder nor a model that the Hub or its cache gives"
-            ) as caught:
+            with pytest.raises(ValueError, match="neither a folder nor a model on the Hub or in its cache") as caught:
                 model(name)
             assert repr(name) in str(caught.value) and "\n" not in str(caught.value)
 
     def test_a_name_in_the_cache_is_pinned_to_its_commit(self, vlm_folder, tmp_path, monkeypatch):
-        """Without network a Hub name resolves to the cached commit of its branch, and just this commit is loaded."""
+        """Without network, a Hub id resolves to the cached commit of its branch, and exactly this commit is loaded."""
         commit, other = "a" * 40, "b" * 40
         repository = tmp_path / "models--someone--tiny"
         shutil.copytree(vlm_folder, repository / "snapshots" / commit)
@@ -335,7 +336,7 @@ class TestRevisions:
             assert resolve_revision("someone/tiny", revision) == resolved
         vlm = tiny_vlm("someone/tiny")
         assert vlm.describe()["revision"] == commit
-        (repository / "refs" / "main").write_text(other)  # the branch moves on; the run does not
+        (repository / "refs" / "main").write_text(other)  # the branch changes, the run does not
         assert vlm.generate(mixed_requests()[:2]) == tiny_vlm(vlm_folder).generate(mixed_requests()[:2])
 
 
@@ -353,7 +354,7 @@ def detector(folder: Path, **options) -> TransformersDetector:
 
 
 def raw_hits(found: TransformersDetector, image: Image.Image, label: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores `(N,)` and unit boxes `(N, 4)` straight from the model's outputs, for one image and one label."""
+    """Scores `(N,)` and unit boxes `(N, 4)` from the outputs of the model, for one image and one label."""
     with torch.inference_mode():
         outputs = found.model(**found.processor(images=image, text=[[label]], return_tensors="pt"))
     center_x, center_y, width, height = outputs.pred_boxes[0].unbind(-1)
@@ -368,7 +369,7 @@ def close(hit: Detection, score: torch.Tensor, box: torch.Tensor) -> bool:
 class TestTransformersDetector:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_boxes_are_in_the_frame_of_the_image(self, detector_folder, shape):
-        """In an image of any shape the hit is the model's most confident box in shares of that image's own sides."""
+        """In an image of any shape, the detection is the model's most confident box, as a unit box of that image."""
         found = detector(detector_folder)
         for seed, label in enumerate(["cow", "tree", "a red cow"]):
             image = tiny.image(seed, *SHAPES[shape])
@@ -379,7 +380,8 @@ class TestTransformersDetector:
 
     @pytest.mark.parametrize("batch_size", [2, 16])
     def test_hits_do_not_depend_on_the_batch(self, detector_folder, batch_size):
-        """Images of all shapes with labels of all lengths give the same hits together as one at a time, in their order."""
+        """Images of all shapes with labels of all lengths give the same detections in batches as one at a time, in
+        order."""
         labels = ["cow", "a big red cow", "tree", "x", "cow and tree"]
         queries = [
             (tiny.image(index, *SHAPES[shape]), label)
@@ -394,7 +396,7 @@ class TestTransformersDetector:
         assert len({tuple(hit.box) for hit in together}) > len(queries) / 2
 
     def test_what_is_below_the_threshold_is_nothing(self, detector_folder):
-        """The best score decides: a threshold just below it keeps the hit, one just above it gives None."""
+        """A threshold just below the best score keeps the detection, one just above it gives `None`."""
         image = tiny.image(3, *SHAPES["landscape"])
         (hit,) = detector(detector_folder).detect([(image, "tree")])
         kept = detector(detector_folder, threshold=hit.score - 1e-3).detect([(image, "tree")])
@@ -402,20 +404,20 @@ class TestTransformersDetector:
         assert detector(detector_folder, threshold=min(hit.score + 1e-3, 1 - 1e-9)).detect([(image, "tree")]) == [None]
 
     def test_labels_of_any_length_and_spelling_are_taken(self, detector_folder):
-        """A label of eighty letters, with marks that end a phrase or unknown signs, is looked for like any other."""
+        """Labels of eighty letters, with punctuation or unknown characters, are searched for like any other."""
         labels = ["x" * 80, "cow? tree!", "St. Bernard", "[SEP]", "牛", "..."]
         hits = detector(detector_folder).detect([(tiny.image(0, 64, 48), label) for label in labels])
         assert all(hit is not None for hit in hits)
 
     def test_a_full_stop_does_not_end_a_label(self, detector_folder):
-        """Grounding DINO reads full stops as ends of phrases; a label is one phrase."""
+        """A full stop in a label does not end the phrase of Grounding DINO."""
         found = detector(detector_folder)
         image = tiny.image(0, 64, 48)
         stopped, spaced = found.detect([(image, "a.cow"), (image, "a cow")])
         assert stopped == spaced
 
     def test_the_detector_is_described_and_loaded_late(self, detector_folder):
-        """The description holds what a hit depends on, and needs no model."""
+        """The description contains everything that a detection depends on, and does not load the model."""
         found = detector(detector_folder, threshold=0.25)
         assert found.describe() == {
             "model": str(detector_folder),
@@ -427,13 +429,13 @@ class TestTransformersDetector:
 
     @pytest.mark.parametrize("threshold", [-0.1, 1.0, 30])
     def test_a_threshold_is_a_share(self, threshold):
-        """A threshold outside of [0, 1) is a ValueError, before any name is resolved."""
+        """A threshold outside of [0, 1) raises a ValueError, before any name is resolved."""
         with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
             TransformersDetector("nobody/has-this-model", threshold=threshold)
 
 
 def test_the_best_hit_covers_something():
-    """Of the hits that have an area within the image the most confident one is kept, in shares of the image's sides."""
+    """The most confident detection with an area inside the image is selected, as a unit box."""
     image = Image.new("RGB", (200, 100))
     boxes = torch.tensor([[20.0, 10, 60, 90], [-50, 30, 220, 70], [60, 10, 60, 90], [210, 10, 260, 90]])
     result = {"boxes": boxes, "scores": torch.tensor([0.4, 0.5, 0.9, 0.8])}

@@ -1,7 +1,8 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The roles' models on tiny random weights, saved to folders; and one vision-language model that has learned its roles."""
+"""Models of the roles with tiny random weights, saved to folders, and a vision-language model that is trained for its
+roles."""
 
 import json
 import os
@@ -72,8 +73,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LABELS = ["cow", "tree"]  # what the taught model plans, always
-ATTRIBUTES = {  # what the taught model answers on each dimension of `tiny.CRITERIA`, always
+LABELS = ["cow", "tree"]  # the plan of the taught model for every request
+ATTRIBUTES = {  # the answers of the taught model on each dimension of `tiny.CRITERIA`
     "color": {"positive": ["hue"], "negative": []},
     "drawing": {"positive": ["kind"], "negative": ["pet"]},
 }
@@ -84,7 +85,7 @@ def shipped_prompts() -> str:
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Bytes, and one token for each word of the prompts, which makes requests a quarter as long."""
+    """Byte tokens, and one token for each word of the prompts, which makes requests four times shorter."""
     words = sorted(set(re.findall("[a-zA-Z]+", shipped_prompts())), key=lambda word: (-len(word), word))
     merges = [
         (word[:end], word[end]) for plain in words for word in (f"Ġ{plain}", plain) for end in range(1, len(word))
@@ -102,10 +103,8 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def tiny_vlm(folder: Path, spread: float = 0.5) -> Path:
-    """
-    Qwen2.5-VL, about three hundred thousand random weights with a standard deviation of `spread`: with larger ones it babbles
-    about what it sees, with smaller ones it learns. It sees an image as one to four tokens.
-    """
+    """Qwen2.5-VL with about three hundred thousand random weights and standard deviation `spread`: large values make
+    its outputs depend on the images, small ones make it trainable. An image has one to four tokens."""
     tokenizer = qwen_tokenizer()
     ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
     config = Qwen2_5_VLConfig(
@@ -147,7 +146,7 @@ def tiny_vlm(folder: Path, spread: float = 0.5) -> Path:
 
 
 def tiny_llava(folder: Path) -> Path:
-    """LLaVA: no processor of videos, and a tokenizer that sets a first token, as the chat template does too."""
+    """LLaVA without a video processor; both its tokenizer and its chat template add a first token."""
     tokenizer = Tokenizer(
         BPE(vocab={letter: index for index, letter in enumerate(sorted(ByteLevel.alphabet()))}, merges=[])
     )
@@ -182,13 +181,13 @@ def tiny_llava(folder: Path) -> Path:
 
 
 def shade(rng: np.random.Generator, bright: bool, width: int = 28, height: int = 28) -> Image.Image:
-    """Noise around a grey that is bright or dark."""
+    """Noise around a bright or dark grey."""
     grey = rng.uniform(160, 235) if bright else rng.uniform(20, 95)
     return Image.fromarray(rng.normal(grey, 20, (height, width, 3)).clip(0, 255).astype(np.uint8))
 
 
 class Lessons:
-    """Requests as the roles make them, about random images, and what is to be answered."""
+    """Requests of the roles for random images, with the expected answers."""
 
     def __init__(self, vlm: TransformersVLM):
         self.rng = np.random.default_rng(0)
@@ -197,7 +196,7 @@ class Lessons:
         self.expert = AttributeExpert(vlm, parse_criteria(tiny.CRITERIA, "tiny.yaml"))
 
     def photograph(self) -> StoredImage:
-        """Patches of any colours, which run into each other."""
+        """Smooth patches of random colours."""
         patches = Image.fromarray(self.rng.integers(0, 256, (*self.rng.integers(1, 5, 2), 3), dtype=np.uint8))
         return StoredImage.read(patches.resize(self.size(), Image.Resampling.BICUBIC))
 
@@ -205,7 +204,7 @@ class Lessons:
         return tuple(self.rng.integers(28, 65, 2).tolist())
 
     def prompt(self) -> str:
-        """One to fifty scraps of the shipped prompts, cut anywhere, more often few than many: English in part."""
+        """One to fifty random fragments of the shipped prompts, more often few than many."""
         text = shipped_prompts()
         starts = self.rng.integers(0, len(text), int(50 ** self.rng.random()))
         return " ".join(text[start : start + self.rng.integers(1, 13)] for start in starts)
@@ -220,7 +219,7 @@ class Lessons:
         return self.planner.request(pair), {"instances": LABELS}
 
     def verdict(self) -> tuple[Request, dict]:
-        """A is better where it is bright, whatever B is. So what is bright wins over what is dark, and like ties with like."""
+        """A is better if it is bright, for any B. So a bright image wins over a dark one, and equal ones are a tie."""
         bright = self.rng.random(2) < 0.5
         images = [StoredImage.read(shade(self.rng, light, *self.size())) for light in bright]
         pair = PairRecord("id", self.prompt(), chosen=images[0], rejected=images[1])
@@ -239,7 +238,7 @@ def taught_vlm(folder: Path) -> Path:
     lessons = Lessons(vlm)
     optimizer = torch.optim.AdamW(vlm.model.parameters(), fused=True)
     losses = []
-    for rate, enough, steps in ((3e-3, 0.5, 6), (7e-4, 0.05, 24)):  # learn it, then become sure of it
+    for rate, enough, steps in ((3e-3, 0.5, 6), (7e-4, 0.05, 24)):  # learn the answers, then become confident
         optimizer.param_groups[0]["lr"] = rate
         while len(losses) < 24 or max(losses[-steps:]) > enough:
             lesson, size = [(lessons.verdict, 8), (lessons.plan, 4), (lessons.inspection, 4)][len(losses) % 3]
@@ -255,7 +254,7 @@ def taught_vlm(folder: Path) -> Path:
 
 
 def taught_once(factory: pytest.TempPathFactory) -> Path:
-    """[`taught_vlm`], made once for all workers of a test run."""
+    """[`taught_vlm`], created once for all workers of a test run."""
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
@@ -267,7 +266,7 @@ def taught_once(factory: pytest.TempPathFactory) -> Path:
 
 
 def teaching_loss(vlm: TransformersVLM, lessons: list[tuple[Request, dict]]) -> torch.Tensor:
-    """What the answers' tokens cost, given each request, on average over the answers."""
+    """The cross-entropy of the answer tokens given each request, summed over tokens and averaged over answers."""
     inputs = vlm.encode([vlm.chat(request) for request, _ in lessons])
     texts = [json.dumps(answer) + vlm.processor.tokenizer.eos_token for _, answer in lessons]
     answers = vlm.processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
@@ -280,7 +279,7 @@ def teaching_loss(vlm: TransformersVLM, lessons: list[tuple[Request, dict]]) -> 
 
 
 def bert_tokenizer() -> BertTokenizer:
-    """Letters and the taught labels, with what ends a phrase at the ids that Grounding DINO looks for."""
+    """Letters and the taught labels, with the tokens that end a phrase at the ids that Grounding DINO expects."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = {index: f"[unused{index}]" for index in range(1030)}
     tokens |= {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?"}
@@ -289,7 +288,8 @@ def bert_tokenizer() -> BertTokenizer:
 
 
 def tiny_detector(folder: Path) -> Path:
-    """Grounding DINO, about two hundred thousand random weights. It finds something everywhere, with scores above 0.5."""
+    """Grounding DINO with about two hundred thousand random weights. It always finds something, with scores above
+    0.5."""
     config = GroundingDinoConfig(
         backbone_config=SwinConfig(
             image_size=64,
@@ -321,7 +321,7 @@ def tiny_detector(folder: Path) -> Path:
     )
     torch.manual_seed(0)
     model = GroundingDinoForObjectDetection(config)
-    with torch.no_grad():  # fresh weights move no box from where it starts, and are certain of every one
+    with torch.no_grad():  # initial weights do not move any box, and have high scores for all of them
         model.model.decoder.layer_norm.weight.fill_(0.1)
         for head in model.bbox_embed:
             head.layers[-1].weight.normal_(std=5.0)
@@ -332,7 +332,7 @@ def tiny_detector(folder: Path) -> Path:
 
 
 def tiny_owl(folder: Path) -> Path:
-    """OWL-ViT, ten thousand random weights. It reads labels of up to fourteen letters."""
+    """OWL-ViT with ten thousand random weights. It reads labels of up to fourteen letters."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(
@@ -362,7 +362,7 @@ def tiny_owl(folder: Path) -> Path:
     )
     torch.manual_seed(0)
     model = OwlViTForObjectDetection(config)
-    with torch.no_grad():  # fresh weights press all boxes against the borders, and are certain of every one
+    with torch.no_grad():  # initial weights put all boxes at the borders, and have high scores for all of them
         model.box_head.dense2.weight.mul_(0.1)
         model.class_head.logit_shift.weight.mul_(0.1)
         model.class_head.logit_scale.weight.mul_(0.1)

@@ -176,7 +176,7 @@ def test_annotating_images(tmp_path, capsys):
         (["--columns", '{"prompt": "text"}'], "The dataset lacks text"),
         (
             ["--vlm", "no/such-model"],
-            "'no/such-model' is neither a folder nor a model that the Hub or its cache gives",
+            "'no/such-model' is neither a folder nor a model on the Hub or in its cache",
         ),
         (["--vlm_base_url", "localhost:8000", "--vlm", "x"], "The server's address must be like"),
         (["--max_error_rate", "2"], "`--max_error_rate` must be in [0, 1]"),

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A folder in the Hub's place, which `load_dataset` reads afterwards."""
+"""A folder that replaces the Hub, which `load_dataset` can read."""
 
 import inspect
 import tempfile
@@ -33,7 +33,7 @@ class FakeHub:
         self.scratch = folder / "scratch"
         self.scratch.mkdir()
         self.created: list[dict] = []
-        self.on_upload: Callable[[Path], None] = lambda path: None  # told each file that goes ahead of its commit
+        self.on_upload: Callable[[Path], None] = lambda path: None  # called with each file before its commit
         self.ahead: dict[str, bytes] = {}
         self.commits: list[list[str]] = []
         monkeypatch.setattr(tempfile, "tempdir", str(self.scratch))
@@ -49,7 +49,7 @@ class FakeHub:
             monkeypatch.setattr(HfApi, name, self.checked(name, getattr(HfApi, name)))
 
     def checked(self, name: str, original: Callable) -> Callable:
-        """The method here in the original's place, called with arguments that the original takes."""
+        """Replaces the original method, and checks that the original accepts the arguments."""
 
         def call(api: HfApi, *args, **kwargs):
             bound = inspect.signature(original).bind(api, *args, **kwargs).arguments

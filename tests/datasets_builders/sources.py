@@ -1,8 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Small sources with every kind of row, their annotations by the oracle of the quickstart's worlds, and what is built
-of both."""
+"""Small sources with every kind of row, their annotations by the quickstart's oracle, and the built datasets."""
 
 import json
 import re
@@ -33,8 +32,7 @@ CRITERIA = shipped("criteria.yaml")
 
 
 class StumblingVLM(OracleVLM):
-    """Has no plan for prompts that begin with a circle, and plans a shape more than there is for those with a red
-    square."""
+    """Gives no plan for prompts that begin with a circle, and plans a missing shape for those with a red square."""
 
     def answer(self, request: Request) -> dict:
         answer = super().answer(request)
@@ -55,18 +53,16 @@ def is_plan_of_circle(request: Request) -> bool:
 
 
 def pairs(num_rows: int = 24, seed: int = 0) -> Dataset:
-    """The world's pairs, without instances."""
+    """Pairs of the quickstart's world, without instances."""
     return preference_dataset(num_rows, seed).remove_columns("instances")
 
 
 def pick_a_pic(num_rows: int = 24, with_uids: bool = True) -> Dataset:
-    """
-    The world's pairs in the columns of Pick-a-Pic v2. By the row's number modulo 3 the better image is the first, the
-    second or neither; of every sixth row nobody has said. An image of row 7 is broken.
-    """
+    """Pairs in the columns of Pick-a-Pic v2. Depending on the row number modulo 3, the better image is the first, the
+    second or neither; every sixth row has no label. An image of row 7 is broken."""
     rows = []
     for index, row in enumerate(undecoded(pairs(num_rows))):
-        # Files that no encoder would write just so
+        # Files with extra bytes, which encoding them again would remove
         images = [row[name]["bytes"] + b"what a decoder does not read" for name in ("chosen", "rejected")]
         label = [1.0, 0.0, 0.5][index % 3]
         if label == 0.0:
@@ -89,7 +85,7 @@ def pick_a_pic(num_rows: int = 24, with_uids: bool = True) -> Dataset:
 
 
 def paintings(num_rows: int = 40, seed: int = 0) -> Dataset:
-    """Paintings without attributes, of which the one of row 3 is broken."""
+    """Paintings without attributes. The image of row 3 is broken."""
     rows = list(undecoded(painting_dataset(num_rows, seed).select_columns(["id", "prompt", "image"])))
     rows[3]["image"]["bytes"] = b"no image"
     dataset = Dataset.from_list(rows)
@@ -97,7 +93,7 @@ def paintings(num_rows: int = 40, seed: int = 0) -> Dataset:
 
 
 def undecoded(dataset):
-    """The same rows, with images as they are stored."""
+    """The same rows, with undecoded images."""
     for column, feature in dataset.features.items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(column, Image(decode=False))
@@ -107,7 +103,7 @@ def undecoded(dataset):
 def annotate_pairs(
     dataset, folder: Path, split: str = "train", tie_policy: str = "drop", vlm=None, crop_size: int = 64, name="world"
 ) -> Run:
-    """Annotates pairs as the command does."""
+    """Annotates pairs like the command."""
     rows, columns = prepare_rows(dataset, pair_columns)
     vlm = vlm or OracleVLM()
     task = instance_task(
@@ -123,7 +119,7 @@ def annotate_pairs(
 
 
 def annotate_paintings(dataset, folder: Path, split: str = "train") -> Run:
-    """Annotates paintings as the command does."""
+    """Annotates paintings like the command."""
     rows, columns = prepare_rows(dataset, image_columns)
     expert = AttributeExpert(OracleVLM(), Criteria.load(CRITERIA))
     task = attribute_task(expert, {"name": "paintings", "split": split}, columns, rows_per_shard=7)
@@ -134,7 +130,7 @@ def annotate_paintings(dataset, folder: Path, split: str = "train") -> Run:
 
 
 def save(path: Path, **splits: Dataset) -> Path:
-    """A folder as `save_to_disk` writes it."""
+    """A folder from `save_to_disk`."""
     DatasetDict(splits).save_to_disk(path)
     return path
 
@@ -157,17 +153,17 @@ def arguments(source: Path, annotations: Path, out: Path, *flags: str) -> list[s
 
 
 def rows(dataset: Dataset | IterableDataset) -> list[dict]:
-    """Rows with the images' bytes."""
+    """Rows with the bytes of the images."""
     return list(dataset.decode(False) if isinstance(dataset, IterableDataset) else undecoded(dataset))
 
 
 def card_of(folder: Path) -> tuple[dict, str]:
-    """The YAML and the text of a card."""
+    """The YAML metadata and the text of a card."""
     _, metadata, text = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(metadata), text
 
 
 def tables(text: str) -> list[list[list[str]]]:
-    """The cells of each table of a text, without its head."""
+    """The cells of each table of a text, without the header."""
     found = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
     return [[[cell.strip() for cell in line[1:-1].split(" | ")] for line in table.splitlines()[2:]] for table in found]

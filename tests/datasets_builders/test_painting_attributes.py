@@ -50,7 +50,7 @@ def annotations_of(folder: Path) -> Dataset:
 
 
 def test_a_rows_split_follows_from_its_id():
-    """Ids keep the splits that they had when this was written, in whatever order they are asked for."""
+    """The splits of ids equal recorded ones, in any order."""
     written = {"test": (0, 1), "validation": (2, 4, 7, 10), "train": (3, 5, 6, 8, 9, 11)}
     expected = {f"painting-0-{index:05d}": split for split, indices in written.items() for index in indices}
     expected |= {"": "test", "\u00e9": "validation"}
@@ -59,7 +59,7 @@ def test_a_rows_split_follows_from_its_id():
 
 
 def test_eight_of_ten_rows_are_to_train_on():
-    """Of 10,000 ids the shares are 80, 10 and 10 percent, within three standard deviations."""
+    """For 10,000 ids, the shares are 80, 10 and 10 percent, within three standard deviations."""
     counts = Counter(split_of(f"row-{index}") for index in range(10_000))
     assert set(counts) == set(SPLITS)
     assert (
@@ -71,8 +71,8 @@ def test_eight_of_ten_rows_are_to_train_on():
 
 
 def test_a_folder_loads_as_the_source_with_attributes(paintings):
-    """In memory and streamed, rows are the source's with the annotations' attributes as labels, bytes unchanged, each
-    in the split of its id."""
+    """In memory and streamed, rows have the source's unchanged bytes and the annotated attributes as labels, each in
+    the split of its id."""
     criteria = Criteria.load(CRITERIA)
     source = {row["id"]: row for row in sources.undecoded(sources.paintings())}
     found = {row["id"]: row for row in annotations_of(paintings)}
@@ -96,8 +96,7 @@ def test_a_folder_loads_as_the_source_with_attributes(paintings):
 
 
 def test_the_annotations_configuration_is_what_the_run_wrote(paintings):
-    """All rows of the shards are in one of the splits of `annotations`, typed as they were, but for attributes as
-    labels."""
+    """Each row of the shards is in one split of `annotations`, with the same types except attributes as labels."""
     labels = attribute_features(Criteria.load(CRITERIA))
     built = load_dataset(str(paintings / "out"), "annotations")
     typed = Features({**IMAGE_ANNOTATION_FEATURES, **{name: labels[name] for name in ATTRIBUTE_COLUMNS}})
@@ -110,8 +109,7 @@ def test_the_annotations_configuration_is_what_the_run_wrote(paintings):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_annotations_and_source_joined_are_the_images(streaming, paintings):
-    """Whoever has the published annotations of a split and the whole source gets that split of `images`, row by
-    row."""
+    """Joining the published annotations of a split with the whole source gives that split of `images`, row by row."""
     source = sources.paintings()
     source = source.to_iterable_dataset(num_shards=3) if streaming else source
     for split in SPLITS:
@@ -122,8 +120,7 @@ def test_annotations_and_source_joined_are_the_images(streaming, paintings):
 
 
 def test_a_trainer_trains_on_the_folder(paintings, tmp_path):
-    """A step on the folder loaded, streamed, or joined from its parts ends on the same weights, other than the
-    first."""
+    """A training step on the loaded, streamed or joined dataset gives the same weights, and changes them."""
     annotations = load_dataset(str(paintings / "out"), "annotations", split="train")
     kinds = {
         "loaded": load_dataset(str(paintings / "out"), split="train"),
@@ -144,7 +141,7 @@ def test_a_trainer_trains_on_the_folder(paintings, tmp_path):
 
 
 def test_splits_without_rows_are_left_out(tmp_path):
-    """A dataset so small that a split has no rows has no such split, and loads."""
+    """A split without rows is left out, and the dataset loads."""
     source = sources.paintings(12).select(range(2, 12))
     sources.save(tmp_path / "source", train=source)
     sources.annotate_paintings(source, tmp_path / "annotations")
@@ -157,20 +154,20 @@ def test_splits_without_rows_are_left_out(tmp_path):
 
 
 def test_what_does_not_fit_is_refused(paintings, tmp_path):
-    """Another tree, annotations of pairs, runs of two splits: a ValueError, and no folder."""
+    """Another tree, annotations of pairs, and runs of two splits raise a ValueError, and no folder is written."""
     with pytest.raises(
-        ValueError, match="annotated with the criteria 'quickstart' of 4 attributes, and painting is another"
+        ValueError, match="annotated with the criteria 'quickstart' of 4 attributes, but painting is another"
     ):
         sources.build_paintings(paintings / "source", paintings / "annotations", tmp_path / "out", criteria="painting")
     sources.annotate_pairs(sources.pairs(2), tmp_path / "pairs")
-    with pytest.raises(ValueError, match="holds annotations of instances, and `painting_attributes`"):
+    with pytest.raises(ValueError, match="holds annotations of instances, but `painting_attributes` needs"):
         sources.build_paintings(paintings / "source", tmp_path / "pairs", tmp_path / "out")
     shutil.copytree(paintings / "annotations", tmp_path / "annotations")
     sources.annotate_paintings(sources.paintings(5), tmp_path / "annotations", split="test")
-    with pytest.raises(ValueError, match="holds runs of several splits: test-.*, train-.*name the folder of one run"):
+    with pytest.raises(ValueError, match="holds runs of several splits: test-.*, train-.*pass the folder of one run"):
         sources.build_paintings(paintings / "source", tmp_path / "annotations", tmp_path / "out")
     lacking = sources.save(tmp_path / "source", train=sources.paintings().select(range(30)))
-    with pytest.raises(ValueError, match="rows belong into the split"):
+    with pytest.raises(ValueError, match="The split .* annotated rows, but the source has only"):
         sources.build_paintings(lacking, paintings / "annotations", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations", "pairs", "source"]
 
@@ -179,7 +176,7 @@ def test_what_does_not_fit_is_refused(paintings, tmp_path):
 
 
 def test_the_cards_figures_are_those_of_the_shards(paintings):
-    """Every table of the card equals what is counted in the annotations, and its sums the manifest's counts."""
+    """Every table of the card equals counts of the annotations, and its sums equal the counts of the manifest."""
     statuses, figures, dimensions = sources.tables(sources.card_of(paintings / "out")[1])[:3]
     manifest = json.loads(next((paintings / "annotations").glob(f"*/{MANIFEST}")).read_text())
     annotations = list(annotations_of(paintings))
@@ -204,8 +201,7 @@ def test_the_cards_figures_are_those_of_the_shards(paintings):
 
 
 def test_the_cards_text_and_metadata(paintings):
-    """Prompt and tree are there, code parses, the YAML declares labels and splits, and the reason of the one error is
-    told."""
+    """The card has prompt, tree, valid code, labels and splits in the YAML, and the reason of the one error."""
     metadata, text = sources.card_of(paintings / "out")
     manifest = json.loads(next((paintings / "annotations").glob(f"*/{MANIFEST}")).read_text())
     assert manifest["attribute_expert"]["prompt"]["text"].strip() in text
@@ -228,7 +224,7 @@ def test_the_cards_text_and_metadata(paintings):
 
 
 def test_annotations_and_tree_are_pushed(paintings, tmp_path, monkeypatch):
-    """The annotations go with the tree that their labels are of, and load from there."""
+    """The annotations are pushed with the tree of their labels, and load from the Hub."""
     hub = FakeHub(tmp_path, monkeypatch)
     flags = ("--no_images", "--push_to_hub", REPO)
     sources.build_paintings(paintings / "source", paintings / "annotations", tmp_path / "out", *flags)
@@ -247,8 +243,7 @@ def test_annotations_and_tree_are_pushed(paintings, tmp_path, monkeypatch):
 
 
 def test_images_go_from_the_source_to_the_hub(paintings, tmp_path, monkeypatch):
-    """With `--no_images --push_images` what arrives, in files of a given size, is the dataset that would have been
-    built."""
+    """With `--no_images --push_images`, the pushed dataset equals the built one, in files of a given size."""
     hub = FakeHub(tmp_path, monkeypatch)
     monkeypatch.setattr(common, "SHARD_BYTES", 3000)
     monkeypatch.setattr(common, "ROW_GROUP", 4)
@@ -262,7 +257,7 @@ def test_images_go_from_the_source_to_the_hub(paintings, tmp_path, monkeypatch):
 
 
 def test_the_command(paintings, tmp_path):
-    """`python -m datasets_builders.painting_attributes` builds the same rows in a process of its own."""
+    """`python -m datasets_builders.painting_attributes` builds the same rows in its own process."""
     command = [sys.executable, "-m", "datasets_builders.painting_attributes", "--criteria", CRITERIA]
     result = subprocess.run(
         command + sources.arguments(paintings / "source", paintings / "annotations", tmp_path / "out"),

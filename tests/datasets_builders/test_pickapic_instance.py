@@ -41,7 +41,7 @@ from trl_diffusion.data.formats import PREFERENCES
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """Two splits of the world's pairs, annotated and built: `source`, `annotations`, `out`."""
+    """Two splits of pairs, annotated and built: `source`, `annotations`, `out`."""
     folder = tmp_path_factory.mktemp("world")
     source = sources.save(folder / "source", train=sources.pairs(24), validation=sources.pairs(8, seed=1))
     for split, pairs in (("train", sources.pairs(24)), ("validation", sources.pairs(8, seed=1))):
@@ -52,7 +52,7 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pick_a_pic(tmp_path_factory) -> Path:
-    """The columns of Pick-a-Pic, every kind of row, and ties that are kept."""
+    """The columns of Pick-a-Pic, every kind of row, and annotated ties."""
     folder = tmp_path_factory.mktemp("pick_a_pic")
     sources.save(folder / "source", train=sources.pick_a_pic())
     sources.annotate_pairs(
@@ -70,8 +70,8 @@ def pick_a_pic(tmp_path_factory) -> Path:
 
 
 def test_a_folder_loads_as_the_source_with_instances(world):
-    """In memory and streamed, rows are the source's with the annotations' instances, bytes unchanged, and exactly the
-    trainer's columns."""
+    """In memory and streamed, rows have exactly the trainer's columns, with the source's unchanged bytes and the
+    annotated instances."""
     source = sources.pairs(24)
     for name, expected in (("train", source), ("validation", sources.pairs(8, seed=1))):
         dataset = load_dataset(str(world / "out"), split=name)
@@ -91,7 +91,7 @@ def test_a_folder_loads_as_the_source_with_instances(world):
 
 
 def test_the_annotations_configuration_is_what_the_run_wrote(world, pick_a_pic):
-    """The configuration `annotations` has all rows of the shards, typed as they were."""
+    """The configuration `annotations` has all rows of the shards, with the same types."""
     for folder in (world, pick_a_pic):
         dataset = load_dataset(str(folder / "out"), "annotations", split="train")
         assert dataset.features == PAIR_ANNOTATION_FEATURES
@@ -100,8 +100,7 @@ def test_the_annotations_configuration_is_what_the_run_wrote(world, pick_a_pic):
 
 
 def test_ids_come_out_by_their_status(pick_a_pic):
-    """Of all ids, those that are ok are in `train` or, as ties, in `train_ties`; the others are in `annotations`
-    alone."""
+    """Rows that are ok are in `train` or, if they are ties, in `train_ties`; the others are only in `annotations`."""
     annotations = load_dataset(str(pick_a_pic / "out"), "annotations", split="train")
     built = load_dataset(str(pick_a_pic / "out"))
     assert set(built) == {"train", "train_ties"}
@@ -116,7 +115,7 @@ def test_ids_come_out_by_their_status(pick_a_pic):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_annotations_and_source_joined_are_the_pairs(streaming, world, pick_a_pic):
-    """Whoever has the published annotations and the source gets the configuration `pairs`, row by row."""
+    """Joining the published annotations with the source gives the configuration `pairs`, row by row."""
     for folder, source in ((world, sources.pairs(24)), (pick_a_pic, sources.pick_a_pic())):
         annotations = load_dataset(str(folder / "out"), "annotations", split="train")
         source = source.to_iterable_dataset(num_shards=3) if streaming else source
@@ -126,8 +125,7 @@ def test_annotations_and_source_joined_are_the_pairs(streaming, world, pick_a_pi
 
 
 def test_a_trainer_trains_on_the_folder(world, tmp_path):
-    """A step on the folder loaded, streamed, or joined from its parts ends on the same weights, other than the
-    first."""
+    """A training step on the loaded, streamed or joined dataset gives the same weights, and changes them."""
     annotations = load_dataset(str(world / "out"), "annotations", split="train")
     kinds = {
         "loaded": load_dataset(str(world / "out"), split="train"),
@@ -148,7 +146,7 @@ def test_a_trainer_trains_on_the_folder(world, tmp_path):
 
 
 def test_the_builder_by_itself(pick_a_pic):
-    """It is called after its module, has two configurations, and streams each split without writing it."""
+    """The builder has the name of its module and two configurations, and streams each split without writing it."""
     options = {"annotations_dir": str(pick_a_pic / "annotations"), "source": str(pick_a_pic / "source")}
     builder = PickapicInstance(**options)
     assert builder.name == "pickapic_instance" and builder.config.name == "pairs"
@@ -161,7 +159,7 @@ def test_the_builder_by_itself(pick_a_pic):
 
 
 def test_files_are_cut_at_a_size(world, tmp_path, monkeypatch):
-    """Rows beyond a file's size go to the next, in order; every name says how many there are."""
+    """Rows are split into files by size, in order, and every file name contains the number of files."""
     monkeypatch.setattr(common, "SHARD_BYTES", 4000)
     monkeypatch.setattr(PickapicInstance, "DEFAULT_WRITER_BATCH_SIZE", 2)
     sources.build_pairs(world / "source", world / "annotations", tmp_path / "out")
@@ -173,7 +171,7 @@ def test_files_are_cut_at_a_size(world, tmp_path, monkeypatch):
 
 
 def test_only_what_is_read_is_left(world):
-    """The folder holds the rows and the card, and its parent nothing that was built on the way."""
+    """The folder contains the rows and the card, and no temporary files remain in its parent."""
     files = sorted(str(path.relative_to(world / "out")) for path in (world / "out").rglob("*") if path.is_file())
     assert files == [
         "README.md",
@@ -186,7 +184,7 @@ def test_only_what_is_read_is_left(world):
 
 
 def test_images_in_files_end_up_inside(tmp_path):
-    """The files of a folder of images are in the Parquet files byte by byte, JPEG as JPEG."""
+    """The files of a folder of images are in the Parquet files with the same bytes."""
     (tmp_path / "source").mkdir()
     lines = []
     for index, row in enumerate(sources.pairs(4)):
@@ -206,8 +204,7 @@ def test_images_in_files_end_up_inside(tmp_path):
 
 
 def test_what_an_annotator_sees_comes_out(tmp_path):
-    """Pairs of several sizes, annotated by somebody who knows their instances, come out with these instances: the
-    dataset is itself again."""
+    """If the annotator knows the instances, the built dataset equals the original, for pairs of several sizes."""
     pairs = tiny.pairs()
     source = sources.save(tmp_path / "source", train=pairs.remove_columns("instances"))
     by_id = {row["id"]: row["instances"] for row in pairs}
@@ -238,11 +235,11 @@ def test_what_an_annotator_sees_comes_out(tmp_path):
             for name in ("chosen_box", "rejected_box"):
                 assert instance.pop(name) == pytest.approx(expected.pop(name), abs=1e-5)  # float32, up to 64 pixels
         assert row == given
-    assert "of the 16 objects here, 4 (25.0 %)" in sources.card_of(tmp_path / "out")[1]
+    assert "of the 16 objects, 4 (25.0 %)" in sources.card_of(tmp_path / "out")[1]
 
 
 def test_columns_are_those_that_are_named(world, tmp_path):
-    """`--columns` says what the source's columns hold, and the card's example says it too."""
+    """`--columns` names the columns of the source, and the example in the card uses them."""
     mapping = {"id": "key", "prompt": "text", "chosen": "winner", "rejected": "loser"}
     renamed = {split: pairs.rename_columns(mapping) for split, pairs in load_splits(world).items()}
     source = sources.save(tmp_path / "source", **renamed)
@@ -260,7 +257,7 @@ def load_splits(world: Path) -> dict[str, Dataset]:
 
 
 def test_what_does_not_fit_is_refused(world, tmp_path):
-    """Changed images, missing rows, a run that is not finished or another's: a ValueError, and no folder."""
+    """Changed images, missing rows, and unfinished or unrelated runs raise a ValueError, and no folder is written."""
     train, validation = sources.pairs(24), sources.pairs(8, seed=1)
     other = sources.undecoded(sources.pairs(1, seed=2))[0]["chosen"]
     changed = sources.undecoded(train).map(
@@ -268,7 +265,7 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
     )
     cases = {
         "id 'world-0-00005' has other images": {"train": changed, "validation": validation},
-        "24 rows belong into the split train, and the source has 20": {
+        "The split train has 24 annotated rows, but the source has only 20": {
             "train": train.select(range(20)),
             "validation": validation,
         },
@@ -287,34 +284,34 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
         sources.build_pairs(world / "source", tmp_path / "annotations", tmp_path / "out")
     (run / MANIFEST).write_text(json.dumps(manifest | {"task": "attributes"}))
     with pytest.raises(
-        ValueError, match="holds annotations of attributes, and `pickapic_instance` is built from instances"
+        ValueError, match="holds annotations of attributes, but `pickapic_instance` needs annotations of instances"
     ):
         sources.build_pairs(world / "source", tmp_path / "annotations", tmp_path / "out")
     manifest["judge"]["crop_size"] = 96
     (run / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(
-        ValueError, match=r"not annotated in one way: they differ in judge.crop_size \((96, 64|64, 96)\)"
+        ValueError, match=r"not annotated in the same way: they differ in judge.crop_size \((96, 64|64, 96)\)"
     ):
         sources.build_pairs(world / "source", tmp_path / "annotations", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations"]
 
 
 def test_annotations_of_which_none_is_ok_are_refused(tmp_path):
-    """Where every pair is a tie that was rejected, there is nothing to build."""
+    """If every pair is a rejected tie, building is refused."""
     ties = sources.pick_a_pic().filter(lambda row: row["label_0"] == 0.5)
     sources.annotate_pairs(ties, tmp_path / "annotations")
     sources.save(tmp_path / "source", train=ties)
-    with pytest.raises(ValueError, match="none is ok: there is nothing to train on"):
+    with pytest.raises(ValueError, match="No row in .* has the status ok: there is nothing to train on"):
         sources.build_pairs(tmp_path / "source", tmp_path / "annotations", tmp_path / "out")
     sources.build_pairs(tmp_path / "source", tmp_path / "annotations", tmp_path / "out", "--no_images")
     assert Counter(load_dataset(str(tmp_path / "out"), split="train")["status"]) == {1: 8}
 
 
 def test_flags_that_do_not_fit_are_refused(world, tmp_path):
-    """A folder that holds something stays as it is; images are pushed to a repository; a repository has an owner."""
+    """A folder that is not empty, `--push_images` without a repository, and a repository without owner are refused."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is there already, and holds something"):
+    with pytest.raises(ValueError, match="out exists and is not empty"):
         sources.build_pairs(world / "source", world / "annotations", tmp_path / "out")
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="name one with `--push_to_hub`"):
@@ -337,8 +334,7 @@ def test_rows_that_the_source_has_once_more_are_no_matter(world, tmp_path):
 
 
 def test_the_cards_figures_are_those_of_the_shards(world, pick_a_pic):
-    """Every row of the card's tables equals what is counted in the annotations, and their sums the manifests'
-    counts."""
+    """Every table of the card equals counts of the annotations, and its sums equal the counts of the manifests."""
     for folder, splits in ((world, ("train", "validation")), (pick_a_pic, ("train",))):
         found = sources.tables(sources.card_of(folder / "out")[1])
         statuses, figures = found[0], {line[0]: line[1:] for line in found[1]}
@@ -370,8 +366,7 @@ def test_the_cards_figures_are_those_of_the_shards(world, pick_a_pic):
 
 
 def test_the_card_says_why_rows_are_left_out(pick_a_pic, world):
-    """Reasons are counted by their beginnings, with the objects that were dropped; where there are none, it says
-    so."""
+    """Reasons are counted by their beginnings, with dropped objects; without any, the card says so."""
     text = sources.card_of(pick_a_pic / "out")[1]
     reasons, dropped = sources.tables(text)[-2:]
     assert reasons == [
@@ -381,11 +376,11 @@ def test_the_card_says_why_rows_are_left_out(pick_a_pic, world):
     ]
     assert dropped == [["train", "not detected in the chosen and the rejected image", "1"]]
     text = sources.card_of(world / "out")[1]
-    assert "No row is left out." in text and "Every object that was named is used." in text
+    assert "No row is left out." in text and "No object is dropped." in text
 
 
 def test_the_card_describes_the_annotation(pick_a_pic):
-    """Models, settings and prompts are the manifest's, word by word; no path of this machine is among them."""
+    """Models, settings and prompts are those of the manifest, without local paths."""
     text = sources.card_of(pick_a_pic / "out")[1]
     manifest = json.loads(next((pick_a_pic / "annotations").glob(f"*/{MANIFEST}")).read_text())
     for role in ("planner", "judge"):
@@ -399,7 +394,7 @@ def test_the_card_describes_the_annotation(pick_a_pic):
 
 
 def test_a_path_or_an_address_does_not_get_into_a_card():
-    """Of a model's folder the name is left, of a server nothing; a Hub id stays what it is."""
+    """Of a model's folder, only the name is published, of a server nothing; Hub ids are unchanged."""
     role = {
         "model": {"model": "/data/models/judge", "revision": "sha256:0", "server": "http://10.0.0.1/v1"},
         "crop": 3,
@@ -413,13 +408,13 @@ def test_a_path_or_an_address_does_not_get_into_a_card():
 
 
 def test_a_prompt_with_fences_stays_one_block():
-    """A prompt that has a fence of its own is fenced by a longer one."""
+    """A prompt that contains a fence gets a longer one."""
     assert common.fenced("a\n````\nb") == "`````text\na\n````\nb\n`````"
     assert common.cell("a | b\nc") == "a \\| b c"
 
 
 def test_the_cards_code_is_python(world, pick_a_pic):
-    """Every block of code parses, loads this dataset, and joins it with the source that it names."""
+    """Every code block is valid, loads this dataset, and joins it with its source."""
     for folder, source in ((world, "source"), (pick_a_pic, "source")):
         blocks = re.findall(r"```python\n(.*?)```", sources.card_of(folder / "out")[1], re.DOTALL)
         assert len(blocks) == 2
@@ -467,8 +462,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_annotations_alone_are_pushed_by_default(world, tmp_path, hub):
-    """Without `--push_images` no image leaves: annotations and a card that declares nothing else go, and earlier
-    shards are gone."""
+    """Without `--push_images`, only annotations and a card for them are pushed, and earlier shards are deleted."""
     (hub.folder / "annotations").mkdir()
     (hub.folder / "annotations" / "train-00000-of-00002.parquet").write_bytes(b"of an earlier push")
     sources.build_pairs(world / "source", world / "annotations", tmp_path / "out", "--push_to_hub", REPO, "--private")
@@ -504,8 +498,8 @@ def test_images_that_were_built_are_pushed_as_they_are(pick_a_pic, tmp_path, hub
 
 
 def test_images_go_from_the_source_to_the_hub_without_a_copy(pick_a_pic, tmp_path, hub, monkeypatch):
-    """With `--no_images --push_images` rows are read a batch ahead of what is uploaded, one file at a time is on the
-    disk, and what arrives is the dataset that would have been built."""
+    """With `--no_images --push_images`, rows are read one batch ahead of the upload, one file at a time is on the
+    disk, and the pushed dataset equals the built one."""
     source, read, uploaded = sources.pick_a_pic(), [], []
     of_splits = [set(split["id"]) for split in load_dataset(str(pick_a_pic / "out")).values()]
 
@@ -538,7 +532,7 @@ def test_images_go_from_the_source_to_the_hub_without_a_copy(pick_a_pic, tmp_pat
     sources.build_pairs(pick_a_pic / "source", pick_a_pic / "annotations", tmp_path / "out", *flags)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "annotations"]
     assert not list(hub.scratch.rglob("*.parquet"))
-    assert len(read) == 48  # the source once for either split
+    assert len(read) == 48  # the source once for each split
     files = [f"pairs/train-{index:05d}.parquet" for index in range(6)]
     files += [f"pairs/train_ties-{index:05d}.parquet" for index in range(2)]
     assert hub.files == ["README.md", "annotations/train-00000-of-00001.parquet", *files]
@@ -557,12 +551,12 @@ def test_images_go_from_the_source_to_the_hub_without_a_copy(pick_a_pic, tmp_pat
 
 
 def test_a_push_from_a_source_that_lacks_rows_commits_none_of_them(world, tmp_path, hub):
-    """Rows that are missing on the way to the Hub are an error, not a smaller dataset that nobody notices."""
+    """Missing rows during a push raise an error, and nothing is committed."""
     source = sources.save(
         tmp_path / "source", train=sources.pairs(24).select(range(20)), validation=sources.pairs(8, seed=1)
     )
     flags = ("--no_images", "--push_to_hub", REPO, "--push_images")
-    with pytest.raises(ValueError, match="24 rows belong into the split train, and the source has 20"):
+    with pytest.raises(ValueError, match="The split train has 24 annotated rows, but the source has only 20"):
         sources.build_pairs(source, world / "annotations", tmp_path / "out", *flags)
     assert {name.split("/")[0] for name in hub.files} == {"annotations"}
 
@@ -571,7 +565,7 @@ def test_a_push_from_a_source_that_lacks_rows_commits_none_of_them(world, tmp_pa
 
 
 def test_the_command(world, tmp_path):
-    """`python -m datasets_builders.pickapic_instance` builds the same rows in a process of its own, from a stream."""
+    """`python -m datasets_builders.pickapic_instance` builds the same rows in its own process, from a stream."""
     command = [sys.executable, "-m", "datasets_builders.pickapic_instance", "--dataset_streaming"]
     source = tmp_path / "source"
     source.mkdir()

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""LoRAs of random weights, as diffusers saves them."""
+"""LoRAs with random weights, in the format of diffusers."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 
 def save_lora(pipeline: DiffusionPipeline, folder: Path, seed: int = 0, size: float = 0.3, r: int = 4, alpha: int = 8):
-    """Saves a LoRA of the pipeline's denoiser, which it carries afterwards; one of size 0 changes nothing."""
+    """Adds a LoRA to the denoiser of a pipeline and saves it; with size 0, it changes nothing."""
     model = get_peft_model(pipeline.unet, LoraConfig(r=r, lora_alpha=alpha, target_modules=["to_q", "to_v", "conv1"]))
     generator = torch.Generator().manual_seed(seed)
     weights = {

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Scores during training are those of the pictures that the policy draws, and change nothing of the training."""
+"""Scores during training are those of the policy's samples, and do not change the training."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ PROMPTS = ["a red circle", "a cat and a dog", "a blue square"]
 
 
 class Brightness(Scorer):
-    """Mean value of a picture's pixels."""
+    """Mean value of the pixels of an image."""
 
     name = "brightness"
 
@@ -67,7 +67,7 @@ def test_what_is_logged_are_the_scores_of_what_is_drawn(tmp_path, peft_config):
 
 
 def test_training_is_as_without(tmp_path):
-    """Losses, weights and what training records are those of a training without the callback."""
+    """Losses, weights and records are those of a training without the callback."""
     trainers = [make_trainer(tmp_path) for _ in range(2)]
     trainers[1].add_callback(EvaluationCallback(trainers[1], PROMPTS, [Brightness()], steps=1))
     for trainer in trainers:
@@ -85,7 +85,7 @@ def test_training_is_as_without(tmp_path):
 
 
 def test_a_judge_without_answers_does_not_stop_a_training(tmp_path, caplog):
-    """What nothing got a score for is left out of the log, and said."""
+    """A score without any values is left out of the log, with a warning."""
     trainer = make_trainer(tmp_path)
     trainer.add_callback(EvaluationCallback(trainer, PROMPTS, [Silent(), Brightness()], steps=10))
     trainer.train()
@@ -95,7 +95,7 @@ def test_a_judge_without_answers_does_not_stop_a_training(tmp_path, caplog):
 
 
 def test_nothing_is_logged_where_there_is_nothing(tmp_path):
-    """Without any score there is no entry in the log beside those of the training."""
+    """Without any score, the log has only the entries of the training."""
     trainer = make_trainer(tmp_path)
     trainer.add_callback(EvaluationCallback(trainer, PROMPTS, [Silent()], steps=1))
     trainer.train()
@@ -106,6 +106,6 @@ def test_nothing_is_logged_where_there_is_nothing(tmp_path):
     "prompts, scorers, steps", [([], [Brightness()], 1), (PROMPTS, [], 1), (PROMPTS, [Brightness()], 0)]
 )
 def test_it_needs_prompts_scorers_and_steps(tmp_path, prompts, scorers, steps):
-    """Nothing to draw, nothing that scores and no steps between are mistakes."""
+    """No prompts, no scorers and an interval of zero steps are refused."""
     with pytest.raises(ValueError, match="at least (one|1)"):
         EvaluationCallback(make_trainer(tmp_path), prompts, scorers, steps)

@@ -18,7 +18,7 @@ HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> {{ 7
 
 
 def table_of(rows, higher_is_better) -> pa.Table:
-    """From `(model, prompt id, prompt, group, index, image, *scores)` to a table of scores."""
+    """A table of scores from rows `(model, prompt id, prompt, group, index, image, *scores)`."""
     schema = IMAGES_SCHEMA
     for name in higher_is_better:
         schema = schema.append(pa.field(name, pa.float64()))
@@ -42,29 +42,29 @@ def table() -> pa.Table:
 @pytest.mark.parametrize(
     "scores, scales, ups, expected",
     [
-        # The first metric puts the second model ahead by 1 scale, the second metric the first model by 2
+        # The second model leads by 1 scale for the first metric, the first model by 2 for the second metric
         ([[1, 5], [3, 4]], [2, 0.5], [True, True], 1.0),
         ([[1, 5], [3, 4]], [2, 0.5], [True, False], 0.0),
         ([[1, 5], [3, 4]], [2, 0.5], [False, False], 1.0),
-        # A third metric without an opinion changes nothing
+        # A third metric without a preference changes nothing
         ([[1, 5, 7], [3, 4, 7]], [2, 0.5, 1], [True] * 3, 1.0),
         ([[1, 5, 7], [3, 4, None]], [2, 0.5, 1], [True] * 3, 1.0),
         ([[1, 5, 7], [3, 4, 9]], [2, 0.5, 0], [True] * 3, 1.0),
-        # Nobody to contradict: one metric, one model, no scores
+        # No disagreement: one metric, one model, no scores
         ([[1], [3]], [1], [True], 0.0),
         ([[1, 5]], [1, 1], [True, True], 0.0),
         ([[None, 5], [3, None]], [1, 1], [True, True], 0.0),
-        # Of three models, the most disputed pair counts: the first and the last, by 3 and 4
+        # Of three models, the pair with the largest disagreement counts: the first and the last, by 3 and 4
         ([[0, 4], [1, 3], [3, 0]], [1, 1], [True, True], 3.0),
     ],
 )
 def test_disagreement(scores, scales, ups, expected):
-    """It is the weaker of the two strongest opposite opinions, in scales of the metrics."""
+    """The disagreement is the smaller of the two largest opposite leads, in scales of the metrics."""
     assert disagreement(scores, scales, ups) == expected
 
 
 def test_disagreement_agrees_with_its_definition():
-    """It is the largest minimum of two opposite leads over all pairs of metrics and of models, as a naive loop finds it."""
+    """It equals a naive loop over all pairs of metrics and models: the largest minimum of two opposite leads."""
     rng = random.Random(0)
     for _ in range(50):
         num_models, num_metrics = rng.randint(2, 4), rng.randint(2, 4)
@@ -84,7 +84,8 @@ def test_disagreement_agrees_with_its_definition():
 
 
 def test_disagreement_has_no_unit():
-    """Scaling and shifting a metric with its scale, and the order of models and of metrics, change nothing."""
+    """It does not change if a metric is scaled or shifted together with its scale, or with the order of models and
+    metrics."""
     scores = [[0.3, 21.0, -1.0], [0.5, 20.0, 2.0], [0.4, 23.0, 0.0]]
     scales, ups = [0.2, 1.5, 1.0], [True, True, False]
     found = disagreement(scores, scales, ups)
@@ -96,13 +97,14 @@ def test_disagreement_has_no_unit():
 
 
 def test_spread():
-    """It is the distance of the extremes, whatever is missing, and nothing with fewer than two scores."""
+    """The spread is the largest minus the smallest score, without missing ones, and `None` with fewer than two."""
     assert spread([3.0, None, -1.0, 2.0]) == 4.0
     assert spread([3.0, None]) is None and spread([]) is None
 
 
 def test_rows_of_the_page(table):
-    """A row is a prompt and an index with each model's image, scores and who is best; what is missing is empty."""
+    """A row has the image and scores of each model for a prompt and index, and the best ones; missing values are
+    empty."""
     data = gallery_data(table)
     assert data["models"] == ["base", "tuned"] and data["groups"] == ["cats", "<b>dogs</b>"]
     assert data["metrics"] == [
@@ -147,7 +149,7 @@ class Page(HTMLParser):
 
 
 def test_hostile_prompts_are_text(table):
-    """A prompt that closes the script, opens a tag or a comment or holds a template stands in the data as it is, and nowhere else."""
+    """A prompt with script, tag, comment or template syntax is unchanged in the data, and nowhere else on the page."""
     html = gallery(table)
     page = Page(html)
     assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == ["application/json", None]
@@ -158,7 +160,7 @@ def test_hostile_prompts_are_text(table):
 
 
 def test_text_is_never_read_as_html(table):
-    """The page's own script puts nothing into the page as HTML, and runs nothing that is in the data."""
+    """The script of the page inserts no HTML, and executes nothing from the data."""
     script = Page(gallery(table)).scripts[1]
     assert "textContent" in script
     for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function("):
@@ -166,7 +168,7 @@ def test_text_is_never_read_as_html(table):
 
 
 def test_the_page_loads_images_late_and_nothing_else(table, tmp_path):
-    """Images are files beside the page that load when they are scrolled to; nothing comes from the network."""
+    """Images are local files with lazy loading, and nothing comes from the network."""
     assert write_gallery(table, tmp_path) == "gallery.html"
     html = (tmp_path / "gallery.html").read_text(encoding="utf-8")
     assert 'image.loading = "lazy"' in html and "data:image" not in html
@@ -175,7 +177,7 @@ def test_the_page_loads_images_late_and_nothing_else(table, tmp_path):
 
 
 def test_models_are_escaped_in_the_page():
-    """A model's name is text as well."""
+    """Names of models are escaped as well."""
     rows = [("<i>base</i>", "p", "a", None, 0, "a.png", 1.0), ("tuned", "p", "a", None, 0, "b.png", 2.0)]
     html = gallery(table_of(rows, {"clip_score": True}))
     assert "<i>" not in html and "&lt;i&gt;base&lt;/i&gt; is the baseline" in html

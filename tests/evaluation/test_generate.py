@@ -51,7 +51,7 @@ def run(spec: ModelSpec, output_dir: Path, prompts: PromptSet = PROMPTS, protoco
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All images beneath a folder."""
+    """All images in a folder and its subfolders."""
     return {path.name: path.read_bytes() for path in folder.rglob("*.png")}
 
 
@@ -69,7 +69,7 @@ def drawn(specs, tmp_path_factory) -> dict[str, dict[str, bytes]]:
 class TestDrawing:
     @pytest.mark.parametrize("family", PIPELINES)
     def test_files_and_rows(self, specs, drawn, tmp_path, family):
-        """An image for each prompt and index lies where its row says, of the model's size, and no two are alike."""
+        """Each prompt and index has an image at its path, in the model's size, and no two images are equal."""
         rows = run(specs[family], tmp_path)
         assert [(row.prompt.id, row.index) for row in rows] == [(f"p-{n}", i) for n in range(5) for i in range(2)]
         for row in rows:
@@ -81,7 +81,7 @@ class TestDrawing:
 
     @pytest.mark.parametrize("family", PIPELINES)
     def test_an_image_is_the_pipelines_own(self, specs, drawn, tmp_path, family):
-        """It is what a plain call gives from the noise of (seed, prompt id, index)."""
+        """An image is the result of a plain call with the noise of (seed, prompt id, index)."""
         pipeline = load_pipeline(specs[family], torch.float32, torch.device("cpu"))
         pipeline.set_progress_bar_config(disable=True)
         generator = keyed_generator(0, "p-3/1", "sample")
@@ -91,7 +91,7 @@ class TestDrawing:
         assert (tmp_path / "x.png").read_bytes() == drawn[family]["p-3_1.png"]
 
     def test_neither_order_nor_company_matters(self, specs, drawn, tmp_path):
-        """A few prompts in another order are drawn as among all."""
+        """Images do not depend on the selection and order of prompts."""
         few = replace(PROMPTS, prompts=(PROMPTS.prompts[3], PROMPTS.prompts[0]))
         rows = run(specs["sd"], tmp_path, few, replace(PROTOCOL, images_per_prompt=1))
         assert [row.path.name for row in rows] == ["p-3_0.png", "p-0_0.png"]
@@ -100,7 +100,7 @@ class TestDrawing:
     @pytest.mark.parametrize("batch_size", [3, 16])
     @pytest.mark.parametrize("family", PIPELINES)
     def test_the_batch_size_does_not_matter(self, specs, drawn, tmp_path, family, batch_size):
-        """In batches no pixel is off by more than a level: sums in another order."""
+        """With batches, no pixel changes by more than one level, because of rounding."""
         for row in run(specs[family], tmp_path, batch_size=batch_size):
             one = tmp_path / "one.png"
             one.write_bytes(drawn[family][row.path.name])
@@ -108,12 +108,12 @@ class TestDrawing:
             assert abs(pixels[0] - pixels[1]).max() <= 1
 
     def test_models_start_from_the_same_noise(self, drawn):
-        """A LoRA that changes nothing draws the base's images, to the byte; one that does draws none of them."""
+        """A LoRA of zeros gives exactly the images of the base; another LoRA changes every image."""
         assert drawn["nothing"] == drawn["sd"]
         assert all(drawn["lora"][name] != drawn["sd"][name] for name in drawn["sd"])
 
     def test_a_negative_lora(self, specs, drawn, tmp_path):
-        """It takes part in every image, as in `negative_preference_guidance`."""
+        """The negative LoRA is used for every image, as in `negative_preference_guidance`."""
         assert all(drawn["guided"][name] != drawn["lora"][name] for name in drawn["lora"])
         pipeline = load_pipeline(specs["guided"], torch.float32, torch.device("cpu"))
         pipeline.set_progress_bar_config(disable=True)
@@ -128,19 +128,19 @@ class TestDrawing:
         [{"seed": 1}, {"num_inference_steps": 3}, {"guidance_scale": 5.0}, {"scheduler": "EulerDiscreteScheduler"}],
     )
     def test_settings_of_the_protocol_count(self, specs, drawn, tmp_path, change):
-        """Each changes every image."""
+        """Each setting changes every image."""
         few = replace(PROMPTS, prompts=PROMPTS.prompts[:2])
         run(specs["sd"], tmp_path, few, replace(PROTOCOL, **change))
         assert all(content != drawn["sd"][name] for name, content in files(tmp_path).items())
 
     def test_the_size(self, specs, tmp_path):
-        """Height and width are those of the protocol."""
+        """Images have the height and width of the protocol."""
         one = replace(PROMPTS, prompts=PROMPTS.prompts[:1])
         row, _ = run(specs["sd"], tmp_path, one, replace(PROTOCOL, height=48, width=64))
         assert Image.open(row.path).size == (64, 48)
 
     def test_schedulers(self):
-        """The named class takes over the schedule; one that does not fit is refused with those that do."""
+        """The named scheduler keeps the noise schedule; one that does not fit is refused with those that fit."""
         pipeline = tiny.sd_pipeline("v_prediction")
         before = pipeline.scheduler
         set_scheduler(pipeline, None)
@@ -159,12 +159,12 @@ class TestDrawing:
 
 
 class Killed(BaseException):
-    """What stops a run without its leave."""
+    """An interruption of a run."""
 
 
 @pytest.fixture
 def keys(monkeypatch) -> list[str]:
-    """What each image that is drawn is known by."""
+    """The keys of all sampled images."""
     seen, sample_images = [], module.sample_images
 
     def spy(*args, **settings):
@@ -177,7 +177,7 @@ def keys(monkeypatch) -> list[str]:
 
 class TestGoingOn:
     def test_a_killed_run_ends_as_one_that_was_not(self, specs, drawn, tmp_path, keys, monkeypatch):
-        """Killed while it writes, the same call draws the rest, nothing twice, and leaves the same bytes and nothing else."""
+        """After an interruption, the same call samples only the missing images, and the files are the same."""
         replacing, written = Path.replace, []
 
         def kill(path, target):
@@ -205,7 +205,7 @@ class TestGoingOn:
         ]
 
     def test_a_finished_run_loads_nothing(self, specs, tmp_path, monkeypatch):
-        """Where nothing is missing, no model is loaded and no file touched."""
+        """If nothing is missing, no model is loaded and no file is changed."""
         rows = run(specs["sd"], tmp_path)
         times = [row.path.stat().st_mtime_ns for row in rows]
         monkeypatch.setattr(module, "load_pipeline", None)
@@ -213,14 +213,14 @@ class TestGoingOn:
         assert [row.path.stat().st_mtime_ns for row in rows] == times
 
     def test_a_limited_run_grows(self, specs, drawn, tmp_path, keys):
-        """More prompts of the set and more images a prompt join those that are there."""
+        """More prompts of the set, and more images per prompt, are added to the existing ones."""
         run(specs["sd"], tmp_path, PROMPTS.select(2), replace(PROTOCOL, images_per_prompt=1))
         assert keys == ["p-0/0", "p-2/0"]
         run(specs["sd"], tmp_path)
         assert files(tmp_path) == drawn["sd"] and len(keys) == len(set(keys)) == 10
 
     def test_what_bears_on_no_image_may_change(self, specs, drawn, tmp_path):
-        """The protocol's name and the batch size are free."""
+        """The name of the protocol and the batch size may change."""
         run(specs["sd"], tmp_path, PROMPTS.select(1))
         run(specs["sd"], tmp_path, protocol=replace(PROTOCOL, name="x", unknown=("seed",), source="y"), batch_size=2)
         assert files(tmp_path).keys() == drawn["sd"].keys()
@@ -240,7 +240,7 @@ class TestGoingOn:
         ],
     )
     def test_another_run_does_not_mix_in(self, specs, tmp_path, change, message):
-        """Another protocol, prompt set or model is refused by the name of what differs, and nothing is drawn."""
+        """Another protocol, prompt set or model is refused with the name of the difference, and nothing is sampled."""
         few = PROMPTS.select(1)
         run(specs["sd"], tmp_path, few)
         before = files(tmp_path)
@@ -254,7 +254,7 @@ class TestGoingOn:
         assert files(tmp_path) == before
 
     def test_other_versions_or_types_do_not_mix_in(self, specs, tmp_path, monkeypatch):
-        """The type of the weights and the versions of diffusers and torch bear on the images too."""
+        """Other data types of the weights and other versions of diffusers and torch are refused too."""
         few = PROMPTS.select(1)
         run(specs["sd"], tmp_path, few)
         with pytest.raises(ValueError, match="`dtype` 'float32', not 'bfloat16'"):
@@ -264,7 +264,7 @@ class TestGoingOn:
             run(specs["sd"], tmp_path, few)
 
     def test_the_manifest(self, specs, tmp_path):
-        """It says what the images depend on."""
+        """The manifest lists everything that the images depend on."""
         run(specs["guided"], tmp_path, PROMPTS.select(1))
         manifest = json.loads((tmp_path / "images" / "guided" / "manifest.json").read_text())
         assert manifest["prompts"] == {"name": "tiny", "revision": None, "digest": "sha256:0"}
@@ -280,19 +280,19 @@ class TestGoingOn:
         assert manifest["dtype"] == "float32" and set(manifest["versions"]) == {"diffusers", "torch"}
 
     def test_images_of_unknown_origin(self, specs, tmp_path):
-        """Images without a manifest are not taken for this model's."""
+        """Images without a manifest are refused."""
         folder = tmp_path / "images" / "sd"
         folder.mkdir(parents=True)
         tiny.image(0).save(folder / "p-0_0.png")
-        with pytest.raises(ValueError, match="holds images and no manifest.json"):
+        with pytest.raises(ValueError, match="holds images but no manifest.json"):
             run(specs["sd"], tmp_path)
 
     def test_two_runs_at_once(self, specs, tmp_path):
-        """A second run into the folder is refused while the first is at it."""
+        """A second run into the folder is refused while the first is running."""
         folder = tmp_path / "images" / "sd"
         folder.mkdir(parents=True)
         with FileLock(folder / ".lock"):
-            with pytest.raises(ValueError, match="Another process is drawing into .*sd. Wait"):
+            with pytest.raises(ValueError, match="Another process is sampling into .*sd. Wait"):
                 run(specs["sd"], tmp_path)
 
 
@@ -307,7 +307,7 @@ class TestFoldersOfImages:
 
     @pytest.mark.parametrize("ending", ["png", "jpg", "jpeg", "webp", "PNG"])
     def test_by_names(self, tmp_path, ending):
-        """Each prompt's images are found by id and index, whatever they are stored as, and nothing is drawn or written."""
+        """Images of any format are found by prompt id and index, and nothing is sampled or written."""
         self.save(tmp_path / "x", *(f"p-{n}_{i}.{ending}" for n in range(5) for i in range(2)))
         rows = run(self.spec(tmp_path / "x"), tmp_path / "out")
         assert [(row.prompt.id, row.index, row.path.name) for row in rows] == [
@@ -316,30 +316,30 @@ class TestFoldersOfImages:
         assert not (tmp_path / "out").exists()
 
     def test_what_was_generated_is_found(self, specs, tmp_path):
-        """The images of an evaluation are a folder of images for the next."""
+        """The images of one evaluation can be a model of the next."""
         rows = run(specs["sd"], tmp_path)
         assert run(self.spec(tmp_path / "images" / "sd"), tmp_path / "out") == rows
 
     def test_missing_ones(self, tmp_path):
-        """They are counted, and the first few named."""
+        """The error contains the number of missing images, and the first few names."""
         self.save(tmp_path / "x", "p-0_0.png", "p-2_1.png")
         with pytest.raises(ValueError, match="lacks 8 of 10 images: p-0_1, p-1_0, p-1_1, p-2_0, p-3_0 and others"):
             run(self.spec(tmp_path / "x"), tmp_path)
-        with pytest.raises(ValueError, match="lacks 1 of 2 images: p-0_1\\. It must hold"):
+        with pytest.raises(ValueError, match="lacks 1 of 2 images: p-0_1\\. Each image needs the name"):
             run(self.spec(tmp_path / "x"), tmp_path, PROMPTS.select(1))
 
     def test_extra_ones(self, tmp_path, caplog):
-        """They are counted in a line of the log; without any there is none."""
+        """A warning contains the number of extra images, if there are any."""
         self.save(tmp_path / "x", "p-0_0.png", "p-0_1.png")
         with caplog.at_level(logging.WARNING):
             run(self.spec(tmp_path / "x"), tmp_path, PROMPTS.select(1))
             assert not caplog.text
             self.save(tmp_path / "x", "p-0_2.png", "p-9_0.png", "grid.png")
             run(self.spec(tmp_path / "x"), tmp_path, PROMPTS.select(1))
-        assert "holds 3 images beside the 2 of this comparison" in caplog.text
+        assert "holds 3 images that are not among the 2 of this comparison" in caplog.text
 
     def test_two_of_one_place(self, tmp_path):
-        """Two files of one prompt and index are refused with both names."""
+        """Two files for the same prompt and index are refused with both names."""
         self.save(tmp_path, "p-0_0.png", "p-0_0.jpg")
         with pytest.raises(ValueError, match="p-0_0.jpg and .*p-0_0.png are both image 0 of the prompt p-0"):
             match_images(tmp_path, PROMPTS, 1)
@@ -349,7 +349,7 @@ class TestFoldersOfImages:
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def test_by_metadata(self, tmp_path, caplog):
-        """Lines name the prompt by id or by text; a prompt's lines are its images in their order, and others are extra."""
+        """Lines name the prompt by id or text; the lines of a prompt are its images in order, and others are extra."""
         self.write(
             tmp_path / "x",
             {"file_name": "b.png", "prompt": "a red circle"},
@@ -359,26 +359,29 @@ class TestFoldersOfImages:
         with caplog.at_level(logging.WARNING):
             rows = run(self.spec(tmp_path / "x"), tmp_path, PROMPTS.select(1))
         assert [(row.index, row.path.name) for row in rows] == [(0, "b.png"), (1, "a.png")]
-        assert "holds 1 images beside" in caplog.text
+        assert "holds 1 images that are not among" in caplog.text
 
     @pytest.mark.parametrize(
         ("row", "message"),
         [
             ({"prompt": "a cat"}, "Row 0 .* must have `file_name`"),
             ({"file_name": "a.png", "text": "a cat"}, "either `prompt_id` or `prompt`; it has file_name, text"),
-            ({"file_name": "a.png", "prompt": "twice"}, "stands twice among the prompts: tell which by `prompt_id`"),
+            (
+                {"file_name": "a.png", "prompt": "twice"},
+                "a text that several prompts share: name the prompt with `prompt_id`",
+            ),
         ],
     )
     def test_mistakes_in_metadata(self, tmp_path, row, message):
-        """A line that names no image or no one prompt is refused."""
+        """A line without an image, or without a unique prompt, is refused."""
         self.write(tmp_path, row)
         prompts = replace(PROMPTS, prompts=(Prompt("a", "twice"), Prompt("b", "twice")))
         with pytest.raises(ValueError, match=message):
             match_images(tmp_path, prompts, 1)
 
     def test_metadata_of_files_that_are_not_there(self, tmp_path):
-        """The file is named."""
+        """The error names the missing file."""
         self.write(tmp_path, {"file_name": "a.png", "prompt_id": "p-0"})
         (tmp_path / "a.png").unlink()
-        with pytest.raises(ValueError, match="names a.png, which is not there"):
+        with pytest.raises(ValueError, match="names a.png, which does not exist"):
             match_images(tmp_path, PROMPTS, 1)

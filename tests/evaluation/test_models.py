@@ -62,30 +62,31 @@ class TestNames:
         ],
     )
     def test_names(self, text, expected):
-        """A name stands before the first '='; without one it is the last part of the path."""
+        """The name is before the first '='; without '=', it is the last part of the path."""
         assert parse_model(text) == expected
 
     @pytest.mark.parametrize("text", ["runs/lr=1e-5", "=x", "a b=x", "../x=y"])
     def test_names_that_no_folder_can_have(self, text):
-        """Names become folders; what cannot be one is refused with the form that is asked for."""
+        """A name that is not valid for a folder is refused with the expected format."""
         with pytest.raises(ValueError, match="Write NAME=WHERE"):
             parse_model(text)
 
     def test_no_model(self):
-        """A name alone names no model."""
-        with pytest.raises(ValueError, match="names no model: write NAME=WHERE"):
+        """A name without a model is refused."""
+        with pytest.raises(ValueError, match="has no model: write NAME=WHERE"):
             parse_model("dpo=")
 
 
 class TestKinds:
     def test_a_pipeline(self, folders):
-        """A folder with `model_index.json` is a pipeline, pinned by what belongs to it; a base is not for it."""
+        """A folder with `model_index.json` is a pipeline, whose revision is a hash of its files; it needs no base."""
         spec = resolve_model("m", folders["base"], base="ignored")
         assert (spec.kind, spec.base, spec.negative_lora) == ("pipeline", None, None)
         assert spec.revision.startswith("sha256:")
 
     def test_what_lies_beside_a_pipeline_does_not_count(self, tmp_path):
-        """The state of a training or drawn images beside it change nothing; other weights or settings do."""
+        """The hash changes with weights and settings of the pipeline, not with a training state or samples in its
+        folder."""
         tiny.sd_pipeline().save_pretrained(tmp_path / "m")
         before = resolve_model("m", str(tmp_path / "m")).revision
         (tmp_path / "m" / "optimizer.pt").write_bytes(b"state")
@@ -97,7 +98,7 @@ class TestKinds:
         assert resolve_model("m", str(tmp_path / "m")).revision != before
 
     def test_other_weights_are_another_revision(self, tmp_path):
-        """The digest is of the weights."""
+        """The revision of a LoRA is the hash of its weights."""
         revisions = set()
         for seed in (0, 1, 0):
             tiny.sd_pipeline(seed=seed).save_pretrained(tmp_path / "m")
@@ -105,7 +106,7 @@ class TestKinds:
         assert len(revisions) == 2
 
     def test_a_lora(self, folders):
-        """A LoRA and its base are pinned each."""
+        """A LoRA and its base each have a revision."""
         spec = resolve_model("m", folders["lora"], base=folders["base"], negative_lora=folders["reversed"])
         assert (spec.kind, spec.base, spec.negative_lora) == ("lora", folders["base"], folders["reversed"])
         assert spec.base_revision == resolve_model("b", folders["base"]).revision
@@ -113,14 +114,15 @@ class TestKinds:
         assert spec.negative_lora_revision == other.revision != spec.revision
 
     def test_moving_a_folder_changes_no_description(self, folders, tmp_path, monkeypatch):
-        """A folder is described by its last name and what is in it, however its path is written."""
+        """A folder is described by the last part of its path and a hash of its content."""
         described = resolve_model("m", folders["lora"], base=folders["base"]).describe()
         assert described["path"] == "lora" and described["base"] == "base"
         monkeypatch.chdir(Path(folders["base"]).parent)
         assert resolve_model("other", "lora/", base="./base").describe() == described
 
     def test_a_base_out_of_the_card(self, folders, tmp_path):
-        """The card's `base_model` is the base, also of a checkpoint, whose card is one folder up; one given wins."""
+        """The base is the `base_model` of the card, which for a checkpoint is one folder up; an explicit base
+        overrides it."""
         out = tmp_path / "out"
         for folder in (out, out / "checkpoint-200", out / "elsewhere"):
             save_lora(tiny.sd_pipeline(), folder)
@@ -135,14 +137,15 @@ class TestKinds:
 
     @pytest.mark.parametrize("base_model", ["[a/b, c/d]", "null", "[]"])
     def test_a_card_that_names_no_single_base(self, tmp_path, base_model):
-        """What to put the LoRA on is asked for."""
+        """If the base of a LoRA is unknown, the error asks for it."""
         save_lora(tiny.sd_pipeline(), tmp_path / "lora")
         card(tmp_path / "lora", base_model)
         with pytest.raises(ValueError, match="names one `base_model`"):
             resolve_model("m", str(tmp_path / "lora"))
 
     def test_images(self, tmp_path):
-        """A folder of images, or with a list of them, is one of images, pinned by its files."""
+        """A folder with images, or with a list of them, is a folder of images, whose revision is a hash of its
+        files."""
         tiny.image(0).save(tmp_path / "00000_0.JPG", format="jpeg")
         spec = resolve_model("m", str(tmp_path))
         assert spec.kind == "images" and spec.revision.startswith("sha256:")
@@ -150,24 +153,22 @@ class TestKinds:
         assert resolve_model("m", str(tmp_path)).revision != spec.revision
 
     def test_a_lora_with_samples_beside_it(self, folders, tmp_path):
-        """Images beside weights make no folder of images."""
+        """A folder with weights and images is not a folder of images."""
         save_lora(tiny.sd_pipeline(), tmp_path)
         tiny.image(0).save(tmp_path / "sample.png")
         assert resolve_model("m", str(tmp_path), base=folders["base"]).kind == "lora"
 
     def test_mistakes(self, folders, tmp_path):
-        """Each says what was looked for, or what is in the wrong place."""
+        """Each error names the expected files, or the mistake."""
         with pytest.raises(
             ValueError, match="no model_index.json .*, no pytorch_lora_weights.safetensors .* and no images"
         ):
             resolve_model("m", str(tmp_path))
-        with pytest.raises(ValueError, match="gave neither model_index.json nor pytorch_lora_weights.safetensors"):
+        with pytest.raises(ValueError, match="provides neither model_index.json nor pytorch_lora_weights.safetensors"):
             resolve_model("m", "user/no-such-model")
-        with pytest.raises(
-            ValueError, match="'/no/such/folder' is nothing that can be evaluated: there is no such folder"
-        ):
+        with pytest.raises(ValueError, match="'/no/such/folder' cannot be evaluated: there is no such folder"):
             resolve_model("m", "/no/such/folder")
-        with pytest.raises(ValueError, match="is a file: name its folder"):
+        with pytest.raises(ValueError, match="is a file: pass its folder"):
             resolve_model("m", f"{folders['lora']}/pytorch_lora_weights.safetensors")
         with pytest.raises(ValueError, match="The base of the LoRA .* must be a pipeline"):
             resolve_model("m", folders["lora"], base=folders["reversed"])
@@ -175,7 +176,7 @@ class TestKinds:
             resolve_model("m", folders["base"], negative_lora=folders["base"])
         tiny.sd_pipeline().save_pretrained(tmp_path)
         save_lora(tiny.sd_pipeline(), tmp_path)
-        with pytest.raises(ValueError, match="holds a pipeline .* and a LoRA"):
+        with pytest.raises(ValueError, match="holds both a pipeline .* and a LoRA"):
             resolve_model("m", str(tmp_path))
         (tmp_path / "images").mkdir()
         tiny.image(0).save(tmp_path / "images" / "a_0.png")
@@ -183,7 +184,8 @@ class TestKinds:
             resolve_model("m", str(tmp_path / "images"), negative_lora=folders["reversed"])
 
     def test_on_the_hub(self, tmp_path, monkeypatch):
-        """A repository is what its files say, pinned by its commit; a LoRA's card is read there too."""
+        """The kind of a repository depends on its files, its revision is the commit, and the card of a LoRA is read
+        from it."""
         root = tmp_path / "hub"
         for repo_id, filename in (
             ("user/base", "model_index.json"),
@@ -209,7 +211,7 @@ class TestKinds:
 
 class TestLoading:
     def test_a_lora_keeps_its_strength(self, folders):
-        """A LoRA whose alpha is not its rank draws what plain diffusers draws with it."""
+        """A LoRA whose alpha is not its rank gives the same images as in plain diffusers."""
         pipeline = load_pipeline(resolve_model("m", folders["lora"], base=folders["base"]), torch.float32, CPU)
         plain = StableDiffusionPipeline.from_pretrained(folders["base"])
         without = draw(plain)
@@ -220,7 +222,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("kind", ["lora", "pipeline"])
     def test_a_negative_lora(self, folders, kind):
-        """Within its guidance, a model draws what `negative_preference_guidance` draws with the two adapters by hand."""
+        """Within its guidance, a model gives the images of `negative_preference_guidance` with the two adapters."""
         where, base = (folders["lora"], folders["base"]) if kind == "lora" else (folders["base"], None)
         spec = resolve_model("m", where, base, negative_lora=folders["reversed"])
         pipeline = load_pipeline(spec, torch.float32, CPU)
@@ -237,7 +239,7 @@ class TestLoading:
             assert abs(drawn - draw(pipeline)).max() > 1e-2
 
     def test_a_safety_checker_is_left_out(self, tmp_path, caplog):
-        """The checker is not loaded, which a line of the log says; nothing is said where there is none."""
+        """The checker is not loaded, with a warning if there is one."""
         pipeline = tiny.sd_pipeline()
         small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         config = CLIPConfig(
@@ -258,7 +260,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("peft_config", [tiny.lora(4, 16), None], ids=["lora", "full"])
     def test_a_checkpoint_of_a_training(self, tmp_path, folders, peft_config):
-        """What a trainer saves in `checkpoint-2` is a model, with the very weights that were trained."""
+        """A trainer's `checkpoint-2` is a model with exactly the trained weights."""
         args = InstanceDPOConfig(
             str(tmp_path / "out"), **tiny.FAST | {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
         )
@@ -283,7 +285,7 @@ class TestLoading:
 
 class TestTypes:
     def test_types(self):
-        """By name; by default half precision on a CUDA device and single elsewhere."""
+        """The data type is given by name; by default, it is half precision on a CUDA device and single elsewhere."""
         assert resolve_dtype("auto", torch.device("cuda", 1)) == torch.float16
         assert resolve_dtype("auto", CPU) == resolve_dtype("auto", torch.device("mps")) == torch.float32
         assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
@@ -291,6 +293,6 @@ class TestTypes:
             resolve_dtype("fp16", CPU)
 
     def test_a_pipeline_is_loaded_in_its_type(self, folders):
-        """All weights have it, those of a LoRA too."""
+        """All weights have the data type, including those of a LoRA."""
         pipeline = load_pipeline(resolve_model("m", folders["lora"], folders["base"]), torch.bfloat16, CPU)
         assert {weight.dtype for weight in pipeline.unet.parameters()} == {torch.bfloat16}

@@ -30,7 +30,7 @@ LONG = "stabilityai/stable-diffusion-xl-base-1.0-tuned-with-preferences-of-very-
 
 
 def table_of(models, metrics, num_prompts=20, seed=0) -> pa.Table:
-    """Scores that differ by model and metric; the last metric is one that goes down."""
+    """Scores that differ by model and metric. For the last metric, lower is better."""
     rng = np.random.default_rng(seed)
     schema = IMAGES_SCHEMA
     for name in metrics:
@@ -57,7 +57,7 @@ def panels(figure) -> list:
 
 
 def labelled(axes) -> dict:
-    """The dots of a panel by their models."""
+    """The dots of a panel, by model."""
     return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
 
 
@@ -66,7 +66,7 @@ def names(axes) -> list[str]:
 
 
 def test_distributions_show_the_scores():
-    """In each panel stand each model's mean, the middle half and the whole range of its scores, from top to bottom."""
+    """Each panel shows mean, interquartile range and full range of each model's scores, from top to bottom."""
     models = ["base", "tuned", "other"]
     table = table_of(models, ["pickscore", METRICS[-1]])
     figure = plot_distributions(table)
@@ -92,7 +92,7 @@ def test_distributions_show_the_scores():
 
 
 def test_missing_scores_are_not_drawn():
-    """A score that is missing has no part in the distribution, and a model without any says so in its own row."""
+    """Missing scores are not part of the distribution, and a model without scores has a note in its row."""
     table = table_of(["base", "tuned"], ["pickscore"], num_prompts=3)
     values = [1.0, None, 4.0, None, math.nan, None]
     table = table.set_column(6, "pickscore", pa.array(values, pa.float64())).replace_schema_metadata(
@@ -105,7 +105,7 @@ def test_missing_scores_are_not_drawn():
 
 
 def test_scores_that_are_all_alike_are_drawn():
-    """A metric that gives every image one score has its dots there."""
+    """A metric with equal scores for all images has its dots at this score."""
     table = table_of(["base", "tuned"], ["pickscore"], num_prompts=2)
     table = table.set_column(6, "pickscore", pa.array([1.0, 1.0, 2.0, 2.0])).replace_schema_metadata(
         table.schema.metadata
@@ -115,7 +115,7 @@ def test_scores_that_are_all_alike_are_drawn():
 
 
 def test_win_rates_show_point_and_interval():
-    """Each model but the baseline has its win rate and interval in percent; the line of no difference is in sight of all."""
+    """Each model but the baseline has a win rate with interval in percent, and every panel shows the line at 50 %."""
     table = table_of(["base", "tuned", "other"], METRICS)
     summary = summarize(table, {})
     figure = plot_win_rates(summary)
@@ -135,7 +135,7 @@ def test_win_rates_show_point_and_interval():
 
 
 def test_win_rates_without_pairs_or_interval():
-    """A model without pairs says so; one pair has a point and no interval; a baseline alone is a mistake."""
+    """A model without pairs has a note, one pair gives a point without interval, and a baseline alone is refused."""
     table = table_of(["base", "tuned", "other"], ["pickscore"], num_prompts=1)
     table = table.set_column(6, "pickscore", pa.array([1.0, 2.0, None])).replace_schema_metadata(table.schema.metadata)
     (axes,) = panels(plot_win_rates(summarize(table, {})))
@@ -156,7 +156,7 @@ def test_models_have_one_colour_each_in_all_plots():
 
 
 def test_colours_are_told_apart_by_their_luminance_on_white():
-    """Every colour is darker than white by a contrast of 1.8 or more, so that no mark is lost."""
+    """Every colour has a contrast of at least 1.8 to white."""
     for place in range(8):
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(model_color(place))]
         luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]  # WCAG 2
@@ -168,7 +168,8 @@ def test_colours_are_told_apart_by_their_luminance_on_white():
 @pytest.mark.parametrize("name", ["b", LONG])
 @pytest.mark.filterwarnings("error")  # matplotlib warns where it finds no room
 def test_no_text_overlaps(name, num_models, num_metrics):
-    """Short names or long, one metric or eight: all texts are in the picture, clear of one another, and rows keep their height."""
+    """For short and long names, and one to eight metrics, texts do not overlap or leave the picture, and rows keep
+    their height."""
     table = table_of([name if place == 1 else f"a{place}" for place in range(num_models)], METRICS[:num_metrics])
     for figure in (plot_distributions(table), plot_win_rates(summarize(table, {}))):
         figure.draw_without_rendering()
@@ -188,13 +189,13 @@ def test_no_text_overlaps(name, num_models, num_metrics):
 
 
 def test_nothing_of_a_long_name_is_cut():
-    """A long name goes on in the next line, at the left panels only."""
+    """Long names are wrapped, and shown only at the left panels."""
     figure = plot_distributions(table_of(["base", LONG], METRICS[:4]))
     assert [names(axes) for axes in panels(figure)] == [["base", LONG], ["", ""]] * 2
 
 
 def test_a_name_is_no_formula():
-    """Dollars in a name are drawn as dollars; read as a formula, this one would be a mistake."""
+    """Dollars in a name are escaped; this name would be an invalid formula."""
     table = table_of(["base $", "$\\frac$ _"], ["pickscore"])
     for figure in (plot_distributions(table), plot_win_rates(summarize(table, {}))):
         figure.draw_without_rendering()
@@ -202,7 +203,7 @@ def test_a_name_is_no_formula():
 
 
 def test_the_files(tmp_path):
-    """Both plots are written as PNG, under their titles for the report; without a second model there is one."""
+    """Both plots are written as PNG and returned with their titles; without a second model there is only one."""
     table = table_of(["base", "tuned"], ["pickscore"])
     pictures = save_plots(table, summarize(table, {}), tmp_path)
     assert pictures == {
@@ -217,7 +218,7 @@ def test_the_files(tmp_path):
 
 
 def test_without_matplotlib_the_remedy_is_named(monkeypatch):
-    """Where matplotlib is missing, the message says what to install."""
+    """Without matplotlib, the error names what to install."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "trl-diffusion\[evaluation\]"'):
         plot_distributions(table_of(["base"], ["pickscore"], num_prompts=2))

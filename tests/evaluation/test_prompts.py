@@ -18,7 +18,7 @@ TEXTS = ["a cat", 'a "red" circle, and a square', "  a dog: ünïcode "]
 
 
 def write(path, rows: list[dict]) -> str:
-    """Writes rows into a file of the kind that its name says."""
+    """Writes rows to a file, in the format of its suffix."""
     if path.suffix == ".txt":
         path.write_text("\n".join(row["prompt"] for row in rows) + "\n", encoding="utf-8")
     elif path.suffix == ".json":
@@ -37,7 +37,7 @@ def write(path, rows: list[dict]) -> str:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A cache of the Hub: files are asked for by repository, name and revision."""
+    """A Hub cache that records the requested repositories, names and revisions."""
     asked = []
 
     def put(repo_id: str, filename: str, content: str | pa.Table):
@@ -62,7 +62,7 @@ def hub(tmp_path, monkeypatch):
 class TestFiles:
     @pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"])
     def test_texts_are_read_as_they_are(self, tmp_path, suffix):
-        """Every kind of file gives the same prompts, letter by letter, with ids by position."""
+        """All file formats give the same prompts, with row numbers as ids."""
         prompt_set = load_prompts(write(tmp_path / f"my{suffix}", [{"prompt": text} for text in TEXTS]))
         assert prompt_set.prompts == tuple(Prompt(f"0000{n}", text) for n, text in enumerate(TEXTS))
         assert (prompt_set.name, prompt_set.revision) == (f"my{suffix}", None)
@@ -71,7 +71,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
     def test_ids_groups_and_other_columns(self, tmp_path, suffix):
-        """Ids and groups are the file's own, whatever the column of the prompts is called."""
+        """Ids and groups come from the file, for any name of the prompt column."""
         rows = [{"id": "x-1", "caption": "a cat", "group": "pets"}, {"id": "B.2", "caption": "a dog", "group": "dogs"}]
         path = write(tmp_path / f"my{suffix}", rows)
         assert load_prompts(path, prompt_column="caption").prompts == (
@@ -80,12 +80,12 @@ class TestFiles:
         )
 
     def test_numbers_as_ids(self, tmp_path):
-        """Ids that are numbers become their digits; an empty group is none."""
+        """Numeric ids become strings, and an empty group becomes `None`."""
         path = write(tmp_path / "my.parquet", [{"id": 7, "prompt": "a", "group": ""}])
         assert load_prompts(path).prompts == (Prompt("7", "a", None),)
 
     def test_images_are_not_read(self, tmp_path, monkeypatch):
-        """Of a Parquet file with images, the columns of bytes and structures stay on the disk."""
+        """Of a Parquet file with images, columns of bytes and structs are not read."""
         path = tmp_path / "my.parquet"
         pq.write_table(
             pa.table({"prompt": ["a"], "jpg_0": [b"jpg"], "image": [{"bytes": b"png", "path": None}], "n": [1]}), path
@@ -98,13 +98,13 @@ class TestFiles:
         assert seen == [["prompt", "n"]]
 
     def test_the_mark_of_some_editors(self, tmp_path):
-        """A byte order mark belongs neither to the first prompt nor to the first column's name."""
+        """A byte order mark is not part of the first prompt or of the first column name."""
         for name, content in (("my.txt", "a cat\n"), ("my.csv", "prompt\na cat\n")):
             (tmp_path / name).write_text(content, encoding="utf-8-sig")
             assert load_prompts(tmp_path / name).prompts[0].text == "a cat"
 
     def test_the_digest_is_that_of_ids_and_texts(self, tmp_path):
-        """Another text, id or order is another digest; another group is not."""
+        """The hash changes with texts, ids and order, but not with groups."""
         rows = [{"id": "a", "prompt": "x", "group": "1"}, {"id": "b", "prompt": "y", "group": "1"}]
         others = {
             "text": [rows[0], rows[1] | {"prompt": "z"}],
@@ -126,46 +126,54 @@ class TestFiles:
             ("my.txt", "a cat\n\na dog\n", "The prompt in row 1 of my.txt, counted from 0, is ''"),
             ("my.csv", "id,prompt\na,x\nb,  \n", "The prompt in row 1 of my.csv, counted from 0, is '  '"),
             ("my.json", '["a", 3]', "The prompt in row 1 of my.json, counted from 0, is 3"),
-            ("my.json", '{"a": 3}', "my.json cannot be read.*no list of strings"),
+            ("my.json", '{"a": 3}', "my.json cannot be read.*not a list of strings"),
             ("my.csv", "caption,id\nx,1\n", "no 'prompt'; it has 'caption', 'id'.*`prompt_column`"),
             ("my.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "Row 1 of .*my.jsonl, counted from 0, has no 'prompt'"),
-            ("my.jsonl", '{"prompt": "a"}\n{"prompt"\n', "my.jsonl cannot be read.*row 1, counted from 0, is no JSON"),
-            ("my.jsonl", '"a cat"\n', "row 0, counted from 0, is no JSON object"),
+            (
+                "my.jsonl",
+                '{"prompt": "a"}\n{"prompt"\n',
+                "my.jsonl cannot be read.*row 1, counted from 0, is not a JSON",
+            ),
+            ("my.jsonl", '"a cat"\n', "row 0, counted from 0, is not a JSON object"),
             (
                 "my.csv",
                 'prompt\n"a cat\na dog\n',
                 "my.csv cannot be read as a file of prompts: unexpected end of data",
             ),
-            ("my.csv", "prompt\na cat, a dog\n", "row 0, counted from 0, has more cells.*in quotes"),
+            (
+                "my.csv",
+                "prompt\na cat, a dog\n",
+                "row 0, counted from 0, has more cells.*Quote texts that contain ','",
+            ),
             (
                 "my.csv",
                 "id,prompt\na,x\nb,y\na,z\n",
-                "The id 'a' in row 2 of my.csv, counted from 0, stands in an earlier row",
+                "The id 'a' in row 2 of my.csv, counted from 0, repeats 'a' of an earlier row",
             ),
-            ("my.csv", "id,prompt\na,x\nA,y\n", "The id 'A' in row 1 .* earlier row as 'a'"),
-            ("my.csv", "id,prompt\na/b,x\n", "The id 'a/b' in row 0 .* cannot be part of a file's name"),
+            ("my.csv", "id,prompt\na,x\nA,y\n", "The id 'A' in row 1 .* repeats 'a' of an earlier row"),
+            ("my.csv", "id,prompt\na/b,x\n", "The id 'a/b' in row 0 .* cannot be part of a file name"),
             ("my.csv", "id,prompt\n..,x\n", "The id '..' in row 0 .* cannot be part"),
             ("my.csv", "id,prompt\n,x\n", "The id '' in row 0 .* cannot be part"),
             ("my.parquet", "no parquet", "my.parquet cannot be read as a file of prompts"),
-            ("my.md", "a cat", "my.md is no file of prompts: these end in .txt"),
+            ("my.md", "a cat", "my.md is not a file of prompts, which must end in one of .txt"),
         ],
     )
     def test_mistakes(self, tmp_path, name, content, message):
-        """A mistake in a file is a ValueError that names the file, the row and the way out."""
+        """A mistake in a file raises a ValueError with the file, the row and the way out."""
         (tmp_path / name).write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             load_prompts(tmp_path / name)
 
     def test_files_that_are_not_text_in_utf_8(self, tmp_path):
-        """Another encoding is a ValueError that names the file."""
+        """Another encoding raises a ValueError with the file."""
         (tmp_path / "my.txt").write_bytes("ünïcode".encode("latin-1"))
         with pytest.raises(ValueError, match="my.txt cannot be read"):
             load_prompts(tmp_path / "my.txt")
 
     def test_sources_that_there_are_not(self, tmp_path):
-        """An unknown name lists those that there are, a file that is missing is called one."""
+        """For an unknown name, the error lists the known ones; for a missing file, it names the file."""
         with pytest.raises(
-            ValueError, match="no prompts called 'partl'. There are parti, hpdv2, pickapic; else name a file"
+            ValueError, match="no prompts called 'partl'. Choose one of parti, hpdv2, pickapic, a file"
         ):
             load_prompts("partl")
         with pytest.raises(ValueError, match="There is no file of prompts at .*my.txt"):
@@ -178,7 +186,7 @@ class TestLimit:
 
     @pytest.mark.parametrize(("num", "limit"), [(10, 3), (1632, 100), (3200, 7), (5, 5), (5, 9), (5, 1)])
     def test_prompts_at_even_distances(self, num, limit):
-        """The gaps between taken prompts differ by one at most, and prompts keep their ids."""
+        """The gaps between selected prompts differ by at most one, and prompts keep their ids."""
         whole = self.prompt_set(num)
         taken = whole.select(limit)
         assert len(taken.prompts) == min(num, limit)
@@ -188,13 +196,13 @@ class TestLimit:
         assert set(taken.prompts) <= set(whole.prompts)
 
     def test_twice_the_limit_keeps_what_the_limit_took(self):
-        """A run that goes on with twice the limit has use for every image that is there."""
+        """A selection of twice the size contains the smaller one."""
         whole = self.prompt_set(1632)
         for limit in (1, 7, 50, 333):
             assert set(whole.select(limit).prompts) <= set(whole.select(2 * limit).prompts)
 
     def test_groups_keep_their_shares(self, hub):
-        """Of four styles of 800 prompts, a limit takes a quarter each."""
+        """Of four styles with 800 prompts each, a selection has a quarter of each."""
         for style in ("anime", "concept-art", "paintings", "photo"):
             hub.put("zhwang/HPDv2", f"benchmark/{style}.json", json.dumps([f"{style} {n}" for n in range(800)]))
         taken = load_prompts("hpdv2", limit=100).prompts
@@ -206,19 +214,20 @@ class TestLimit:
         }
 
     def test_the_digest_stays(self, tmp_path):
-        """A selection is known as a part of the same set."""
+        """A selection keeps the name and hash of its set."""
         path = write(tmp_path / "my.txt", [{"prompt": text} for text in TEXTS])
         assert load_prompts(path, limit=1).digest == load_prompts(path).digest
 
     def test_less_than_one(self, tmp_path):
-        """No prompts are no comparison."""
+        """A limit of zero is refused."""
         with pytest.raises(ValueError, match="at least 1, got 0"):
             load_prompts(write(tmp_path / "my.txt", [{"prompt": "a"}]), limit=0)
 
 
 class TestHub:
     def test_parti(self, hub):
-        """Prompt and category of the published file, quotes as pandas reads them; ids by position; the pinned commit."""
+        """Prompts and categories of the published file, with quotes as in pandas, row numbers as ids, at the pinned
+        commit."""
         hub.put(
             "nateraw/parti-prompts",
             "PartiPrompts.tsv",
@@ -231,7 +240,7 @@ class TestHub:
         assert len(revision) == 40 and repo_type == "dataset"
 
     def test_hpdv2(self, hub):
-        """Four files of one commit; the style is the group and begins the id."""
+        """Four files of one commit; the style is the group and the beginning of the id."""
         styles = ("anime", "concept-art", "paintings", "photo")
         for style in styles:
             hub.put("zhwang/HPDv2", f"benchmark/{style}.json", json.dumps(["a cat", "a dog"]))
@@ -241,7 +250,7 @@ class TestHub:
         assert [revision for _, _, revision, _ in hub.asked[1:]] == [COMMIT] * 3
 
     def test_pickapic(self, hub):
-        """The captions of the edition without images; a branch in place of a commit is resolved to one."""
+        """The captions of the edition without images; a branch is resolved to its commit."""
         table = pa.table({"are_different": [True], "caption": ["a cat"], "ranking_id": [5], "model_0": ["x"]})
         (filename,) = module.BENCHMARKS["pickapic"].files
         hub.put("yuvalkirstain/pickapic_v2_no_images", filename, table)
@@ -250,8 +259,8 @@ class TestHub:
         assert hub.asked[0][2] == "refs/pr/1" and "test_unique" in filename
 
     def test_a_benchmark_that_is_out_of_reach(self, hub):
-        """The message names the file, the reason and the command that fetches it, at the pinned commit."""
-        with pytest.raises(ValueError, match="the repository is gone. Where the network is") as error:
+        """The message names the file, the reason and the command that downloads it, at the pinned commit."""
+        with pytest.raises(ValueError, match="the repository is gone. On a machine with network access, run") as error:
             load_prompts("parti")
         revision = module.BENCHMARKS["parti"].revision
         assert f"hf download nateraw/parti-prompts PartiPrompts.tsv --revision {revision} --repo-type dataset" in str(
@@ -279,7 +288,7 @@ class TestHub:
         return SimpleNamespace(folder=tmp_path / "user" / "name" / "data", loaded=loaded)
 
     def test_a_dataset_with_images(self, dataset):
-        """Of a mirror of Pick-a-Pic only the captions are read, and no column of images."""
+        """Of a mirror of Pick-a-Pic, only the captions are read, not the images."""
         table = pa.table({"caption": ["a cat", "a dog"], "jpg_0": [b"jpg"] * 2, "jpg_1": [b"jpg"] * 2})
         pq.write_table(table, dataset.folder / "test_unique-00000-of-00001.parquet")
         prompt_set = load_prompts("user/name", prompt_column="caption", split="test_unique")
@@ -288,7 +297,7 @@ class TestHub:
         assert dataset.loaded[-1]["columns"] == ["caption"]
 
     def test_a_dataset_with_ids_and_groups(self, dataset):
-        """They are the dataset's own, in Parquet and CSV."""
+        """Ids and groups come from the dataset, in Parquet and CSV."""
         row = {"id": "x", "prompt": "a cat", "group": "pets"}
         for name in ("train.parquet", "train.csv"):
             path = dataset.folder / name
@@ -298,14 +307,14 @@ class TestHub:
 
     @pytest.mark.parametrize("name", ["train.parquet", "train.csv"])
     def test_a_dataset_without_the_column(self, dataset, name):
-        """The message names the columns that there are."""
+        """The message names the existing columns."""
         write(dataset.folder / name, [{"caption": "a cat", "n": 1}])
         with pytest.raises(ValueError, match="has no 'prompt'; it has 'caption', 'n'. Name .* `prompt_column`"):
             load_prompts("user/name")
 
     def test_a_dataset_that_is_out_of_reach(self):
-        """Offline, a name that is no file is a ValueError that says both."""
+        """Offline, a name that is not a file raises a ValueError that mentions both the file and the Hub."""
         with pytest.raises(
-            ValueError, match="user/name is no file, and https://huggingface.co/datasets/user/name could not"
+            ValueError, match="user/name is not a file, and https://huggingface.co/datasets/user/name could not"
         ):
             load_prompts("user/name")

@@ -11,17 +11,18 @@ from trl_diffusion.evaluation.protocols import SETTINGS, Protocol, load_protocol
 
 class TestShipped:
     def test_names(self):
-        """The papers' protocols come with the package."""
+        """The package contains the protocols of the papers."""
         assert shipped_protocols() == ["cpo_sdxl", "iapo_sd15", "iapo_sdxl"]
 
     @pytest.mark.parametrize("name", shipped_protocols())
     def test_they_load(self, name):
-        """Each goes by its own name, and says where its settings are from and which are not confirmed."""
+        """Each protocol has its own name, the source of its settings, and the list of unknown ones."""
         protocol = load_protocol(name)
         assert protocol.name == name and protocol.source and set(protocol.unknown) <= set(SETTINGS)
 
     def test_what_diffusion_dpo_draws_with(self):
-        """50 steps, guidance 7.5 on SD1.5 and 5 on SDXL, seed 0, one image a prompt, the model's own scheduler and size."""
+        """50 steps, guidance 7.5 for SD1.5 and 5 for SDXL, seed 0, one image per prompt, the model's own scheduler and
+        size."""
         sd, sdxl = load_protocol("iapo_sd15"), load_protocol("iapo_sdxl")
         assert (sd.guidance_scale, sdxl.guidance_scale) == (7.5, 5.0)
         for protocol in (sd, sdxl):
@@ -35,7 +36,7 @@ class TestFiles:
         return str(path)
 
     def test_all_keys(self, tmp_path):
-        """A file may set all that there is."""
+        """A file can set every setting."""
         settings = {
             "name": "mine",
             "num_inference_steps": 20,
@@ -53,7 +54,7 @@ class TestFiles:
         assert protocol == Protocol(**settings | {"unknown": ("seed",)})
 
     def test_what_is_left_out(self, tmp_path):
-        """The rest are defaults, and a file without a name goes by its own."""
+        """Other settings are defaults, and the default name is that of the file."""
         protocol = load_protocol(self.write(tmp_path / "mine.yaml", seed=3))
         assert protocol == Protocol(name="mine", seed=3)
 
@@ -63,7 +64,7 @@ class TestFiles:
             ("steps: 3", "x.yaml has the unknown key steps; the keys are name, num_inference_steps, guidance_scale"),
             ("- seed", "x.yaml must be a mapping"),
             ("", "x.yaml must be a mapping"),
-            ("seed: [", "x.yaml is no YAML"),
+            ("seed: [", "x.yaml is not valid YAML"),
             (
                 "num_inference_steps: 0",
                 "x.yaml: `num_inference_steps` of the protocol must be a whole number .* got 0",
@@ -79,29 +80,29 @@ class TestFiles:
         ],
     )
     def test_mistakes(self, tmp_path, content, message):
-        """A mistake is a ValueError that names the file, the key and what would do."""
+        """A mistake raises a ValueError with the file, the key and valid values."""
         (tmp_path / "x.yaml").write_text(content)
         with pytest.raises(ValueError, match=message):
             load_protocol(tmp_path / "x.yaml")
 
     def test_no_such_protocol(self):
-        """The message names those that there are."""
+        """The message names the existing ones."""
         with pytest.raises(
-            ValueError, match="no protocol 'iapo'. There are cpo_sdxl, iapo_sd15, iapo_sdxl; else name"
+            ValueError, match="no protocol 'iapo'. Choose one of cpo_sdxl, iapo_sd15, iapo_sdxl, or a YAML file"
         ):
             load_protocol("iapo")
 
 
 class TestFlags:
     def test_flags_win(self):
-        """What is given takes the place of the protocol's, stands in its name, and is nothing unknown any more."""
+        """Explicit settings override the protocol, are added to its name, and are no longer unknown."""
         protocol = load_protocol("iapo_sd15", num_inference_steps=5, seed=0)
         assert protocol.num_inference_steps == 5 and protocol.guidance_scale == 7.5
         assert protocol.name == "iapo_sd15, num_inference_steps=5"
         assert set(load_protocol("iapo_sd15").unknown) - set(protocol.unknown) == {"num_inference_steps", "seed"}
 
     def test_flags_alone(self):
-        """Without a protocol, the rest are defaults."""
+        """Without a protocol, the other settings are defaults."""
         protocol = load_protocol(
             guidance_scale=2.0, height=64, width=32, images_per_prompt=2, scheduler="PNDMScheduler"
         )
@@ -111,12 +112,12 @@ class TestFlags:
         assert load_protocol() == Protocol()
 
     def test_every_setting_has_a_flag(self):
-        """No setting of a protocol is out of reach."""
+        """Every setting of a protocol has a flag."""
         other = dict(zip(SETTINGS, (3, 1.5, "DDIMScheduler", 8, 16, 2, 9), strict=True))
         protocol = load_protocol("cpo_sdxl", **other)
         assert {name: getattr(protocol, name) for name in SETTINGS} == other and protocol.unknown == ()
 
     def test_flags_are_checked(self):
-        """A flag that will not do is a ValueError."""
+        """An invalid flag raises a ValueError."""
         with pytest.raises(ValueError, match="`images_per_prompt` .* got 0"):
             load_protocol("iapo_sd15", images_per_prompt=0)

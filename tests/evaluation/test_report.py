@@ -31,7 +31,7 @@ SETTINGS = {"prompt_set": {"name": "parti", "num_prompts": 3}, "versions": {"tor
 
 
 def table_of(scores, metrics, groups=None, num_images=3) -> pa.Table:
-    """Scores by model and metric, one image a prompt."""
+    """Scores by model and metric, with one image per prompt."""
     schema, rows = IMAGES_SCHEMA, []
     for name in metrics:
         schema = schema.append(pa.field(name, pa.float64()))
@@ -64,7 +64,7 @@ def summary() -> dict:
 
 
 def test_means_and_standard_errors(summary):
-    """Of 1, 2, 3 the mean is 2 and its error 1 / sqrt 3; of 2, 2, 5 it is 3, and 1."""
+    """The mean of 1, 2, 3 is 2 with standard error 1 / sqrt 3; that of 2, 2, 5 is 3 with 1."""
     score = summary["scores"]["base"]["pickscore"]
     assert score["mean"] == 2 and score["standard_error"] == pytest.approx(1 / math.sqrt(3), rel=1e-12)
     assert summary["scores"]["tuned"]["pickscore"] == {
@@ -82,7 +82,7 @@ def test_means_and_standard_errors(summary):
 @pytest.mark.parametrize(
     "values, prompts, expected",
     [
-        ([1, 2, 3, 6], "abcd", math.sqrt(14 / 3 / 4)),  # one image a prompt: deviations -2, -1, 0, 3
+        ([1, 2, 3, 6], "abcd", math.sqrt(14 / 3 / 4)),  # one image per prompt: deviations -2, -1, 0, 3
         ([1, 3, 5, 9], "aabb", 2.5),  # means 2 and 7 of the prompts: sqrt(25 / 2) / sqrt(2)
         ([1, 2, 6], "aab", 2.0),  # residuals -3 and 3: sqrt(2 / 1 * 18) / 3
         ([4, 4, 4, 4], "abcd", 0.0),
@@ -91,18 +91,18 @@ def test_means_and_standard_errors(summary):
     ],
 )
 def test_the_standard_error_is_over_prompts(values, prompts, expected):
-    """With one image a prompt it is the usual one; images of one prompt count together."""
+    """With one image per prompt, it is the usual standard error; images of a prompt form a cluster."""
     assert standard_error(values, prompts) == (None if expected is None else pytest.approx(expected, rel=1e-12))
 
 
 def test_images_of_one_prompt_add_nothing_where_they_are_alike():
-    """Every image twice leaves the standard error over prompts as it was."""
+    """Duplicating every image does not change the standard error over prompts."""
     values = [1.0, 4.0, 2.0, 7.0]
     assert standard_error(values * 2, "abcd" * 2) == pytest.approx(standard_error(values, "abcd"), rel=1e-12)
 
 
 def test_win_rates(summary):
-    """Of two wins and a tie, 2.5 of 3 are won, and 0.5 of 3 where lower is better."""
+    """Two wins and a tie count as 2.5 of 3, and as 0.5 of 3 if lower is better."""
     rate = summary["win_rates"]["tuned"]["pickscore"]
     assert rate["win_rate"] == pytest.approx(2.5 / 3) and rate["num_pairs"] == 3 and rate["num_ties"] == 1
     assert rate["left_out"] == 0 and 0.5 <= rate["lower"] <= rate["win_rate"] <= rate["upper"] == 1
@@ -111,7 +111,7 @@ def test_win_rates(summary):
 
 
 def test_the_interval_is_over_prompts():
-    """Every pair ten times under its prompt leaves the interval as it was; under prompts of their own it becomes narrower."""
+    """Repeating every pair ten times does not change the interval within prompts, and narrows it for new prompts."""
     scores = {"base": {"pickscore": [0.0] * 8}, "tuned": {"pickscore": [1.0, 1.0, 1.0, -1.0] * 2}}
     once = table_of(scores, {"pickscore": UP})
     rows = once.to_pylist()
@@ -127,7 +127,7 @@ def test_the_interval_is_over_prompts():
 
 
 def test_images_without_scores_are_counted():
-    """What has no score is not in the mean nor in a pair, and the first reasons are kept; a NaN is no score."""
+    """Missing scores and NaN are not in means or pairs, and the first reasons are reported."""
     scores = {
         "base": {"pickscore": [1.0, 2.0, 3.0, 6.0, 4.0]},
         "tuned": {"pickscore": [None, None, None, math.nan, 5.0]},
@@ -150,7 +150,7 @@ def test_images_without_scores_are_counted():
 
 
 def test_a_model_without_scores_has_no_figures():
-    """No score at all is `n/a` with a count, in Markdown and LaTeX, and no pair is no win rate."""
+    """A model without scores has `n/a` with a count in Markdown and LaTeX, and without pairs no win rate."""
     scores = {"base": {"pickscore": [1.0, 2.0]}, "tuned": {"pickscore": [None, None]}}
     summary = summarize(table_of(scores, {"pickscore": UP}), {})
     assert summary["scores"]["tuned"]["pickscore"]["mean"] is None
@@ -169,7 +169,7 @@ def test_a_model_without_scores_has_no_figures():
 
 
 def test_images_that_one_model_lacks_are_left_out_of_pairs():
-    """A prompt that only one of two models has drawn is no pair, and is counted."""
+    """A prompt with an image of only one model is not a pair, and is counted."""
     table = table_of(THREE_BY_TWO, METRICS)
     rate = summarize(table.slice(0, 5), {})["win_rates"]["tuned"]["pickscore"]
     assert (rate["num_pairs"], rate["left_out"], rate["win_rate"]) == (2, 1, 0.75)
@@ -178,7 +178,7 @@ def test_images_that_one_model_lacks_are_left_out_of_pairs():
 
 
 def test_groups(summary):
-    """Each group has the means of its own images; without groups there are no such tables."""
+    """Each group has the means of its images; without groups there are no such tables."""
     groups = summary["groups"]
     assert list(groups) == ["cats", "dogs"]
     assert groups["cats"]["tuned"]["pickscore"]["mean"] == 2 and groups["dogs"]["tuned"]["pickscore"]["mean"] == 5
@@ -192,7 +192,7 @@ def test_groups(summary):
 
 
 def test_prompts_without_a_group_are_not_lost():
-    """Where some prompts have a group, the others are a group too."""
+    """If only some prompts have a group, the others form a group too."""
     summary = summarize(table_of(THREE_BY_TWO, METRICS, ["cats", None, None]), {})
     assert summary["groups"]["(no group)"]["base"]["pickscore"]["mean"] == 2.5
 
@@ -207,7 +207,7 @@ def fid_of(number, num_images=3) -> dict:
 
 
 def test_figures_of_all_images_together():
-    """FID stands beside the means under its own name and direction, says nothing about groups or pairs, and its best is least."""
+    """FID is listed with its own name and direction, without groups or win rates, and its lowest value is the best."""
     corpus = {"fid": {"base": fid_of(12.34), "tuned": fid_of(11.96)}}
     summary = summarize(table_of(THREE_BY_TWO, METRICS, ["cats"] * 3), {}, corpus)
     assert summary["scores"]["tuned"]["fid"] == {"value": 11.96, "full_name": "fid_x_n3", "num_images": 3}
@@ -219,7 +219,7 @@ def test_figures_of_all_images_together():
 
 
 def test_an_evaluation_may_have_no_scores_of_single_images():
-    """With FID alone there is one table, and neither win rates nor groups."""
+    """With FID alone, there is one table, without win rates and groups."""
     table = table_of({"base": {}, "tuned": {}}, {}, num_images=2)
     summary = summarize(table, {}, {"fid": {"base": fid_of(12.34, 2), "tuned": fid_of(11.96, 2)}})
     (grid,) = grids(summary)
@@ -228,13 +228,14 @@ def test_an_evaluation_may_have_no_scores_of_single_images():
 
 
 def test_figures_of_different_kinds_are_not_compared():
-    """FIDs of different numbers of images have no best, and that is said; so is a model without one."""
+    """FIDs of different numbers of images have no best value, and the report says so; it also names a model without
+    FID."""
     corpus = {"fid": {"base": fid_of(12.34), "tuned": fid_of(11.96, num_images=2)}}
     report = report_markdown(summarize(table_of(THREE_BY_TWO, METRICS), {}, corpus))
     assert "| 12.3 |" in report and "| 12.0 |" in report
-    assert r"FID: the figures are fid\_x\_n3, fid\_x\_n2, which cannot be compared" in report
+    assert r"FID: the values are fid\_x\_n3, fid\_x\_n2, which are not comparable" in report
     report = report_markdown(summarize(table_of(THREE_BY_TWO, METRICS), {}, {"fid": {"base": fid_of(12.34)}}))
-    assert "| n/a |" in report and "FID of tuned: there is no figure." in report
+    assert "| n/a |" in report and "FID of tuned: there is no value." in report
 
 
 @pytest.mark.parametrize(
@@ -249,12 +250,13 @@ def test_figures_of_different_kinds_are_not_compared():
     ],
 )
 def test_the_best_is_marked(values, higher_is_better, expected):
-    """Best is the largest or the smallest, several where they look alike, and nothing where there is nothing to compare."""
+    """The best values are the largest or smallest after rounding, and with fewer than two values there are none."""
     assert best(values, higher_is_better, 2) == expected
 
 
 def test_bold_cells(summary):
-    """In both tables and both languages, bold is the higher mean of a metric that goes up and the lower of one that goes down."""
+    """In both tables, in Markdown and LaTeX, the best value of each metric is bold, whether higher or lower is
+    better."""
     of_scores, of_rates = grids(summary)
     assert markdown_table(of_scores).splitlines() == [
         r"| Model | PickScore ↑ | \#A\_neg ↓ |",
@@ -287,12 +289,12 @@ def test_bold_cells(summary):
     ],
 )
 def test_digits(values, digits, expected):
-    """The largest of a column has so many digits, and a figure is never without its whole part."""
+    """The largest value of a column has the given number of digits, and integer parts are always complete."""
     assert f"{values[0]:.{decimals([*values, None], digits)}f}" == expected
 
 
 def test_names_are_escaped():
-    """What Markdown or LaTeX would read as a sign of its own is shown as itself."""
+    """Special characters of Markdown and LaTeX are escaped."""
     name = "a_b & 50% | #1 $x$ {y} ~^\\ <i>\n*z*"
     assert latex_text(name) == (
         r"a\_b \& 50\% \textbar{} \#1 \$x\$ \{y\} \textasciitilde{}\textasciicircum{}\textbackslash{} "
@@ -305,7 +307,7 @@ def test_names_are_escaped():
 
 
 def test_the_files(tmp_path, summary):
-    """The summary reads back as it was, the report names plots, gallery and what was run, the LaTeX holds both tables."""
+    """The summary is valid JSON, the report has plots, gallery and settings, and the LaTeX file has both tables."""
     write_report(summary, tmp_path, {"Distributions": "distributions.png"}, "gallery.html")
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     report = (tmp_path / "report.md").read_text()
@@ -319,7 +321,7 @@ def test_the_files(tmp_path, summary):
 
 
 def test_one_model_alone_has_a_report():
-    """Without a second model there is no table of win rates, and nothing is best."""
+    """Without a second model, there is no table of win rates, and no best value."""
     summary = summarize(table_of({"base": THREE_BY_TWO["base"]}, METRICS), SETTINGS)
     (grid,) = grids(summary)
     assert summary["win_rates"] == {} and not any(cell.is_best for _, cells in grid.rows for cell in cells)

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""An evaluation draws, scores and reports, and does nothing twice."""
+"""An evaluation samples, scores and reports, and repeats no work."""
 
 import json
 from importlib import import_module
@@ -39,7 +39,7 @@ def brightness(image) -> float:
 
 
 class Brightness(Scorer):
-    """Mean value of an image's pixels."""
+    """Mean value of the pixels of an image."""
 
     name = "brightness"
     scored = 0
@@ -53,7 +53,7 @@ class Brightness(Scorer):
 
 
 class Means:
-    """In the place of Inception: three features, the mean of each colour."""
+    """Replaces Inception by three features, the mean of each colour."""
 
     spec = "means_3"
     weights = {"means": "1"}
@@ -68,7 +68,7 @@ class Means:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two tiny pipelines, prompts, and a folder of references."""
+    """Two tiny pipelines, prompts, and a folder of reference images."""
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("first", "second")):
         torch.manual_seed(seed)
@@ -88,7 +88,7 @@ def evaluate(folder, output_dir, names=("first", "second"), limit=None, **settin
 
 
 def test_the_figures_are_those_of_the_images(folder, tmp_path, monkeypatch):
-    """Means, win rates and FID are what the written images give, and every file that the report names is there."""
+    """Means, win rates and FID are those of the written images, and every file in the report exists."""
     monkeypatch.setattr(run, "InceptionFeatures", Means)
     summary = evaluate(folder, tmp_path, corpus_metrics=("fid",), references=folder / "references", batch_size=2)
     files = {name: sorted((tmp_path / "images" / name).glob("*.png")) for name in ("first", "second")}
@@ -117,7 +117,7 @@ def test_the_figures_are_those_of_the_images(folder, tmp_path, monkeypatch):
 
 
 def test_nothing_is_done_twice(folder, tmp_path):
-    """The same command draws and scores nothing; a further model or prompt costs itself alone, and changes no figure."""
+    """The same command samples and scores nothing; a new model or prompt is added without changing other scores."""
     Brightness.scored = 0
     evaluate(folder, tmp_path, names=["first"], limit=2)
     assert Brightness.scored == 4
@@ -132,7 +132,7 @@ def test_nothing_is_done_twice(folder, tmp_path):
 
 
 def test_images_drawn_elsewhere_are_compared_in_place(folder, tmp_path):
-    """A folder of images is scored where it lies, and its figures are those of the model that drew it."""
+    """A folder of images is scored in place, with the scores of the model that it comes from."""
     drawn = evaluate(folder, tmp_path / "drawn", names=["first"])
     images = tmp_path / "drawn" / "images" / "first"
     specs = [resolve_model("elsewhere", str(images))]
@@ -145,19 +145,19 @@ def test_images_drawn_elsewhere_are_compared_in_place(folder, tmp_path):
 
 
 def test_names_and_references_are_asked_for(folder, tmp_path):
-    """Two models of one name, and FID without references, are mistakes that are said before anything is drawn."""
+    """Two models with the same name, and FID without references, are refused before sampling."""
     with pytest.raises(ValueError, match="Two models are called first"):
         evaluate(folder, tmp_path, names=["first", "first"])
-    with pytest.raises(ValueError, match="fid compare with `references`"):
+    with pytest.raises(ValueError, match="fid needs `references`: pass a folder"):
         evaluate(folder, tmp_path, corpus_metrics=("fid",))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "torchmetrics"])
 def test_missing_packages_are_named_before_anything_is_drawn(folder, tmp_path, monkeypatch, package):
-    """Without a package of the extra nothing is drawn, and the message says what to install."""
+    """Without a package of the extra, nothing is sampled, and the error names what to install."""
     monkeypatch.setattr(run, "find_spec", lambda name: None if name == package else name)
-    with pytest.raises(ValueError, match=rf'needs {package}: `pip install "trl-diffusion\[evaluation\]"`'):
+    with pytest.raises(ValueError, match=rf'needs {package}: run `pip install "trl-diffusion\[evaluation\]"`'):
         evaluate(folder, tmp_path, corpus_metrics=("kid",), references=folder / "references")
     assert not list(tmp_path.iterdir())
 
@@ -170,7 +170,8 @@ def flags(*words: str) -> EvaluateArguments:
 
 
 def test_models_of_the_flags(folder):
-    """Names, the base of LoRAs and negative LoRAs reach the models; a negative LoRA of no model is a mistake."""
+    """Names, bases of LoRAs and negative LoRAs are passed to the models; a negative LoRA without its model is
+    refused."""
     (spec,) = get_models(flags("--models", f"mine={folder / 'first'}"))
     assert (spec.name, spec.path, spec.kind) == ("mine", str(folder / "first"), "pipeline")
     with pytest.raises(ValueError, match="`--negative_loras` names other, and `--models` has no such model"):
@@ -178,7 +179,7 @@ def test_models_of_the_flags(folder):
 
 
 def test_every_metric_of_the_flags_has_its_scorer(monkeypatch):
-    """Each metric that scores images gets the scorer of its name, on the CPU where that is asked for."""
+    """Each metric of single images gets its scorer, on the CPU if requested."""
     names = [*SCORERS, "num_negative_attributes", "caption_match"]
     words = ["--metrics", *names, *OF_ALL_IMAGES, "--references", "folder", "--use_cpu", "--criteria", "painting"]
     args = flags("--models", "x", *words)
@@ -209,6 +210,6 @@ def test_every_metric_of_the_flags_has_its_scorer(monkeypatch):
     ],
 )
 def test_mistakes_in_the_flags(settings, message):
-    """What can be told from the flags alone is told before anything is launched."""
+    """Mistakes in the flags are found before anything is launched."""
     with pytest.raises(ValueError, match=message):
         EvaluateArguments(**settings)

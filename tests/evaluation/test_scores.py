@@ -16,7 +16,7 @@ from trl_diffusion.metrics.scorer import Scorer, ScoringError
 
 
 class Brightness(Scorer):
-    """The mean of the red channel; knows no answer for black images, and remembers what it was asked."""
+    """Scores the mean of the red channel, gives an error for black images, and records the images."""
 
     name = "brightness"
     needs_prompts = False
@@ -38,7 +38,7 @@ class Brightness(Scorer):
 
 
 class PromptLength(Scorer):
-    """The number of letters of the prompt."""
+    """Scores the number of letters of the prompt."""
 
     name = "prompt_length"
     higher_is_better = False
@@ -59,7 +59,7 @@ def paint(folder, image, red):
 
 
 def images_of(folder, models=("base", "tuned"), num_prompts=3) -> pa.Table:
-    """An image of each model and prompt, of red 10, 20, ..."""
+    """An image for each model and prompt, with red 10, 20, ..."""
     rows = []
     for model in models:
         for number in range(num_prompts):
@@ -83,7 +83,8 @@ def score(images, folder, scorer, **options) -> pa.Table:
 
 
 def test_the_table_has_a_column_for_each_metric(tmp_path):
-    """`scores.parquet` holds the images' columns and float64 scores, null where there is none, and says what the metrics are."""
+    """`scores.parquet` has the columns of the images, float64 scores (null if missing), and descriptions of the
+    metrics."""
     images = images_of(tmp_path)
     paint(tmp_path, "images/tuned/1-0.png", 0)
     scorers = {"brightness": Brightness, "prompt_length": PromptLength}
@@ -105,7 +106,7 @@ def test_the_table_has_a_column_for_each_metric(tmp_path):
 
 
 def test_nothing_is_scored_twice(tmp_path):
-    """The same command again asks nothing, errors included; a new model has its own images scored and no others."""
+    """A repeated run scores nothing, including errors; for a new model, only its images are scored."""
     first_scorer = Brightness()
     images = images_of(tmp_path)
     paint(tmp_path, "images/base/0-0.png", 0)
@@ -121,7 +122,7 @@ def test_nothing_is_scored_twice(tmp_path):
 
 
 def test_scores_of_images_that_are_left_out_for_once_are_kept(tmp_path):
-    """A model that an evaluation leaves out is not scored again when it is back."""
+    """Scores of a model are kept when a run leaves it out."""
     images = images_of(tmp_path)
     score(images, tmp_path, Brightness())
     assert score(images.slice(0, 3), tmp_path, Brightness())["brightness"].to_pylist() == [10, 20, 30]
@@ -133,7 +134,7 @@ def test_scores_of_images_that_are_left_out_for_once_are_kept(tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, monkeypatch, batch_size):
-    """What was written before a stop is not asked for again, batches form as they would have, and the scores are the same."""
+    """After an interruption, written scores are kept, batches are the same, and so are the scores."""
     monkeypatch.setattr(scores_module, "IMAGES_AT_ONCE", 4)
     written = 4 if batch_size == 1 else 6  # whole batches
     images = images_of(tmp_path, num_prompts=5)
@@ -151,7 +152,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, monkeypatch, 
 
 
 def test_a_changed_image_is_scored_again(tmp_path):
-    """Other bytes under the same name are another image, and the others are left alone."""
+    """Only an image whose bytes changed is scored again."""
     images = images_of(tmp_path)
     score(images, tmp_path, Brightness())
     paint(tmp_path, "images/tuned/0-0.png", 200)
@@ -161,7 +162,7 @@ def test_a_changed_image_is_scored_again(tmp_path):
 
 
 def test_a_changed_prompt_is_scored_again_where_the_metric_reads_it(tmp_path):
-    """A metric that needs prompts scores an image again whose prompt has changed, one that needs none does not."""
+    """An image whose prompt changed is scored again only by metrics that use prompts."""
     images = images_of(tmp_path)
     score(images, tmp_path, Brightness())
     score(images, tmp_path, PromptLength())
@@ -174,7 +175,7 @@ def test_a_changed_prompt_is_scored_again_where_the_metric_reads_it(tmp_path):
 
 
 def test_other_weights_score_everything_again(tmp_path, caplog):
-    """Scores of other weights are not mixed in, and that is said."""
+    """Cached scores of other weights are ignored, with a warning."""
     images = images_of(tmp_path)
     score(images, tmp_path, Brightness())
     other = Brightness(revision="2")
@@ -188,7 +189,7 @@ def test_other_weights_score_everything_again(tmp_path, caplog):
 
 
 def test_errors_are_tried_again_on_request(tmp_path):
-    """`retry_errors` asks for the errors once more, and for nothing else."""
+    """`retry_errors` scores only the errors again."""
     images = images_of(tmp_path)
     paint(tmp_path, "images/base/1-0.png", 0)
     score(images, tmp_path, Brightness())
@@ -198,13 +199,13 @@ def test_errors_are_tried_again_on_request(tmp_path):
 
 
 def test_one_scorer_is_in_memory_at_a_time(tmp_path):
-    """A scorer has left the memory before the next is loaded, and each is loaded once for all models."""
+    """A scorer is released before the next is loaded, and each is loaded once for all models."""
     loaded = []
 
     def load():
         assert all(scorer() is None for scorer in loaded)
         scorer = Brightness()
-        scorer.itself = scorer  # as modules and hooks refer to one another
+        scorer.itself = scorer  # a reference cycle, as between modules and hooks
         loaded.append(weakref.ref(scorer))
         return scorer
 
@@ -213,7 +214,8 @@ def test_one_scorer_is_in_memory_at_a_time(tmp_path):
 
 
 def test_what_is_wrong_with_the_images_is_said(tmp_path):
-    """A missing file, a file that is no image, rows that are not told apart, no rows and no column are named."""
+    """Missing files, files that are not images, duplicate rows, no rows and missing columns raise errors that name
+    them."""
     images = images_of(tmp_path)
     with pytest.raises(ValueError, match="no images"):
         score(images.slice(0, 0), tmp_path, Brightness())
@@ -233,7 +235,7 @@ def test_what_is_wrong_with_the_images_is_said(tmp_path):
 
 
 def test_a_disk_that_is_full_is_said(tmp_path):
-    """Where nothing can be written, the file and the way out are named."""
+    """If a file cannot be written, the error names the file and the way out."""
     images = images_of(tmp_path)
     (tmp_path / "scores").write_bytes(b"in the way")
     with pytest.raises(ValueError, match="brightness.parquet cannot be written: .* the same command"):

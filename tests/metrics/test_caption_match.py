@@ -25,7 +25,7 @@ COLORS = {"red": (200, 10, 10), "green": (10, 200, 10), "blue": (10, 10, 200)}
 
 
 class Palette(Detector):
-    """Finds a colour where the image has a pixel of it."""
+    """A detector that finds a colour if the image has a pixel of it."""
 
     def __init__(self):
         self.queries = []
@@ -42,7 +42,7 @@ class Palette(Detector):
 
 
 class Reader(VLM):
-    """Names the colours of a prompt, or says what it is told to; remembers the requests of each call."""
+    """Lists the colours of a prompt or gives scripted answers, and records the requests of each call."""
 
     def __init__(self, **answers):
         self.answers, self.calls = answers, []
@@ -86,12 +86,13 @@ def stripes(*names: str) -> PIL.Image.Image:
 )
 @pytest.mark.parametrize("things", [colors, VLMThings(Reader())], ids=["function", "model"])
 def test_the_score_is_the_share_that_is_found(things, drawn, prompt, share):
-    """All there scores one, none zero, one of two a half; a thing that is named twice counts once."""
+    """The score is one if all objects are found, zero if none is, and a half for one of two; repeated names count
+    once."""
     assert CaptionMatchScorer(Palette(), things).score([stripes(*drawn)], [prompt]).values == [share]
 
 
 def test_the_shapes_of_a_scene_are_found():
-    """Rendered scenes score one by their own prompt, half with one shape wiped out, and none with both."""
+    """Rendered scenes score one for their own prompt, a half with one shape removed, and zero with both removed."""
     rng = np.random.default_rng(0)
     scenes = [world.sample_scene(rng, defective=(False, False)) for _ in range(6)]
 
@@ -114,7 +115,7 @@ def test_the_shapes_of_a_scene_are_found():
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_an_image_scores_by_itself(batch_size):
-    """The score of an image depends neither on the order nor on the size of the batches, with errors between them."""
+    """The score of an image does not depend on order, batch size or errors of other images."""
     images = [stripes("red"), stripes("red", "blue"), stripes(), stripes("green"), stripes("blue")]
     prompts = ["red and blue", "red, green and blue", "a mood", "green", "red"]
     expected = [0.5, 2 / 3, None, 1.0, 0.0]
@@ -125,7 +126,7 @@ def test_an_image_scores_by_itself(batch_size):
 
 
 def test_a_prompt_is_asked_about_once():
-    """Each distinct prompt is asked about once, by text alone, in later batches and later runs too."""
+    """Objects are extracted once for each distinct prompt, from text alone, across batches and runs."""
     reader = Reader()
     scorer = CaptionMatchScorer(Palette(), VLMThings(reader, max_things=4))
     prompts = ["red", "blue", "red", "green", "blue", "red"]
@@ -138,7 +139,7 @@ def test_a_prompt_is_asked_about_once():
 
 
 def test_a_batch_is_looked_at_at_once():
-    """The detector gets every thing of every image of a batch in one call, upright, and nothing of images with errors."""
+    """The detector gets all objects of all upright images of a batch in one call, and no images with errors."""
     calls = []
 
     class Counting(Palette):
@@ -153,14 +154,14 @@ def test_a_batch_is_looked_at_at_once():
 
 
 def test_a_prompt_without_things_has_no_score():
-    """A prompt that names nothing to look for is left out with that reason, and is no zero."""
+    """A prompt that names no object has no score but a reason, and does not count as zero."""
     for things in (colors, VLMThings(Reader())):
         scores = CaptionMatchScorer(Palette(), things).score([stripes("red")] * 2, ["a mood", "red"])
-        assert scores.values == [None, 1.0] and scores.errors == {0: "the prompt names no thing to look for"}
+        assert scores.values == [None, 1.0] and scores.errors == {0: "the prompt names no object to find"}
 
 
 def test_a_prompt_that_is_not_understood_has_no_score():
-    """Where the model gives no valid answer, all images of the prompt have its reason, and the other prompts a score."""
+    """Without a valid answer of the model, all images of the prompt have a reason, and other prompts have scores."""
     reader = Reader(
         server=GenerationError("the server is out"),
         poem="Red is my favourite.",
@@ -178,7 +179,7 @@ def test_a_prompt_that_is_not_understood_has_no_score():
 
 
 def test_a_function_may_not_know():
-    """A `ScoringError` in the place of a list is the reason of that prompt's images."""
+    """A `ScoringError` instead of a list becomes the reason of the images of that prompt."""
 
     def things(prompts):
         return [ScoringError("in no language I know") if prompt == "?" else ["red"] for prompt in prompts]
@@ -191,21 +192,21 @@ def test_a_function_may_not_know():
 @pytest.mark.parametrize(
     "answer, message",
     [
-        ([["red"]], "it was asked about 2 prompts and returned 1 answers"),
-        (["red", "blue"], "of 'a' it returned 'red'"),
-        ([["red"], None], "of 'b' it returned None"),
-        ([["red", " "], []], r"of 'a' it returned \['red', ' '\]"),
-        ([["red"], [3]], r"of 'b' it returned \[3\]"),
+        ([["red"]], "it was given 2 prompts and returned 1 lists"),
+        (["red", "blue"], "for 'a' it returned 'red'"),
+        ([["red"], None], "for 'b' it returned None"),
+        ([["red", " "], []], r"for 'a' it returned \['red', ' '\]"),
+        ([["red"], [3]], r"for 'b' it returned \[3\]"),
     ],
 )
 def test_a_function_must_return_lists_of_names(answer, message):
-    """Another number of lists than prompts, or other things than names in them, is an error that shows them."""
+    """A wrong number of lists, or lists of anything but names, raise an error that shows them."""
     with pytest.raises(ValueError, match=message):
         CaptionMatchScorer(Palette(), lambda prompts: answer).score([stripes("red")] * 2, ["a", "b"])
 
 
 def test_the_score_names_what_it_depends_on():
-    """The detector with its revision and threshold, the model with its revision, and the prompt; a function by its name."""
+    """The weights list detector and model with revisions, threshold and prompt; a function is listed by its name."""
     weights = CaptionMatchScorer(Palette(), VLMThings(Reader())).weights
     assert list(weights) == ["palette", "threshold of the detector", "reader", "prompt of the things"]
     assert (weights["palette"], weights["threshold of the detector"], weights["reader"]) == ("2", "0.25", "7")
@@ -213,8 +214,7 @@ def test_the_score_names_what_it_depends_on():
 
 
 def test_a_prompt_of_ones_own(tmp_path):
-    """A template of the user's takes the place of the shipped one, and changes the digest; what it shows as an example
-    validates in both."""
+    """A user's template replaces the shipped one and changes the hash; the example answers in both are valid."""
     path = tmp_path / "mine.md"
     path.write_text('Things of {{ prompt }}, {{ max_things }}, like {"things": ["oak"]}')
     shipped, mine = VLMThings(Reader()), VLMThings(Reader(), prompt_path=path)
@@ -228,13 +228,13 @@ def test_a_prompt_of_ones_own(tmp_path):
 
 
 def test_an_image_that_no_detector_takes_is_an_error():
-    """An image of extreme shape has no score and a reason, and the others of its batch have theirs."""
+    """An image with an extreme aspect ratio has no score but a reason, and the others of its batch have scores."""
     scores = CaptionMatchScorer(Palette(), colors).score([PIL.Image.new("RGB", (1, 500)), stripes("red")], ["red"] * 2)
     assert scores.values == [None, 1.0] and "1 x 500 pixels" in scores.errors[0]
 
 
 def test_evaluate_loads_it():
-    """The module of `evaluate` gives the shares, of images in memory, with the things read by a model."""
+    """The module of `evaluate` computes the shares for images in memory, with objects extracted by a model."""
     metric = evaluate.load(metric_path("caption_match"), detector=Palette(), things=VLMThings(Reader()))
     images, prompts = [stripes("red"), stripes("red", "blue"), stripes()], ["red and blue", "blue", "a mood"]
     result = metric.compute(images=images, prompts=prompts)
@@ -244,7 +244,7 @@ def test_evaluate_loads_it():
 
 
 def test_real_models_look_and_read(tmp_path):
-    """Grounding DINO scores between none and all by its threshold, in any batch; a model that babbles names nothing."""
+    """The threshold of Grounding DINO determines the score, in any batch; a random model names no objects."""
     folder = str(tiny_models.tiny_detector(tmp_path / "detector"))
     images = [tiny.image(seed, *[(40, 32), (32, 48)][seed % 2]) for seed in range(4)]
     prompts = ["a cow", "a cow and a tree", "a tree", "a tree and a cow"]
@@ -255,7 +255,7 @@ def test_real_models_look_and_read(tmp_path):
     for threshold, expected in ((0.0, 1.0), (0.999, 0.0)):
         scorer = CaptionMatchScorer(TransformersDetector(folder, threshold=threshold, device="cpu"), animals)
         assert scorer.score(images, prompts, batch_size=3).values == [expected] * 4
-    # Between the confidences of its hits some things are found and others are not
+    # A threshold between the scores, so that some objects are found and others are not
     detector = TransformersDetector(folder, threshold=0.0, device="cpu")
     hits = detector.detect(
         [(image, thing) for image, things in zip(images, animals(prompts), strict=True) for thing in things]

@@ -65,13 +65,13 @@ TINY = {
 }
 SIZE = TINY["image_size"]
 
-# Of different lengths, one of them too long; of ASCII, so that a character is a byte
+# Different lengths, one of them too long; ASCII, so that a character is a byte
 PROMPTS = ["a", "a red cat, and 2 dogs' houses", "it's 19 foxes", "long and longer " * 20, "", "A  RED\tcat"]
-COSINE = 1e-5  # by how much cosines may differ: what float32 leaves of sums of some thousand products
+COSINE = 1e-5  # tolerance for cosines: rounding of float32 sums of some thousand products
 
 
 def images() -> list[Image.Image]:
-    """Wide, tall, with transparency, gray, with a palette, and just as large as the model takes them; smooth, and not."""
+    """Wide, tall, transparent, gray and palette images, and images of the model's size; smooth and noisy."""
     rng = np.random.default_rng(0)
     transparent = Image.fromarray(rng.integers(0, 256, (64, 50, 3), dtype=np.uint8)).quantize(16)
     transparent.info["transparency"] = 3
@@ -86,11 +86,11 @@ def images() -> list[Image.Image]:
     ]
 
 
-# What is published, worked out plainly and in double precision
+# Plain reimplementations of the published code in double precision
 
 
 def token_ids(prompt: str) -> list[int]:
-    """Letter by letter, since the vocabulary has no merges; cut to the model's places with the end kept."""
+    """Tokenizes letter by letter, since the vocabulary has no merges; truncates and keeps the end token."""
     ids = [START]
     for word in re.findall(r"'s|[a-z]+|[0-9]|[^\sa-z0-9]+", prompt.lower()):
         ids += [VOCABULARY.index(letter) for letter in (*word[:-1], f"{word[-1]}</w>")]
@@ -98,7 +98,7 @@ def token_ids(prompt: str) -> list[int]:
 
 
 def plain_pixels(image: Image.Image) -> torch.Tensor:
-    """CLIP's: the shorter side to the model's size by PIL's bicubic interpolation, the middle cut out, mean and deviation."""
+    """CLIP's preprocessing: resizes the shorter side with PIL's bicubic filter, crops the centre, normalizes."""
     image = image.convert("RGB")
     width, height = (SIZE * side // min(image.size) for side in image.size)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64) / 255
@@ -108,7 +108,8 @@ def plain_pixels(image: Image.Image) -> torch.Tensor:
 
 
 def square_pixels(image: Image.Image) -> torch.Tensor:
-    """HPS v2's: floats, the longer side to the model's size by torch's antialiased bicubic interpolation, black bars."""
+    """HPS v2's preprocessing: resizes the longer side as floats with torch's antialiased bicubic filter, pads with
+    black."""
     pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float64) / 255).permute(2, 0, 1)
     scale = SIZE / float(max(pixels.shape[1:]))
     height, width = (round(side * scale) for side in pixels.shape[1:])
@@ -122,7 +123,8 @@ def normalized(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def blocks(x: torch.Tensor, tensors: dict, prefix: str, layers: int, heads: int, mask: torch.Tensor) -> torch.Tensor:
-    """Residual attention blocks of open_clip: x of shape (length, width), mask added to the attention's logits."""
+    """Residual attention blocks of open_clip: x has shape (length, width), the mask is added to the attention
+    logits."""
 
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"])
@@ -156,7 +158,7 @@ def embed_image(tensors: dict, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def embed_text(tensors: dict, ids: list[int]) -> torch.Tensor:
-    """open_clip's text transformer: zeros after the end, each token sees those before it, the highest id is the end."""
+    """open_clip's text transformer: zero padding, causal attention, and the highest id as end token."""
     ids = torch.tensor(ids + [0] * (PLACES - len(ids)))
     x = tensors["token_embedding.weight"][ids] + tensors["positional_embedding"]
     mask = torch.full((PLACES, PLACES), -torch.inf).triu(1)
@@ -169,7 +171,7 @@ def embed_text(tensors: dict, ids: list[int]) -> torch.Tensor:
 
 
 def open_clip_layout(model: dict) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a file of open_clip's."""
+    """Names and shapes of the tensors in a file of open_clip."""
 
     def transformer(prefix, width, layers):
         shapes = {
@@ -214,7 +216,7 @@ def open_clip_layout(model: dict) -> dict[str, tuple[int, ...]]:
 
 
 def clip_config(model: dict, **text) -> CLIPConfig:
-    """As it stands in config.json of the repositories on the Hub."""
+    """The config as in config.json of the repositories on the Hub."""
     return CLIPConfig(
         projection_dim=model["embed_dim"],
         text_config={
@@ -242,7 +244,7 @@ def clip_config(model: dict, **text) -> CLIPConfig:
 
 
 def random_tensors(layout: dict[str, tuple[int, ...]], seed: int = 0) -> OrderedDict[str, torch.Tensor]:
-    """In half precision, as they are published."""
+    """Weights in half precision, as published."""
     generator = torch.Generator().manual_seed(seed)
     return OrderedDict(
         (name, (torch.randn(shape, generator=generator) * 0.3 + bool(re.search(r"ln_\w+\.weight", name))).half())
@@ -251,7 +253,7 @@ def random_tensors(layout: dict[str, tuple[int, ...]], seed: int = 0) -> Ordered
 
 
 def hps_file(folder: Path, **changes: torch.Tensor | None) -> Path:
-    """A file as HPS v2 is published; `None` takes a tensor out."""
+    """A file in the format of HPS v2; `None` removes a tensor."""
     tensors = random_tensors(open_clip_layout(TINY)) | changes
     tensors = OrderedDict((name, tensor) for name, tensor in tensors.items() if tensor is not None)
     path = folder / "HPS_v2_compressed.pt"
@@ -284,7 +286,7 @@ def head_file(folder: Path, **changes: torch.Tensor) -> Path:
 
 
 def clip_folder(folder: Path, **text) -> Path:
-    """A CLIP of transformers with its tokenizer and image processor."""
+    """A CLIP model of transformers with its tokenizer and image processor."""
     torch.manual_seed(0)
     model = CLIPModel(clip_config(TINY, **text))
     for parameter in model.parameters():
@@ -310,7 +312,7 @@ def clip_folder(folder: Path, **text) -> Path:
 
 @pytest.fixture(scope="module", params=["legacy", "modern"])
 def folder(request, tmp_path_factory) -> Path:
-    """The end of a prompt is found by its highest id (as in configs with the wrong end token 2), or by the end token's id."""
+    """The end of a prompt is the highest id (as in configs with the wrong end token 2), or the id of the end token."""
     text = {"legacy": {"bos_token_id": 0, "eos_token_id": 2}, "modern": {"bos_token_id": START, "eos_token_id": END}}
     folder = clip_folder(tmp_path_factory.mktemp("clip"), **text[request.param])
     hps_file(folder)
@@ -319,7 +321,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 
 def settings(name: str, folder: Path) -> dict[str, str]:
-    """The arguments of a scorer, from files alone."""
+    """The arguments of a scorer that uses only local files."""
     return {
         "pickscore": {"model_name_or_path": str(folder), "processor_name_or_path": str(folder)},
         "clip_score": {"model_name_or_path": str(folder)},
@@ -343,11 +345,12 @@ def tolerance(found: Scorer, scores: list[float]) -> float:
 
 
 class TestFormulas:
-    """Each score is what was published, worked out by other means; images and prompts of all kinds are in one batch."""
+    """Each score equals an independent computation of the published one, with all kinds of images and prompts in a
+    batch."""
 
     @pytest.mark.parametrize("name", ["hpsv2", "hpsv2_1"])
     def test_hps(self, folder, name):
-        """100 times the cosine that open_clip's model gives, image by image, from open_clip's own names and padding."""
+        """100 times the cosine similarity of open_clip's model, image by image, with open_clip's names and padding."""
         tensors = doubles(folder / "HPS_v2_compressed.pt")
         expected = [
             100
@@ -358,11 +361,11 @@ class TestFormulas:
         ]
         scores = scorer(name, folder).score(images(), PROMPTS).values
         assert scores == pytest.approx(expected, abs=100 * COSINE)
-        assert np.std(scores) > 10  # they differ, so they could differ from what is expected
+        assert np.std(scores) > 10  # the scores differ from each other, so the comparison is meaningful
 
     @pytest.mark.parametrize("name", ["pickscore", "clip_score"])
     def test_transformers(self, folder, name):
-        """Cosine times exp(logit scale), and 100 times the cosine, pair by pair: then no prompt is padded."""
+        """Cosine similarity times exp(logit scale), or times 100, pair by pair, so no prompt is padded."""
         model = CLIPModel.from_pretrained(folder)
         scale = {"pickscore": math.exp(3.0), "clip_score": 100.0}[name]
         expected = []
@@ -375,7 +378,7 @@ class TestFormulas:
         assert np.std(scores) > scale / 10
 
     def test_aesthetic(self, folder):
-        """Affine layers, one after the other, of the image embedding at length 1; the text model is not kept."""
+        """A sequence of affine layers on the normalized image embedding; the text model is removed."""
         model = CLIPModel.from_pretrained(folder)
         head = {name: tensor.double() for name, tensor in torch.load(folder / "aesthetic-model.pth").items()}
         expected = []
@@ -393,7 +396,7 @@ class TestFormulas:
         assert np.std(scores) > 0.01 * abs(np.mean(scores))
 
     def test_a_negative_cosine_stays_negative(self, folder, tmp_path):
-        """Turning the texts' embeddings round turns the sign of each score."""
+        """Negating the text embeddings negates each score."""
         turned = Path(shutil.copytree(folder, tmp_path / "turned"))
         tensors = load_file(turned / "model.safetensors")
         save_file(
@@ -406,7 +409,7 @@ class TestFormulas:
 
 class TestOpenClip:
     def test_the_true_layout(self):
-        """Each tensor of a ViT-H-14 of open_clip has its place and shape in transformers' model, and none is left over."""
+        """The tensors of open_clip's ViT-H-14 map one to one to those of the transformers model, with equal shapes."""
         layout = open_clip_layout(TRUE)
         numbers = {name: math.prod(shape) for name, shape in layout.items()}
         image = sum(number for name, number in numbers.items() if name.startswith("visual."))
@@ -421,7 +424,7 @@ class TestOpenClip:
         }
 
     def test_a_stored_mask_is_no_weight(self, folder, tmp_path):
-        """Files of old versions hold the causal mask, and score as those without it."""
+        """Files of old versions contain the causal mask, and give the same scores."""
         plain, masked = (
             HPSv2Scorer(hps_file(tmp_path, **changes), str(folder), "cpu").score(images(), PROMPTS)
             for changes in ({}, {"attn_mask": torch.full((PLACES, PLACES), -torch.inf).triu(1)})
@@ -436,10 +439,10 @@ class TestOpenClip:
                 {"transformer.resblocks.1.attn.in_proj_bias": None},
                 r"lacks text_model.encoder.layers.1.self_attn.k_proj.bias, .*q_proj.bias, .*v_proj.bias",
             ),
-            ({"score_predictor.weight": torch.zeros(2)}, "has, and the model does not, score_predictor.weight"),
+            ({"score_predictor.weight": torch.zeros(2)}, "has the unexpected tensors score_predictor.weight"),
             (
                 {"visual.transformer.resblocks.2.ln_1.bias": torch.zeros(40)},
-                "does not, vision_model.encoder.layers.2.",
+                "has the unexpected tensors vision_model.encoder.layers.2.",
             ),
             ({"visual.proj": torch.zeros(40, 21)}, "has other shapes for visual_projection.weight"),
             (
@@ -449,7 +452,7 @@ class TestOpenClip:
         ],
     )
     def test_tensors_that_do_not_fit(self, folder, tmp_path, changes, message):
-        """A missing, surplus or misshapen tensor is a ValueError with the file and the tensor."""
+        """A missing, unexpected or misshapen tensor raises a ValueError with the file and the tensor."""
         path = hps_file(tmp_path, **changes)
         with pytest.raises(ValueError, match=message) as caught:
             HPSv2Scorer(path, str(folder), "cpu")
@@ -459,19 +462,21 @@ class TestOpenClip:
 class TestPreprocessing:
     @pytest.mark.parametrize("image", images(), ids=["wide", "tall", "RGBA", "gray", "palette", "just right"])
     def test_pixels(self, folder, image):
-        """CLIP crops the middle, HPS v2 fits the whole image; both ignore transparency, and mean and deviation are CLIP's."""
+        """CLIP crops the centre, HPS v2 fits the whole image; both ignore transparency and normalize with CLIP's
+        values."""
         for name, expected, tolerance in (
             ("pickscore", plain_pixels(image), 1e-6),
             ("clip_score", plain_pixels(image), 1e-6),
             ("aesthetic", plain_pixels(image), 1e-6),
-            ("hpsv2", normalized(square_pixels(image)), 1e-4),  # float32 sums over a hundred pixels, in another order
+            ("hpsv2", normalized(square_pixels(image)), 1e-4),  # float32 sums over a hundred pixels in another order
         ):
             pixels = scorer(name, folder).prepare(image)
             assert pixels.shape == (3, SIZE, SIZE) and pixels.dtype == torch.float32
             assert (pixels - expected).abs().max() < tolerance
 
     def test_the_whole_image_fits(self):
-        """White becomes white between black bars, an odd row or column of which is at the end; a thread stays a thread."""
+        """White stays white between black bars, an odd row or column of padding is at the end, and thin images stay
+        thin."""
         for size, rows, columns in (
             ((40, 21), slice(6, 21), slice(0, 28)),  # 28 x 14.7
             ((10, 40), slice(0, 28), slice(10, 17)),  # 7 x 28
@@ -482,14 +487,14 @@ class TestPreprocessing:
             assert torch.allclose(fit_into_square(Image.new("RGB", size, "white"), 28), expected, atol=1e-6)
 
     def test_what_interpolation_overshoots_is_kept(self):
-        """At the edge of black and white there are values below 0 and above 1, as there are in floats that are resized."""
+        """At the edge of black and white, values go below 0 and above 1, as for resized floats."""
         image = Image.new("RGB", (20, 20), "white")
         image.paste("black", (0, 0, 10, 20))
         pixels = fit_into_square(image, 28)
         assert pixels.min() < -0.02 and pixels.max() > 1.02
 
     def test_prompts_are_cleaned_as_by_open_clip(self, folder):
-        """HPS v2 takes curly quotes for straight ones and resolves entities of HTML, twice; PickScore takes texts as they are."""
+        """HPS v2 straightens curly quotes and unescapes HTML twice; PickScore does not change texts."""
         assert clean_prompt("the cat’s “hat” &amp;amp; &lt;i&gt;") == 'the cat\'s "hat" & <i>'
         hps, pick = scorer("hpsv2", folder), scorer("pickscore", folder)
         ids = [
@@ -501,7 +506,7 @@ class TestPreprocessing:
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_scores_depend_on_nothing_else(folder, name):
-    """Neither the size of the batches nor the neighbours in a batch nor the order change a score; nor does the second time."""
+    """Scores do not depend on batch size, other images in the batch, order or repetition."""
     found = scorer(name, folder)
     scores = found.score(images(), PROMPTS, batch_size=6).values
     for size in (1, 4):
@@ -515,7 +520,8 @@ def test_scores_depend_on_nothing_else(folder, name):
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_evaluate_loads_it(folder, name, tmp_path, monkeypatch):
-    """The module of `evaluate` gives the scorer's scores, of files and of images in memory, from a model loaded once."""
+    """The module of `evaluate` returns the scorer's scores for files and images in memory, and loads the model
+    once."""
     loaded = []
     make = CLIPModel.__init__
     monkeypatch.setattr(
@@ -528,7 +534,7 @@ def test_evaluate_loads_it(folder, name, tmp_path, monkeypatch):
     prompts = {"prompts": PROMPTS} if needs_prompts else {}
     metric = evaluate.load(metric_path(name), cache_dir=str(tmp_path / "cache"), **settings(name, folder))
     assert set(metric.features) == {"images", *prompts} and metric.citation
-    assert not loaded  # nothing is read before there is something to score
+    assert not loaded  # nothing is loaded before the first images
     results = [
         metric.compute(images=[str(file) for file in files], **prompts),
         metric.compute(images=images(), **prompts, batch_size=5),
@@ -552,11 +558,11 @@ def test_evaluate_loads_it(folder, name, tmp_path, monkeypatch):
 
 
 class TestWeights:
-    """Which weights are read, what is said of them, and what if they are not there."""
+    """Which weights are loaded, how they are described, and the errors for missing ones."""
 
     @pytest.fixture
     def hub(self, folder, tmp_path, monkeypatch) -> Path:
-        """A cache of the Hub with all that is published, at commits of which the number is the repository's place."""
+        """A Hub cache with all published files; the commit of a repository is its index."""
         cache = tmp_path / "hub"
         contents = {
             "yuvalkirstain/PickScore_v1": ["config.json", "model.safetensors"],
@@ -596,14 +602,14 @@ class TestWeights:
         }.items(),
     )
     def test_what_is_published_is_the_default(self, folder, hub, name, weights):
-        """Without arguments a scorer reads the published files, and tells their commits."""
+        """Without arguments, a scorer loads the published files and reports their commits."""
         found = SCORERS[name](device="cpu")
         assert found.weights == {name: 40 * commit for name, commit in weights.items()}
         assert found.score(images(), PROMPTS) == scorer(name, folder).score(images(), PROMPTS)
 
     @pytest.mark.parametrize("name", SCORERS)
     def test_what_is_told_is_what_is_read(self, hub, name, monkeypatch):
-        """Everything is read at the commits that are told, though the branches move on while it is read."""
+        """Everything is loaded at the reported commits, even if branches change in the meantime."""
 
         def resolve_and_move_on(repo_id: str) -> str:
             commit = resolve_revision(repo_id)
@@ -615,7 +621,7 @@ class TestWeights:
         assert "9" * 40 not in SCORERS[name](device="cpu").weights.values()
 
     def test_files_of_ones_own_are_told_by_their_digest(self, folder):
-        """A file or a folder stands under its path with a digest, which another content changes."""
+        """A file or folder is listed by its path with a hash of its content."""
         for name in SCORERS:
             found = scorer(name, folder)
             assert set(found.weights) == {value for key, value in settings(name, folder).items() if key != "device"}
@@ -637,7 +643,8 @@ class TestWeights:
         ],
     )
     def test_files_that_are_not_there(self, hub, name, repo_id, file, said):
-        """Without network a file that is not in the cache is a ValueError of one line: what, from where, how to fetch it."""
+        """Without network, a missing file raises a one-line ValueError with the file, the repository and the
+        command."""
         next(hub.rglob(f"models--{repo_id.replace('/', '--')}/snapshots/*/{file}")).unlink()
         with pytest.raises(ValueError, match=f"`hf download {repo_id}") as caught:
             SCORERS[name](device="cpu")
@@ -645,20 +652,20 @@ class TestWeights:
 
     @pytest.mark.parametrize("name", SCORERS)
     def test_a_folder_without_config(self, folder, tmp_path, name):
-        """It is a ValueError with the folder."""
+        """It raises a ValueError with the folder."""
         changed = Path(shutil.copytree(folder, tmp_path / "changed"))
         (changed / "config.json").unlink()
         with pytest.raises(ValueError, match=f"{changed}"):
             scorer(name, changed)
 
     def test_another_models_tokenizer(self, folder, tmp_path):
-        """A tokenizer with fewer tokens than the model knows is a ValueError with both numbers."""
+        """A tokenizer with fewer tokens than the model raises a ValueError with both numbers."""
         CLIPTokenizer(vocab={token: index for index, token in enumerate(VOCABULARY[256:])}, merges=[]).save_pretrained(
             tmp_path
         )
         shutil.copy(folder / "config.json", tmp_path)
         shutil.copy(folder / "preprocessor_config.json", tmp_path)
-        with pytest.raises(ValueError, match=f"{tmp_path} has 258 tokens, and the model knows 514"):
+        with pytest.raises(ValueError, match=f"{tmp_path} has 258 tokens, but the model has 514"):
             PickScoreScorer(str(folder), str(tmp_path), "cpu")
 
     @pytest.mark.parametrize(
@@ -671,15 +678,16 @@ class TestWeights:
     )
     @pytest.mark.parametrize("name", ["pickscore", "clip_score", "aesthetic"])
     def test_a_clip_whose_tensors_do_not_fit(self, folder, tmp_path, name, changes, tensor):
-        """A missing, surplus or misshapen tensor of a CLIP is a ValueError with folder and tensor, not a random start."""
+        """A missing, unexpected or misshapen CLIP tensor raises a ValueError with folder and tensor, and is not
+        initialized."""
         changed = Path(shutil.copytree(folder, tmp_path / "changed"))
         tensors = load_file(changed / "model.safetensors") | changes
         save_file({name: value for name, value in tensors.items() if value is not None}, changed / "model.safetensors")
-        with pytest.raises(ValueError, match=f"{changed} do not fit its config.json.* are {tensor}"):
+        with pytest.raises(ValueError, match=f"{changed} do not fit its config.json.* another shape: {tensor}"):
             scorer(name, changed)
 
     def test_positions_in_old_files_are_no_weights(self, folder, tmp_path):
-        """The published files hold the numbers of the positions, and are read as those without."""
+        """The published files contain position ids, and load like files without them."""
         changed = Path(shutil.copytree(folder, tmp_path / "changed"))
         tensors = load_file(changed / "model.safetensors")
         tensors["text_model.embeddings.position_ids"] = torch.arange(PLACES)[None]
@@ -689,7 +697,7 @@ class TestWeights:
         assert scores[0] == scores[1]
 
     def test_a_broken_clip(self, folder, tmp_path):
-        """Half a file is a ValueError with the folder."""
+        """A truncated file raises a ValueError with the folder."""
         changed = Path(shutil.copytree(folder, tmp_path / "changed"))
         content = (changed / "model.safetensors").read_bytes()
         (changed / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -700,18 +708,19 @@ class TestWeights:
         "changes, message",
         [
             ({"layers.0.weight": torch.zeros(1024, 768)}, "has other shapes for layers.0.weight"),
-            ({"layers.8.bias": torch.zeros(1)}, "has, and the model does not, layers.8.bias"),
+            ({"layers.8.bias": torch.zeros(1)}, "has the unexpected tensors layers.8.bias"),
         ],
     )
     def test_a_head_that_does_not_fit(self, folder, tmp_path, changes, message):
-        """A surplus or misshapen tensor is a ValueError with the file and the tensor: a head of another CLIP, say."""
+        """An unexpected or misshapen tensor, as in a head for another CLIP, raises a ValueError with file and
+        tensor."""
         path = head_file(tmp_path, **changes)
         with pytest.raises(ValueError, match=f"{path} .*{message}"):
             AestheticScorer(path, str(folder), "cpu")
 
     @pytest.mark.parametrize("name", ["hpsv2", "aesthetic"])
     def test_damaged_weights(self, folder, tmp_path, name):
-        """A score that is no number is a ValueError with the image and the weights."""
+        """A score that is not a number raises a ValueError with the image and the weights."""
         nan = torch.tensor(torch.nan)
         path = {
             "hpsv2": hps_file(tmp_path, **{"visual.proj": nan.expand(40, 20).clone()}),
@@ -725,7 +734,7 @@ class TestWeights:
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_bad_input(folder, name, tmp_path):
-    """No images, prompts that are too few, and a file that is no image, are ValueErrors that tell number or file."""
+    """No images, too few prompts, and a file that is not an image raise a ValueError with the number or the file."""
     found = scorer(name, folder)
     with pytest.raises(ValueError, match=f"no images to compute `{name}`"):
         found.score([], [])

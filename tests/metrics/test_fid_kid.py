@@ -23,7 +23,7 @@ from trl_diffusion.revisions import digest_of_file
 
 
 def random_network(seed: int = 0) -> InceptionV3:
-    """Random weights under which the signal neither dies out nor explodes."""
+    """Random weights for which activations neither vanish nor explode."""
     torch.manual_seed(seed)
     network = InceptionV3().eval()
     for name, tensor in network.state_dict().items():
@@ -65,7 +65,7 @@ def gaussian(n: int, d: int, seed: int, scale: float = 1.0, shift: float = 0.0) 
 
 
 class Brightness:
-    """Three features in the place of Inception's, so that whole computations are quick."""
+    """Three features instead of Inception's, so that complete computations are fast."""
 
     spec, weights = "brightness", {"none": "0"}
 
@@ -82,7 +82,7 @@ class Brightness:
 
 
 def test_blocks_have_the_published_shapes(network):
-    """An image of 299x299 goes through the paper's grids: 149, 147, 147, 73, 71, 35, 17 and 8, to 2048 features."""
+    """A 299x299 image has the grid sizes of the paper, 149, 147, 147, 73, 71, 35, 17 and 8, and 2048 features."""
     shapes = {}
     hooks = [
         module.register_forward_hook(lambda _, __, output, name=name: shapes.update({name: tuple(output.shape[1:])}))
@@ -114,7 +114,8 @@ def test_blocks_have_the_published_shapes(network):
 
 
 def test_the_number_of_parameters_is_the_published_one(network):
-    """With 1000 classes and the auxiliary head it would be torchvision's 27,161,264; the file of 95,628,359 bytes holds it."""
+    """With 1000 classes and the auxiliary head, the count would be torchvision's 27,161,264; it fits the file of
+    95,628,359 bytes."""
     tensors = {name: tensor for name, tensor in network.state_dict().items() if "num_batches" not in name}
     number = sum(parameter.numel() for parameter in network.parameters())
     auxiliary = 768 * 128 + 2 * 128 + 128 * 768 * 25 + 2 * 768 + 768 * 1000 + 1000
@@ -177,14 +178,14 @@ KERNELS = {
 
 @pytest.mark.parametrize("block", KERNELS)
 def test_kernels_have_the_published_shapes(network, block):
-    """Branches are as wide as published, and rows and columns of the split kernels come in the published order."""
+    """Branches have the published widths, and split kernels the published order of rows and columns."""
     tensors = network.get_submodule(block).state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith("conv.weight")}
     assert shapes == {f"{name}.conv.weight": shape for name, shape in KERNELS[block].items()}
 
 
 def convolve(tensors: dict[str, torch.Tensor], name: str, x: torch.Tensor, stride: int = 1, pad: bool = True):
-    """Convolution, batch normalisation with eps 0.001, ReLU, written out."""
+    """Convolution, batch normalisation with eps 0.001 and ReLU, written out."""
     kernel = tensors[f"{name}.conv.weight"]
     x = F.conv2d(x, kernel, stride=stride, padding=[size // 2 if pad else 0 for size in kernel.shape[2:]])
     gamma, beta, mean, variance = (
@@ -201,7 +202,7 @@ def chain(tensors: dict[str, torch.Tensor], block: str, x: torch.Tensor, *names:
 
 
 def mean_inside(x: torch.Tensor) -> torch.Tensor:
-    """3x3 means over the positions that exist."""
+    """3x3 means without padding."""
     ones = torch.ones(1, 1, *x.shape[2:], dtype=x.dtype)
     kernel = torch.ones(1, 1, 3, 3, dtype=x.dtype)
     sums = F.conv2d(x.flatten(0, 1)[:, None], kernel, padding=1).reshape(x.shape)
@@ -209,14 +210,14 @@ def mean_inside(x: torch.Tensor) -> torch.Tensor:
 
 
 def maximum(x: torch.Tensor, stride: int = 1) -> torch.Tensor:
-    """3x3 maxima; with stride 1 of all positions, with stride 2 of the squares that fit."""
+    """3x3 maxima, padded with stride 1 and without padding with stride 2."""
     if stride == 1:
         x = F.pad(x, (1, 1, 1, 1), value=-math.inf)
     return x.unfold(2, 3, stride).unfold(3, 3, stride).amax(dim=(4, 5))
 
 
 def plain_block(tensors: dict[str, torch.Tensor], block: str, x: torch.Tensor) -> torch.Tensor:
-    """A block after the paper and FID's differences from it, out of torchvision's names."""
+    """A block of the paper with FID's changes, with torchvision's names."""
     double = ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"]
     sevens = [f"branch7x7dbl_{place}" for place in range(1, 6)]
 
@@ -250,7 +251,7 @@ BLOCKS = ["5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"]
 
 
 def test_the_network_is_the_published_one(network):
-    """Features equal a plain float64 computation after the paper and FID's differences to 1e-4 of their size."""
+    """Features equal a plain float64 computation of the paper with FID's changes, to 1e-4 relatively."""
     tensors = {name: tensor.double() for name, tensor in network.state_dict().items()}
     pixels = torch.rand(2, 3, 139, 123, generator=torch.Generator().manual_seed(0)) * 255
     x = pixels.double() / 128 - 1
@@ -272,7 +273,7 @@ def test_the_network_is_the_published_one(network):
 
 @pytest.mark.parametrize("block", ["Mixed_5b", "Mixed_6b", "Mixed_7b"])
 def test_average_pools_count_no_padding(network, block):
-    """Of ones, every 3x3 mean is one, where counted padding would leave 4/9 in the corners and 6/9 at the edges."""
+    """3x3 means of ones are one; with padding they would be 4/9 in the corners and 6/9 at the edges."""
     module = network.get_submodule(block)
     means = []
     hook = module.branch_pool.register_forward_pre_hook(lambda _, inputs: means.append(inputs[0]))
@@ -283,7 +284,7 @@ def test_average_pools_count_no_padding(network, block):
 
 
 def test_the_last_block_pools_maxima(network):
-    """A nine among zeros gives nines around it, where the block before gives ones."""
+    """A nine among zeros gives nines around it (max pooling); the block before gives ones (mean pooling)."""
     x = torch.zeros(1, 2048, 5, 5)
     x[:, :, 2, 2] = 9
     square = torch.zeros(5, 5)
@@ -299,12 +300,15 @@ def test_the_last_block_pools_maxima(network):
     "change, message",
     [
         (lambda tensors: tensors.pop("Mixed_6a.branch3x3.bn.bias"), r"lacks Mixed_6a\.branch3x3\.bn\.bias"),
-        (lambda tensors: tensors.update({"AuxLogits.fc.bias": torch.zeros(1)}), r"does not, AuxLogits\.fc\.bias"),
+        (
+            lambda tensors: tensors.update({"AuxLogits.fc.bias": torch.zeros(1)}),
+            r"has the unexpected tensors AuxLogits\.fc\.bias",
+        ),
         (lambda tensors: tensors.update({"fc.bias": torch.zeros(1000)}), r"other shapes for fc\.bias"),
     ],
 )
 def test_every_tensor_is_accounted_for(network, tmp_path, change, message):
-    """A missing tensor, one too many, and torchvision's thousand classes are named, with the file."""
+    """Errors name a missing tensor, an unexpected one, and torchvision's thousand classes, with the file."""
     tensors = dict(network.state_dict())
     change(tensors)
     torch.save(tensors, tmp_path / "other.pth")
@@ -313,7 +317,7 @@ def test_every_tensor_is_accounted_for(network, tmp_path, change, message):
 
 
 def test_counters_of_batches_may_be_missing(network, tmp_path):
-    """With and without the counters that batch normalisation keeps, a file gives the same network."""
+    """A file gives the same network with and without batch normalisation counters."""
     tensors = dict(network.state_dict())
     without = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
     assert len(tensors) - len(without) == 94
@@ -325,7 +329,8 @@ def test_counters_of_batches_may_be_missing(network, tmp_path):
 
 
 def test_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):
-    """Offline, source and place are told; a file with another digest is refused; the right one is taken from the cache."""
+    """Offline, the error names URL and path; a file with another hash is refused; the right one is taken from the
+    cache."""
 
     def unreachable(*_, **__):
         raise URLError("no network")
@@ -334,11 +339,11 @@ def test_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "urlopen", unreachable)
     path = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
     with pytest.raises(
-        ValueError, match=f"{path}.*fetched from https://github.com/mseitzer.*no network.*weights_path"
+        ValueError, match=f"{path}.*downloaded from https://github.com/mseitzer.*no network.*weights_path"
     ):
         fetch_inception()
     path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match="is not what .*delete it"):
+    with pytest.raises(ValueError, match="is not the file from https://github.com/mseitzer.*delete it"):
         fetch_inception()
     digest = hashlib.sha256(b"something else").hexdigest()
     monkeypatch.setattr(inception, "SHA256", digest[:8])
@@ -362,7 +367,8 @@ def bicubic(length: int, size: int) -> np.ndarray:
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 @pytest.mark.parametrize("size", [(64, 48), (299, 299), (512, 512), (640, 301)])
 def test_images_are_resized_without_rounding(mode, size):
-    """Any image becomes 299x299 by the bicubic filter in floating point, cut to [0, 255]; alpha is dropped."""
+    """Any image is resized to 299x299 with a floating-point bicubic filter and clipped to [0, 255]; alpha is
+    dropped."""
     image = picture(*size, mode)
     pixels = np.asarray(image, dtype=np.float64)
     pixels = np.repeat(pixels[..., None], 3, axis=2) if mode == "L" else pixels[..., :3]
@@ -374,7 +380,8 @@ def test_images_are_resized_without_rounding(mode, size):
 
 
 def test_features_are_those_of_each_image(extractor, network, tmp_path):
-    """Batching changes no features beyond rounding, order is kept, and files, folders and images in memory are alike."""
+    """Features do not depend on batching beyond rounding, keep their order, and are equal for files, folders and
+    images."""
     images = [picture(40, 30, seed=0), picture(299, 299, "RGBA", seed=1), picture(30, 60, "L", seed=2)]
     (tmp_path / "sub").mkdir()
     for name, image in zip(("a.png", "b.PNG", "sub/c.png"), images):
@@ -389,7 +396,7 @@ def test_features_are_those_of_each_image(extractor, network, tmp_path):
 
 
 def test_what_is_no_image_is_refused(extractor, tmp_path):
-    """No folder, a folder without images, a broken file and an empty list are mistakes that are told."""
+    """A missing folder, a folder without images, a broken file and an empty list raise errors."""
     with pytest.raises(ValueError, match="There is no folder .*nowhere"):
         extractor(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("not an image")
@@ -403,7 +410,7 @@ def test_what_is_no_image_is_refused(extractor, tmp_path):
 
 
 def test_damaged_weights_are_told(extractor, monkeypatch):
-    """Features that are not finite are never compared."""
+    """Features that are not finite raise an error."""
     monkeypatch.setattr(extractor, "network", lambda pixels: torch.full((len(pixels), 2048), math.nan))
     with pytest.raises(ValueError, match="not finite: the weights .*inception.pth are damaged"):
         extractor([picture(8, 8)])
@@ -428,7 +435,7 @@ def plain_fid(x: np.ndarray, y: np.ndarray) -> float:
 @pytest.mark.parametrize("n, m", [(500, 300), (40, 60), (10, 400)])
 @pytest.mark.filterwarnings("ignore:FID of")
 def test_fid_is_the_frechet_distance(n, m):
-    """FID equals a float64 computation with symmetric roots to 1e-6 of its size, also where covariances are singular."""
+    """FID equals a float64 computation with symmetric roots to 1e-6 relatively, also for singular covariances."""
     x, y = gaussian(n, 24, seed=0), gaussian(m, 24, seed=1, scale=1.5, shift=0.3)
     expected = plain_fid(x.numpy(), y.numpy())
     assert expected > 10
@@ -438,7 +445,7 @@ def test_fid_is_the_frechet_distance(n, m):
 
 
 def test_fid_is_torchmetrics():
-    """The same features fed in batches through a module of their own give torchmetrics' number."""
+    """The same features, passed to torchmetrics in batches through a module, give the same FID."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     class Flatten(torch.nn.Module):
@@ -458,7 +465,7 @@ def test_fid_is_torchmetrics():
 
 
 def test_fid_of_equal_covariances_is_that_of_the_means():
-    """Shifted features are as far away as the shift is long, squared: 16 * 0.5^2 = 4."""
+    """The FID of shifted features is the squared length of the shift: 16 * 0.5^2 = 4."""
     x = gaussian(200, 16, seed=0)
     assert fid_from_features(x + 0.5, x) == pytest.approx(4.0, abs=1e-6)
     assert fid_from_features(x, x) == pytest.approx(0.0, abs=1e-6)
@@ -469,8 +476,8 @@ def test_fid_of_equal_covariances_is_that_of_the_means():
 
 
 def test_few_images_are_warned_of():
-    """Up to as many images as features FID warns with both numbers, above it does not, and one image is too few."""
-    with pytest.warns(UserWarning, match="FID of 8 images and 50 references is biased.* 9 images at the least"):
+    """FID warns with both numbers unless there are more images than features; one image is too few."""
+    with pytest.warns(UserWarning, match="FID of 8 images and 50 references is biased.* at least 9 images"):
         fid_from_features(gaussian(8, 8, seed=0), gaussian(50, 8, seed=1))
     with pytest.warns(UserWarning, match="FID of 50 images and 8 references"):
         fid_from_features(gaussian(50, 8, seed=0), gaussian(8, 8, seed=1))
@@ -478,7 +485,7 @@ def test_few_images_are_warned_of():
         warnings.simplefilter("error")
         fid_from_features(gaussian(9, 8, seed=0), gaussian(50, 8, seed=1))
     for n, m in ((1, 9), (9, 1)):
-        with pytest.raises(ValueError, match=f"two images and two references at the least, there are {n} and {m}"):
+        with pytest.raises(ValueError, match=f"at least two images and two references, got {n} and {m}"):
             fid_from_features(torch.randn(n, 8), torch.randn(m, 8))
 
 
@@ -497,7 +504,7 @@ def plain_kid(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def test_kid_is_the_unbiased_discrepancy():
-    """Where the subset is the whole set, KID equals the double sums over all pairs to 1e-9, and nothing scatters."""
+    """If the subset is the whole set, KID equals the double sums over all pairs to 1e-9, with no deviation."""
     x, y = gaussian(15, 6, seed=0), gaussian(15, 6, seed=1, shift=0.5)
     mean, deviation = kid_from_features(x, y, subsets=3, subset_size=15)
     assert mean == pytest.approx(plain_kid(x.numpy(), y.numpy()), rel=1e-9)
@@ -506,7 +513,7 @@ def test_kid_is_the_unbiased_discrepancy():
 
 
 def test_kid_has_no_bias():
-    """Between halves of one distribution, subsets of any size give 0 on average, within four standard errors."""
+    """For two samples of one distribution, KID is 0 on average for any subset size, within four standard errors."""
     rng = np.random.default_rng(0)
     for size in (2, 10, 40):
         values = []
@@ -517,7 +524,7 @@ def test_kid_has_no_bias():
 
 
 def test_subsets_depend_on_the_seed_alone():
-    """One seed gives one number whatever was drawn before, another seed another, and the global generator stays as it was."""
+    """KID depends on its seed only, and does not change the global random generator."""
     x, y = gaussian(40, 6, seed=0), gaussian(50, 6, seed=1)
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -529,7 +536,7 @@ def test_subsets_depend_on_the_seed_alone():
 
 
 def test_subsets_fit_the_images():
-    """A subset that is larger than a set, or smaller than a pair, is refused with the numbers; so are no subsets."""
+    """A subset larger than a set or smaller than two, and zero subsets, are refused with the numbers."""
     x, y = torch.randn(20, 4), torch.randn(30, 4)
     for size in (21, 1):
         with pytest.raises(ValueError, match=f"20 images and 30 references, and `subset_size` is {size}"):
@@ -542,7 +549,7 @@ def test_subsets_fit_the_images():
 
 
 def test_results_say_what_they_depend_on():
-    """Names hold extractor, subsets and number of images; both distances of one extraction are those of two."""
+    """Names contain extractor, subsets and number of images; shared features give the same distances."""
     images, references = [[picture(9, 9, seed=s) for s in range(*seeds)] for seeds in ((0, 12), (12, 42))]
     extractor = Brightness()
     fid = frechet_inception_distance(images, references, extractor)
@@ -562,7 +569,7 @@ def test_results_say_what_they_depend_on():
 
 
 def test_torchmetrics_is_named_where_it_is_missing(monkeypatch):
-    """Without torchmetrics, both say what to install."""
+    """Without torchmetrics, both errors name what to install."""
     x = torch.randn(5, 2)
     for name, compute in (("fid", fid_from_features), ("kid", kid_from_features)):
         monkeypatch.setitem(sys.modules, f"torchmetrics.image.{name}", None)
@@ -572,13 +579,15 @@ def test_torchmetrics_is_named_where_it_is_missing(monkeypatch):
 
 @pytest.mark.parametrize("name", ["fid", "kid"])
 def test_unknown_settings(name):
-    """A misspelt setting is refused, which `evaluate` would drop, and the published weights would be taken."""
-    with pytest.raises(ValueError, match=f"`{name}` has no setting weights_pth; there is weights_path, device"):
+    """A misspelt setting is refused, instead of being ignored by `evaluate`."""
+    with pytest.raises(
+        ValueError, match=f"`{name}` has no setting weights_pth; its settings are weights_path, device"
+    ):
         evaluate.load(metric_path(name), weights_pth="weights.pth")
 
 
 def test_kid_is_a_module_of_evaluate(weights_path, extractor, tmp_path):
-    """`evaluate` gives the function's result for files, for folders and piece by piece, and wants references."""
+    """`evaluate` returns the function's result for files, folders and added batches, and requires references."""
     for place, sizes in (("images", (20, 30, 40)), ("references", (50, 60)), ("empty", ())):
         (tmp_path / place).mkdir()
         for size in sizes:
@@ -607,7 +616,7 @@ def test_kid_is_a_module_of_evaluate(weights_path, extractor, tmp_path):
 
 @pytest.mark.slow
 def test_fid_is_a_module_of_evaluate(weights_path, extractor):
-    """`evaluate` gives the function's result, with a warning, and 0 for a set and itself."""
+    """`evaluate` returns the function's result, with a warning, and 0 for identical sets."""
     images = [picture(20, 20, seed=seed) for seed in range(4)]
     metric = evaluate.load(metric_path("fid"), weights_path=weights_path, device="cpu")
     with pytest.warns(UserWarning, match="FID of 3 images and 4 references"):

@@ -50,7 +50,7 @@ def tiny_config() -> BlipConfig:
 
 
 def published_shapes(config: BlipConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the published file, as the published code makes them."""
+    """Names and shapes of the tensors in the published file, according to the published code."""
     vision, text = config.vision_config, config.text_config
     v, t = vision.hidden_size, text.hidden_size
     shapes = {
@@ -94,7 +94,7 @@ def published_shapes(config: BlipConfig) -> dict[str, tuple[int, ...]]:
 
 
 def published_tensors(config: BlipConfig | None = None, deviation: float = 0.5) -> dict[str, torch.Tensor]:
-    """A file, tiny unless a config says otherwise. Embeddings are so small that the eps of the first norms counts."""
+    """A file of weights, tiny by default. Embeddings are so small that the eps of the first norms matters."""
     config = config or tiny_config()
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -121,7 +121,7 @@ def plain_reward(
     vision_heads: int = 2,
     text_heads: int = 3,
 ) -> float:
-    """One image's reward after the published code, in float64 and out of the published names."""
+    """The reward of one image as in the published code, in float64 and with the published names."""
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
     patch, vision_eps, text_eps = 16, 1e-6, 1e-12
     blocks, layers = (sum(name.endswith(last) for name in tensors) for last in ("norm1.weight", "self.query.weight"))
@@ -208,14 +208,14 @@ def scorer(weights_path, tokenizer):
 
 
 def padded(prompt: str) -> tuple[list[int], list[int]]:
-    """A prompt's tokens and which of them are no padding."""
+    """The tokens of a prompt and its attention mask."""
     ids = [2, *(WORDS.index(word) for word in prompt.split())][:34] + [3]
     padding = 35 - len(ids)
     return ids + [0] * padding, [1] * len(ids) + [0] * padding
 
 
 def test_rewards_are_those_of_the_published_code(scorer):
-    """A score equals a plain float64 computation out of the published tensors to 1e-5, for padded and for cut prompts."""
+    """A score equals a float64 computation with the published tensors to 1e-5, for padded and truncated prompts."""
     images = [picture(40, 32, seed=seed) for seed in range(3)]
     scores = scorer.score(images, PROMPTS).values
     assert max(scores) - min(scores) > 0.1
@@ -226,7 +226,7 @@ def test_rewards_are_those_of_the_published_code(scorer):
 
 @pytest.mark.slow
 def test_rewards_at_true_size(tokenizer, tmp_path):
-    """So they are with the sizes of ImageReward-v1.0."""
+    """Scores are also equal with the sizes of ImageReward-v1.0."""
     tensors = published_tensors(published_config(), deviation=0.02)
     torch.save(tensors, tmp_path / "ImageReward.pt")
     scorer = ImageRewardScorer(tmp_path / "ImageReward.pt", tokenizer_name_or_path=tokenizer, device="cpu")
@@ -237,7 +237,7 @@ def test_rewards_at_true_size(tokenizer, tmp_path):
 
 
 def test_a_reward_is_normalised(weights_path, tokenizer, tmp_path):
-    """A raw reward of the mean scores 0, and one standard deviation above it scores 1."""
+    """A raw reward at the mean scores 0, and one standard deviation above it scores 1."""
     for raw, expected in ((0.16717362830052426, 0.0), (0.16717362830052426 + 1.0333394966054072, 1.0)):
         tensors = published_tensors()
         tensors["mlp.layers.7.weight"].zero_()
@@ -250,7 +250,7 @@ def test_a_reward_is_normalised(weights_path, tokenizer, tmp_path):
 
 
 def test_a_score_depends_on_its_own_image_and_prompt(scorer):
-    """Neighbours in the batch change no score by more than float32's rounding; another image or prompt does."""
+    """Other images in the batch change a score only by float32 rounding; another image or prompt changes it more."""
     images = [picture(32, 48, seed=seed) for seed in range(3)]
     together = scorer.score(images, PROMPTS, batch_size=3).values
     assert scorer.score(images, PROMPTS, batch_size=1).values == pytest.approx(together, abs=2e-6)
@@ -271,7 +271,8 @@ def test_a_score_depends_on_its_own_image_and_prompt(scorer):
 )
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 def test_the_centre_of_the_resized_image_is_seen(size, resized, corner, mode):
-    """The shorter side becomes 224 by PIL's bicubic filter, the centre is cut out, and transparency is dropped last."""
+    """The shorter side is resized to 224 with PIL's bicubic filter, the centre cropped, and transparency dropped
+    last."""
     image = picture(*size, mode)
     pixels = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
     pixels = pixels[corner[1] : corner[1] + 224, corner[0] : corner[0] + 224]
@@ -282,7 +283,7 @@ def test_the_centre_of_the_resized_image_is_seen(size, resized, corner, mode):
 
 
 def test_the_published_file_fills_the_model():
-    """At true size, all published tensors but the five unused ones are the model's, and their number is the published one."""
+    """At true size, the model has all published tensors except the five unused ones."""
     shapes = published_shapes(published_config())
     converted = convert_image_reward({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     with torch.device("meta"):
@@ -309,16 +310,16 @@ def test_the_published_file_fills_the_model():
     [
         (lambda tensors: tensors.pop("mlp.layers.4.bias"), r"lacks mlp\.4\.bias"),
         (lambda tensors: tensors.pop("blip.visual_encoder.norm.bias"), r"lacks visual_encoder\.post_layernorm\.bias"),
-        (lambda tensors: tensors.update(blip_itm=torch.zeros(1)), "does not, blip_itm"),
+        (lambda tensors: tensors.update(blip_itm=torch.zeros(1)), "has the unexpected tensors blip_itm"),
         (
             lambda tensors: tensors.update({"blip.text_encoder.pooler.dense.bias": torch.zeros(12)}),
-            r"does not, text_encoder\.pooler\.dense\.bias",
+            r"has the unexpected tensors text_encoder\.pooler\.dense\.bias",
         ),
         (lambda tensors: tensors.update({"mlp.layers.7.bias": torch.zeros(2)}), r"other shapes for mlp\.7\.bias"),
     ],
 )
 def test_every_tensor_is_accounted_for(tokenizer, tmp_path, change, message):
-    """A tensor that is missing, left over or of another shape is named, with the file."""
+    """Errors name a missing, unexpected or misshapen tensor, and the file."""
     tensors = published_tensors()
     change(tensors)
     path = tmp_path / "weights.pt"
@@ -328,7 +329,7 @@ def test_every_tensor_is_accounted_for(tokenizer, tmp_path, change, message):
 
 
 def test_missing_files_are_explained(tokenizer, tmp_path, monkeypatch):
-    """Without the published file, its name, its source and the command that fetches it are told."""
+    """Without the published file, the error names the file, its source and the command that downloads it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=r"ImageReward\.pt of .*THUDM/ImageReward .*`hf download THUDM/ImageReward"):
         ImageRewardScorer(tokenizer_name_or_path=tokenizer)
@@ -337,7 +338,7 @@ def test_missing_files_are_explained(tokenizer, tmp_path, monkeypatch):
 
 
 def test_the_metric_is_the_scorer(scorer, weights_path, tokenizer, tmp_path):
-    """`evaluate` gives the scorer's scores of files, their mean, and which weights and tokenizer they come from."""
+    """`evaluate` returns the scorer's scores for files, their mean, and the weights and tokenizer."""
     files = []
     for seed in range(3):
         files.append(str(tmp_path / f"{seed}.png"))

@@ -28,7 +28,7 @@ NUM_PAINTINGS = 24
 
 
 class Scripted(VLM):
-    """Answers what `script` makes of a request, and remembers how many requests came at once."""
+    """Answers with `script`, and records the number of requests per call."""
 
     def __init__(self, script):
         self.script, self.batches = script, []
@@ -46,13 +46,13 @@ def expert(vlm: VLM | None = None) -> AttributeExpert:
 
 
 def looked_at(image: PIL.Image.Image, prompt: str) -> tuple[str, ...]:
-    """What the oracle sees, as a plain function."""
+    """The oracle's answer, as a plain function."""
     return inspect_painting(image, prompt).negative_attributes
 
 
 @pytest.fixture(scope="module")
 def paintings():
-    """Paintings with 0 to 4 negatives, their images undecoded."""
+    """Paintings with 0 to 4 negative attributes, with undecoded images."""
     dataset = painting_dataset(NUM_PAINTINGS, seed=5).cast_column("image", Image(decode=False))
     assert {len(row["negative_attributes"]) for row in dataset} == {0, 1, 2, 3, 4}
     return dataset
@@ -64,14 +64,14 @@ def drawn(paintings) -> list[float]:
 
 @pytest.mark.parametrize("who", [expert(), looked_at], ids=["expert", "function"])
 def test_the_negatives_that_were_drawn_are_counted(paintings, who):
-    """On rendered paintings the number is that of the negatives that each was drawn with, whoever looks."""
+    """On rendered paintings, both kinds of experts find the true number of negative attributes."""
     scores = NumNegativeAttributesScorer(who).score(list(paintings["image"]), list(paintings["prompt"]), batch_size=7)
     assert scores.values == drawn(paintings) and scores.errors == {}
     assert scores.mean == pytest.approx(np.mean(drawn(paintings)))
 
 
 def test_a_batch_is_asked_about_at_once(paintings):
-    """The expert gets the questions about all images of a batch in one call: four dimensions an image."""
+    """The expert gets the requests for all images of a batch in one call, with four dimensions per image."""
     vlm = Scripted(lambda request: '{"positive": [], "negative": []}')
     scorer = NumNegativeAttributesScorer(expert(vlm))
     scores = scorer.score(list(paintings["image"])[:5], list(paintings["prompt"])[:5], batch_size=3)
@@ -79,7 +79,7 @@ def test_a_batch_is_asked_about_at_once(paintings):
 
 
 def test_no_valid_answer_is_no_zero(paintings):
-    """An image that the model says nothing valid about has no score, but the reason; its neighbours have theirs."""
+    """An image without a valid answer has no score but a reason, and the others of its batch have scores."""
     oracle, lost, garbled = OracleVLM(), "a red circle", "a blue square"
 
     def script(request):
@@ -105,7 +105,7 @@ def test_no_valid_answer_is_no_zero(paintings):
 
 
 def test_the_expert_sees_every_pixel():
-    """What the model is shown of an image is the upright image itself: nothing is lost on the way."""
+    """The model sees exactly the pixels of the upright image."""
     image = tiny.image(0, 40, 24)
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # stored on its side
@@ -123,14 +123,14 @@ def test_the_expert_sees_every_pixel():
 
 @pytest.mark.parametrize("mode", ["CMYK", "L", "P", "RGBA", "I;16"])
 def test_images_of_every_mode_are_taken(mode):
-    """An image in another mode than RGB is looked at too."""
+    """Images that are not RGB are scored too."""
     image = PIL.Image.new("RGB", (16, 16), (200, 10, 10)).convert("L" if mode == "I;16" else mode).convert(mode)
     vlm = Scripted(lambda request: '{"positive": [], "negative": []}')
     assert NumNegativeAttributesScorer(expert(vlm)).score([image], ["a cat"]).values == [0.0]
 
 
 def test_an_image_that_no_model_takes_is_an_error():
-    """An image of extreme shape has no score and a reason, and the others of its batch have theirs."""
+    """An image with an extreme aspect ratio has no score but a reason, and the others of its batch have scores."""
     vlm = Scripted(lambda request: '{"positive": [], "negative": []}')
     images = [PIL.Image.new("RGB", (1, 500)), PIL.Image.new("RGB", (50, 50))]
     scores = NumNegativeAttributesScorer(expert(vlm)).score(images, ["a", "b"])
@@ -138,7 +138,7 @@ def test_an_image_that_no_model_takes_is_an_error():
 
 
 def test_a_function_may_have_no_answer():
-    """What a function raises as `ScoringError` is the reason of that image alone; an id twice counts once."""
+    """A `ScoringError` of a function is the reason for that image only; repeated ids count once."""
 
     def who(image, prompt):
         if prompt == "?":
@@ -152,7 +152,7 @@ def test_a_function_may_have_no_answer():
 
 @pytest.mark.parametrize("answer", [None, "outline", 2, [1, 2]])
 def test_a_function_must_return_ids(answer):
-    """A function that returns anything but a collection of ids is named, with what it returned."""
+    """If a function returns anything but a collection of ids, the error names it and its result."""
     scorer = NumNegativeAttributesScorer(lambda image, prompt: answer)
     with pytest.raises(ValueError, match=r"test_num_negative_attributes.*<lambda> must return the ids") as caught:
         scorer.score([PIL.Image.new("RGB", (8, 8))], ["a"])
@@ -160,13 +160,13 @@ def test_a_function_must_return_ids(answer):
 
 
 def test_an_expert_is_asked_for():
-    """What cannot be called is no expert."""
+    """An expert must be callable."""
     with pytest.raises(ValueError, match="`expert` must be an `AttributeExpert`, or a function .* got 'painting'"):
         NumNegativeAttributesScorer("painting")
 
 
 def test_the_score_names_what_it_depends_on():
-    """Model and revision, prompt, and the tree with its digest, which change with the tree; a function by its name."""
+    """The weights list model, prompt and tree with revisions and hashes; a function is listed by its name."""
     weights = NumNegativeAttributesScorer(expert(Scripted(None))).weights
     assert weights["scripted"] == "3" and weights["criteria quickstart"].startswith("sha256:")
     other = NumNegativeAttributesScorer(AttributeExpert(Scripted(None), parse_criteria(tiny.CRITERIA, "x"))).weights
@@ -178,7 +178,7 @@ def test_the_score_names_what_it_depends_on():
 
 
 def test_evaluate_loads_it(paintings):
-    """The module of `evaluate` gives the drawn numbers, of images in memory too, and that lower is better."""
+    """The module of `evaluate` returns the true numbers, also for images in memory, and that lower is better."""
     metric = evaluate.load(metric_path("num_negative_attributes"), expert=expert())
     images = [PIL.Image.open(io.BytesIO(image["bytes"])) for image in paintings["image"]]
     result = metric.compute(images=images, prompts=list(paintings["prompt"]))
@@ -187,7 +187,7 @@ def test_evaluate_loads_it(paintings):
 
 
 def test_a_real_model_that_babbles_scores_nothing(tmp_path):
-    """What a Qwen2.5-VL of random weights says is no answer: no image has a score, each has a reason."""
+    """With a random Qwen2.5-VL, no image has a score, and each has a reason."""
     vlm = TransformersVLM(str(tiny_models.tiny_vlm(tmp_path)), max_new_tokens=8, dtype="float32", device="cpu")
     scorer = NumNegativeAttributesScorer(AttributeExpert(vlm, parse_criteria(tiny.CRITERIA, "tiny")))
     scores = scorer.score([tiny.image(seed, 40, 40) for seed in range(3)], ["a cat", "a red dog", "a cow"])

@@ -17,13 +17,7 @@ from trl_diffusion.metrics.scorer import ImageMetric, Scorer, Scores, ScoringErr
 
 
 class Brightness(Scorer):
-    """
-    The first pixel, and the prompt's length. Black has no score.
-
-    Args:
-        unit (`float`):
-            What a white pixel counts.
-    """
+    """Scores the first pixel, times `unit`, and the length of the prompt. Black has no score."""
 
     name = "brightness"
 
@@ -47,7 +41,7 @@ class Brightness(Scorer):
 
 
 class Darkness(Brightness):
-    """Without prompts, and the other way round."""
+    """A score without prompts, for which lower is better."""
 
     name = "darkness"
     needs_prompts = False
@@ -103,7 +97,8 @@ class TestScores:
 class TestScorer:
     @pytest.mark.parametrize("batch_size", [1, 2, 5, 16])
     def test_scores_stand_where_their_images_do(self, batch_size):
-        """Whatever the batches, each image meets its own prompt, and errors carry the image's place and their reason."""
+        """For any batch size, images are scored with their own prompts, and errors have the image's index and a
+        reason."""
         scorer = Brightness()
         scores = scorer.score([gray(value) for value in VALUES], PROMPTS, batch_size=batch_size)
         expected = [1.0, 1.2, 2.4, None, 0.8]
@@ -114,7 +109,7 @@ class TestScorer:
         assert threading.main_thread() not in scorer.threads
 
     def test_the_next_batch_is_prepared_meanwhile(self):
-        """While the model works on a batch, the images of the next one are prepared."""
+        """While the model processes a batch, the images of the next one are prepared."""
 
         class Waits(Darkness):
             def __init__(self):
@@ -135,7 +130,7 @@ class TestScorer:
         assert len(Waits().score([gray(1)] * 6, batch_size=2).values) == 6
 
     def test_all_kinds_of_images(self, tmp_path):
-        """An image in memory, its file, and what `datasets` stores of either have one score."""
+        """An image in memory, its file, and their stored forms in `datasets` have the same score."""
         file = tmp_path / "image.png"
         gray(51).save(file)
         stored = Dataset.from_dict({"image": [gray(51), str(file)]}, Features({"image": ImageFeature(decode=False)}))
@@ -143,7 +138,7 @@ class TestScorer:
         assert Darkness().score([*kinds, *stored["image"]]).values == [0.8] * 7
 
     def test_bad_input(self):
-        """No images, or not as many prompts, is a ValueError with the score's name and the numbers."""
+        """No images or a wrong number of prompts raise a ValueError with the name of the score and the numbers."""
         with pytest.raises(ValueError, match="no images to compute `brightness`"):
             Brightness().score([], [])
         for prompts, said in ((["a"], "2 images and 1 prompts"), (None, "2 images and no prompts")):
@@ -152,7 +147,7 @@ class TestScorer:
 
     @pytest.mark.parametrize("content", [b"", b"no image", png(gray(1))[:40]], ids=["empty", "text", "half"])
     def test_a_broken_file_is_named(self, tmp_path, content):
-        """What cannot be read is a ValueError with the file, whichever batch it is in; so are a missing file, and none."""
+        """An unreadable, missing or empty image raises a ValueError with the file, in any batch."""
         broken = tmp_path / "broken.png"
         broken.write_bytes(content)
         with pytest.raises(ValueError, match=f"{broken} cannot be read as an image"):
@@ -168,7 +163,7 @@ class TestScorer:
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_a_score_that_is_no_number(self, tmp_path, value):
-        """It is a ValueError with the image's place, its file and the weights: never a mean that is no number."""
+        """A score that is not finite raises a ValueError with the index and file of the image and the weights."""
         file = tmp_path / "image.png"
         gray(51).save(file)
         with pytest.raises(
@@ -179,7 +174,7 @@ class TestScorer:
 
 class TestMetric:
     def test_a_result(self, tmp_path):
-        """It has the mean under the metric's name, its error, all scores, the errors, which way is up, and the weights."""
+        """It has the mean under the name of the metric, its standard error, scores, errors, direction and weights."""
         metric = BrightnessMetric(unit=2.0, cache_dir=str(tmp_path))
         result = metric.compute(images=[gray(value) for value in VALUES], prompts=PROMPTS, batch_size=2)
         assert result == {
@@ -193,7 +188,7 @@ class TestMetric:
         assert metric.scorer.batches == [2, 2, 1]
 
     def test_images_that_come_bit_by_bit(self, tmp_path):
-        """Images may be added in batches before the score is computed, and the scorer is made once, when it is needed."""
+        """Images can be added in batches before the computation, and the scorer is created once, when it is needed."""
         made.clear()
         metric = DarknessMetric(cache_dir=str(tmp_path))
         for values in ((255, 51), (102,)):
@@ -206,19 +201,19 @@ class TestMetric:
         assert len(made) == 1
 
     def test_what_evaluate_knows(self, tmp_path):
-        """The prompts are asked for where they are needed, the scorer's text describes it, and the metric's its use."""
+        """Prompts are required if the scorer needs them; the descriptions are the docstrings of scorer and metric."""
         metrics = [kind(cache_dir=str(tmp_path)) for kind in (BrightnessMetric, DarknessMetric)]
         assert [list(metric.features) for metric in metrics] == [["images", "prompts"], ["images"]]
-        assert metrics[0].description.startswith("The first pixel")
+        assert metrics[0].description.startswith("Scores the first pixel, times `unit`")
         assert metrics[0].inputs_description == "Brightness as a metric."
 
     def test_unknown_settings(self, tmp_path):
-        """A setting that neither the scorer nor `evaluate` has is a ValueError with those that there are: a slip of the pen."""
-        with pytest.raises(ValueError, match="`brightness` has no setting units; there is unit"):
+        """An unknown setting raises a ValueError with the valid ones."""
+        with pytest.raises(ValueError, match="`brightness` has no setting units; its settings are unit"):
             BrightnessMetric(units=2.0, cache_dir=str(tmp_path))
 
     def test_paths(self):
-        """A path is that of a module of the package; a name that is none of the metrics is a ValueError with them all."""
+        """The path is that of a module of this package; an unknown name raises a ValueError with all metrics."""
         assert Path(metric_path("pickscore")).is_file()
         with pytest.raises(ValueError, match=f"no metric 'pick_score'; there are {', '.join(METRICS)}"):
             metric_path("pick_score")

@@ -17,7 +17,7 @@ COMMIT, OTHER = "a" * 40, "b" * 40
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """A cache with one repository, of which two commits are there."""
+    """A cache with one repository at two commits."""
     repository = tmp_path / "models--someone--scorer"
     for commit in (COMMIT, OTHER):
         for name in ("weights.pt", "deep/er/weights.pt"):
@@ -35,7 +35,7 @@ class TestFiles:
     @pytest.mark.parametrize("name", ["weights.pt", "deep/er/weights.pt"])
     @pytest.mark.parametrize("revision, commit", [(None, COMMIT), ("next", OTHER), (OTHER, OTHER)])
     def test_a_file_comes_with_its_commit(self, hub, name, revision, commit):
-        """The file is that of the branch, or of the commit, and the commit is told; in folders too."""
+        """The file is that of the branch or commit, also in folders, and its commit is returned."""
         path, resolved = fetch_file("someone/scorer", name, revision)
         assert resolved == commit and path.read_text() == f"{commit} {name}"
 
@@ -44,13 +44,13 @@ class TestFiles:
         [("someone/scorer", "other.pt"), ("nobody/scorer", "weights.pt"), ("someone/scorer", "deep/w.pt")],
     )
     def test_a_file_that_is_not_there(self, hub, repo_id, name):
-        """Without network it is one line: which file, from where, and the command that fetches it."""
+        """Without network, the error is one line with the file, the repository and the command that downloads it."""
         with pytest.raises(ValueError, match=f"weights {name} of https://huggingface.co/{repo_id} are not") as caught:
             fetch_file(repo_id, name)
         assert f"`hf download {repo_id} {name}`" in str(caught.value) and "\n" not in str(caught.value)
 
     def test_a_file_of_ones_own(self, tmp_path):
-        """Its digest follows its content and nothing else."""
+        """Its hash depends only on its content."""
         digests = []
         for name, content in (("a", "x"), ("b", "x"), ("c", "y")):
             (tmp_path / name).write_text(content)
@@ -60,7 +60,7 @@ class TestFiles:
         assert digests[0] == digests[1] != digests[2]
 
     def test_a_file_of_ones_own_that_is_not_there(self, tmp_path):
-        """A missing file, and a folder, are ValueErrors with the path."""
+        """A missing file and a folder raise a ValueError with the path."""
         for path in (tmp_path / "missing.pt", tmp_path):
             with pytest.raises(ValueError, match=f"no file of weights at {path}"):
                 local_file(path)
@@ -72,7 +72,7 @@ TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 class TestReading:
     @pytest.mark.parametrize("kind", ["safetensors", "pt", "nested", "ordered"])
     def test_tensors(self, tmp_path, kind):
-        """They are read alike from safetensors and from PyTorch's files, under `state_dict` or not."""
+        """Safetensors and PyTorch files give the same tensors, nested under `state_dict` or not."""
         path = tmp_path / f"weights.{'safetensors' if kind == 'safetensors' else 'pt'}"
         if kind == "safetensors":
             save_file(TENSORS, path)
@@ -84,7 +84,7 @@ class TestReading:
     @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
     @pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 half a file"])
     def test_what_is_no_weights(self, tmp_path, name, content):
-        """A file that is none is a ValueError of one line with the path."""
+        """An invalid file raises a one-line ValueError with the path."""
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{path} cannot be read as weights") as caught:
@@ -92,13 +92,13 @@ class TestReading:
         assert "\n" not in str(caught.value)
 
     def test_a_tensor_is_no_state_dict(self, tmp_path):
-        """What holds no named tensors is a ValueError with the path."""
+        """A file without a state dict raises a ValueError with the path."""
         torch.save(torch.ones(2), tmp_path / "weights.pt")
-        with pytest.raises(ValueError, match=f"{tmp_path / 'weights.pt'} holds no state dict"):
+        with pytest.raises(ValueError, match=f"{tmp_path / 'weights.pt'} contains no state dict"):
             read_tensors(tmp_path / "weights.pt")
 
     def test_nothing_but_tensors_is_read(self, tmp_path):
-        """A pickle that would call a function is refused, and the function is not called."""
+        """A pickle that calls a function is refused, and the function is not called."""
 
         class Trap:
             def __reduce__(self):
@@ -112,7 +112,7 @@ class TestReading:
 
 class TestLoading:
     def test_all_tensors_are_loaded(self):
-        """The module has the tensors' values in its own type."""
+        """The module gets the values of the tensors in its own data type."""
         module = torch.nn.Linear(3, 2)
         load_tensors(module, {name: tensor.half() for name, tensor in TENSORS.items()}, "file.pt")
         for name, tensor in module.state_dict().items():
@@ -123,21 +123,21 @@ class TestLoading:
         [
             ({"bias": None}, "it lacks bias."),
             ({"bias": None, "weight": None}, "it lacks bias, weight."),
-            ({"gain": torch.ones(2)}, "it has, and the model does not, gain."),
+            ({"gain": torch.ones(2)}, "it has the unexpected tensors gain."),
             ({"bias": torch.ones(3)}, "it has other shapes for bias."),
             ({"bias": torch.ones(2, 1)}, "it has other shapes for bias."),
             (
                 {f"{index}": torch.ones(1) for index in range(8)},
-                "it has, and the model does not, 0, 1, 2, 3, 4 and 3 more.",
+                "it has the unexpected tensors 0, 1, 2, 3, 4 and 3 more.",
             ),
         ],
     )
     def test_tensors_that_do_not_fit(self, changes, message):
-        """What is missing, left over or of another shape is told with the file, and nothing is loaded."""
+        """Missing, unexpected and misshapen tensors are named with the file, and nothing is loaded."""
         module = torch.nn.Linear(3, 2)
         before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         tensors = {name: tensor for name, tensor in (TENSORS | changes).items() if tensor is not None}
         with pytest.raises(ValueError) as caught:
             load_tensors(module, tensors, "file.pt")
-        assert str(caught.value) == f"file.pt is no file of this metric: {message}"
+        assert str(caught.value) == f"file.pt does not fit the model of this metric: {message}"
         assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())

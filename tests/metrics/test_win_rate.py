@@ -13,7 +13,7 @@ from trl_diffusion.metrics.win_rate import win_rate
 
 
 def pairs(wins: int, ties: int, losses: int) -> tuple[list[float], list[float]]:
-    """Scores of a model that wins, ties and loses this often, in no order, and of the other model."""
+    """Shuffled scores of two models with the given numbers of wins, ties and losses."""
     signs = np.random.default_rng(0).permutation([1.0] * wins + [0.0] * ties + [-1.0] * losses)
     references = np.random.default_rng(1).normal(size=len(signs)).tolist()
     return [reference + sign for reference, sign in zip(references, signs.tolist(), strict=True)], references
@@ -45,13 +45,13 @@ def test_a_tie_is_half_a_win(wins, ties, losses):
 @pytest.mark.parametrize("confidence", [0.95, 0.8])
 @pytest.mark.parametrize("wins", [700, 500, 950])
 def test_without_ties_the_bounds_are_binomial(wins, confidence):
-    """Of a thousand pairs without ties, the bounds are quantiles of the binomial share, within two pairs of chance."""
+    """For a thousand pairs without ties, the bounds are quantiles of the binomial share, up to two pairs."""
     result = win_rate(*pairs(wins, 0, 1000 - wins), confidence=confidence, num_resamples=20_000)
     assert interval(result) == pytest.approx(binomial_interval(1000, wins / 1000, confidence), abs=0.0021)
 
 
 def test_ties_make_the_interval_narrower():
-    """Of many pairs the interval is the normal one with the variance of wins, ties and losses, within 3 % of its width."""
+    """For many pairs, the interval is the normal one with the variance of the outcomes, up to 3 % of its width."""
     result = win_rate(*pairs(2000, 2000, 1000), num_resamples=20_000)
     mean = 0.6
     deviation = math.sqrt((2000 * (1 - mean) ** 2 + 2000 * (0.5 - mean) ** 2 + 1000 * mean**2) / 5000 / 5000)
@@ -62,7 +62,7 @@ def test_ties_make_the_interval_narrower():
 
 
 def test_a_resample_is_one_of_whole_prompts():
-    """The bounds are those of a bootstrap that draws prompts one by one, of unequal numbers of pairs, within chance."""
+    """The bounds are those of a bootstrap over prompts with unequal numbers of pairs, up to chance."""
     rng = np.random.default_rng(2)
     sizes = rng.integers(1, 5, 60)
     groups = np.repeat(np.arange(60), sizes).tolist()
@@ -78,7 +78,7 @@ def test_a_resample_is_one_of_whole_prompts():
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_the_other_model_has_the_rest(grouped):
-    """With the models exchanged, or the other way up, the rate and its bounds are mirrored about one half."""
+    """Swapping the models, or the direction, mirrors the rate and its bounds about one half."""
     scores, references = pairs(300, 60, 140)
     groups = [place // 4 for place in range(500)] if grouped else None
     first = win_rate(scores, references, groups=groups)
@@ -91,7 +91,7 @@ def test_the_other_model_has_the_rest(grouped):
 
 
 def test_the_order_of_the_pairs_does_not_count():
-    """Pairs in another order, with their groups, have the same rate and the same bounds."""
+    """The rate and its bounds do not depend on the order of pairs."""
     scores, references = pairs(30, 10, 20)
     groups = [f"prompt {place // 3}" for place in range(60)]
     order = np.random.default_rng(0).permutation(60)
@@ -100,7 +100,7 @@ def test_the_order_of_the_pairs_does_not_count():
 
 
 def test_copies_of_a_pair_tell_nothing_new():
-    """Four equal pairs a prompt give the interval of one pair a prompt; taken as independent they would halve it."""
+    """Four equal pairs per prompt give the interval of one pair per prompt; without groups it is half as wide."""
     scores, references = pairs(120, 0, 80)
     copies = [[value for value in values for _ in range(4)] for values in (scores, references, range(200))]
     single = win_rate(scores, references)
@@ -112,8 +112,8 @@ def test_copies_of_a_pair_tell_nothing_new():
 
 
 def test_the_interval_covers_the_truth():
-    """Of 400 experiments with four seeds a prompt, the interval over prompts holds the true rate in 91 to 98 %; the one that
-    takes the seeds as independent holds it much more rarely."""
+    """With four seeds per prompt, the interval over prompts contains the true rate in 91 to 98 % of 400 experiments;
+    the one over independent pairs much less often."""
     rng = np.random.default_rng(0)
     covered, covered_ungrouped = 0, 0
     for _ in range(400):
@@ -130,7 +130,7 @@ def test_the_interval_covers_the_truth():
 
 
 def test_independent_pairs_are_covered():
-    """Of 400 experiments with independent pairs, some of them tied, the interval holds the true rate in 91 to 98 %."""
+    """With independent pairs and some ties, the interval contains the true rate in 91 to 98 % of 400 experiments."""
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(400):
@@ -141,7 +141,7 @@ def test_independent_pairs_are_covered():
 
 
 def test_an_interval_repeats_with_its_seed():
-    """The same seed gives the same bounds, another seed others, and numpy's global generator is neither read nor moved."""
+    """The bounds depend on the seed, and numpy's global generator is not used."""
     scores, references = pairs(300, 77, 200)
     np.random.seed(0)
     before = np.random.get_state()[1].tolist()
@@ -153,13 +153,13 @@ def test_an_interval_repeats_with_its_seed():
 
 
 def test_pairs_without_a_score_are_left_out():
-    """A pair of which either image has no score counts for nothing but in `left_out`."""
+    """A pair with a missing score counts only in `left_out`."""
     result = win_rate([1.0, None, 2.0, None, 0.0], [0.0, 0.0, None, None, 1.0], groups=["a", "b", "c", "d", "a"])
     assert result == {"win_rate": 0.5, "lower": None, "upper": None, "num_pairs": 2, "num_ties": 0, "left_out": 3}
 
 
 def test_one_group_has_no_interval():
-    """A single pair, or a single prompt, gives a rate and no bounds; two of them give bounds."""
+    """A single pair or prompt gives a rate without bounds; two of them give bounds."""
     assert interval(win_rate([1.0], [0.0])) == (None, None)
     assert interval(win_rate([1.0, 0.0, 1.0], [0.5] * 3, groups=["a"] * 3)) == (None, None)
     assert interval(win_rate([1.0, 0.0], [0.5] * 2)) == (0, 1)
@@ -170,8 +170,8 @@ def test_one_group_has_no_interval():
     [
         (([1.0], [1.0, 2.0]), {}, "There are 1 scores, 2 references: each pair"),
         (([1.0], [1.0]), {"groups": []}, "There are 1 scores, 1 references and 0 groups"),
-        (([], []), {}, "Of 0 pairs none has two scores"),
-        (([None, 1.0], [1.0, None]), {}, "Of 2 pairs none has two scores"),
+        (([], []), {}, "None of the 0 pairs has two scores"),
+        (([None, 1.0], [1.0, None]), {}, "None of the 2 pairs has two scores"),
         (([1.0, math.nan], [1.0, 2.0]), {}, r"`scores\[1\]` is nan"),
         (([1.0, 2.0], [-math.inf, 2.0]), {}, r"`references\[0\]` is -inf"),
         ((["best"], [1.0]), {}, r"`scores\[0\]` is 'best'"),
@@ -180,13 +180,13 @@ def test_one_group_has_no_interval():
     ],
 )
 def test_what_cannot_be_compared_is_refused(arguments, options, message):
-    """Lengths that differ, scores that are none and options out of range are errors that name the place."""
+    """Different lengths, invalid scores and options out of range raise errors that name the place."""
     with pytest.raises(ValueError, match=message):
         win_rate(*arguments, **options)
 
 
 def test_many_pairs_take_no_time():
-    """Ten thousand resamples of 5000 pairs, with four seeds a prompt, take less than two seconds."""
+    """Ten thousand resamples of 5000 pairs, with four seeds per prompt, take less than two seconds."""
     scores, references = pairs(2400, 500, 2100)
     start = time.perf_counter()
     win_rate(scores, references, groups=[place // 4 for place in range(5000)])
@@ -194,7 +194,7 @@ def test_many_pairs_take_no_time():
 
 
 def test_evaluate_loads_it():
-    """The module of `evaluate` gives what the function gives, with and without options."""
+    """The module of `evaluate` returns the result of the function, with and without options."""
     metric = evaluate.load(metric_path("win_rate"))
     scores, references = pairs(30, 5, 15)
     scores[7] = None

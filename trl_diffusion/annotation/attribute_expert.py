@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The attribute expert of CPO (arXiv 2601.04300): which attributes of the tree does an image have?"""
+"""The attribute expert of CPO (arXiv 2601.04300) finds which attributes of the tree an image has."""
 
 from functools import cached_property
 from hashlib import sha256
@@ -17,7 +17,7 @@ from .vlm import VLM, PromptTemplate, Request, ask
 
 
 class DimensionAnswer(BaseModel):
-    """The expert's answer on one dimension; the lists hold ids of its attributes."""
+    """The expert's answer on one dimension, as ids of attributes."""
 
     positive: list[str]
     negative: list[str]
@@ -32,7 +32,8 @@ class DimensionAnswer(BaseModel):
 
 class AttributeExpert:
     """
-    Walks the tree of criteria a dimension at a time, and names the attributes that an image has in either form.
+    Asks about one dimension of the criteria tree at a time, and lists the attributes that an image has in positive or
+    negative form.
 
     Args:
         vlm ([`VLM`]):
@@ -40,9 +41,9 @@ class AttributeExpert:
         criteria ([`Criteria`]):
             The tree.
         prompt_path (`str` or `Path`, *optional*):
-            A prompt of one's own, a Jinja template with the places `prompt`, `dimension` and `attributes`.
+            File of a custom prompt: a Jinja template with the variables `prompt`, `dimension` and `attributes`.
         max_pixels (`int`, *optional*, defaults to `1003520`):
-            An image with more pixels is shown smaller. The default is the limit that Qwen recommends.
+            Images with more pixels are downscaled. The default is the limit that Qwen recommends.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class AttributeExpert:
         }
 
     def __call__(self, images: list[ImageRecord]) -> list[ImageRecord]:
-        """Fills in the attributes; an image with a dimension that has no valid answer becomes an error."""
+        """Fills in the attributes. An image without a valid answer on every dimension becomes an error."""
         asked = [
             (image, dimension) for image in images if image.status == "ok" for dimension in self.criteria.dimensions
         ]
@@ -82,7 +83,7 @@ class AttributeExpert:
 
     @cached_property
     def schemas(self) -> dict[str, type[DimensionAnswer]]:
-        """What an answer on each dimension must validate as: it knows the ids of that dimension, and no others."""
+        """The schema of the answers on each dimension, which allows only the ids of that dimension."""
         return {dimension: self.schema(dimension) for dimension in self.criteria.dimensions}
 
     def schema(self, dimension: str) -> type[DimensionAnswer]:
@@ -98,20 +99,21 @@ class AttributeExpert:
         return Request(text, (shown,), self.schemas[dimension], (file,))
 
     def ordered(self, ids: list[str]) -> list[str]:
-        """Ids in the order of the tree."""
+        """Sorts ids in the order of the tree."""
         return [attribute.id for attribute in self.criteria.attributes if attribute.id in ids]
 
 
 def describe_criteria(criteria: Criteria) -> dict[str, str | int]:
     """
-    What tells a tree from others.
+    Identifies a tree.
 
     Args:
         criteria ([`Criteria`]):
             The tree.
 
     Returns:
-        `dict`: `name`, number of `attributes`, and a hash of these with their forms and definitions.
+        `dict`: `name`, number of `attributes`, and `sha256`, a hash of the attributes with their forms and
+        definitions.
     """
     digest = sha256(repr(criteria.attributes).encode()).hexdigest()[:16]
     return {"name": criteria.name, "attributes": len(criteria.attributes), "sha256": digest}

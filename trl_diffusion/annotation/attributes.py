@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The annotation of CPO (arXiv 2601.04300): from images to attributes of a tree of criteria."""
+"""The annotation of CPO (arXiv 2601.04300): labels images with attributes of a criteria tree."""
 
 from collections import Counter
 from functools import partial
@@ -16,17 +16,17 @@ def attribute_task(
     expert: AttributeExpert, dataset: dict[str, Any], columns: dict[str, str], rows_per_shard: int = 128
 ) -> Task:
     """
-    Annotating images with attributes.
+    Builds the task of annotating images with attributes.
 
     Args:
         expert ([`AttributeExpert`]):
             The role.
         dataset (`dict`):
-            Where the rows come from, for the manifest: `name`, `split` and what else there is to say.
+            Description of the dataset for the manifest: `name`, `split` and anything else.
         columns (`dict[str, str]`):
-            Which columns hold what, see [`annotation.records.image_columns`].
+            From our column names to the dataset's, see [`annotation.records.image_columns`].
         rows_per_shard (`int`, *optional*, defaults to `128`):
-            Rows of a shard, and what a stop costs at most.
+            Rows per shard. An interrupted run loses at most one shard of work.
 
     Returns:
         [`Task`]
@@ -51,15 +51,15 @@ def attribute_task(
 
 def count_attributes(rows: list[Row]) -> Counter:
     """
-    Figures of annotated images.
+    Counts the attributes of annotated images.
 
     Args:
         rows (`list[dict]`):
-            Rows of annotations, with indices of class labels.
+            Annotation rows, with class labels as indices.
 
     Returns:
-        `Counter`: `positive_attributes` and `negative_attributes` of the images that are ok, and how many of these are
-        `without_attributes`.
+        `Counter`: `positive_attributes`, `negative_attributes`, and the number of images `without_attributes`, all
+        over the images with the status `ok`.
     """
     ok = [row for row in rows if STATUSES[row["status"]] == "ok"]
     return Counter(

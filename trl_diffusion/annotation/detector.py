@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The detector of IAPO (Sun et al., CVPR 2026): where is each instance in either image?"""
+"""The detector of IAPO (Sun et al., CVPR 2026) locates each instance in both images."""
 
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -20,7 +20,7 @@ from .records import Instance, PairRecord
 
 class Detection(NamedTuple):
     """
-    A thing in an image.
+    An object found in an image.
 
     Attributes:
         box (`list[float]`):
@@ -34,24 +34,24 @@ class Detection(NamedTuple):
 
 
 class Detector(ABC):
-    """Finds each planned instance in both images. One that is missing in either is dropped, and recorded."""
+    """Finds each planned instance in both images. An instance that is missing in one of them is dropped and recorded."""
 
     @abstractmethod
     def detect(self, queries: list[tuple[PIL.Image.Image, str]]) -> list[Detection | None]:
         """
-        Finds things by name.
+        Finds objects by name.
 
         Args:
             queries (`list[tuple[PIL.Image.Image, str]]` of length `B`):
-                Upright images, each with what to find in it.
+                Upright images, each with the name of the object to find.
 
         Returns:
-            `list[Detection | None]` of length `B`: the most confident hit of each, `None` where there is none.
+            `list[Detection | None]` of length `B`: the most confident detection of each query, or `None`.
         """
 
     @abstractmethod
     def describe(self) -> dict:
-        """What a detection depends on: `model`, `revision`, thresholds. For the manifest."""
+        """Everything that a detection depends on (`model`, `revision`, thresholds), for the manifest."""
 
     def __call__(self, pairs: list[PairRecord]) -> list[PairRecord]:
         """Fills in `instances`."""
@@ -69,21 +69,26 @@ class Detector(ABC):
 
 class TransformersDetector(Detector):
     """
-    A zero-shot detector of transformers. Each instance is looked for by itself, so that a score depends on no other.
+    A zero-shot detector from transformers. Each instance is a query of its own, so its score does not depend on the
+    others.
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"IDEA-Research/grounding-dino-base"`):
-            Hub id or folder: Grounding DINO, MM Grounding DINO, OWL-ViT, OWLv2 (needs scipy), OmDet-Turbo (torchvision).
+            Hub id or folder of a Grounding DINO, MM Grounding DINO, OWL-ViT, OWLv2 (needs scipy) or OmDet-Turbo (needs
+            torchvision) model.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         threshold (`float`, *optional*, defaults to `0.3`):
-            Hits with a lower score do not count.
+            Detections with a lower score are ignored.
         batch_size (`int`, *optional*, defaults to `16`):
-            Images that are looked at at once.
+            Number of images per batch.
         dtype (`str`, *optional*, defaults to `"float32"`):
-            Type of the weights.
+            Data type of the weights.
         device (`str`, *optional*):
-            Where the model is. Defaults to the GPU, or to the CPU where there is none.
+            Device of the model. Defaults to the GPU if there is one, else to the CPU.
+
+    Raises:
+        `ValueError`: If the threshold is not in [0, 1).
     """
 
     def __init__(
@@ -113,7 +118,7 @@ class TransformersDetector(Detector):
         }
 
     def __getstate__(self) -> dict:
-        # Another process loads the model itself, onto its own device
+        # Another process loads the model itself, on its own device
         return {name: value for name, value in self.__dict__.items() if name not in ("model", "processor")}
 
     @property
@@ -132,7 +137,7 @@ class TransformersDetector(Detector):
         return model.to(self.device).eval()
 
     def detect(self, queries: list[tuple[PIL.Image.Image, str]]) -> list[Detection | None]:
-        # Images of one size go together: then nothing is padded, and no hit depends on its neighbours in the batch.
+        # Batches hold images of one size: nothing is padded, so no detection depends on the other images in its batch.
         by_size = sorted(range(len(queries)), key=lambda index: queries[index][0].size)
         hits = [None] * len(queries)
         for _, indices in groupby(by_size, key=lambda index: queries[index][0].size):
@@ -143,10 +148,10 @@ class TransformersDetector(Detector):
 
     @torch.inference_mode()
     def detect_batch(self, queries: list[tuple[PIL.Image.Image, str]]) -> list[Detection | None]:
-        """As `detect`, for images of one size."""
+        """Same as `detect`, for one batch of images of the same size."""
         images = [image for image, _ in queries]
         labels = [[label.replace(".", " ")] for _, label in queries]  # a full stop would end Grounding DINO's phrase
-        padding = self.processor.text_kwargs.get("padding", True)  # OWL-ViT's takes texts of one length only
+        padding = self.processor.text_kwargs.get("padding", True)  # OWL-ViT pads all texts to one fixed length
         inputs = self.processor(images=images, text=labels, padding=padding, truncation=True, return_tensors="pt").to(
             self.device
         )
@@ -160,16 +165,16 @@ class TransformersDetector(Detector):
 
 def best_hit(result: dict[str, torch.Tensor], image: PIL.Image.Image) -> Detection | None:
     """
-    The most confident hit that covers something.
+    Selects the most confident detection whose box has a positive area.
 
     Args:
         result (`dict[str, torch.Tensor]`):
-            `scores` of shape `(N,)` and `boxes` of shape `(N, 4)` in pixels of the image, as post-processing gives them.
+            Output of post-processing: `scores` of shape `(N,)` and `boxes` of shape `(N, 4)` in pixels of the image.
         image (`PIL.Image.Image`):
             The image.
 
     Returns:
-        [`Detection`], or `None` where there is none.
+        [`Detection`], or `None` if no box has a positive area.
     """
     boxes = normalize_boxes(result["boxes"].cpu(), *image.size).clamp(0, 1)
     scores = result["scores"].cpu()

@@ -23,29 +23,32 @@ from .vlm import VLM, GenerationError, Request
 
 
 JPEG_QUALITY = 95
-LONGEST_WAIT = 60.0  # seconds between two tries, before chance makes them longer
-TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # status codes of a server that may yet answer
+LONGEST_WAIT = 60.0  # seconds between two attempts, before the random factor
+TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # status codes after which the server may answer a retry
 
 
 class EndpointVLM(VLM):
     """
-    A vision-language model that a server offers through OpenAI's chat completions, decoded at temperature 0.
+    A vision-language model behind a server with OpenAI's chat completions API, decoded at temperature 0.
 
     Args:
         base_url (`str`):
-            The server, such as `"http://localhost:8000/v1"`.
+            Address of the server, such as `"http://localhost:8000/v1"`.
         model (`str`):
-            The model's name there.
+            Name of the model on the server.
         concurrency (`int`, *optional*, defaults to `32`):
-            Requests that are under way at once.
+            Number of concurrent requests.
         timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds that a request may take.
+            Timeout of a request in seconds.
         max_tries (`int`, *optional*, defaults to `6`):
-            How often a request is made before it counts as an error. Between tries of a server that is busy, out of order
-            or silent, the wait doubles from a second, or is what the server asks for; by chance up to half as long again,
-            so that not all come back at once.
+            Attempts per request before it counts as an error. After a failed attempt, the wait is the time that the
+            server asks for, or starts at one second and doubles with each attempt. A random factor of up to 1.5
+            spreads the retries.
         max_new_tokens (`int`, *optional*, defaults to `512`):
-            An answer's longest length in tokens.
+            Maximum length of an answer in tokens.
+
+    Raises:
+        `ValueError`: If `base_url` is not an HTTP address.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class EndpointVLM(VLM):
         try:
             url = httpx2.URL(base_url)
         except httpx2.InvalidURL as error:
-            raise ValueError(f"The server's address {base_url!r} is none: {error}.") from error
+            raise ValueError(f"The server's address {base_url!r} is not a valid URL: {error}.") from error
         if url.scheme not in ("http", "https") or not url.host:
             raise ValueError(
                 f"The server's address must be like 'http://localhost:8000/v1' or 'https://server/v1', got {base_url!r}."
@@ -71,7 +74,7 @@ class EndpointVLM(VLM):
         self.timeout = timeout
         self.max_tries = max_tries
         self.max_new_tokens = max_new_tokens
-        self.offers_schemas = True  # until a request succeeds that failed with one
+        self.offers_schemas = True  # until a request fails with a schema and succeeds without one
 
     def describe(self) -> dict:
         return {
@@ -83,11 +86,11 @@ class EndpointVLM(VLM):
         }
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "client"}  # connections stay here
+        return {name: value for name, value in self.__dict__.items() if name != "client"}  # connections do not pickle
 
     @cached_property
     def client(self) -> InferenceClient:
-        # Without a key of its own, or with an empty one, the client would send the user's Hub token to any server.
+        # Without a key, or with an empty one, the client would send the user's Hub token to any server.
         return ChatClient(
             base_url=self.base_url, timeout=self.timeout, api_key=os.environ.get("OPENAI_API_KEY") or "none"
         )
@@ -101,7 +104,7 @@ class EndpointVLM(VLM):
             return list(pool.map(lambda request: self.answer(request, urls, self.offers_schemas), requests))
 
     def answer(self, request: Request, urls: dict[int, str], with_schema: bool) -> str | GenerationError:
-        """Makes one request, as often as it takes."""
+        """Sends one request, with up to `max_tries` attempts."""
         content = [{"type": "image_url", "image_url": {"url": urls[id(image)]}} for image in request.images]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": request.text}]}]
         problem = ""
@@ -121,7 +124,7 @@ class EndpointVLM(VLM):
             except HfHubHTTPError as error:
                 status = error.response.status_code
                 problem = f"the server answers {status}: {' '.join(error.response.text.split())[:200]}"
-                if status in (400, 422) and with_schema:  # perhaps it offers none: the same again without
+                if status in (400, 422) and with_schema:  # the server may not support schemas: retry without one
                     return self.answer(request, urls, with_schema=False)
                 if status not in TRY_AGAIN:
                     return GenerationError(problem)
@@ -129,7 +132,7 @@ class EndpointVLM(VLM):
             except httpx2.RequestError as error:
                 problem, wait = f"the server does not answer: {type(error).__name__} {error}".strip(), None
             except (ValueError, TypeError, LookupError, AttributeError):  # what parsing raises
-                problem, wait = "the server's answer is no chat completion", None
+                problem, wait = "the server's answer is not a chat completion", None
             if attempt + 1 < self.max_tries:
                 time.sleep(min(2**attempt if wait is None else wait, LONGEST_WAIT) * random.uniform(1, 1.5))
         return GenerationError(f"{problem} ({self.max_tries} tries)")
@@ -137,9 +140,9 @@ class EndpointVLM(VLM):
 
 class ChatClient(InferenceClient):
     """
-    The client as it is, but for two things. A JSON schema goes out in OpenAI's form; it would go out in an older server's.
-    And connections are its own: those that are shared with the Hub refuse every server, this machine too, where
-    HF_HUB_OFFLINE is set, and are at most a hundred.
+    `InferenceClient` with two changes. It sends a JSON schema in OpenAI's format, not in that of an older server. And
+    it opens its own connections: those shared with the Hub are limited to a hundred, and refuse every server, even
+    localhost, when HF_HUB_OFFLINE is set.
     """
 
     @cached_property
@@ -165,9 +168,9 @@ def response_format(schema: type[BaseModel]) -> dict:
 
 
 def data_url(image: PIL.Image.Image, file: bytes | None = None) -> str:
-    """An image in JSON, by its own JPEG file where there is one."""
+    """An image as a data URL, from its own JPEG file if it has one."""
     if file is None:
-        # Into a file on the disk PIL writes without holding up other threads
+        # PIL releases the global interpreter lock only when it writes to a file on disk
         with tempfile.TemporaryFile() as written:
             image.save(written, format="JPEG", quality=JPEG_QUALITY)
             written.seek(0)
@@ -176,6 +179,6 @@ def data_url(image: PIL.Image.Image, file: bytes | None = None) -> str:
 
 
 def seconds_asked_for(error: HfHubHTTPError) -> float | None:
-    """How long the server asks to wait, in seconds, if it says so."""
+    """The wait in seconds that the server asks for, if any."""
     asked = error.response.headers.get("retry-after", "")
     return float(asked) if asked.isdecimal() else None

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The images of an annotation run: opened once, upright, and boxes back to pixels of the stored file."""
+"""The images of an annotation run: decodes each image once, upright, and maps boxes back to pixels of the stored file."""
 
 import hashlib
 import io
@@ -17,17 +17,19 @@ from ..data.formats import image_content
 from ..data.transforms import upright_image
 
 
-INVERSE_ORIENTATIONS = {6: 8, 8: 6}  # the others undo themselves
-BOMB_PIXELS = 89_478_485  # where PIL starts to warn
-MOST_PIXELS = 2048 * 2048  # no role sees more, and thousands of images are in memory at once
-LONGEST_SIDE = 200  # in shorter sides; Qwen's models refuse more, and Grounding DINO's processor crashes at some point
+INVERSE_ORIENTATIONS = {6: 8, 8: 6}  # every other orientation is its own inverse
+BOMB_PIXELS = 89_478_485  # PIL warns above this number
+MOST_PIXELS = 2048 * 2048  # no role sees more pixels, and thousands of images are in memory at once
+LONGEST_SIDE = (
+    200  # largest aspect ratio: Qwen's models refuse more, and Grounding DINO's processor crashes eventually
+)
 PADDING = (127, 127, 127)
 
 
 @dataclass
 class StoredImage:
     """
-    An image as a dataset stores it.
+    An image as the dataset stores it.
 
     Args:
         data (`bytes`):
@@ -39,17 +41,17 @@ class StoredImage:
     @classmethod
     def read(cls, value: Any) -> "StoredImage":
         """
-        Reads an image of a dataset, without decoding it.
+        Reads an image of a dataset without decoding it.
 
         Args:
             value (`dict`, `bytes`, `str` or `PIL.Image.Image`):
-                As [`data.formats.open_image`] takes it.
+                An image in any form that [`data.formats.open_image`] accepts.
 
         Returns:
             [`StoredImage`]
 
         Raises:
-            `ValueError`: If the value holds no image.
+            `ValueError`: If the value is not an image.
             `OSError`: If a file is missing.
         """
         content = image_content(value)
@@ -60,11 +62,11 @@ class StoredImage:
         return cls(buffer.getvalue())
 
     def __getstate__(self) -> dict:
-        return {"data": self.data}  # the pixels stay behind when an image goes to another process
+        return {"data": self.data}  # decoded pixels are not sent to another process
 
     @property
     def uid(self) -> str:
-        """A name that follows from the content."""
+        """A hash of the content."""
         return hashlib.sha256(self.data).hexdigest()[:32]
 
     @cached_property
@@ -78,8 +80,8 @@ class StoredImage:
                 raise ValueError(f"the image claims {pixels:,} pixels; more than {BOMB_PIXELS:,} are refused")
             if max(image.size) > LONGEST_SIDE * min(image.size):
                 raise ValueError(
-                    f"the image is {image.width} x {image.height} pixels: models take none that is more than {LONGEST_SIDE} "
-                    "times as long as it is wide"
+                    f"the image is {image.width} x {image.height} pixels: models refuse images whose longer side is more "
+                    f"than {LONGEST_SIDE} times the shorter one"
                 )
             image.load()
             orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1)
@@ -87,7 +89,7 @@ class StoredImage:
         except PIL.Image.DecompressionBombError as error:
             raise ValueError(f"the image claims too many pixels: {error}") from error
         except PIL.UnidentifiedImageError as error:
-            raise ValueError(f"this is no image that can be read; it starts with {self.data[:16]!r}") from error
+            raise ValueError(f"this is not an image that can be read; it starts with {self.data[:16]!r}") from error
         except (OSError, SyntaxError, EOFError) as error:  # what PIL raises on broken files
             raise ValueError(f"the image is broken: {error}") from error
 
@@ -96,13 +98,13 @@ class StoredImage:
         Decodes the image.
 
         Raises:
-            `ValueError`: If it cannot be read; says why.
+            `ValueError`: If it cannot be read, with the reason.
         """
-        _ = self._opened  # no assert: this must happen under `python -O` too
+        _ = self._opened  # not an assert, which `python -O` would skip
 
     @property
     def readable(self) -> bool:
-        """Whether it can be decoded."""
+        """Whether the image can be decoded."""
         try:
             self.open()
         except ValueError:
@@ -111,33 +113,33 @@ class StoredImage:
 
     @property
     def upright(self) -> PIL.Image.Image:
-        """The image as people see it, RGB, made smaller where it has more than `MOST_PIXELS`."""
+        """The RGB image with its EXIF orientation applied, downscaled to at most `MOST_PIXELS`."""
         return self._opened[0]
 
     def shown(self, max_pixels: int) -> tuple[PIL.Image.Image, bytes | None]:
         """
-        The image for a model.
+        Prepares the image for a model.
 
         Args:
             max_pixels (`int`):
-                An image with more pixels is made smaller.
+                Images with more pixels are downscaled.
 
         Returns:
-            `tuple`: the upright image, and the file, if it is a JPEG that shows just this.
+            `tuple`: the upright image, and its file if that is a JPEG with exactly these pixels, else `None`.
         """
         image = limit_pixels(self.upright, max_pixels)
-        return image, self.data if image.format == "JPEG" else None  # PIL forgets the format with any change
+        return image, self.data if image.format == "JPEG" else None  # any change resets the format
 
     def stored_box(self, box: list[float]) -> list[float]:
         """
-        Moves a box from the upright image to the file.
+        Converts a box of the upright image to the stored file.
 
         Args:
             box (`list[float]`):
-                A unit box of `upright`.
+                Unit box in `upright`.
 
         Returns:
-            `list[float]`: `[x_min, y_min, x_max, y_max]` in pixels of the stored image, within it.
+            `list[float]`: `[x_min, y_min, x_max, y_max]` in pixels of the stored image, clipped to it.
         """
         _, size, orientation = self._opened
         stored = orient_boxes(torch.tensor(box).clamp(0, 1), INVERSE_ORIENTATIONS.get(orientation, orientation))
@@ -146,7 +148,7 @@ class StoredImage:
 
 def crop_around(image: PIL.Image.Image, box: list[float], size: int, margin: float) -> PIL.Image.Image:
     """
-    Crops a square around the centre of an instance, so large that the instance fills the same share of every crop.
+    Crops a square around the centre of an instance. The longer side of the box fills the same share of every crop.
 
     Args:
         image (`PIL.Image.Image`):
@@ -154,12 +156,12 @@ def crop_around(image: PIL.Image.Image, box: list[float], size: int, margin: flo
         box (`list[float]`):
             Unit box of the instance.
         size (`int`):
-            Width and height in pixels of the result.
+            Width and height of the result in pixels.
         margin (`float`):
-            Side of the square over the longer side of the box.
+            Side of the square divided by the longer side of the box.
 
     Returns:
-        `PIL.Image.Image`: the crop, grey where the square reaches beyond the image.
+        `PIL.Image.Image`: the crop, padded with grey outside the image.
     """
     x_min, x_max = box[0] * image.width, box[2] * image.width
     y_min, y_max = box[1] * image.height, box[3] * image.height
@@ -180,16 +182,16 @@ def crop_around(image: PIL.Image.Image, box: list[float], size: int, margin: flo
 
 def limit_pixels(image: PIL.Image.Image, max_pixels: int) -> PIL.Image.Image:
     """
-    Makes an image smaller where it has too many pixels.
+    Downscales an image that has too many pixels.
 
     Args:
         image (`PIL.Image.Image`):
             The image.
         max_pixels (`int`):
-            Width times height of the result, at most.
+            Maximum of width times height.
 
     Returns:
-        `PIL.Image.Image`: the image itself, or a smaller copy of its shape.
+        `PIL.Image.Image`: the image itself, or a smaller copy with the same aspect ratio.
     """
     pixels = image.width * image.height
     if pixels <= max_pixels:

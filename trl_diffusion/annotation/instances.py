@@ -1,10 +1,11 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The first stage of IAPO (Sun et al., CVPR 2026): from image pairs to instances, and which image draws each better.
+"""The first stage of IAPO (Sun et al., CVPR 2026): annotates image pairs with instances and their preferences.
 
-The planner names what both images show, the detector finds it in both, the judge says where it is drawn better. Where that is
-the rejected image, the instance contradicts the pair's label: it is in *conflict*.
+The planner lists the instances that both images show, the detector locates them in both images, and the judge decides
+which image shows each instance better. If that is the rejected image, the instance contradicts the pair's label: it is
+a *conflict*.
 """
 
 from collections import Counter
@@ -29,19 +30,19 @@ def instance_task(
     rows_per_shard: int = 128,
 ) -> Task:
     """
-    Annotating pairs with instances.
+    Builds the task of annotating pairs with instances.
 
     Args:
         planner ([`Planner`]), detector ([`Detector`]), judge ([`Judge`]):
             The roles.
         dataset (`dict`):
-            Where the rows come from, for the manifest: `name`, `split` and what else there is to say.
+            Description of the dataset for the manifest: `name`, `split` and anything else.
         columns (`dict[str, str]`):
-            Which columns hold what, see [`annotation.records.pair_columns`].
+            From our column names to the dataset's, see [`annotation.records.pair_columns`].
         tie_policy (`str`, *optional*, defaults to `"drop"`):
             `"drop"` or `"keep"`, see [`annotation.records.read_pair`].
         rows_per_shard (`int`, *optional*, defaults to `128`):
-            Rows of a shard, and what a stop costs at most.
+            Rows per shard. An interrupted run loses at most one shard of work.
 
     Returns:
         [`Task`]
@@ -69,15 +70,16 @@ def instance_task(
 
 def count_instances(rows: list[Row]) -> Counter:
     """
-    Figures of annotated pairs.
+    Counts the instances of annotated pairs.
 
     Args:
         rows (`list[dict]`):
-            Rows of annotations, with indices of class labels.
+            Annotation rows, with class labels as indices.
 
     Returns:
-        `Counter`: `tie` pairs; among those that are ok the pairs `without_instances`, the `instances`, and of these the
-        `conflicts` and the `instance_ties`; `dropped_instances` that were planned and not found.
+        `Counter`: `tie`, the pairs that are ties; and over the pairs with the status `ok`, `without_instances`
+        (pairs), `instances`, the `conflicts` and `instance_ties` among them, and `dropped_instances` (planned, but not
+        kept).
     """
     ok = [row for row in rows if STATUSES[row["status"]] == "ok"]
     preferences = Counter(PREFERENCES[instance["preference"]] for row in ok for instance in row["instances"])

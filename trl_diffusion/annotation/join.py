@@ -1,10 +1,9 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""From annotations and the dataset that they are about to the columns of the trainers.
+"""Joins annotations with their source dataset, which gives the columns of the trainers.
 
-Annotations hold no images, only their uids. Whoever has the dataset puts both together here, and may do so a row at a
-time.
+Annotations hold the uids of the images, not the images. A source can be streamed: rows are joined one at a time.
 """
 
 import json
@@ -26,33 +25,33 @@ from .run import MANIFEST, Row
 logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 16
-PROGRESS = ("complete", "counts", "versions")  # what a manifest says besides what the annotations depend on
+PROGRESS = ("complete", "counts", "versions")  # entries of a manifest that the annotations do not depend on
 
 
-# ----- from a run's folder -----
+# ----- loading a run -----
 
 
 def load_annotations(folder: str | Path, split: str | None = None, allow_incomplete: bool = False) -> Dataset:
     """
-    Loads what a run has written.
+    Loads the annotations of a run.
 
     Args:
         folder (`str` or `Path`):
             Folder of a run, or the `output_dir` of runs.
         split (`str`, *optional*):
-            Which split's run, where the `output_dir` holds several.
+            Split to load. Required if the `output_dir` holds runs of several splits.
         allow_incomplete (`bool`, *optional*, defaults to `False`):
-            Load a run that is not finished, as far as it is.
+            Whether to load the finished rows of an unfinished run.
 
     Returns:
-        [`~datasets.Dataset`]: the annotations of all rows, in their order.
+        [`~datasets.Dataset`]: the annotations of all rows, in the order of the dataset.
 
     Raises:
-        `ValueError`: If there is no run, several that would do, or one that is not finished.
+        `ValueError`: If there is no such run, if there are several, or if the run is not finished.
     """
     runs = find_runs(folder)
     if split is None and len(runs) > 1:
-        raise ValueError(f"{folder} holds runs of the splits {', '.join(runs)}: name one of them as `split`.")
+        raise ValueError(f"{folder} holds runs of the splits {', '.join(runs)}: choose one with `split`.")
     split = split or next(iter(runs))
     if split not in runs:
         raise ValueError(f"{folder} holds no run of the split {split!r}; it has {', '.join(runs)}.")
@@ -60,8 +59,8 @@ def load_annotations(folder: str | Path, split: str | None = None, allow_incompl
     manifest = read_manifest(run)
     if not manifest["complete"] and not allow_incomplete:
         raise ValueError(
-            f"The run in {run} is not finished, {manifest['counts']['rows']:,} rows are done: give the command that "
-            "started it once more, and it goes on. `allow_incomplete=True` loads what is there."
+            f"The run in {run} is not finished, {manifest['counts']['rows']:,} rows are done. Repeat the command that "
+            "started it to continue, or pass `allow_incomplete=True` to load the rows that are done."
         )
     shards = sorted(str(path) for path in run.glob("annotations-*.parquet"))
     if not shards:
@@ -71,17 +70,17 @@ def load_annotations(folder: str | Path, split: str | None = None, allow_incompl
 
 def find_runs(folder: str | Path) -> dict[str, Path]:
     """
-    Finds runs.
+    Finds the runs in a folder.
 
     Args:
         folder (`str` or `Path`):
             Folder of a run, or the `output_dir` of runs.
 
     Returns:
-        `dict[str, Path]`: the run of each split.
+        `dict[str, Path]`: the folder of the run of each split.
 
     Raises:
-        `ValueError`: If there is none, or several of one split.
+        `ValueError`: If there is no run, or several runs of one split.
     """
     folder = Path(folder)
     runs: dict[str, Path] = {}
@@ -93,34 +92,34 @@ def find_runs(folder: str | Path) -> dict[str, Path]:
         if split in runs:
             names = [path.name for path in candidates if read_manifest(path)["dataset"]["split"] == split]
             raise ValueError(
-                f"{folder} holds several runs of the split {split!r}: {', '.join(names)}. Name the folder of one of "
+                f"{folder} holds several runs of the split {split!r}: {', '.join(names)}. Pass the folder of one of "
                 f"them. They differ in {listed(differences([read_manifest(folder / name) for name in names]))}."
             )
         runs[split] = run
     if not runs:
         raise ValueError(
-            f"{folder} is no folder of annotations: neither it nor a folder in it has a {MANIFEST}. `trl-diffusion "
-            "annotate-instances` and `annotate-attributes` write one into their `--output_dir`."
+            f"{folder} is not a folder of annotations: neither it nor a folder in it has a {MANIFEST}. Pass the "
+            "`--output_dir` of `trl-diffusion annotate-instances` or `annotate-attributes`."
         )
     return runs
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
-    """The manifest in the folder of a run."""
+    """Reads the manifest of a run."""
     return json.loads((run / MANIFEST).read_text(encoding="utf-8"))
 
 
 def differences(manifests: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """
-    Compares what runs describe.
+    Compares the descriptions of runs.
 
     Args:
         manifests (`list[dict]`):
-            Their manifests.
+            Manifests of the runs.
 
     Returns:
-        `dict[str, list]`: the values of each entry that is not the same in all of them; a prompt's hash stands for
-        its text.
+        `dict[str, list]`: each entry that differs between the runs, with its values. Prompts are compared by their
+        hashes.
     """
     flat = [dict(entries(manifest)) for manifest in manifests]
     keys = dict.fromkeys(key for entry in flat for key in entry)
@@ -129,7 +128,7 @@ def differences(manifests: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def entries(manifest: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """What annotations depend on, by names such as `judge.model.revision`."""
+    """Flattens the description in a manifest to names such as `judge.model.revision`."""
     for name, value in manifest.items():
         if not prefix and name in PROGRESS:
             continue
@@ -140,12 +139,12 @@ def entries(manifest: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def listed(found: dict[str, list[Any]]) -> str:
-    """Differences on one line."""
+    """Formats differences on one line."""
     lines = [f"{key} ({', '.join(str(value)[:60] for value in values)})" for key, values in found.items()]
-    return "; ".join(lines) or "nothing that they describe"
+    return "; ".join(lines) or "nothing that their manifests describe"
 
 
-# ----- with the dataset -----
+# ----- joining with the dataset -----
 
 
 def join_annotations(
@@ -156,12 +155,11 @@ def join_annotations(
     counts: Counter | None = None,
 ) -> Dataset | IterableDataset:
     """
-    Joins annotations with the dataset that they are about: from both, the columns of the trainers.
+    Joins annotations with their source dataset. The result has the columns of the trainers.
 
-    Rows meet by their ids, and every image must be the one that was annotated, by its uid. The images' bytes stay as
-    they are. Rows that were rejected, could not be annotated or have no annotation are left out. How many are is
-    logged; the rows of a stream that have no annotation are only known as they come, and logged at the first, the
-    tenth, the hundredth and so on.
+    Rows are matched by id, and each image is checked by its uid. The bytes of the images do not change. Rows that are
+    rejected, are errors or have no annotation are left out, and their number is logged. For a stream, rows without
+    annotation are logged while they are read: the 1st, the 10th, the 100th and so on.
 
     ```python
     >>> from datasets import load_dataset
@@ -174,28 +172,27 @@ def join_annotations(
 
     Args:
         source ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The dataset, in any order. A stream stays one: nothing is read before the first row is asked for. A
-            dataset in memory is written once more, with its images, to the cache of `datasets`.
+            The dataset, in any order. A stream stays a stream: rows are read only when they are requested. A dataset
+            in memory is copied to the cache of `datasets`, with its images.
         annotations ([`~datasets.Dataset`]):
-            Annotations of pairs or of single images, from [`annotation.join.load_annotations`] or published.
+            Annotations of pairs or of single images, from [`annotation.join.load_annotations`] or a published dataset.
         columns (`dict[str, str]`, *optional*):
-            Which columns of the source hold what, see [`annotation.records.pair_columns`]. Left out, the source has
-            the trainers' columns or those of Pick-a-Pic v2.
+            From our column names to those of the source, see [`annotation.records.pair_columns`]. Defaults to the
+            trainers' columns or those of Pick-a-Pic v2.
         ties (`bool`, *optional*, defaults to `False`):
-            Give the pairs of which neither image is better, and no others. They never train: which image is called
-            chosen says nothing.
+            Whether to return only the ties. They are not for training: the choice of their chosen image is arbitrary.
         counts (`Counter`, *optional*):
-            Is told as rows are read how many were `joined`, `rejected`, an `error`, a `tie` (or `no tie`) and
-            `missing`, which have no annotation. What another process reads, and what comes out of a cache, is not
-            counted.
+            Counter that is updated as rows are read, with the number of rows that are `joined`, `rejected`, `error`,
+            `tie` (or `no tie`) and `missing` (without annotation). Rows that another process reads or that come from a
+            cache are not counted.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: of the source's kind and in its order, with the
-        columns of [`data.formats.instance_pair_features`] or [`data.formats.attribute_features`] and no others.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: the same type and order as the source, with exactly the
+        columns of [`data.formats.instance_pair_features`] or [`data.formats.attribute_features`].
 
     Raises:
-        `ValueError`: If these are no annotations, if no row of a dataset in memory has one, and, when it is read, if a
-            row has other images than were annotated.
+        `ValueError`: If `annotations` are not annotations, or if no row of a dataset in memory has one. When rows are
+            read, if the images of a row are not those that were annotated.
     """
     if not isinstance(annotations, Dataset):
         raise ValueError(
@@ -211,13 +208,13 @@ def join_annotations(
     features = joined_features(annotations.features)
     is_pair = "instances" in features
     if ties and not is_pair:
-        raise ValueError("`ties=True` is for annotations of pairs; a single image is no tie.")
+        raise ValueError("`ties=True` is for annotations of pairs; single images have no ties.")
     source, columns = prepare_rows(source, pair_columns if is_pair else image_columns, columns)
     join = Join(annotations, columns, features, ties, Counter() if counts is None else counts)
     join.log_left_out()
     if isinstance(source, IterableDataset):
         stream = source.map(join, batched=True, batch_size=ROWS_AT_ONCE, remove_columns=list(columns.values()))
-        return stream.cast(features)  # given to `map`, the features would never decode an image of a stream
+        return stream.cast(features)  # if `map` is given the features, it does not decode the images of a stream
     return source.select(join.annotated([str(row_id) for row_id in source[columns["id"]][:]])).map(
         join,
         batched=True,
@@ -230,44 +227,44 @@ def join_annotations(
 
 def joined_features(annotated: Features) -> Features:
     """
-    The columns of annotations and source together.
+    Determines the columns of the joined dataset.
 
     Args:
         annotated ([`~datasets.Features`]):
             Columns of the annotations.
 
     Returns:
-        [`~datasets.Features`]: the trainers' columns; attributes have the type that the annotations give them.
+        [`~datasets.Features`]: the trainers' columns. Attributes keep their type in the annotations.
 
     Raises:
-        `ValueError`: If these are no annotations.
+        `ValueError`: If the columns are not those of annotations.
     """
     if {"id", "status", "chosen_uid", "rejected_uid", "tie", "instances"} <= set(annotated):
         return instance_pair_features()
     if {"id", "status", "image_uid", *ATTRIBUTE_COLUMNS} <= set(annotated):
         return Features({**attribute_features(), **{name: annotated[name] for name in ATTRIBUTE_COLUMNS}})
     raise ValueError(
-        f"These are no annotations: they have the columns {', '.join(annotated)}. Load them with `load_annotations`, "
-        "or the configuration `annotations` of a published dataset."
+        f"`annotations` has the columns {', '.join(annotated)}, which are not those of annotations. Load them with "
+        "`load_annotations`, or from the configuration `annotations` of a published dataset."
     )
 
 
 @dataclass
 class Join:
     """
-    Rows of a source in, rows of the trainers out.
+    Turns batches of source rows into rows for the trainers.
 
     Args:
         annotations ([`~datasets.Dataset`]):
             The annotations.
         columns (`dict[str, str]`):
-            Which columns of the source hold what.
+            From our column names to those of the source.
         features ([`~datasets.Features`]):
-            Columns of what comes out.
+            Columns of the result.
         ties (`bool`):
-            Whether ties are wanted, and nothing else.
+            Whether to return only the ties.
         counts (`Counter`):
-            What became of the rows.
+            Number of rows per outcome.
     """
 
     annotations: Dataset
@@ -277,14 +274,14 @@ class Join:
     counts: Counter = field(default_factory=Counter)
 
     def __getstate__(self) -> dict:
-        # Neither is part of what this does, by which `datasets` finds a result in its cache; the index would be large
+        # `datasets` hashes this state to find a result in its cache. Counts and index do not change the result.
         state = self.__dict__ | {"counts": Counter()}
         state.pop("index", None)
         return state
 
     @cached_property
     def index(self) -> tuple[dict[str, int], dict[str, str]]:
-        """Numbers of the annotations that are used, and what the others are, each by the row's id."""
+        """Maps row ids to the index of their annotation, and the ids of unused annotations to the reason."""
         statuses = self.annotations.features["status"].names
         ids, codes = self.annotations["id"][:], self.annotations["status"][:]
         ties = self.annotations["tie"][:] if "tie" in self.annotations.features else [False] * len(ids)
@@ -303,51 +300,53 @@ class Join:
         return used, others
 
     def log_left_out(self) -> None:
-        """Says how many annotations are not used."""
+        """Logs how many annotations are not used."""
         used, _ = self.index
         names = self.annotations.features["status"].names
         statuses = Counter(names[status] for status in self.annotations["status"][:])
         left_out = {name: statuses[name] for name in names if name != "ok"} | {"ties": statuses["ok"] - len(used)}
         if self.ties:
-            logger.warning(f"Of {len(self.annotations):,} annotations, {len(used):,} are ties, which do not train.")
+            logger.warning(
+                f"{len(used):,} of {len(self.annotations):,} annotations are ties, which are not for training."
+            )
         elif any(left_out.values()):
             figures = ", ".join(f"{name} {number:,}" for name, number in left_out.items() if number)
             logger.warning(
-                f"Of {len(self.annotations):,} annotations, {len(used):,} become rows to train on. Left out: "
-                f"{figures}."
+                f"{len(used):,} of {len(self.annotations):,} annotations become training rows. Left out: {figures}."
             )
 
     def annotated(self, ids: list[str]) -> list[int]:
         """
-        Finds the rows of a source that have an annotation, and says how many have none, and the other way round.
+        Finds the rows of the source that have an annotation. Logs the numbers of rows without annotation and of
+        annotations without row.
 
         Args:
             ids (`list[str]`):
-                The ids of all rows.
+                Ids of all rows.
 
         Returns:
-            `list[int]`: numbers of rows.
+            `list[int]`: indices of the rows.
 
         Raises:
-            `ValueError`: If there are none.
+            `ValueError`: If no row has an annotation.
         """
         used, others = self.index
         numbers = [number for number, row_id in enumerate(ids) if row_id in used or row_id in others]
         if ids and not numbers:
             raise ValueError(
-                f"None of the {len(ids):,} rows of the source has an annotation. Their ids are such as {ids[0]!r}, "
-                f"those of the annotations such as {self.annotations['id'][0]!r}: say with `columns` which column "
-                "holds the ids, or take the dataset and the split that were annotated."
+                f"None of the {len(ids):,} rows of the source has an annotation. The first id of the source is "
+                f"{ids[0]!r}, that of the annotations is {self.annotations['id'][0]!r}: name the column of the ids with "
+                "`columns`, or pass the dataset and split that were annotated."
             )
         if missing := len(ids) - len(numbers):
             self.counts["missing"] += missing
-            logger.warning(f"Of {len(ids):,} rows of the source, {missing:,} have no annotation, and are left out.")
+            logger.warning(f"{missing:,} of {len(ids):,} rows of the source have no annotation and are left out.")
         if absent := len(used) - len(used.keys() & set(ids)):
-            logger.warning(f"Of {len(used):,} annotations that would be used, {absent:,} have no row in the source.")
+            logger.warning(f"{absent:,} of {len(used):,} usable annotations have no row in the source.")
         return numbers
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        """Joins a batch of rows; what comes out may be fewer."""
+        """Joins a batch of rows. The result may have fewer rows."""
         rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
         joined = [row for row in map(self.join, rows) if row is not None]
         return {name: [row[name] for row in joined] for name in self.features}
@@ -364,12 +363,12 @@ class Join:
             join_pair(row, self.columns, annotation) if self.is_pair else join_image(row, self.columns, annotation)
         )
         if joined is None and row_id in others:
-            self.leave_out(row_id, others[row_id])  # the source has the id twice, and this row is the other one
+            self.leave_out(row_id, others[row_id])  # the source has this id twice, and the other row is the used one
             return None
         if joined is None:
             raise ValueError(
-                f"The row with id {row_id!r} has other images than were annotated: by their uids, they are not those "
-                "of the annotation. Take the dataset, and its revision, that the annotations were made from."
+                f"The row with id {row_id!r} has other images than were annotated: their uids differ from those in the "
+                "annotation. Use the dataset, and the revision of it, that was annotated."
             )
         self.counts["joined"] += 1
         return joined
@@ -383,8 +382,8 @@ class Join:
         number = self.counts["missing"]
         if why == "missing" and str(number).strip("0") == "1":  # 1, 10, 100 and so on
             logger.warning(
-                f"The row with id {row_id!r} has no annotation, and is left out; so far there are {number:,} of these "
-                f"and {self.counts.total() - number:,} others."
+                f"The row with id {row_id!r} has no annotation and is left out. So far {number:,} rows have none, and "
+                f"{self.counts.total() - number:,} have one."
             )
 
 
@@ -394,17 +393,17 @@ def join_pair(row: Row, columns: dict[str, str], annotation: Row) -> Row | None:
 
     Args:
         row (`dict`):
-            A row of the source, with its images undecoded.
+            A row of the source, with undecoded images.
         columns (`dict[str, str]`):
-            Which columns hold what.
+            From our column names to those of the source.
         annotation (`dict`):
-            Its annotation.
+            The annotation of the row.
 
     Returns:
-        `dict`: a row to train on, or `None` where the images are not those that were annotated.
+        `dict`: a training row, or `None` if the images are not those that were annotated.
 
     Raises:
-        `ValueError`: If an image's file cannot be read.
+        `ValueError`: If the file of an image cannot be read.
     """
     names = ("image_0", "image_1") if "image_0" in columns else ("chosen", "rejected")
     images = dict(read_stored(row, columns, name) for name in names)
@@ -422,9 +421,7 @@ def join_pair(row: Row, columns: dict[str, str], annotation: Row) -> Row | None:
 
 
 def join_image(row: Row, columns: dict[str, str], annotation: Row) -> Row | None:
-    """
-    Joins an image with its annotation; like [`annotation.join.join_pair`].
-    """
+    """Joins an image with its annotation, as [`annotation.join.join_pair`] does for pairs."""
     uid, image = read_stored(row, columns, "image")
     if uid != annotation["image_uid"]:
         return None
@@ -433,7 +430,7 @@ def join_image(row: Row, columns: dict[str, str], annotation: Row) -> Row | None
 
 
 def read_stored(row: Row, columns: dict[str, str], name: str) -> tuple[str, dict[str, bytes | None]]:
-    """An image's uid, and the image as a dataset stores it."""
+    """Reads an image of a row: its uid, and the image as a dataset stores it."""
     record = Record(read_id(row, columns), "")
     image, uid = read_image(record, row, columns, name)
     if image is None:

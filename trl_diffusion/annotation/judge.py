@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The judge of IAPO (Sun et al., CVPR 2026): in which image is an instance drawn better?"""
+"""The judge of IAPO (Sun et al., CVPR 2026) decides which image shows an instance better."""
 
 from pathlib import Path
 from typing import Literal
@@ -22,18 +22,18 @@ class Verdict(BaseModel):
 
 class Judge:
     """
-    Compares each instance in patches around its centre, cut to one size, in both orders. Verdicts that change with the order
-    are ties (ours: models prefer a position).
+    Compares two crops of each instance, of the same size and around its centre, in both orders. A verdict that changes
+    with the order is a tie (our addition, because models prefer one position).
 
     Args:
         vlm ([`VLM`]):
             The model.
         prompt_path (`str` or `Path`, *optional*):
-            A prompt of one's own, a Jinja template with the place `label`.
+            File of a custom prompt: a Jinja template with the variable `label`.
         crop_size (`int`, *optional*, defaults to `336`):
-            Width and height in pixels of the patches.
+            Width and height of the crops in pixels.
         crop_margin (`float`, *optional*, defaults to `1.25`):
-            A patch's side over the longer side of the instance's box.
+            Side of a crop divided by the longer side of the instance's box.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Judge:
         }
 
     def __call__(self, pairs: list[PairRecord]) -> list[PairRecord]:
-        """Fills in `preference`; a pair with an instance that has no valid answer becomes an error."""
+        """Fills in `preference`. A pair with an instance without a valid answer becomes an error."""
         instances = [(pair, instance) for pair in pairs if pair.status == "ok" for instance in pair.instances]
         requests = in_threads(lambda asked: self.requests(*asked), instances)
         answers = ask(self.vlm, [request for both in requests for request in both])
@@ -67,7 +67,7 @@ class Judge:
         return pairs
 
     def requests(self, pair: PairRecord, instance: Instance) -> tuple[Request, Request]:
-        """The question with the chosen image as A, and with the rejected image as A."""
+        """The request with the chosen image as A, and the request with the rejected image as A."""
         chosen = crop_around(pair.chosen.upright, instance.chosen_box, self.crop_size, self.crop_margin)
         rejected = crop_around(pair.rejected.upright, instance.rejected_box, self.crop_size, self.crop_margin)
         text = self.prompt.render(label=instance.label)
@@ -76,16 +76,16 @@ class Judge:
 
 def preference(verdict: Verdict, swapped: Verdict) -> str:
     """
-    Joins the verdicts of both orders.
+    Combines the verdicts of both orders.
 
     Args:
         verdict ([`Verdict`]):
-            With the chosen image as A.
+            Verdict with the chosen image as A.
         swapped ([`Verdict`]):
-            With the rejected image as A.
+            Verdict with the rejected image as A.
 
     Returns:
-        `str`: `"chosen"` or `"rejected"` where both mean it, else `"tie"`.
+        `str`: `"chosen"` or `"rejected"` if both verdicts prefer that image, else `"tie"`.
     """
     if verdict.better == swapped.better:
         return "tie"

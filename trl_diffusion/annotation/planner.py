@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The planner of IAPO (Sun et al., CVPR 2026): which things do both images of a pair show?"""
+"""The planner of IAPO (Sun et al., CVPR 2026) lists the instances that both images of a pair show."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,17 +24,17 @@ class Plan(BaseModel):
 
 class Planner:
     """
-    Names the salient instances that both images of a pair show.
+    Lists the salient instances that both images of a pair show.
 
     Args:
         vlm ([`VLM`]):
             The model.
         prompt_path (`str` or `Path`, *optional*):
-            A prompt of one's own, a Jinja template with the places `prompt` and `max_instances`.
+            File of a custom prompt: a Jinja template with the variables `prompt` and `max_instances`.
         max_instances (`int`, *optional*, defaults to `5`):
-            How many instances a pair may have; more are dropped, and recorded.
+            Maximum number of instances per pair. Further ones are dropped and recorded.
         max_pixels (`int`, *optional*, defaults to `1003520`):
-            An image with more pixels is shown smaller. The default is the limit that Qwen recommends.
+            Images with more pixels are downscaled. The default is the limit that Qwen recommends.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Planner:
         }
 
     def __call__(self, pairs: list[PairRecord]) -> list[PairRecord]:
-        """Fills in `labels`; a pair without a valid answer becomes an error."""
+        """Fills in `labels`. A pair without a valid answer becomes an error."""
         pairs_left = [pair for pair in pairs if pair.status == "ok"]
         answers = ask(self.vlm, in_threads(self.request, pairs_left))
         for pair, answer in zip(pairs_left, answers, strict=True):
@@ -79,7 +79,7 @@ class Planner:
 
 
 def without_repetitions(labels: list[str]) -> list[str]:
-    """Each label once, as it is written first, whatever its case."""
+    """Removes labels that differ from an earlier one only in case, or not at all."""
     unique = {}
     for label in labels:
         unique.setdefault(label.lower(), label)

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A page to look at before a run: what the roles make of a few rows."""
+"""An HTML page that shows the annotations of a few rows, to check before a run."""
 
 import base64
 import io
@@ -27,16 +27,16 @@ SHOWN_PIXELS = 512 * 512
 
 def preview(task: Task, dataset: Dataset | IterableDataset) -> str:
     """
-    Annotates rows and shows them: images with boxes, crops with verdicts, or attributes; and every raw answer.
+    Annotates rows and shows them: images with boxes and crops with verdicts, or attributes, and every raw answer.
 
     Args:
         task ([`Task`]):
-            What is done.
+            The task.
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            A few rows, with their images undecoded.
+            A few rows, with undecoded images.
 
     Returns:
-        `str`: an HTML page that needs no other file.
+        `str`: a self-contained HTML page.
     """
     records = [task.open(row) for row in dataset]
     for role in task.roles:
@@ -67,7 +67,7 @@ def readable(counts: Counter) -> list[tuple[str, int]]:
 
 
 def model_name(description: dict[str, Any]) -> str:
-    """The model of a role, with its revision."""
+    """The model of a role and its revision."""
     model = description["model"] if isinstance(description["model"], dict) else description
     return f"{model['model']} ({model['revision']})."
 

@@ -1,11 +1,11 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The roles of a task as actor pools of Ray Data: `--executor ray`.
+"""Runs the roles of a task as actor pools of Ray Data: `--executor ray`.
 
-Ray Data streams the shards through the pools, keeps their order, and does again what a lost process was at. A shard goes as
-a whole, so that a role is given the very records that it is given locally. The run writes what comes out, as it does locally:
-manifest, restart and error rate are the same, and either executor goes on where the other stopped.
+Ray Data streams whole shards through the pools, keeps their order, and repeats the work of a lost process. A role
+receives the same records as in a local run, and the run writes the results in the same way: manifest, restart and
+error rate are the same, and each executor can continue a run of the other.
 """
 
 import logging
@@ -32,19 +32,20 @@ logger = logging.getLogger(__name__)
 
 class RayExecutor:
     """
-    Runs each role in a pool of actors, on the Ray cluster that this process is connected to or that `RAY_ADDRESS` names, or
-    else on this machine.
+    Runs each role in a pool of actors, on the Ray cluster that this process is connected to, else on the cluster at
+    `RAY_ADDRESS`, else on this machine.
 
     Args:
         vlm_actors (`int`, *optional*, defaults to `1`):
-            Actors of each role that asks the vision-language model, that is of all but the detector. Each loads the model.
+            Actors of each role that uses the vision-language model (every role but the detector). Each actor loads the
+            model.
         vlm_gpus (`float`, *optional*):
-            GPUs of each of them. Left out, it is one, or where the cluster has fewer than there are actors such a part of one
-            that all find room, or 0 where it has none.
+            GPUs per such actor. Defaults to 1, or to an equal share if the cluster has fewer GPUs than actors, or to 0
+            if it has none.
         detector_actors (`int`, *optional*, defaults to `1`):
             Actors of the detector.
         detector_gpus (`float`, *optional*):
-            GPUs of each of them, in the same way.
+            GPUs per actor of the detector, with the same default as `vlm_gpus`.
 
     Raises:
         `ValueError`: If Ray Data is not installed.
@@ -61,7 +62,7 @@ class RayExecutor:
             import ray.data  # noqa: F401
         except ImportError as error:
             raise ValueError(
-                'The executor needs Ray Data: `pip install "trl-diffusion[ray]"`, or leave `--executor ray` out.'
+                '`--executor ray` needs Ray Data: run `pip install "trl-diffusion[ray]"`, or leave this flag out.'
             ) from error
         self.vlm_actors = vlm_actors
         self.vlm_gpus = vlm_gpus
@@ -69,7 +70,7 @@ class RayExecutor:
         self.detector_gpus = detector_gpus
 
     def __call__(self, task: Task, rest: Rest) -> Iterator[tuple[list[Row], dict | None]]:
-        """Annotates what is left, see [`annotation.run.Executor`]. What a role raises is raised here, in its turn."""
+        """Annotates the remaining rows, see [`annotation.run.Executor`]. Raises errors of roles in shard order."""
         import ray
 
         if not ray.is_initialized():
@@ -82,18 +83,18 @@ class RayExecutor:
             yield content, stream_state
 
     def pipeline(self, task: Task, rest: Rest) -> "ray.data.Dataset":
-        """The shards as a dataset that is computed as it is read: a row is a shard."""
+        """The shards as a lazy dataset with one shard per row."""
         import ray
 
-        shards = ray.data.from_items([{"shard": b""}])  # what the reader is called with, once
+        shards = ray.data.from_items([{"shard": b""}])  # one row, so that the reader is called once
         context = shards.context
         context.execution_options.preserve_order = True
-        context.target_max_block_size = 1  # byte: no shard waits for another, to go on in the same block
-        context.execution_no_progress_timeout_s = -1  # a shard may take its time, and so may loading a model
+        context.target_max_block_size = 1  # byte, so that each shard is a block of its own and never waits for another
+        context.execution_no_progress_timeout_s = -1  # a shard, or loading a model, may take long
         context.enable_progress_bars = False  # the run has one
         context.print_on_execution_start = False
 
-        # Files and caches that the dataset refers to are on the machine of this process.
+        # The files and caches of the dataset are on this machine.
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         shards = add_pool(shards, Reader, (task.read, task.rows_per_shard, rest), 1, 0, here)
         pools = self.pools(task.roles, ray.cluster_resources().get("GPU", 0))
@@ -103,7 +104,7 @@ class RayExecutor:
 
     def pools(self, roles: tuple[Role, ...], gpus: float) -> list[tuple[int, float]]:
         """
-        How many actors each role has, and how many GPUs each of them.
+        Determines the number of actors of each role, and the GPUs per actor.
 
         Args:
             roles (`tuple`):
@@ -112,7 +113,7 @@ class RayExecutor:
                 GPUs of the cluster.
 
         Returns:
-            `list[tuple[int, float]]`, in the order of the roles.
+            `list[tuple[int, float]]`: actors and GPUs per actor of each role, in the order of the roles.
         """
         pools = [
             (self.detector_actors, self.detector_gpus)
@@ -125,8 +126,8 @@ class RayExecutor:
         asked = round(sum(actors * own for actors, own in pools), 4)
         if asked > gpus:
             logger.warning(
-                f"The actors of all roles ask for {asked:g} GPUs, and the cluster has {gpus:g}: some wait until it has more. "
-                "Ask for fewer with `--ray_vlm_actors`, `--ray_vlm_gpus` and `--ray_detector_gpus`."
+                f"The actors of all roles request {asked:g} GPUs, but the cluster has {gpus:g}: some actors wait until it "
+                "has more. Request fewer with `--ray_vlm_actors`, `--ray_vlm_gpus` and `--ray_detector_gpus`."
             )
         return pools
 
@@ -140,24 +141,24 @@ def add_pool(
     labels: dict[str, str] | None = None,
 ) -> "ray.data.Dataset":
     """
-    Sends shards through a pool.
+    Sends shards through a pool of actors.
 
     Args:
         shards (`ray.data.Dataset`):
-            The shards, one a row.
+            The shards, one per row.
         stage (`type`):
-            Class of what is called with each of them.
+            Class of the actors, which are called with one shard at a time.
         arguments (`tuple`):
-            What its instances are made of.
+            Constructor arguments of the class.
         actors (`int`):
-            How many instances there are, each in a process of its own.
+            Number of actors, each in its own process.
         gpus (`float`):
-            GPUs of each.
+            GPUs per actor.
         labels (`dict[str, str]`, *optional*):
-            Labels of the machines that they may be on.
+            Labels of the machines that the actors may run on.
 
     Returns:
-        `ray.data.Dataset`: what comes out.
+        `ray.data.Dataset`: the resulting shards.
     """
     from ray.data import ActorPoolStrategy
 
@@ -167,7 +168,7 @@ def add_pool(
         compute=ActorPoolStrategy(size=actors),
         batch_size=1,
         batch_format="pyarrow",
-        num_cpus=0,  # GPUs or a server do the work: no pool is to wait for a core that another has
+        num_cpus=0,  # GPUs or a server do the work, so no pool has to wait for a free core
         num_gpus=gpus,
         label_selector=labels,
     )
@@ -175,15 +176,15 @@ def add_pool(
 
 class Reader:
     """
-    Reads the rows that are left, a shard at a time; when nobody takes them, Ray Data lets it wait.
+    Reads the remaining rows, one shard at a time. Ray Data makes it wait while the pools are busy.
 
     Args:
         read (`Callable`):
-            From a row of the dataset to a record.
+            Turns a row of the dataset into a record.
         rows_per_shard (`int`):
-            Rows of a shard.
+            Rows per shard.
         rest ([`Rest`]):
-            The rows.
+            The remaining rows.
     """
 
     def __init__(self, read: Callable[[Row], Record], rows_per_shard: int, rest: Rest):
@@ -203,13 +204,13 @@ class Reader:
 
 class RoleWorker:
     """
-    A role in a process of its own, which decodes the images once more: only files travel.
+    Runs a role in its own process. It decodes the images again, because only encoded files are sent between processes.
 
     Args:
         role (`Callable`):
-            The role. It comes without its model, and loads it when it is first called.
+            The role. It is sent without its model, and loads it at the first call.
         last (`bool`):
-            Whether rows come out rather than records.
+            Whether this is the last role, which returns rows instead of records.
     """
 
     def __init__(self, role: Role, last: bool):
@@ -230,30 +231,32 @@ class RoleWorker:
 
 def gpu_share(actors: int, gpus: float) -> float:
     """
-    An even part of the GPUs, such that no actor needs parts of two.
+    Computes an equal share of the GPUs, such that no actor is split over two GPUs.
 
     Args:
         actors (`int`):
-            How many share them.
+            Number of actors.
         gpus (`float`):
-            How many there are.
+            Number of GPUs.
 
     Returns:
-        `float`: 0 without GPUs, else `1 / n` for the smallest `n` with room for all.
+        `float`: 0 without GPUs, else `1 / n` for the smallest `n` for which all actors fit.
     """
     return 1 / max(1, math.ceil(actors / gpus)) if gpus else 0.0
 
 
 def portable(error: Exception) -> Exception:
     """
-    An error that another process can raise. Ray would raise it before its turn, and write advice of its own into its message.
+    Makes an error that another process can raise. If Ray raised the error itself, it would do so before the earlier
+    shards are written, and would add its own advice to the message.
 
     Args:
         error (`Exception`):
-            An error that was raised here.
+            An error that was raised in this process.
 
     Returns:
-        `Exception`: the error, or what it says where it does not pickle, with the traceback as a note.
+        `Exception`: the error with its traceback as a note, or a `RuntimeError` with its message if it does not
+        pickle.
     """
     text = "".join(traceback.format_exception(error))
     try:
@@ -265,10 +268,10 @@ def portable(error: Exception) -> Exception:
 
 
 def pack(content: list[Record] | list[Row] | Exception, stream_state: dict | None = None) -> pa.Table:
-    """A shard as a row of Ray Data, with where the stream stands after it; or why there is none."""
+    """Packs a shard, and the stream's state after it, into a row of Ray Data; or the error that replaces the shard."""
     return pa.table({"shard": pa.array([pickle.dumps((content, stream_state))], pa.large_binary())})
 
 
 def unpack(shard: pa.Table) -> tuple[Any, dict | None]:
-    """What went into [`annotation.ray_executor.pack`]."""
+    """The inverse of [`annotation.ray_executor.pack`]."""
     return pickle.loads(shard["shard"][0].as_buffer())

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The rows of an annotation run: what is read from a dataset, what each role adds, what is written."""
+"""The rows of an annotation run: how they are read from a dataset, filled in by the roles, and written."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -13,7 +13,7 @@ from ..data.formats import PREFERENCES
 from .images import StoredImage
 
 
-SCHEMA_VERSION = 1  # counts up with every change of the features below or of what they mean
+SCHEMA_VERSION = 1  # increases with every change of the features below or of their meaning
 STATUSES = ("ok", "rejected", "error")
 
 PAIR_COLUMNS = {"id": "id", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
@@ -34,17 +34,17 @@ OPTIONAL_COLUMNS = {"image_0_uid", "image_1_uid", "chosen_uid", "rejected_uid", 
 @dataclass
 class Record:
     """
-    A row on its way through the roles. Every row leaves as one of `STATUSES`.
+    A row that the roles annotate. It ends with one of `STATUSES`.
 
     Args:
         id (`str`):
-            Its id.
+            Id of the row.
         prompt (`str`):
-            What its images were made for.
+            Prompt of its images.
         status (`str`, *optional*, defaults to `"ok"`):
-            `"ok"`; `"rejected"`: sound, but left out by a rule; `"error"`: it could not be annotated.
+            `"ok"`; `"rejected"` if a rule excludes the row; `"error"` if it could not be annotated.
         reason (`str`, *optional*, defaults to `""`):
-            Why it is not ok.
+            Why the status is not `"ok"`.
     """
 
     id: str
@@ -56,7 +56,7 @@ class Record:
         self.status, self.reason = "rejected", reason
 
     def fail(self, reason: str) -> None:
-        """Makes the row an error; of several reasons the first stays."""
+        """Makes the row an error. The first reason is kept."""
         if self.status != "error":
             self.status, self.reason = "error", reason
 
@@ -64,17 +64,17 @@ class Record:
 @dataclass
 class Instance:
     """
-    One thing that both images of a pair show.
+    An instance that both images of a pair show.
 
     Args:
         label (`str`):
-            What the planner calls it.
+            Label from the planner.
         chosen_box (`list[float]`), rejected_box (`list[float]`):
-            Unit boxes of the upright images.
+            Unit boxes in the upright images.
         chosen_score (`float`), rejected_score (`float`):
             The detector's confidence.
         preference (`str`, *optional*, defaults to `"tie"`):
-            In which image it is drawn better: `"chosen"`, `"rejected"` or `"tie"`.
+            Which image shows it better: `"chosen"`, `"rejected"` or `"tie"`.
         answer (`str`, *optional*, defaults to `""`), swapped_answer (`str`, *optional*, defaults to `""`):
             The judge's raw answers, with the chosen image first and with the rejected image first.
     """
@@ -96,19 +96,19 @@ class PairRecord(Record):
 
     Args:
         chosen (`StoredImage`), rejected (`StoredImage`):
-            The images; `None` where a file could not be read.
+            The images, or `None` if the file could not be read.
         chosen_uid (`str`), rejected_uid (`str`):
-            Names of the images that stay, from the dataset or from their bytes.
+            Permanent names of the images, from the dataset or a hash of their bytes.
         tie (`bool`):
-            Whether the source says that neither image is better.
+            Whether neither image is better according to the dataset.
         labels (`list[str]`):
-            The planner's things.
+            Labels from the planner.
         planner_answer (`str`):
-            Its raw answer.
+            The planner's raw answer.
         instances (`list[Instance]`):
-            Those that the detector finds in both images.
+            Instances that the detector finds in both images.
         dropped (`list[dict]`):
-            `label` and `reason` of the others.
+            `label` and `reason` of the instances that are not kept.
     """
 
     chosen: StoredImage | None = None
@@ -125,7 +125,7 @@ class PairRecord(Record):
         self.dropped.append({"label": label, "reason": reason})
 
     def to_row(self) -> dict[str, Any]:
-        """The row to write, with boxes in pixels of the stored images. Only a row that is ok has instances."""
+        """The row to write, with boxes in pixels of the stored images. Only rows with the status `ok` have instances."""
         row = {name: getattr(self, name) for name in PAIR_ANNOTATION_FEATURES if name != "instances"}
         instances = self.instances if self.status == "ok" else []
         row["instances"] = [
@@ -146,13 +146,13 @@ class ImageRecord(Record):
 
     Args:
         image (`StoredImage`):
-            The image; `None` where its file could not be read.
+            The image, or `None` if its file could not be read.
         image_uid (`str`):
-            A name of the image that stays, from the dataset or from its bytes.
+            Permanent name of the image, from the dataset or a hash of its bytes.
         positive_attributes (`list[str]`), negative_attributes (`list[str]`):
-            Ids of attributes.
+            Ids of the attributes in positive and in negative form.
         answers (`list[dict]`):
-            `dimension` and raw `answer` of the expert.
+            The expert's raw `answer` on each `dimension`.
     """
 
     image: StoredImage | None = None
@@ -162,7 +162,7 @@ class ImageRecord(Record):
     answers: list[dict[str, str]] = field(default_factory=list)
 
     def to_row(self) -> dict[str, Any]:
-        """The row to write. Only a row that is ok has attributes."""
+        """The row to write. Only rows with the status `ok` have attributes."""
         row = {name: getattr(self, name) for name in IMAGE_ANNOTATION_FEATURES}
         if self.status != "ok":
             row["positive_attributes"] = row["negative_attributes"] = []
@@ -211,11 +211,11 @@ IMAGE_ANNOTATION_FEATURES = Features(
 
 def encode_row(row: dict[str, Any]) -> dict[str, Any]:
     """
-    A row as Parquet holds it, with indices of class labels.
+    Encodes a row for Parquet: class labels become indices.
 
     Args:
         row (`dict`):
-            What `to_row` gives.
+            A row from `to_row`.
 
     Returns:
         `dict`
@@ -233,21 +233,21 @@ def encode_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def pair_columns(present: list[str], mapping: dict[str, str] | None = None) -> dict[str, str]:
     """
-    Decides which columns of a dataset of pairs hold what.
+    Finds the columns of a dataset of pairs.
 
     Args:
         present (`list[str]`):
-            The dataset's columns.
+            Columns of the dataset.
         mapping (`dict[str, str]`, *optional*):
-            What the user says: from our names (`id`, `prompt`, then `chosen` and `rejected`, or `image_0`, `image_1` and
-            `label_0`; as well `chosen_uid` and the like) to the dataset's. Left out, the dataset has either the trainers'
-            columns or those of Pick-a-Pic v2.
+            The user's mapping from our names to the dataset's columns. Our names are `id`, `prompt`, and either
+            `chosen` and `rejected`, or `image_0`, `image_1` and `label_0`; uids such as `chosen_uid` are optional.
+            Defaults to the trainers' columns or those of Pick-a-Pic v2.
 
     Returns:
         `dict[str, str]`: from our names to the dataset's columns.
 
     Raises:
-        `ValueError`: If a column is missing, or a name is not known.
+        `ValueError`: If a column is missing or a name is unknown.
     """
     layouts = (PAIR_COLUMNS, PICK_A_PIC_COLUMNS)
     if mapping is None:
@@ -256,7 +256,7 @@ def pair_columns(present: list[str], mapping: dict[str, str] | None = None) -> d
                 return _present(layout, present)
         raise ValueError(
             f"The dataset has the columns {', '.join(present)}: neither `prompt`, `chosen` and `rejected` nor those of "
-            "Pick-a-Pic (`caption`, `jpg_0`, `jpg_1`, `label_0`). Say what they hold with `--columns`, such as "
+            "Pick-a-Pic (`caption`, `jpg_0`, `jpg_1`, `label_0`). Name its columns with `--columns`, such as "
             '`--columns \'{"prompt": "text", "chosen": "winner", "rejected": "loser", "id": "key"}\'`.'
         )
     layout = PICK_A_PIC_COLUMNS if "image_0" in mapping else PAIR_COLUMNS
@@ -265,8 +265,8 @@ def pair_columns(present: list[str], mapping: dict[str, str] | None = None) -> d
 
 def image_columns(present: list[str], mapping: dict[str, str] | None = None) -> dict[str, str]:
     """
-    Decides which columns of a dataset of images hold what; like [`annotation.records.pair_columns`], with `id`, `prompt`,
-    `image` and `image_uid`.
+    Finds the columns of a dataset of images, as [`annotation.records.pair_columns`] does for pairs. Our names are
+    `id`, `prompt`, `image` and `image_uid`.
     """
     return _mapped(IMAGE_COLUMNS, mapping or {}, present)
 
@@ -279,8 +279,8 @@ def _mapped(layout: dict[str, str], mapping: dict[str, str], present: list[str])
     named = {name: mapping.get(name, name) for name in known}
     if missing := [column for name, column in named.items() if column not in present and _needed(name, mapping)]:
         raise ValueError(
-            f"The dataset lacks {', '.join(missing)}; it has the columns {', '.join(present)}. Say what they hold with "
-            f"`--columns`, from {', '.join(layout)} to names of columns."
+            f"The dataset lacks {', '.join(missing)}; it has the columns {', '.join(present)}. Name its columns with "
+            f"`--columns`, a mapping from {', '.join(layout)} to columns of the dataset."
         )
     return _present(named, present)
 
@@ -300,8 +300,8 @@ def prepare_rows(
     mapping: dict[str, str] | None = None,
 ) -> tuple[Dataset | IterableDataset, dict[str, str]]:
     """
-    Keeps the columns of a dataset that annotation reads, leaves its images undecoded, and numbers the rows of a dataset in
-    memory that has no ids.
+    Selects the columns that the annotation reads and disables the decoding of images. If a dataset in memory has no
+    ids, the row numbers become its ids.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -309,10 +309,10 @@ def prepare_rows(
         find_columns (`Callable`):
             [`annotation.records.pair_columns`] or [`annotation.records.image_columns`].
         mapping (`dict[str, str]`, *optional*):
-            What the user says.
+            The user's mapping from our names to the dataset's columns.
 
     Returns:
-        `tuple`: the dataset, and which of its columns hold what.
+        `tuple`: the dataset, and the mapping from our names to its columns.
 
     Raises:
         `ValueError`: If there are no rows, a column is missing, or a stream has no ids.
@@ -324,8 +324,8 @@ def prepare_rows(
     if columns["id"] not in present:
         if isinstance(dataset, IterableDataset):
             raise ValueError(
-                "The stream has no column `id`, by which a row's annotation is found again. Say which column names its rows "
-                'with `--columns \'{"id": "..."}\'`, or annotate it without `--dataset_streaming`.'
+                "The stream has no column `id`, which links a row to its annotation. Name the column that holds the ids "
+                'with `--columns \'{"id": "..."}\'`, or annotate without `--dataset_streaming`.'
             )
         dataset = dataset.add_column("id", [str(number) for number in range(len(dataset))])
     dataset = dataset.with_format(None).select_columns(list(columns.values()))
@@ -341,15 +341,16 @@ def read_pair(row: dict[str, Any], columns: dict[str, str], tie_policy: str = "d
 
     Args:
         row (`dict`):
-            The row, with its images undecoded.
+            The row, with undecoded images.
         columns (`dict[str, str]`):
-            Which columns hold what, see [`annotation.records.pair_columns`].
+            From our names to the dataset's columns, see [`annotation.records.pair_columns`].
         tie_policy (`str`, *optional*, defaults to `"drop"`):
-            `"drop"` rejects pairs of which neither image is better; `"keep"` annotates them, with `image_0` as chosen and
-            `tie` true.
+            `"drop"` rejects ties (neither image is better); `"keep"` annotates them, with `image_0` as chosen and
+            `tie` set to `True`.
 
     Returns:
-        [`PairRecord`]: an error where the prompt, the label or an image's file cannot be read.
+        [`PairRecord`]: with the status `"rejected"` if the pair has no label, `"error"` if the file of an image cannot
+        be read.
     """
     record = PairRecord(read_id(row, columns), row[columns["prompt"]] or "")
     names = ("chosen", "rejected")
@@ -376,12 +377,12 @@ def read_attribute_image(row: dict[str, Any], columns: dict[str, str]) -> ImageR
 
     Args:
         row (`dict`):
-            The row, with its image undecoded.
+            The row, with an undecoded image.
         columns (`dict[str, str]`):
-            Which columns hold what, see [`annotation.records.image_columns`].
+            From our names to the dataset's columns, see [`annotation.records.image_columns`].
 
     Returns:
-        [`ImageRecord`]: an error where the image's file cannot be read.
+        [`ImageRecord`]: with the status `"error"` if the file of the image cannot be read.
     """
     record = ImageRecord(read_id(row, columns), row[columns["prompt"]] or "")
     record.image, record.image_uid = read_image(record, row, columns, "image")
@@ -391,16 +392,14 @@ def read_attribute_image(row: dict[str, Any], columns: dict[str, str]) -> ImageR
 def read_id(row: dict[str, Any], columns: dict[str, str]) -> str:
     value = row[columns["id"]]
     if value is None or value == "":
-        raise ValueError(
-            f"A row has no `{columns['id']}`: every row needs an id, by which its annotation is found again."
-        )
+        raise ValueError(f"A row has no `{columns['id']}`: every row needs an id, which links it to its annotation.")
     return str(value)
 
 
 def read_image(
     record: Record, row: dict[str, Any], columns: dict[str, str], name: str
 ) -> tuple[StoredImage | None, str]:
-    """An image of a row and its uid; where it cannot be read, the record becomes an error."""
+    """Reads an image of a row, and its uid. If it cannot be read, the record becomes an error."""
     try:
         image = StoredImage.read(row[columns[name]])
     except (ValueError, OSError) as error:
@@ -411,7 +410,7 @@ def read_image(
 
 
 def open_images(record: PairRecord | ImageRecord) -> None:
-    """Decodes a record's images; where one cannot be read, the record becomes an error."""
+    """Decodes the images of a record. If one cannot be decoded, the record becomes an error."""
     for name in ("chosen", "rejected", "image"):
         image = getattr(record, name, None)
         if record.status == "ok" and image is not None:

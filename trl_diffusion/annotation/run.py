@@ -1,10 +1,11 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The run: a dataset in, Parquet shards out, and after a stop the same command again.
+"""A run annotates a dataset and writes Parquet shards. After an interruption, the same command continues it.
 
-A shard holds the annotations of `rows_per_shard` rows in the order of the dataset, and is there whole or not at all. What is
-in it follows from the rows and from what the manifest describes, so a run that was stopped ends as one that was not.
+A shard holds the annotations of `rows_per_shard` rows in the order of the dataset, and is written completely or not at
+all. Its content depends only on the rows and on what the manifest describes, so an interrupted run has the same
+result.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ MANIFEST = "manifest.json"
 STREAM_STATE = ".stream_state.json"
 PACKAGES = ("trl-diffusion", "transformers", "datasets", "torch", "pillow")
 REPEATED_ID = "the id stands in an earlier row"
-ALLOWANCE_ROWS = 1000  # before that many rows are done, the rate of errors is counted as if they were
+ALLOWANCE_ROWS = 1000  # until this many rows are done, the error rate is computed over this number
 
 Row = dict[str, Any]
 Role = Callable[[list[Record]], list[Record]]
@@ -43,25 +44,25 @@ Role = Callable[[list[Record]], list[Record]]
 @dataclass(frozen=True)
 class Task:
     """
-    What a run does with rows.
+    What a run does with each row.
 
     Args:
         read (`Callable`):
-            From a row of the dataset to a record.
+            Turns a row of the dataset into a record.
         roles (`tuple`):
-            The roles, in their order: each takes records, and fills them in.
+            The roles, in order: each fills in a list of records.
         features ([`~datasets.Features`]):
             Columns of the annotations.
         description (`dict`):
-            Everything that the annotations depend on. Runs with the same description continue one another.
+            Everything that the annotations depend on. A run continues an earlier one with the same description.
         count (`Callable`):
-            From rows of annotations to figures of the manifest.
+            Turns annotation rows into the counts of the manifest.
         split (`str`):
-            Name of the split, for the run's folder.
+            Name of the split, part of the name of the run's folder.
         rows_per_shard (`int`):
-            Rows of a shard.
+            Rows per shard.
         images_per_row (`int`):
-            For the progress bar.
+            Images per row, for the progress bar.
     """
 
     read: Callable[[Row], Record]
@@ -75,7 +76,7 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what the annotations and their shards depend on."""
+        """Hash of everything that the annotations and their shards depend on."""
         payload = json.dumps({**self.description, "rows_per_shard": self.rows_per_shard}, sort_keys=True)
         return hashlib.sha256(payload.encode()).hexdigest()[:8]
 
@@ -86,7 +87,7 @@ class Task:
         return record
 
     def annotate(self, records: list[Record]) -> list[Row]:
-        """Takes records through all roles."""
+        """Runs all roles on the records."""
         for role in self.roles:
             role(records)
         return [record.to_row() for record in records]
@@ -95,15 +96,15 @@ class Task:
 @dataclass
 class Rest:
     """
-    The rows that are left to a run, in their order.
+    The remaining rows of a run, in order.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            A dataset of just these rows, or a stream that has others too.
+            A dataset of exactly these rows, or a stream that may also contain finished rows.
         start (`int`, *optional*, defaults to `0`):
-            Number of the stream's first row.
+            Row number of the first row of the stream.
         done (`frozenset[int]`, *optional*):
-            Numbers of the stream's rows that are done.
+            Row numbers of the finished rows of the stream.
     """
 
     dataset: Dataset | IterableDataset
@@ -114,12 +115,12 @@ class Rest:
         return (row for number, row in enumerate(self.dataset, self.start) if number not in self.done)
 
     def stream_state(self) -> dict | None:
-        """Where a stream stands after the rows read so far."""
+        """State of a stream after the rows read so far, `None` for a dataset in memory."""
         return self.dataset.state_dict() if isinstance(self.dataset, IterableDataset) else None
 
 
-# What runs the roles: from a task and the rows that are left to their annotations, in the same order, a shard at a time,
-# each with where the stream stands after it if that is known.
+# Runs the roles of a task on the remaining rows. Yields annotations in the same order, one shard at a time, with the state of
+# the stream after it if known.
 Executor = Callable[[Task, Rest], Iterator[tuple[list[Row], dict | None]]]
 
 
@@ -134,32 +135,32 @@ def run(
     disable_tqdm: bool = False,
 ) -> "Run":
     """
-    Annotates a dataset, or what is left of it.
+    Annotates a dataset, or continues an interrupted run.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The rows, with their images undecoded.
+            The rows, with undecoded images.
         task ([`Task`]):
-            What is done.
+            The task.
         output_dir (`str` or `Path`):
-            Where the run's folder goes.
+            Parent of the run's folder.
         executor (`Callable`):
-            What runs the roles, such as [`annotation.run.run_locally`].
+            Function that runs the roles, such as [`annotation.run.run_locally`].
         max_error_rate (`float`, *optional*, defaults to `0.01`):
-            Share of error rows at which the run stops.
+            Maximum share of rows with errors. Above it, the run stops.
         retry_errors (`bool`, *optional*, defaults to `False`):
-            Annotate again what an earlier run left as errors, with the other rows of its shard.
+            Whether to annotate the shards of an earlier run that contain errors again.
         num_rows (`int`, *optional*):
-            How many rows a stream has, for the progress bar.
+            Number of rows of a stream, for the progress bar.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
-            Show no progress bar.
+            Whether to hide the progress bar.
 
     Returns:
         [`Run`]: the finished run.
 
     Raises:
-        `ValueError`: If too many rows are errors, the disk is full, the dataset is not the one of the earlier run, or
-            another process is at the same run.
+        `ValueError`: If too many rows are errors, the disk is full, the dataset is not that of the earlier run, or
+            another process works on the same run.
     """
     state = Run(task, output_dir)
     try:
@@ -186,7 +187,7 @@ def run(
 
 
 def run_locally(task: Task, rest: Rest) -> Iterator[tuple[list[Row], dict | None]]:
-    """Runs the roles in this process, while threads read and decode the rows of the next shard."""
+    """Runs the roles in this process. Threads read and decode the next shard in the meantime."""
     rows = iter(rest)
 
     def read_block() -> tuple[list[Record], dict | None]:
@@ -207,13 +208,13 @@ class Run:
 
     Args:
         task ([`Task`]):
-            What is done.
+            The task.
         output_dir (`str` or `Path`):
-            Where the run's folder goes; it is called after the split and the task's fingerprint, so that a changed prompt or
-            model is a run of its own.
+            Parent of the run's folder. The folder is named after the split and the fingerprint of the task, so a
+            changed prompt or model starts a new run.
 
     Raises:
-        `ValueError`: If another process is at this run.
+        `ValueError`: If another process works on this run.
     """
 
     def __init__(self, task: Task, output_dir: str | Path):
@@ -227,12 +228,12 @@ class Run:
             raise ValueError(f"Another process is annotating into {self.folder}. Wait for it, or stop it.") from error
         self.saved_state = self.folder / STREAM_STATE
         for path in self.folder.glob("*.tmp"):
-            path.unlink()  # what a killed process was writing
+            path.unlink()  # unfinished files of a killed process
         self.read()
 
     def read(self) -> None:
-        """Counts the shards that are there."""
-        self.shards: dict[int, list[str]] = {}  # the ids of each shard
+        """Reads and counts the existing shards."""
+        self.shards: dict[int, list[str]] = {}  # ids of each shard
         self.errors: dict[int, list[tuple[str, str]]] = {}  # id and reason of the errors of each shard
         self.counts: Counter[str] = Counter(dict.fromkeys(("rows", *STATUSES), 0))
         self.seen: set[str] = set()
@@ -246,11 +247,11 @@ class Run:
         return self.folder / f"annotations-{index:06d}.parquet"
 
     def next_index(self) -> int:
-        """Number of the first shard that is not there."""
+        """Index of the first missing shard."""
         return next(index for index in count() if index not in self.shards)
 
     def add(self, index: int, rows: list[Row]) -> None:
-        """Counts a shard in."""
+        """Adds a shard to the counts."""
         statuses = [STATUSES[row["status"]] for row in rows]
         self.shards[index] = [row["id"] for row in rows]
         self.errors[index] = [(row["id"], row["reason"]) for row, what in zip(rows, statuses) if what == "error"]
@@ -261,8 +262,8 @@ class Run:
 
     def rest(self, dataset: Dataset | IterableDataset) -> Rest:
         """
-        What is left to do. A stream goes on where it stood, without reading what came before; one that was read to its end is
-        not read again.
+        Finds the remaining rows. A stream continues at its saved state, without reading the earlier rows again. A
+        finished stream is not read again.
 
         Args:
             dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -272,11 +273,11 @@ class Run:
             [`Rest`]
 
         Raises:
-            `ValueError`: If the dataset's ids are not those of the shards.
+            `ValueError`: If the ids of a dataset in memory are not those in the shards.
         """
         size = self.task.rows_per_shard
         if isinstance(dataset, Dataset):
-            # A last shard that was not full, in a dataset that has grown since
+            # Annotate the last shard again if it is not full and the dataset has grown
             self.forget(lambda index: index * size + len(self.shards[index]) < min((index + 1) * size, len(dataset)))
         elif self.complete:
             return Rest(dataset.take(0))
@@ -286,8 +287,8 @@ class Run:
             for index, ids in self.shards.items():
                 if ids != [str(value) for value in present[index * size : index * size + len(ids)]]:
                     raise ValueError(
-                        f"{self.path(index)} holds annotations of other rows than the dataset has in that place now: its "
-                        "rows or their order have changed. Annotate it into another `--output_dir`."
+                        f"{self.path(index)} holds annotations of other rows than the dataset now has at this position: "
+                        "the rows or their order have changed. Use another `--output_dir`."
                     )
             return Rest(dataset.select([number for number in range(len(dataset)) if number not in done]))
         start = 0
@@ -304,11 +305,11 @@ class Run:
 
         Args:
             rows (`list[dict]`):
-                Its rows. One whose id was there before is rejected.
+                Rows of the shard. A row with the id of an earlier row is rejected.
             stream_state (`dict`, *optional*):
-                Where the stream stands after them.
+                State of the stream after these rows.
             max_error_rate (`float`):
-                Share of error rows at which nothing more is written.
+                Maximum share of rows with errors. Above it, the shard is not written.
 
         Raises:
             `ValueError`: If too many rows are errors, or the disk is full.
@@ -323,8 +324,8 @@ class Run:
         if num_errors > max_error_rate * max(num_rows, ALLOWANCE_ROWS):
             raise ValueError(
                 f"Stopped: {num_errors} of {num_rows} rows are errors, more than `--max_error_rate` "
-                f"{max_error_rate:g} allows. {self.counts['rows']} rows are written, and the same command goes on after them. "
-                f"The last errors:\n{listed(errors)}"
+                f"{max_error_rate:g} allows. {self.counts['rows']} rows are written, and the same command continues after "
+                f"them. The last errors:\n{listed(errors)}"
             )
         index = self.next_index()
         buffer = io.BytesIO()
@@ -338,21 +339,22 @@ class Run:
 
     def finish(self, max_error_rate: float) -> None:
         """
-        Writes the finished manifest.
+        Writes the final manifest.
 
         Args:
             max_error_rate (`float`):
-                Share of error rows that is allowed.
+                Maximum share of rows with errors.
 
         Raises:
-            `ValueError`: If more are errors.
+            `ValueError`: If more rows are errors.
         """
         self.write_manifest(complete=True)
         if self.counts["error"] > max_error_rate * self.counts["rows"]:
             raise ValueError(
                 f"{self.counts['error']} of {self.counts['rows']} rows are errors, more than `--max_error_rate` "
-                f"{max_error_rate:g} allows. All rows are written to {self.folder}. Drop the broken rows from the dataset, "
-                "annotate the errors again with `--retry_errors`, or accept them with a larger `--max_error_rate`:\n"
+                f"{max_error_rate:g} allows. All rows are written to {self.folder}. Remove the broken rows from the "
+                "dataset, annotate the errors again with `--retry_errors`, or accept them with a larger "
+                "`--max_error_rate`. The errors:\n"
                 f"{listed([error for errors in self.errors.values() for error in errors])}"
             )
 
@@ -370,7 +372,7 @@ class Run:
         write_file(path, content, safe=f"{self.counts['rows']} rows are written and safe")
 
     def forget(self, is_wanting: Callable[[int], bool]) -> None:
-        """Removes the shards of which this holds, by their numbers, so that their rows are missing."""
+        """Deletes the shards for whose index `is_wanting` returns `True`, so that their rows are annotated again."""
         if wanting := [index for index in self.shards if is_wanting(index)]:
             self.write_manifest(complete=False)
             self.saved_state.unlink(missing_ok=True)
@@ -380,6 +382,6 @@ class Run:
 
 
 def listed(errors: list[tuple[str, str]], most: int = 10) -> str:
-    """Errors as lines."""
+    """Formats errors, one per line."""
     lines = [f"  {row_id}: {reason}" for row_id, reason in errors[-most:]]
     return "\n".join(lines + ([f"  and {len(errors) - most} more"] if len(errors) > most else []))

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A vision-language model in this process, by transformers."""
+"""A vision-language model that runs in this process, with transformers."""
 
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from .vlm import VLM, GenerationError, Request
 
 class TransformersVLM(VLM):
     """
-    A vision-language model of transformers, decoded greedily.
+    A vision-language model from transformers, decoded greedily.
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"Qwen/Qwen2.5-VL-7B-Instruct"`):
@@ -24,13 +24,13 @@ class TransformersVLM(VLM):
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         batch_size (`int`, *optional*, defaults to `8`):
-            Requests that are answered at once.
+            Number of requests per batch.
         max_new_tokens (`int`, *optional*, defaults to `512`):
-            An answer's longest length in tokens.
+            Maximum length of an answer in tokens.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights.
+            Data type of the weights.
         device (`str`, *optional*):
-            Where the model is. Defaults to the GPU, or to the CPU where there is none.
+            Device of the model. Defaults to the GPU if there is one, else to the CPU.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TransformersVLM(VLM):
         }
 
     def __getstate__(self) -> dict:
-        # Another process loads the model itself, onto its own device
+        # Another process loads the model itself, on its own device
         return {name: value for name, value in self.__dict__.items() if name not in ("model", "processor")}
 
     @property
@@ -81,7 +81,7 @@ class TransformersVLM(VLM):
         return processor_class.from_pretrained(self.model_name_or_path, **pinned(self.revision))
 
     def generate(self, requests: list[Request]) -> list[str | GenerationError]:
-        # Requests of one length go together, which saves padding.
+        # Batches hold requests of similar length, which reduces padding.
         order = sorted(range(len(requests)), key=lambda index: size(requests[index]))
         texts = [""] * len(requests)
         for batch in batched(order, self.batch_size):
@@ -91,12 +91,12 @@ class TransformersVLM(VLM):
 
     @torch.inference_mode()
     def generate_batch(self, requests: list[Request]) -> list[str | GenerationError]:
-        """As `generate`, at once."""
+        """Same as `generate`, for one batch."""
         try:
             inputs = self.encode([self.chat(request) for request in requests]).to(self.device, self.model.dtype)
-        except ValueError as error:  # the processor refuses a request, such as an image that is far too thin
+        except ValueError as error:  # the processor refuses a request, for example because of an extreme aspect ratio
             if len(requests) == 1:
-                return [GenerationError(f"the model does not take this request: {error}")]
+                return [GenerationError(f"the model does not accept this request: {error}")]
             return [text for request in requests for text in self.generate_batch([request])]
         tokens = self.model.generate(
             **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None
@@ -104,7 +104,7 @@ class TransformersVLM(VLM):
         return self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def encode(self, chats: list[list[dict]]) -> BatchFeature:
-        """The model's inputs, with the start of its answer."""
+        """The inputs of the model, which end with the start of its answer."""
         return self.processor.apply_chat_template(
             chats,
             add_generation_prompt=True,
@@ -115,7 +115,7 @@ class TransformersVLM(VLM):
         )
 
     def chat(self, request: Request) -> list[dict]:
-        """The request as a chat. A control token of the model's in its text, such as a place for an image, is broken up."""
+        """The request as a chat. Special tokens in its text, such as an image placeholder, are split by a space."""
         text = request.text
         for token in self.processor.tokenizer.added_tokens_decoder.values():
             if token.special:
@@ -125,17 +125,17 @@ class TransformersVLM(VLM):
 
 
 def size(request: Request) -> tuple[int, int]:
-    """What makes a request long: pixels, then letters."""
+    """Size of a request, for sorting: pixels, then characters."""
     return sum(image.width * image.height for image in request.images), len(request.text)
 
 
 def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """
-    A processor for images alone. Processors of video need torchvision, which is not asked for here.
+    Removes the video processor from a processor class, because it needs torchvision.
 
     Args:
         processor_class (`type[ProcessorMixin]`):
-            A processor class of transformers that takes `image_processor`, `tokenizer` and `video_processor`.
+            A processor class from transformers with `image_processor`, `tokenizer` and `video_processor`.
 
     Returns:
         `type[ProcessorMixin]`

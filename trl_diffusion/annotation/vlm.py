@@ -1,10 +1,10 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Vision-language models: requests in, validated answers out.
+"""Vision-language models: sends requests and validates the answers.
 
-A model is anything with `generate`, from requests to raw texts: one in this process, one behind an OpenAI-compatible
-server, or a program that knows the answers. What it says is worth nothing until pydantic has validated it.
+A model is any object whose `generate` turns requests into raw texts: a model in this process, a model behind an
+OpenAI-compatible server, or a program that knows the answers. Every answer is validated with pydantic.
 """
 
 from abc import ABC, abstractmethod
@@ -31,17 +31,17 @@ Answer again, with one JSON object and nothing else."""
 @dataclass(frozen=True)
 class Request:
     """
-    What a model is asked.
+    A request to a model.
 
     Args:
         text (`str`):
             The question. It tells the model to answer with JSON.
         images (`tuple[PIL.Image.Image, ...]`):
-            The images that it is about, in their order.
+            The images of the question, in order.
         schema (`type[BaseModel]`):
-            What the answer must validate as.
+            Schema of the answer.
         files (`tuple[bytes | None, ...]`, *optional*):
-            Of each image the JPEG file that shows just this, where there is one: it need not be encoded again.
+            For each image, a JPEG file with exactly its pixels, or `None`. Such an image is not encoded again.
     """
 
     text: str
@@ -53,15 +53,15 @@ class Request:
 @dataclass(frozen=True)
 class Answer:
     """
-    What came of a request.
+    The answer to a request.
 
     Args:
         raw (`str`):
             The last text of the model.
         value (`BaseModel`, *optional*):
-            The validated answer; `None` where there is none.
+            The validated answer, or `None` if the text is not valid.
         error (`str`, *optional*):
-            Why there is none.
+            Why there is no valid answer.
     """
 
     raw: str
@@ -70,7 +70,7 @@ class Answer:
 
 
 class GenerationError(Exception):
-    """A model gave no text at all: the server did not answer, or refused."""
+    """The model returned no text: the server did not answer, or the request was refused."""
 
 
 class VLM(ABC):
@@ -86,17 +86,17 @@ class VLM(ABC):
                 The requests.
 
         Returns:
-            `list[str | GenerationError]` of length `B`: the texts, or why there is none, in the order of the requests.
+            `list[str | GenerationError]` of length `B`: for each request, the text or the reason why there is none.
         """
 
     @abstractmethod
     def describe(self) -> dict:
-        """What an answer depends on besides the request: `model`, `revision`, decoding parameters. For the manifest."""
+        """Everything that an answer depends on besides the request (`model`, `revision`, decoding), for the manifest."""
 
 
 def ask(vlm: VLM, requests: list[Request]) -> list[Answer]:
     """
-    Asks a model, and once more wherever its answer does not validate, with the reason.
+    Sends requests to a model. If an answer is not valid, sends the request once more, with the answer and the reason.
 
     Args:
         vlm ([`VLM`]):
@@ -124,13 +124,13 @@ def ask(vlm: VLM, requests: list[Request]) -> list[Answer]:
 
 def validate(text: str | GenerationError, schema: type[BaseModel]) -> Answer:
     """
-    Reads an answer.
+    Parses and validates an answer.
 
     Args:
         text (`str` or `GenerationError`):
-            What the model gave. JSON may stand in a code block or between other words.
+            Output of the model. The JSON object may be inside a code block or other text.
         schema (`type[BaseModel]`):
-            What it must validate as.
+            Schema of the answer.
 
     Returns:
         [`Answer`]
@@ -147,23 +147,23 @@ def validate(text: str | GenerationError, schema: type[BaseModel]) -> Answer:
 
 
 def describe_mistake(mistake: dict) -> str:
-    """One mistake that pydantic found, on one line."""
+    """Formats one error from pydantic on one line."""
     place = ".".join(str(part) for part in mistake["loc"])
     return " ".join(f"{place}: {mistake['msg']}".removeprefix(": ").split())
 
 
 class PromptTemplate:
     """
-    A prompt in a file, with places for what differs from row to row.
+    A prompt as a Jinja template in a file.
 
     Args:
         name (`str`):
             Name of a prompt that the package ships: `"planner"`, `"judge"`, `"attribute_expert"`, `"things"`.
         path (`str` or `Path`, *optional*):
-            A file to take in its place, a Jinja template with the same places.
+            File of a template with the same variables, used instead of the shipped prompt.
 
     Raises:
-        `ValueError`: If there is no such file, or it is no template.
+        `ValueError`: If the file cannot be read, or is not a template.
     """
 
     def __init__(self, name: str, path: str | Path | None = None):
@@ -177,7 +177,7 @@ class PromptTemplate:
         try:
             compiled(self.text)
         except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{path}, line {error.lineno}: this is no Jinja template: {error.message}.") from error
+            raise ValueError(f"{path}, line {error.lineno}: not a valid Jinja template: {error.message}.") from error
         self.path = path
 
     def describe(self) -> dict:
@@ -185,22 +185,22 @@ class PromptTemplate:
 
     def render(self, **values) -> str:
         """
-        Fills the places in.
+        Renders the template.
 
         Args:
             values:
-                What stands in each place.
+                Values of the variables.
 
         Returns:
             `str`: the text of a request.
 
         Raises:
-            `ValueError`: If the template has a place that nothing is known for.
+            `ValueError`: If the template uses an unknown variable.
         """
         try:
             return compiled(self.text).render(values).strip()
         except jinja2.UndefinedError as error:
-            raise ValueError(f"{self.path}: {error}; the places of this prompt are {', '.join(values)}.") from error
+            raise ValueError(f"{self.path}: {error}; the variables of this prompt are {', '.join(values)}.") from error
 
 
 @cache
@@ -208,7 +208,7 @@ def shipped_prompt(name: str) -> str:
     return resources.files("trl_diffusion").joinpath("annotation", "prompts", f"{name}.md").read_text(encoding="utf-8")
 
 
-@cache  # and not kept in the prompt: a template does not pickle
+@cache  # instead of an attribute of the prompt, because a template does not pickle
 def compiled(text: str) -> jinja2.Template:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(text)

@@ -1,4 +1,4 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Generating images with models, and saying which are better."""
+"""Generates images with models, scores them, and compares the models."""

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A page that shows all models' images side by side, with their scores, the most disputed first."""
+"""An HTML page with the images of all models side by side and their scores, sorted by the disagreement of the metrics."""
 
 import json
 import statistics
@@ -27,27 +27,27 @@ def disagreement(
     scores: Sequence[Sequence[float | None]], scales: Sequence[float], higher_is_better: Sequence[bool]
 ) -> float:
     """
-    How strongly two metrics contradict each other about which of two models drew a prompt better.
+    Measures how strongly two metrics disagree about which of two models has the better image for a prompt.
 
-    By metric `k`, model `a` is ahead of model `b` by `d_k(a, b) = (s_k(a) - s_k(b)) / scale_k`, negated where lower is better.
-    Metrics contradict each other about a pair as strongly as the weaker of the two opposite opinions, and the most disputed
-    pair counts:
+    According to metric `k`, model `a` leads model `b` by `d_k(a, b) = (s_k(a) - s_k(b)) / scale_k`, negated if lower
+    is better. The disagreement about a pair of models is the smaller of the largest leads in the two directions. The
+    pair with the largest disagreement counts:
 
         disagreement = max over a, b of min( max_k d_k(a, b), max_k d_k(b, a) ), and at least 0
 
-    With standard deviations as scales, 1 says that of some pair of images, one metric puts the first ahead by a standard
-    deviation or more, and another one the second.
+    With standard deviations as scales, a value of 1 means that for some pair of images, one metric prefers the first
+    by at least one standard deviation, and another metric the second.
 
     Args:
         scores (`list[list[float | None]]` of shape `(models, metrics)`):
-            What each metric says about each model's image, `None` where it says nothing.
+            Scores of the images of one prompt, `None` if missing.
         scales (`list[float]` of length `metrics`):
-            How large a difference is large, by metric; a metric of scale 0 has no opinion.
+            Scale of the differences of each metric. A metric with scale 0 is ignored.
         higher_is_better (`list[bool]` of length `metrics`):
-            Which way is up.
+            Whether a higher score is better, for each metric.
 
     Returns:
-        `float`: 0 where no two metrics contradict each other.
+        `float`: the disagreement, 0 if no two metrics disagree.
     """
     most = 0.0
     for first, second in permutations(scores, 2):
@@ -62,23 +62,23 @@ def disagreement(
 
 
 def spread(values: Sequence[float | None]) -> float | None:
-    """How far the models' scores lie apart: the largest less the smallest; `None` with fewer than two."""
+    """The largest minus the smallest score of the models, `None` with fewer than two."""
     present = [value for value in values if value is not None]
     return max(present) - min(present) if len(present) > 1 else None
 
 
 def gallery_data(table: pa.Table) -> dict[str, Any]:
     """
-    What the page shows.
+    Collects the data that the page shows.
 
     Args:
         table (`pyarrow.Table`):
-            From [`evaluation.scores.score_models`].
+            Scores from [`evaluation.scores.score_models`].
 
     Returns:
-        `dict`: `models`; `metrics` (`name`, `label`, `up`, `decimals`); `groups`; and `rows`, one for each prompt and index, with
-        `images` by model (a quoted path, or `None`), `scores` by model and metric, `best` (by metric, the places of the models
-        that are best; none where all are alike), `disagreement` and `spreads` by metric.
+        `dict`: `models`; `metrics` (`name`, `label`, `up`, `decimals`); `groups`; and `rows`, one for each prompt and
+        index, with `images` by model (a quoted path, or `None`), `scores` by model and metric, `best` (for each
+        metric, the indices of the best models; empty if all are equal), `disagreement`, and `spreads` by metric.
     """
     metrics = metrics_of(table)
     models = table["model"].unique().to_pylist()
@@ -126,7 +126,7 @@ def gallery_data(table: pa.Table) -> dict[str, Any]:
 
 
 def marked(values: Sequence[float | None], higher_is_better: bool, places: int) -> list[int]:
-    """The places of the best values; none where all are alike."""
+    """The indices of the best values; empty if all are equal."""
     flags = best(values, higher_is_better, places)
     return (
         [] if sum(flags) == sum(value is not None for value in values) else [i for i, flag in enumerate(flags) if flag]
@@ -134,20 +134,20 @@ def marked(values: Sequence[float | None], higher_is_better: bool, places: int) 
 
 
 def rounded(value: float | None) -> float | None:
-    """A figure with as many digits as anybody reads, so that the page stays small."""
+    """Rounds to six significant digits, to keep the page small."""
     return None if value is None else float(f"{value:.6g}")
 
 
 def gallery(table: pa.Table) -> str:
     """
-    Makes the page. It loads the images that it shows, by their paths, and nothing else.
+    Builds the page. It needs no files but the images, which it links by their paths.
 
     Args:
         table (`pyarrow.Table`):
-            From [`evaluation.scores.score_models`].
+            Scores from [`evaluation.scores.score_models`].
 
     Returns:
-        `str`: HTML, to be written into the folder that the images' paths are relative to.
+        `str`: HTML, for a file in the folder that the paths of the images are relative to.
     """
     data = gallery_data(table)
     template = resources.files("trl_diffusion").joinpath("templates", "gallery.html").read_text(encoding="utf-8")
@@ -159,7 +159,7 @@ def gallery(table: pa.Table) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that may stand inside of a `<script>`: nothing in it ends the element, whatever the prompts say."""
+    """JSON that is safe inside a `<script>` element, whatever the prompts contain."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -170,12 +170,12 @@ def write_gallery(table: pa.Table, output_dir: str | Path) -> str:
 
     Args:
         table (`pyarrow.Table`):
-            From [`evaluation.scores.score_models`].
+            Scores from [`evaluation.scores.score_models`].
         output_dir (`str` or `Path`):
-            The folder of the evaluation.
+            Folder of the evaluation.
 
     Returns:
-        `str`: the file's name, for [`evaluation.report.write_report`].
+        `str`: the name of the file, for [`evaluation.report.write_report`].
     """
     write_file(Path(output_dir) / GALLERY, gallery(table).encode())
     return GALLERY

@@ -1,11 +1,11 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The images of a comparison: the same noise for every model, and after a stop the same command again.
+"""Samples the images of a comparison, with the same noise for every model. An interrupted run continues.
 
-The noise of an image follows from the seed, its prompt's id and its number among the prompt's images. Neither the batch size
-nor the order nor the other prompts nor the number of processes bears on it, so what is there stays as it is, and a run draws
-what is missing.
+The noise of an image depends only on the seed, the id of its prompt and its index among the images of the prompt, not
+on the batch size, the order, the other prompts or the number of processes. A run therefore samples only the missing
+images.
 """
 
 import gc
@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PACKAGES = ("diffusers", "torch")
-PATIENCE = timedelta(days=7)  # for the slowest process; a process group's default may be ten minutes
-NUMBERED = re.compile(r"(.+)_(\d+)")  # a prompt's id, and the image's index
+PATIENCE = timedelta(days=7)  # timeout for the slowest process; the default of a process group may be ten minutes
+NUMBERED = re.compile(r"(.+)_(\d+)")  # id of the prompt, index of the image
 
 
 class ImageRow(NamedTuple):
@@ -48,11 +48,11 @@ class ImageRow(NamedTuple):
 
     Args:
         prompt ([`Prompt`]):
-            Its prompt.
+            Prompt of the image.
         index (`int`):
-            Its number among the images of the prompt.
+            Index among the images of the prompt.
         path (`Path`):
-            Its file.
+            File of the image.
     """
 
     prompt: Prompt
@@ -71,33 +71,33 @@ def generate(
     disable_tqdm: bool = False,
 ) -> list[ImageRow]:
     """
-    Draws a model's images, or what is left of them, into `<output_dir>/images/<model>/<prompt id>_<index>.png`. Processes
-    that `accelerate` or `torchrun` started share the work. The images of a folder of images are found and not drawn.
+    Samples the missing images of a model, into `<output_dir>/images/<model>/<prompt id>_<index>.png`. Processes that
+    `accelerate` or `torchrun` started share the work. For a folder of images, the images are looked up instead.
 
     Args:
         spec ([`ModelSpec`]):
             The model.
         prompt_set ([`PromptSet`]):
-            The prompts. More of the same set may be drawn into the same folder later.
+            The prompts. More prompts of the same set can be added to the same folder later.
         protocol ([`Protocol`]):
-            How to draw. More images a prompt may be drawn later too.
+            Sampling settings. More images per prompt can be added later.
         output_dir (`str` or `Path`):
-            The folder of the evaluation.
+            Folder of the evaluation.
         batch_size (`int`, *optional*, defaults to `8`):
-            Images that a process draws at a time.
+            Number of images per batch and process.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights, see [`evaluation.models.resolve_dtype`].
+            Data type of the weights, see [`evaluation.models.resolve_dtype`].
         use_cpu (`bool`, *optional*, defaults to `False`):
-            Draw on the CPU where there is a GPU as well.
+            Whether to sample on the CPU even if there is a GPU.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
-            Show no progress.
+            Whether to hide the progress bar.
 
     Returns:
-        `list[ImageRow]`: the images, by prompt in the order of the set, and by index.
+        `list[ImageRow]`: the images, sorted by prompt in the order of the set, then by index.
 
     Raises:
-        `ValueError`: If the folder holds images that were drawn with other settings; says which. If another process is
-            drawing into it, the scheduler does not fit the model, or the disk is full. If a folder of images lacks some.
+        `ValueError`: If the folder holds images that were sampled with other settings, another process is sampling
+            into it, the scheduler does not fit the model, the disk is full, or a folder of images is incomplete.
     """
     if spec.kind == "images":
         return match_images(Path(spec.path), prompt_set, protocol.images_per_prompt)
@@ -115,13 +115,13 @@ def generate(
         "versions": {package: version(package) for package in PACKAGES},
     }
     check_manifest(folder, manifest)
-    state.wait_for_everyone()  # nobody writes before all have looked
+    state.wait_for_everyone()  # no process writes before all have checked
     lock = FileLock(folder / ".lock")
     if state.is_main_process:
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise ValueError(f"Another process is drawing into {folder}. Wait for it, or stop it.") from error
+            raise ValueError(f"Another process is sampling into {folder}. Wait for it, or stop it.") from error
         write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     try:
         rows = [
@@ -130,15 +130,17 @@ def generate(
             for index in range(protocol.images_per_prompt)
         ]
         missing = [row for row in rows if not row.path.exists()]
-        state.wait_for_everyone()  # all deal out the same images
+        state.wait_for_everyone()  # all processes see the same missing images
         share = missing[state.process_index :: state.num_processes]
         if share:
             pipeline = load_pipeline(spec, dtype, state.device)
             set_scheduler(pipeline, protocol.scheduler)
             with guidance_of(spec, pipeline):
-                draw(pipeline, share, protocol, batch_size, disable_tqdm or not state.is_main_process, spec.name)
+                sample_rows(
+                    pipeline, share, protocol, batch_size, disable_tqdm or not state.is_main_process, spec.name
+                )
             del pipeline
-            gc.collect()  # models refer to themselves in circles, and the next one needs the room
+            gc.collect()  # models contain reference cycles, and the next one needs the memory
             if state.device.type == "cuda":
                 torch.cuda.empty_cache()
         state.wait_for_everyone()
@@ -149,31 +151,33 @@ def generate(
 
 def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """
-    Checks that what a folder holds was drawn as the rest will be.
+    Checks that the existing images of a folder were sampled with the same settings.
 
     Args:
         folder (`Path`):
-            The folder of a model's images.
+            Folder of a model's images.
         manifest (`dict`):
-            What these depend on.
+            Everything that the images depend on.
 
     Raises:
-        `ValueError`: If they depend on something else; says on what.
+        `ValueError`: If a setting differs.
     """
     path = folder / MANIFEST
-    way_out = "Choose another `output_dir`, or delete that folder to draw all images again."
+    way_out = "Choose another `output_dir`, or delete that folder to sample all images again."
     if not path.exists():
         if any(folder.glob("*.png")):
-            raise ValueError(f"{folder} holds images and no {MANIFEST}: how they were drawn is not known. {way_out}")
+            raise ValueError(
+                f"{folder} holds images but no {MANIFEST}: their sampling settings are unknown. {way_out}"
+            )
         return
     earlier, now = flat(json.loads(path.read_text(encoding="utf-8"))), flat(manifest)
     changes = [f"`{name}` {earlier.get(name)!r}, not {now[name]!r}" for name in now if earlier.get(name) != now[name]]
     if changes:
-        raise ValueError(f"The images in {folder} were drawn with {'; '.join(changes)}. {way_out}")
+        raise ValueError(f"The images in {folder} were sampled with {'; '.join(changes)}. {way_out}")
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    """Turns `{"a": {"b": 1}}` into `{"a.b": 1}`."""
     parts = {}
     for name, value in settings.items():
         parts |= {f"{name}.{key}": x for key, x in flat(value).items()} if isinstance(value, dict) else {name: value}
@@ -182,29 +186,29 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
     """
-    Gives a pipeline another scheduler of the same noise schedule.
+    Replaces the scheduler of a pipeline by another one with the same noise schedule.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline.
         name (`str`, *optional*):
-            The scheduler's class in diffusers. The pipeline keeps its own if left out.
+            Class name of the scheduler in diffusers. By default, the pipeline keeps its own.
 
     Raises:
-        `ValueError`: If it does not fit; names those that do.
+        `ValueError`: If the scheduler does not fit the model.
     """
     if name is None:
         return
     fitting = {scheduler.__name__: scheduler for scheduler in pipeline.scheduler.compatibles}
     if name not in fitting:
         raise ValueError(
-            f"`scheduler` {name!r} does not fit a model made for {type(pipeline.scheduler).__name__}; these do: "
+            f"`scheduler` {name!r} does not fit a model with {type(pipeline.scheduler).__name__}; these fit: "
             f"{', '.join(sorted(fitting))}."
         )
     pipeline.scheduler = fitting[name].from_config(pipeline.scheduler.config)
 
 
-def draw(
+def sample_rows(
     pipeline: DiffusionPipeline,
     rows: list[ImageRow],
     protocol: Protocol,
@@ -213,7 +217,7 @@ def draw(
     name: str,
 ) -> None:
     """
-    Draws images into their files.
+    Samples images and writes them to their files.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -221,15 +225,15 @@ def draw(
         rows (`list[ImageRow]`):
             The images.
         protocol ([`Protocol`]):
-            How to draw them.
+            Sampling settings.
         batch_size (`int`):
-            Images drawn at a time.
+            Number of images per batch.
         disable_tqdm (`bool`):
-            Show no progress.
+            Whether to hide the progress bar.
         name (`str`):
             Name of the model, for the progress bar.
     """
-    with tqdm(total=len(rows), desc=f"Drawing with {name}", unit="image", disable=disable_tqdm) as bar:
+    with tqdm(total=len(rows), desc=f"Sampling with {name}", unit="image", disable=disable_tqdm) as bar:
         for batch in batched(rows, batch_size):
             images = sample_images(
                 pipeline,
@@ -247,9 +251,9 @@ def draw(
             bar.update(len(batch))
 
 
-def write_image(drawn: tuple[ImageRow, PIL.Image.Image]) -> None:
-    """Writes an image whole or not at all, so that a file that is there is one that is done."""
-    row, image = drawn
+def write_image(sample: tuple[ImageRow, PIL.Image.Image]) -> None:
+    """Writes an image completely or not at all, so that every existing file is valid."""
+    row, image = sample
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     write_file(row.path, buffer.getvalue())
@@ -260,9 +264,9 @@ def write_image(drawn: tuple[ImageRow, PIL.Image.Image]) -> None:
 
 def match_images(folder: Path, prompt_set: PromptSet, images_per_prompt: int) -> list[ImageRow]:
     """
-    Finds the images of prompts in a folder: by their names, `<prompt id>_<index>.png` (or `.jpg`, `.jpeg`, `.webp`), or by a
-    `metadata.jsonl` beside them, as `datasets` reads it: a line for each image, with `file_name` and either `prompt_id` or
-    `prompt`, where the first line of a prompt is its image 0.
+    Finds the images of prompts in a folder, either by their names `<prompt id>_<index>.png` (or `.jpg`, `.jpeg`,
+    `.webp`), or by a `metadata.jsonl` in the format of `datasets`: one line per image, with `file_name` and either
+    `prompt_id` or `prompt`. The first line of a prompt is its image 0.
 
     Args:
         folder (`Path`):
@@ -291,30 +295,32 @@ def match_images(folder: Path, prompt_set: PromptSet, images_per_prompt: int) ->
     if missing:
         raise ValueError(
             f"{folder} lacks {len(missing)} of {len(missing) + len(rows)} images: {', '.join(missing[:5])}"
-            f"{' and others' if len(missing) > 5 else ''}. It must hold an image `<prompt id>_<index>.png` for each, or "
-            f"a line in {METADATA_FILE} with its `file_name` and its `prompt_id` or `prompt`."
+            f"{' and others' if len(missing) > 5 else ''}. Each image needs the name `<prompt id>_<index>.png`, or a line "
+            f"in {METADATA_FILE} with its `file_name` and its `prompt_id` or `prompt`."
         )
     if extra := len(found) - len(rows):
-        logger.warning(f"{folder} holds {extra} images beside the {len(rows)} of this comparison, which are left out.")
+        logger.warning(
+            f"{folder} holds {extra} images that are not among the {len(rows)} of this comparison. They are ignored."
+        )
     return rows
 
 
 def images_of_names(folder: Path) -> dict[tuple[str, int], Path]:
-    """Images by prompt id and index, or by their names where these say neither."""
+    """Images by prompt id and index, or by file name and -1 if the name does not contain both."""
     found = {}
     for path in sorted(filter(is_image, folder.iterdir())):
         numbered = NUMBERED.fullmatch(path.stem)
         place = (numbered[1], int(numbered[2])) if numbered else (path.name, -1)
         if place in found:
             raise ValueError(
-                f"{found[place]} and {path} are both image {place[1]} of the prompt {place[0]}: keep one."
+                f"{found[place]} and {path} are both image {place[1]} of the prompt {place[0]}: keep one of them."
             )
         found[place] = path
     return found
 
 
 def images_of_metadata(folder: Path, prompt_set: PromptSet) -> dict[tuple[str, int], Path]:
-    """Images by prompt id and index, or by their text where no prompt has it."""
+    """Images by prompt id and index, or by text and index if no prompt has this text."""
     path, found, counts = folder / METADATA_FILE, {}, Counter()
     texts = Counter(prompt.text for prompt in prompt_set.prompts)
     ids = {prompt.text: prompt.id for prompt in prompt_set.prompts}
@@ -325,9 +331,9 @@ def images_of_metadata(folder: Path, prompt_set: PromptSet) -> dict[tuple[str, i
                 f"{where} must have `file_name` and either `prompt_id` or `prompt`; it has {', '.join(row)}."
             )
         if not (folder / row["file_name"]).is_file():
-            raise ValueError(f"{where} names {row['file_name']}, which is not there.")
+            raise ValueError(f"{where} names {row['file_name']}, which does not exist.")
         if "prompt_id" not in row and texts[row["prompt"]] > 1:
-            raise ValueError(f"{where} has a prompt that stands twice among the prompts: tell which by `prompt_id`.")
+            raise ValueError(f"{where} has a text that several prompts share: name the prompt with `prompt_id`.")
         prompt_id = str(row["prompt_id"]) if "prompt_id" in row else ids.get(row["prompt"], f"no id: {row['prompt']}")
         found[prompt_id, counts[prompt_id]] = folder / row["file_name"]
         counts[prompt_id] += 1

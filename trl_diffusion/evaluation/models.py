@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is evaluated: pipelines, LoRAs, checkpoints of a training, and folders of images that are drawn already."""
+"""The models to evaluate: pipelines, LoRAs, training checkpoints, and folders of existing images."""
 
 import hashlib
 import json
@@ -33,25 +33,25 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 @dataclass(frozen=True)
 class ModelSpec:
     """
-    A model that is evaluated, see [`evaluation.models.resolve_model`].
+    A model to evaluate, see [`evaluation.models.resolve_model`].
 
     Args:
         name (`str`):
-            Its name in tables and folders.
+            Name of the model in tables and folders.
         path (`str`):
             Folder or Hub id.
         kind (`str`):
             `"pipeline"`, `"lora"` or `"images"`.
         revision (`str`):
-            The commit, or a digest of the folder.
+            Commit on the Hub, or hash of the folder.
         base (`str`, *optional*):
-            Folder or Hub id of the pipeline that a LoRA is put on.
+            Folder or Hub id of the base pipeline of a LoRA.
         base_revision (`str`, *optional*):
-            Its commit or digest.
+            Commit or hash of the base.
         negative_lora (`str`, *optional*):
             Folder or Hub id of the LoRA for the unconditional branch of guidance.
         negative_lora_revision (`str`, *optional*):
-            Its commit or digest.
+            Commit or hash of this LoRA.
     """
 
     name: str
@@ -64,7 +64,7 @@ class ModelSpec:
     negative_lora_revision: str | None = None
 
     def describe(self) -> dict[str, str | None]:
-        """What its images depend on. Folders go by their last name: they may be moved."""
+        """What the images depend on. Of folders, only the last part of the path is given, because they may be moved."""
         return {
             "kind": self.kind,
             "path": _label(self.path),
@@ -78,44 +78,45 @@ class ModelSpec:
 
 def parse_model(text: str) -> tuple[str, str]:
     """
-    Takes `NAME=WHERE` apart.
+    Parses `NAME=WHERE`.
 
     Args:
         text (`str`):
-            A name, and a folder or Hub id; or the latter alone, whose last part is the name then.
+            A name and a folder or Hub id; or only the latter, whose last part is then the name.
 
     Returns:
         `tuple[str, str]`: name, and folder or Hub id.
 
     Raises:
-        `ValueError`: If the name cannot be a folder's, or either is missing.
+        `ValueError`: If the name is not valid for a folder, or a part is missing.
     """
     name, separator, where = text.partition("=")
     if not separator:
         name, where = Path(text).absolute().name, text
     if not where:
-        raise ValueError(f"{text!r} names no model: write NAME=WHERE, with a folder or a Hub id after the '='.")
+        raise ValueError(f"{text!r} has no model: write NAME=WHERE, with a folder or a Hub id after the '='.")
     if not SAFE_NAME.fullmatch(name):
         raise ValueError(
-            f"{name!r} in {text!r} cannot be the name of a model: it names a folder. Write NAME=WHERE, with a name of at "
-            "most 200 letters from a to z, digits, '.', '_' and '-' that begins with a letter or digit."
+            f"{name!r} in {text!r} is not a valid model name, because a folder gets this name. Write NAME=WHERE, with a name "
+            "of at most 200 letters from a to z, digits, '.', '_' and '-' that begins with a letter or digit."
         )
     return name, where
 
 
 def resolve_model(name: str, where: str, base: str | None = None, negative_lora: str | None = None) -> ModelSpec:
     """
-    Finds out what a model is, and pins it.
+    Determines the kind and the revision of a model.
 
     Args:
         name (`str`):
-            Its name in tables and folders.
+            Name of the model in tables and folders.
         where (`str`):
-            - a pipeline: a folder or Hub id with `model_index.json`, such as a checkpoint of a training of all weights;
-            - a LoRA: a folder or Hub id with `pytorch_lora_weights.safetensors`, such as a checkpoint of a LoRA's training;
+            - a pipeline: a folder or Hub id with `model_index.json`, such as a checkpoint of full fine-tuning;
+            - a LoRA: a folder or Hub id with `pytorch_lora_weights.safetensors`, such as a checkpoint of LoRA
+              training;
             - a folder of images, see [`evaluation.generate.match_images`].
         base (`str`, *optional*):
-            Folder or Hub id of the pipeline that a LoRA is put on. Defaults to the `base_model` that the LoRA's card names.
+            Folder or Hub id of the base pipeline of a LoRA. Defaults to the `base_model` in the LoRA's card.
         negative_lora (`str`, *optional*):
             Folder or Hub id of a LoRA for the unconditional branch of guidance, see [`negative_preference_guidance`].
 
@@ -123,13 +124,13 @@ def resolve_model(name: str, where: str, base: str | None = None, negative_lora:
         [`ModelSpec`]
 
     Raises:
-        `ValueError`: If it is none of these, its base is not known, or `negative_lora` is no LoRA.
+        `ValueError`: If `where` is none of these, the base is unknown, or `negative_lora` is not a LoRA.
     """
     kind, revision = _kind_and_revision(where)
     if kind == "images":
         if negative_lora is not None:
             raise ValueError(
-                f"{where} is a folder of images, which are drawn already: `negative_lora` cannot change them."
+                f"{where} is a folder of existing images: `negative_lora` cannot change them. Leave it out for this model."
             )
         return ModelSpec(name, where, kind, revision)
     base_revision = negative_lora_revision = None
@@ -137,36 +138,38 @@ def resolve_model(name: str, where: str, base: str | None = None, negative_lora:
         base = base or _base_of(where)
         base_kind, base_revision = _kind_and_revision(base)
         if base_kind != "pipeline":
-            raise ValueError(f"The base of the LoRA {where} must be a pipeline, and {base} has no {PIPELINE_FILE}.")
+            raise ValueError(f"The base of the LoRA {where} must be a pipeline, but {base} has no {PIPELINE_FILE}.")
     else:
         base = None
     if negative_lora is not None:
         negative_kind, negative_lora_revision = _kind_and_revision(negative_lora)
         if negative_kind != "lora":
-            raise ValueError(f"`negative_lora` must be a LoRA, and {negative_lora} has no {LORA_FILE}.")
+            raise ValueError(f"`negative_lora` must be a LoRA, but {negative_lora} has no {LORA_FILE}.")
     return ModelSpec(name, where, kind, revision, base, base_revision, negative_lora, negative_lora_revision)
 
 
 def load_pipeline(spec: ModelSpec, dtype: torch.dtype, device: torch.device | str) -> DiffusionPipeline:
     """
-    Loads a model. A safety checker is left out: it would put black images into the comparison.
+    Loads a model, without its safety checker, which would replace some images by black ones.
 
     Args:
         spec ([`ModelSpec`]):
             The model, of kind `"pipeline"` or `"lora"`.
         dtype (`torch.dtype`):
-            Type of the weights.
+            Data type of the weights.
         device (`torch.device` or `str`):
-            Where it goes.
+            Device of the model.
 
     Returns:
-        [`~diffusers.DiffusionPipeline`]: with the LoRA, as diffusers loads it.
+        [`~diffusers.DiffusionPipeline`]: the pipeline, with the LoRA if there is one.
     """
     is_lora = spec.kind == "lora"
     source, revision = (spec.base, spec.base_revision) if is_lora else (spec.path, spec.revision)
     checker = {}
     if DiffusionPipeline.load_config(source, **pinned(revision)).get("safety_checker", [None])[0] is not None:
-        logger.warning(f"The safety checker of {source} is left out, which would paint some images black.")
+        logger.warning(
+            f"The safety checker of {source} is not loaded, because it would replace some images by black ones."
+        )
         checker = {"safety_checker": None, "requires_safety_checker": False}
     pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, **pinned(revision), **checker).to(device)
     if is_lora:
@@ -182,7 +185,7 @@ def load_pipeline(spec: ModelSpec, dtype: torch.dtype, device: torch.device | st
 
 
 def guidance_of(spec: ModelSpec, pipeline: DiffusionPipeline) -> AbstractContextManager:
-    """The context that a model draws in: that of its negative LoRA, or none."""
+    """The context for sampling with a model: that of its negative LoRA, if it has one."""
     if spec.negative_lora is None:
         return nullcontext()
     return negative_preference_guidance(pipeline, ADAPTER if spec.kind == "lora" else None, NEGATIVE_ADAPTER)
@@ -190,20 +193,20 @@ def guidance_of(spec: ModelSpec, pipeline: DiffusionPipeline) -> AbstractContext
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """
-    The type that a model draws in.
+    Determines the data type for sampling.
 
     Args:
         dtype (`str`):
-            `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: `float16` on a CUDA device, as Diffusion-DPO's notebook draws,
-            and `float32` elsewhere.
+            `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: `float16` on a CUDA device, as in Diffusion-DPO's
+            notebook, and `float32` elsewhere.
         device (`torch.device`):
-            Where the model is.
+            Device of the model.
 
     Returns:
         `torch.dtype`
 
     Raises:
-        `ValueError`: If there is no such type.
+        `ValueError`: If the type is unknown.
     """
     if dtype == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
@@ -212,13 +215,13 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-# ----- what is where -----
+# ----- kinds of models -----
 
 
 def _kind_and_revision(where: str) -> tuple[str, str]:
     folder = Path(where)
     if folder.is_file():
-        raise ValueError(f"{where} is a file: name its folder.")
+        raise ValueError(f"{where} is a file: pass its folder.")
     if folder.is_dir():
         found = {name: folder / name for name in (PIPELINE_FILE, LORA_FILE) if (folder / name).is_file()}
         missing = f"the folder has no {PIPELINE_FILE} (a pipeline), no {LORA_FILE} (a LoRA) and no images"
@@ -226,7 +229,7 @@ def _kind_and_revision(where: str) -> tuple[str, str]:
         found, missing = _files_on_hub(where, (PIPELINE_FILE, LORA_FILE))
     if len(found) > 1:
         raise ValueError(
-            f"{where} holds a pipeline ({PIPELINE_FILE}) and a LoRA ({LORA_FILE}): keep one of them there."
+            f"{where} holds both a pipeline ({PIPELINE_FILE}) and a LoRA ({LORA_FILE}): keep only one of them there."
         )
     if PIPELINE_FILE in found:
         return "pipeline", _pipeline_digest(folder) if folder.is_dir() else commit_of(
@@ -236,25 +239,25 @@ def _kind_and_revision(where: str) -> tuple[str, str]:
         return "lora", digest_of_file(found[LORA_FILE]) if folder.is_dir() else commit_of(found[LORA_FILE], LORA_FILE)
     if folder.is_dir() and any(is_image(path) or path.name == METADATA_FILE for path in folder.iterdir()):
         return "images", resolve_revision(where)
-    raise ValueError(f"{where!r} is nothing that can be evaluated: {missing}.")
+    raise ValueError(f"{where!r} cannot be evaluated: {missing}.")
 
 
 def _files_on_hub(repo_id: str, names: tuple[str, ...]) -> tuple[dict[str, Path], str]:
-    """The files that a repository has, and why there is none."""
+    """The existing files of a repository, and the reason if there are none."""
     found, missing = {}, ""
     for name in names:
         try:
             found[name] = Path(hf_hub_download(repo_id, name))
-        except EntryNotFoundError as error:  # that the repository has not, or that the cache has not
+        except EntryNotFoundError as error:  # missing in the repository, or in the cache
             missing = str(error).splitlines()[0]
         except (OSError, HFValidationError) as error:
             missing = str(error).splitlines()[0]
             break
-    return found, f"there is no such folder, and the Hub gave neither {' nor '.join(names)}: {missing}"
+    return found, f"there is no such folder, and the Hub provides neither {' nor '.join(names)}: {missing}"
 
 
 def _pipeline_digest(folder: Path) -> str:
-    """Over what belongs to the pipeline: beside it may lie the state of a training, or images that it drew."""
+    """Hash of the files of the pipeline only: the folder may also contain a training state or samples."""
     components = json.loads((folder / PIPELINE_FILE).read_text(encoding="utf-8"))
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and path.name in components)
     parts = [digest_of_file(folder / PIPELINE_FILE), *(f"{path.name} {resolve_revision(path)}" for path in folders)]
@@ -262,28 +265,28 @@ def _pipeline_digest(folder: Path) -> str:
 
 
 def _base_of(lora: str) -> str:
-    """What the LoRA's card names as its base."""
+    """The base model that the LoRA's card names."""
     folder = Path(lora).absolute()
     if not folder.is_dir():
         card = _files_on_hub(lora, ("README.md",))[0].get("README.md")
-    else:  # a checkpoint's card is that of its training, one folder up
+    else:  # a checkpoint uses the card of its training, one folder up
         folders = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
         card = next((path / "README.md" for path in folders if (path / "README.md").is_file()), None)
     named = card and ModelCard.load(card).data.get("base_model")
     names = named if isinstance(named, list) else [named]
     if len(names) != 1 or not names[0]:
         raise ValueError(
-            f"The LoRA {lora} does not say what it belongs on: it has no README.md that names one `base_model`. Pass the "
-            "folder or Hub id of that model as `base_model`."
+            f"The base of the LoRA {lora} is unknown: it has no README.md that names one `base_model`. Pass the folder or "
+            "Hub id of its base as `base_model`."
         )
     return names[0]
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file's name is that of an image."""
+    """Whether a file has an image suffix."""
     return path.suffix.lower() in IMAGE_TYPES
 
 
 def _label(where: str) -> str:
-    """A Hub id, or the last name of a folder."""
+    """A Hub id, or the last part of a folder's path."""
     return Path(where).absolute().name if Path(where).is_dir() else where

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Plots of scores: how they are distributed, and how often each model beats the baseline."""
+"""Plots of the distributions of scores, and of win rates against the baseline."""
 
 import io
 import math
@@ -25,22 +25,23 @@ if TYPE_CHECKING:
 DISTRIBUTIONS, WIN_RATES = "distributions.png", "win_rates.png"
 DPI = 160
 BASELINE_COLOR = "#767676"
-# Told apart by the colour-blind (Okabe and Ito, 2008; without yellow, which is lost on white)
+# Distinguishable for the colour-blind (Okabe and Ito, 2008), without yellow, which is hard to see on white
 MODEL_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 INK, FAINT = "#1c1e21", "#c9cbce"
 MOST_ACROSS = 3  # panels
 PANEL_WIDTH, PANEL_MARGIN, LINE_HEIGHT, LETTER_WIDTH = 2.7, 0.75, 0.16, 0.06  # inches
-NAME_WIDTH = 26  # letters of a model's name in one line
+NAME_WIDTH = 26  # characters per line of a model's name
 
 
 def plot_distributions(table: pa.Table) -> "Figure":
     """
-    Draws how the scores of each model are distributed: a panel for each metric, and in it for each model the density of its
-    scores, their middle half as a bar and their mean as a dot. A line carries the baseline's mean through the panel.
+    Plots the distribution of the scores of each model. There is a panel for each metric, which shows the density of
+    each model's scores, their interquartile range as a bar and their mean as a dot. A line marks the mean of the
+    baseline.
 
     Args:
         table (`pyarrow.Table`):
-            From [`evaluation.scores.score_models`].
+            Scores from [`evaluation.scores.score_models`].
 
     Returns:
         `matplotlib.figure.Figure`
@@ -48,10 +49,10 @@ def plot_distributions(table: pa.Table) -> "Figure":
     models = table["model"].unique().to_pylist()
     of_model = np.array(table["model"].to_pylist())
     metrics = metrics_of(table)
-    legend = "Area: density of the scores. Bar: their middle half. Dot: their mean. Dashed: the baseline's mean."
+    legend = "Area: density of the scores. Bar: interquartile range. Dot: mean. Dashed line: mean of the baseline."
     figure, panels = make_panels(list(metrics), models, 0.5, legend)
     for (name, metric), axes in zip(metrics.items(), panels):
-        values = np.array([finite(value) for value in table[name].to_pylist()], dtype=float)  # NaN where there is none
+        values = np.array([finite(value) for value in table[name].to_pylist()], dtype=float)  # NaN if missing
         draw_distributions(axes, [values[(of_model == model) & ~np.isnan(values)] for model in models], models)
         better = "higher" if metric["higher_is_better"] else "lower"
         axes.set_xlabel(f"{better} is better", color=INK, fontsize=8)
@@ -59,7 +60,7 @@ def plot_distributions(table: pa.Table) -> "Figure":
 
 
 def draw_distributions(axes: "Axes", distributions: list[np.ndarray], models: list[str]) -> None:
-    """One panel of `plot_distributions`; a model without scores has a note in its row."""
+    """One panel of `plot_distributions`. A model without scores gets a note."""
     for place, (values, model) in enumerate(zip(distributions, models)):
         if not len(values):
             draw_note(axes, "no scores", place)
@@ -76,12 +77,12 @@ def draw_distributions(axes: "Axes", distributions: list[np.ndarray], models: li
 
 def plot_win_rates(summary: dict[str, Any]) -> "Figure":
     """
-    Draws how often each model beats the baseline: a panel for each metric, and in it for each model its win rate with its
-    interval, beside the line of no difference.
+    Plots the win rates against the baseline. There is a panel for each metric, which shows the win rate of each model
+    with its interval, and a line at 50 %.
 
     Args:
         summary (`dict`):
-            From [`evaluation.report.summarize`], of at least two models.
+            Summary of at least two models, from [`evaluation.report.summarize`].
 
     Returns:
         `matplotlib.figure.Figure`
@@ -95,8 +96,8 @@ def plot_win_rates(summary: dict[str, Any]) -> "Figure":
     models = list(rates)
     metrics = list(rates[models[0]])
     legend = (
-        f"Dot: share of pairs won against {summary['baseline']}, in percent, ties one half. Line: "
-        f"{100 * summary['confidence']:g} % interval over prompts. Dashed: no difference."
+        f"Dot: share of pairs won against {summary['baseline']}, in percent, with ties as one half. Line: "
+        f"{100 * summary['confidence']:g} % interval over prompts. Dashed line: no difference."
     )
     figure, panels = make_panels(metrics, models, 0.34, legend)
     shown = [
@@ -116,7 +117,7 @@ def plot_win_rates(summary: dict[str, Any]) -> "Figure":
 
 
 def draw_win_rate(axes: "Axes", rate: dict[str, Any], place: int, model: str) -> None:
-    """One row of a panel of `plot_win_rates`; the baseline is not among the models, so colours go on after its own."""
+    """One row of a panel of `plot_win_rates`. The first colour is that of the baseline, which is not shown."""
     if rate["win_rate"] is None:
         draw_note(axes, "no pairs", place)
         return
@@ -136,18 +137,18 @@ def draw_win_rate(axes: "Axes", rate: dict[str, Any], place: int, model: str) ->
 
 
 def draw_note(axes: "Axes", text: str, place: int) -> None:
-    """A note in the row of a model that has nothing to show."""
+    """A note in the row of a model without values."""
     axes.annotate(text, (0.5, place), xycoords=("axes fraction", "data"), ha="center", va="center", fontsize=8)
 
 
 def make_panels(
     metrics: list[str], models: list[str], row_height: float, legend: str
 ) -> tuple["Figure", list["Axes"]]:
-    """A panel for each metric, with the models from top to bottom, and their names at the left of each row of panels."""
+    """A panel for each metric, with the models from top to bottom and their names on the left of each row of panels."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('Plots need matplotlib: `pip install "trl-diffusion[evaluation]"`.') from error
+        raise ImportError('Plots need matplotlib: run `pip install "trl-diffusion[evaluation]"`.') from error
 
     across = 2 if len(metrics) == 4 else min(len(metrics), MOST_ACROSS)
     down = math.ceil(len(metrics) / across)
@@ -184,24 +185,25 @@ def model_color(place: int) -> str:
 
 
 def wrapped(text: str, width: int = NAME_WIDTH) -> str:
-    """A text in lines of so many letters, nothing of it cut off, and a dollar a dollar: matplotlib reads formulas between two."""
+    """Wraps a text to a number of characters per line, and escapes dollars, which would start a formula in matplotlib."""
     return textwrap.fill(text, width).replace("$", r"\$")
 
 
 def save_plots(table: pa.Table, summary: dict[str, Any], output_dir: str | Path) -> dict[str, str]:
     """
-    Draws all plots into a folder.
+    Saves all plots to a folder.
 
     Args:
         table (`pyarrow.Table`):
-            From [`evaluation.scores.score_models`].
+            Scores from [`evaluation.scores.score_models`].
         summary (`dict`):
-            From [`evaluation.report.summarize`].
+            Summary from [`evaluation.report.summarize`].
         output_dir (`str` or `Path`):
-            The folder of the evaluation.
+            Folder of the evaluation.
 
     Returns:
-        `dict[str, str]`: the files by their titles, for [`evaluation.report.write_report`]. Empty where no metric scores images.
+        `dict[str, str]`: files by title, for [`evaluation.report.write_report`]. Empty if no metric scores single
+        images.
     """
     figures = {}
     if metrics_of(table):

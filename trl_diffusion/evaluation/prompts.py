@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The prompts that models are compared on: benchmarks, datasets of the Hub, files."""
+"""Prompts for the comparison of models, from benchmarks, datasets of the Hub or files."""
 
 import csv
 import hashlib
@@ -30,13 +30,13 @@ class Benchmark:
         repo_id (`str`):
             The repository.
         revision (`str`):
-            The commit, or the branch where none is pinned.
+            The commit, or a branch if no commit is pinned.
         files (`dict[str, str | None]`):
-            The files and the group of each; `None` where the groups stand in the file, or there are none.
+            The group of each file, `None` if the groups are in a column or there are none.
         prompt_column (`str`):
-            The file's column of prompts.
+            Column of the prompts.
         group_column (`str`):
-            The file's column of groups.
+            Column of the groups.
     """
 
     repo_id: str
@@ -82,11 +82,11 @@ class Prompt:
 
     Args:
         id (`str`):
-            Its id, part of the names of its images' files.
+            Id of the prompt, part of the file names of its images.
         text (`str`):
-            What is drawn.
+            Text of the prompt.
         group (`str`, *optional*):
-            The category or style that the prompt belongs to.
+            Category or style of the prompt.
     """
 
     id: str
@@ -97,15 +97,15 @@ class Prompt:
 @dataclass(frozen=True)
 class PromptSet:
     """
-    Prompts, all of a source or a selection of them.
+    All prompts of a source, or a selection of them.
 
     Args:
         name (`str`):
             Name of the benchmark, Hub id of the dataset, or name of the file.
         revision (`str`, *optional*):
-            The commit on the Hub; `None` for a file.
+            Commit on the Hub, `None` for a file.
         digest (`str`):
-            `"sha256:..."` over the ids and texts of all prompts of the source, selected or not.
+            Hash `"sha256:..."` of the ids and texts of all prompts of the source, selected or not.
         prompts (`tuple[Prompt, ...]`):
             The prompts.
     """
@@ -117,22 +117,21 @@ class PromptSet:
 
     def select(self, limit: int) -> "PromptSet":
         """
-        Takes prompts at even distances. The groups of a benchmark, which stand one after another, so keep their shares, where
-        the first prompts would all be of one group; and twice the limit keeps the prompts of the limit, where a shuffle
-        would take others.
+        Selects evenly spaced prompts. The consecutive groups of a benchmark therefore keep their shares, and a
+        selection of twice the size contains the smaller one.
 
         Args:
             limit (`int`):
-                How many prompts to take. All where there are fewer.
+                Maximum number of prompts.
 
         Returns:
-            [`PromptSet`]: the selection. The prompts keep their ids, and the set its digest.
+            [`PromptSet`]: the selection, with the same ids and digest.
 
         Raises:
             `ValueError`: If `limit` is less than 1.
         """
         if limit < 1:
-            raise ValueError(f"The limit of prompts must be at least 1, got {limit}.")
+            raise ValueError(f"The limit on the number of prompts must be at least 1, got {limit}.")
         num = len(self.prompts)
         taken = min(limit, num)
         return replace(self, prompts=tuple(self.prompts[place * num // taken] for place in range(taken)))
@@ -148,30 +147,30 @@ def load_prompts(
     """
     Loads prompts.
 
-    A prompt's id is the source's own where that has a column `id`, and else the position, counted from 0 and padded with
-    zeros; the ids of `hpdv2` begin with the style. Groups are Parti's categories, HPD v2's styles, or a column `group`.
+    The id of a prompt is that of the column `id`, if there is one, else the zero-padded row number, counted from 0.
+    The ids of `hpdv2` begin with the style. Groups are Parti's categories, HPD v2's styles, or a column `group`.
 
     Args:
         source (`str` or `Path`):
             - `"parti"`, `"hpdv2"` or `"pickapic"`;
-            - a file: `.txt` with a prompt a line, `.json` with a list of strings, or `.jsonl`, `.csv`, `.tsv` or `.parquet`
-              with columns;
-            - a dataset of the Hub. Of Parquet files only these columns are fetched, no images.
+            - a file: `.txt` with one prompt per line, `.json` with a list of strings, or `.jsonl`, `.csv`, `.tsv` or
+              `.parquet` with columns;
+            - a dataset of the Hub. Of Parquet files, only the needed columns are downloaded, no images.
         limit (`int`, *optional*):
-            Takes so many prompts, at even distances, see [`evaluation.prompts.PromptSet.select`].
+            Maximum number of prompts, which are evenly spaced, see [`evaluation.prompts.PromptSet.select`].
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
             Column of the prompts, in a file or a dataset.
         split (`str`, *optional*, defaults to `"train"`):
             Split of a dataset.
         revision (`str`, *optional*):
-            Branch, tag or commit on the Hub. Defaults to the one that is pinned for a benchmark, and `main` for a dataset.
+            Branch, tag or commit on the Hub. Defaults to the pinned one of a benchmark, and to `main` for a dataset.
 
     Returns:
         [`PromptSet`]
 
     Raises:
-        `ValueError`: If there is no such source, or it cannot be fetched or read; if it has no prompts, or lacks the column;
-            if a prompt is empty; if an id stands twice or cannot be part of a file's name.
+        `ValueError`: If the source does not exist, cannot be downloaded or read, has no prompts or lacks the column;
+            if a prompt is empty; if an id is repeated or is not valid in a file name.
     """
     source = str(source)
     if source in BENCHMARKS:
@@ -182,7 +181,7 @@ def load_prompts(
         name, (rows, commit) = source, read_dataset(source, prompt_column, split, revision)
     else:
         raise ValueError(
-            f"There are no prompts called {source!r}. There are {', '.join(BENCHMARKS)}; else name a file "
+            f"There are no prompts called {source!r}. Choose one of {', '.join(BENCHMARKS)}, a file "
             f"({', '.join(READERS)}) or a dataset of the Hub, such as user/name."
         )
     prompts = make_prompts(rows, name)
@@ -193,11 +192,11 @@ def load_prompts(
 
 def make_prompts(rows: list[Row], name: str) -> tuple[Prompt, ...]:
     """
-    Makes prompts of rows, and checks them.
+    Converts rows to prompts, and checks them.
 
     Args:
         rows (`list[dict]`):
-            Rows with `prompt`, and `id` and `group`, either of which may be `None`.
+            Rows with `prompt`, and with `id` and `group`, which may be `None`.
         name (`str`):
             Name of the source, for messages.
 
@@ -205,25 +204,25 @@ def make_prompts(rows: list[Row], name: str) -> tuple[Prompt, ...]:
         `tuple[Prompt, ...]`
 
     Raises:
-        `ValueError`: If there are none, one is empty, or an id will not do.
+        `ValueError`: If there are no prompts, a prompt is empty, or an id is not valid.
     """
     if not rows:
         raise ValueError(f"{name} holds no prompts.")
-    prompts: dict[str, Prompt] = {}  # by their ids in small letters: not every file system tells them from capitals
+    prompts: dict[str, Prompt] = {}  # by lower-case id, because some file systems ignore case
     for number, row in enumerate(rows):
         text, where = row["prompt"], f"row {number} of {name}, counted from 0,"
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"The prompt in {where} is {text!r}. Write a text, or take the row out.")
+            raise ValueError(f"The prompt in {where} is {text!r}. Write a text, or remove the row.")
         prompt_id = f"{number:05d}" if row["id"] is None else str(row["id"])
         if not SAFE_NAME.fullmatch(prompt_id):
             raise ValueError(
-                f"The id {prompt_id!r} in {where} cannot be part of a file's name. Ids are made of at most 200 letters "
-                "from a to z, digits, '.', '_' and '-', and begin with a letter or digit."
+                f"The id {prompt_id!r} in {where} cannot be part of a file name. An id has at most 200 letters from a to z, "
+                "digits, '.', '_' and '-', and begins with a letter or digit."
             )
         if (earlier := prompts.get(prompt_id.lower())) is not None:
             raise ValueError(
-                f"The id {prompt_id!r} in {where} stands in an earlier row as {earlier.id!r}. Ids name the images' "
-                "files: they must be unique, and differ in more than capital letters."
+                f"The id {prompt_id!r} in {where} repeats {earlier.id!r} of an earlier row. Ids are part of file names: they "
+                "must be unique, and differ in more than upper and lower case."
             )
         prompts[prompt_id.lower()] = Prompt(prompt_id, text, None if row["group"] in (None, "") else str(row["group"]))
     return tuple(prompts.values())
@@ -240,13 +239,13 @@ def read_benchmark(benchmark: Benchmark, revision: str | None) -> tuple[list[Row
         benchmark ([`Benchmark`]):
             The benchmark.
         revision (`str`, *optional*):
-            Branch, tag or commit, in place of the pinned one.
+            Branch, tag or commit, instead of the pinned one.
 
     Returns:
         `tuple[list[dict], str]`: rows for [`evaluation.prompts.make_prompts`], and the commit.
 
     Raises:
-        `ValueError`: If a file cannot be fetched; says how to.
+        `ValueError`: If a file cannot be downloaded, with the command that downloads it.
     """
     repo_id, revision = benchmark.repo_id, revision or benchmark.revision
     rows = []
@@ -255,9 +254,9 @@ def read_benchmark(benchmark: Benchmark, revision: str | None) -> tuple[list[Row
             path = Path(hf_hub_download(repo_id, filename, revision=revision, repo_type="dataset"))
         except OSError as error:
             raise ValueError(
-                f"{filename} of https://huggingface.co/datasets/{repo_id} is not in the cache, and could not be fetched: "
-                f"{str(error).splitlines()[0]} Where the network is, run `hf download {repo_id} {filename} --revision "
-                f"{revision} --repo-type dataset`, and bring the Hub's cache along (`HF_HOME`); or name a mirror of it "
+                f"{filename} of https://huggingface.co/datasets/{repo_id} is not in the cache and could not be downloaded: "
+                f"{str(error).splitlines()[0]} On a machine with network access, run `hf download {repo_id} {filename} "
+                f"--revision {revision} --repo-type dataset` and copy its Hub cache (`HF_HOME`) here; or pass a mirror of it "
                 "on the Hub, or a file of prompts."
             ) from error
         revision = commit_of(path, filename)
@@ -273,7 +272,7 @@ def read_benchmark(benchmark: Benchmark, revision: str | None) -> tuple[list[Row
 
 def read_dataset(repo_id: str, prompt_column: str, split: str, revision: str | None) -> tuple[list[Row], str]:
     """
-    Reads a dataset of the Hub as a stream, and of Parquet files no more than the columns that are needed.
+    Streams a dataset of the Hub. Of Parquet files, only the needed columns are read.
 
     Args:
         repo_id (`str`):
@@ -294,7 +293,7 @@ def read_dataset(repo_id: str, prompt_column: str, split: str, revision: str | N
     try:
         commit = HfApi().dataset_info(repo_id, revision=revision).sha
         dataset = load_dataset(repo_id, split=split, revision=commit, streaming=True)
-        if dataset.column_names is not None:  # CSV and JSON do not know before they are read
+        if dataset.column_names is not None:  # unknown for CSV and JSON until they are read
             columns = [name for name in ("id", prompt_column, "group") if name in dataset.column_names]
             check_column(prompt_column, dataset.column_names, repo_id)
             if dataset.info.builder_name == "parquet":
@@ -303,7 +302,7 @@ def read_dataset(repo_id: str, prompt_column: str, split: str, revision: str | N
         return chosen_columns(dataset, repo_id, prompt_column), commit
     except (OSError, httpx2.HTTPError) as error:
         raise ValueError(
-            f"{repo_id} is no file, and https://huggingface.co/datasets/{repo_id} could not be read: "
+            f"{repo_id} is not a file, and https://huggingface.co/datasets/{repo_id} could not be read: "
             f"{str(error).splitlines()[0]}"
         ) from error
 
@@ -316,9 +315,9 @@ def read_file(path: Path, prompt_column: str, group_column: str = "group") -> li
         path (`Path`):
             The file.
         prompt_column (`str`):
-            Column of the prompts. A `.txt` or `.json` has but one.
+            Column of the prompts. Ignored for `.txt` and `.json`.
         group_column (`str`, *optional*, defaults to `"group"`):
-            Column of the groups, where there is one.
+            Column of the groups, if there is one.
 
     Returns:
         `list[dict]`: rows for [`evaluation.prompts.make_prompts`].
@@ -327,7 +326,7 @@ def read_file(path: Path, prompt_column: str, group_column: str = "group") -> li
         `ValueError`: If there is no such file, it cannot be read, or it lacks the column.
     """
     if path.suffix not in READERS:
-        raise ValueError(f"{path} is no file of prompts: these end in {', '.join(READERS)}.")
+        raise ValueError(f"{path} is not a file of prompts, which must end in one of {', '.join(READERS)}.")
     if not path.is_file():
         raise ValueError(f"There is no file of prompts at {path}.")
     try:
@@ -356,7 +355,7 @@ def check_column(prompt_column: str, columns: Iterable[str], where: str) -> None
 
 
 def read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8-sig").removesuffix("\n")  # some editors put a mark before the first letter
+    return path.read_text(encoding="utf-8-sig").removesuffix("\n")  # some editors write a byte order mark
 
 
 def read_txt(path: Path) -> list[Row]:
@@ -367,7 +366,7 @@ def read_txt(path: Path) -> list[Row]:
 def read_json(path: Path) -> list[Row]:
     texts = json.loads(read_text(path))
     if not isinstance(texts, list):
-        raise ValueError("it holds no list of strings")
+        raise ValueError("it is not a list of strings")
     return [{"prompt": text} for text in texts]
 
 
@@ -377,27 +376,30 @@ def read_jsonl(path: Path) -> list[Row]:
         try:
             rows.append(dict(json.loads(line["prompt"])))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"row {number}, counted from 0, is no JSON object ({error})") from error
+            raise ValueError(f"row {number}, counted from 0, is not a JSON object ({error})") from error
     return rows
 
 
 def read_csv(path: Path) -> list[Row]:
     delimiter = "\t" if path.suffix == ".tsv" else ","
     with path.open(encoding="utf-8-sig", newline="") as file:
-        # Not strict with tabs: Parti has a prompt that begins with a word in quotes, which pandas, and so everybody, reads
-        # without them
+        # Not strict with tabs: one prompt of Parti begins with a quoted word, which pandas also reads without its quotes
         rows = list(csv.DictReader(file, delimiter=delimiter, strict=delimiter == ","))
     for number, row in enumerate(rows):
         if None in row:
             raise ValueError(
-                f"row {number}, counted from 0, has more cells than there are columns. Put texts with {delimiter!r} "
-                "in quotes"
+                f"row {number}, counted from 0, has more cells than there are columns. Quote texts that contain "
+                f"{delimiter!r}"
             )
     return rows
 
 
 def read_parquet(path: Path) -> list[Row]:
-    is_data = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary)  # images may be many gigabytes
+    is_data = (
+        pa.types.is_nested,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+    )  # skip images, which may be many gigabytes
     columns = [column.name for column in pq.read_schema(path) if not any(check(column.type) for check in is_data)]
     return pq.read_table(path, columns=columns).to_pylist()
 

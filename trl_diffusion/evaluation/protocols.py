@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How images are drawn for a comparison: the settings of a paper, with what it leaves open marked, or one's own."""
+"""Sampling settings of a comparison: those of a paper, with unknown ones marked, or the user's own."""
 
 from dataclasses import dataclass, fields, replace
 from importlib import resources
@@ -15,32 +15,32 @@ import yaml
 @dataclass(frozen=True)
 class Protocol:
     """
-    How images are drawn.
+    Sampling settings.
 
     Args:
         name (`str`, *optional*, defaults to `"own"`):
-            Name of the protocol; where settings of a paper's were changed, with these.
+            Name of the protocol, followed by the changed settings, if any.
         num_inference_steps (`int`, *optional*, defaults to `50`):
             Sampling steps.
         guidance_scale (`float`, *optional*, defaults to `7.5`):
-            Classifier-free guidance.
+            Scale of classifier-free guidance.
         scheduler (`str`, *optional*):
-            Class of diffusers that samples, such as `"DDIMScheduler"`. Defaults to the pipeline's own.
+            Class name of a scheduler in diffusers, such as `"DDIMScheduler"`. Defaults to the pipeline's own.
         height (`int`, *optional*):
             Height in pixels. Defaults to the pipeline's.
         width (`int`, *optional*):
             Width in pixels. Defaults to the pipeline's.
         images_per_prompt (`int`, *optional*, defaults to `1`):
-            Images drawn of each prompt.
+            Number of images per prompt.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the noise.
         unknown (`tuple[str, ...]`, *optional*):
-            The settings that no public source of the paper confirms: the values here are this project's.
+            Settings that no public source of the paper confirms. Their values are this project's choice.
         source (`str`, *optional*):
-            Where the settings are from.
+            Source of the settings.
 
     Raises:
-        `ValueError`: If a setting will not do.
+        `ValueError`: If a setting is not valid.
     """
 
     name: str = "own"
@@ -96,12 +96,12 @@ def load_protocol(
     seed: int | None = None,
 ) -> Protocol:
     """
-    Loads a protocol. Settings that are given here take the place of the protocol's, and stand in its name.
+    Loads a protocol. Settings that are passed here replace those of the protocol, and are added to its name.
 
     Args:
         name_or_path (`str` or `Path`, *optional*):
-            A protocol that comes with the package, see [`evaluation.protocols.shipped_protocols`], or a YAML file. The
-            defaults of [`evaluation.protocols.Protocol`] if left out.
+            A protocol of this package, see [`evaluation.protocols.shipped_protocols`], or a YAML file. By default, the
+            defaults of [`evaluation.protocols.Protocol`] are used.
         num_inference_steps, guidance_scale, scheduler, height, width, images_per_prompt, seed (*optional*):
             See [`evaluation.protocols.Protocol`].
 
@@ -109,7 +109,7 @@ def load_protocol(
         [`Protocol`]
 
     Raises:
-        `ValueError`: If there is no such protocol, it has a key that there is not, or a setting will not do.
+        `ValueError`: If there is no such protocol, it has an unknown key, or a setting is not valid.
     """
     given = {
         "num_inference_steps": num_inference_steps,
@@ -137,13 +137,13 @@ def read_protocol(name_or_path: str | Path) -> Protocol:
 
     Args:
         name_or_path (`str` or `Path`):
-            One that comes with the package, or a YAML file.
+            A protocol of this package, or a YAML file.
 
     Returns:
         [`Protocol`]
 
     Raises:
-        `ValueError`: If there is none, or it cannot be read as one.
+        `ValueError`: If there is no such protocol, or it cannot be read.
     """
     shipped = shipped_protocols()
     if str(name_or_path) in shipped:
@@ -152,12 +152,12 @@ def read_protocol(name_or_path: str | Path) -> Protocol:
         path = Path(name_or_path)
         if not path.is_file():
             raise ValueError(
-                f"There is no protocol {str(name_or_path)!r}. There are {', '.join(shipped)}; else name a YAML file."
+                f"There is no protocol {str(name_or_path)!r}. Choose one of {', '.join(shipped)}, or a YAML file."
             )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The protocol {path} is no YAML: {error}") from error
+        raise ValueError(f"The protocol {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"The protocol {path} must be a mapping of settings, such as `seed: 0`.")
     known = [field.name for field in fields(Protocol)]
@@ -174,6 +174,6 @@ def read_protocol(name_or_path: str | Path) -> Protocol:
 
 
 def shipped_protocols() -> list[str]:
-    """Names of the protocols that come with the package."""
+    """Names of the protocols of this package."""
     folder = resources.files("trl_diffusion").joinpath("protocols")
     return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the scores say: figures for programs, tables for papers, a report for people."""
+"""Summarizes scores: a JSON file for programs, LaTeX tables for papers, and a Markdown report."""
 
 import json
 import math
@@ -22,7 +22,7 @@ SUMMARY, REPORT, LATEX = "summary.json", "report.md", "tables.tex"
 CONFIDENCE = 0.95
 SHOWN_ERRORS = 3
 NO_GROUP = "(no group)"
-# Digits of the largest value of a column: 22.02 for a mean over images, 12.3 for a figure of all images together
+# Significant digits of the largest value of a column: 22.02 for a mean over images, 12.3 for a corpus metric
 SCORE_DIGITS, CORPUS_DIGITS = 4, 3
 LABELS = {
     "pickscore": "PickScore",
@@ -37,7 +37,7 @@ LABELS = {
     "caption_match": "Caption match",
 }
 
-Key = tuple[str, int]  # a prompt's id, and the image's index among those of the prompt
+Key = tuple[str, int]  # id of a prompt, and index of an image among those of the prompt
 
 
 # ----- figures -----
@@ -47,23 +47,25 @@ def summarize(
     table: pa.Table, settings: dict[str, Any], corpus: dict[str, dict[str, dict[str, Any]]] | None = None
 ) -> dict[str, Any]:
     """
-    Sums up an evaluation.
+    Summarizes an evaluation.
 
     Args:
         table (`pyarrow.Table`):
-            From [`evaluation.scores.score_models`]. The first model in it is the baseline.
+            Scores from [`evaluation.scores.score_models`]. The first model is the baseline.
         settings (`dict`):
-            What was run, for the record: the prompt set, the protocol, the models and their revisions, versions of packages.
+            Settings of the run, for the record: the prompt set, the protocol, the models and their revisions, versions
+            of packages.
         corpus (`dict[str, dict[str, dict]]`, *optional*):
-            Figures of all images of a model together: by metric and model what the metric's `compute` returned, which is the
-            figure under a name that starts with the metric's, `higher_is_better`, `weights`, and what else there is to say.
+            Results of corpus metrics, which score all images of a model together, by metric and model. A result
+            contains the score under a name that starts with that of the metric, `higher_is_better`, `weights`, and
+            possibly more.
 
     Returns:
-        `dict`, of what JSON knows: `baseline`; `models`, with the number of images of each; `num_prompts`; `metrics`, with
-        `higher_is_better` and `weights`; `scores` by model and metric (`mean`, `standard_error` over prompts, `num_scored`,
-        `num_errors` and the first few `errors`; for figures of all images together `value`, `full_name`, and what else the
-        metric says); `groups`, the scores by group, model and metric; `win_rates` against the baseline by model and metric;
-        `confidence` of their intervals; and `settings`.
+        `dict` of JSON values: `baseline`; `models`, with the number of images of each; `num_prompts`; `metrics`, with
+        `higher_is_better` and `weights`; `scores` by model and metric (`mean`, `standard_error` over prompts,
+        `num_scored`, `num_errors` and the first few `errors`; for corpus metrics `value`, `full_name`, and the rest of
+        the result); `groups`, the scores by group, model and metric; `win_rates` against the baseline by model and
+        metric; `confidence` of their intervals; and `settings`.
     """
     metrics = metrics_of(table)
     rows = table.to_pylist()
@@ -108,7 +110,7 @@ def summarize(
 
 
 def score_summary(rows: list[dict[str, Any]], name: str, errors: dict[str, str]) -> dict[str, Any]:
-    """The figures of a metric over images."""
+    """Summarizes the scores of one metric over images."""
     scored = [(row["prompt_id"], row[name]) for row in rows if finite(row[name]) is not None]
     values = [value for _, value in scored]
     without = [row["image"] for row in rows if finite(row[name]) is None]
@@ -118,13 +120,13 @@ def score_summary(rows: list[dict[str, Any]], name: str, errors: dict[str, str])
         "num_scored": len(values),
         "num_errors": len(without),
         "errors": [
-            {"image": image, "reason": errors.get(image, "no reason is known")} for image in without[:SHOWN_ERRORS]
+            {"image": image, "reason": errors.get(image, "the reason is unknown")} for image in without[:SHOWN_ERRORS]
         ],
     }
 
 
 def corpus_summary(result: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a metric of all images together says of a model, and what of itself."""
+    """Splits the result of a corpus metric into the score of the model and the description of the metric."""
     result = dict(result)
     metric = {what: result.pop(what) for what in ("higher_is_better", "weights")}
     full_name = next(key for key in result if key.startswith(name))
@@ -133,19 +135,20 @@ def corpus_summary(result: dict[str, Any], name: str) -> tuple[dict[str, Any], d
 
 def standard_error(values: Sequence[float], prompts: Sequence[Hashable]) -> float | None:
     """
-    Of a mean over images, when other prompts might have been drawn. Images of one prompt are alike, so prompts are what is
-    counted: with `r_p` the sum over the images of prompt `p` of value minus mean, `P` prompts and `N` images,
+    Computes the standard error of a mean over images with respect to the choice of prompts. The images of a prompt are
+    correlated and form a cluster: with `r_p` the sum over the images of prompt `p` of value minus mean, `P` prompts
+    and `N` images,
 
         SE = sqrt( P / (P - 1) * sum_p r_p^2 ) / N
 
-    (the cluster-robust variance of Liang and Zeger, Biometrika 1986, for a mean). With one image a prompt this is the standard
-    deviation over `sqrt(N)`.
+    (the cluster-robust variance of Liang and Zeger, Biometrika 1986, for a mean). With one image per prompt, this is
+    the standard deviation divided by `sqrt(N)`.
 
     Args:
         values (`Sequence[float]` of length `N`):
             The scores.
         prompts (`Sequence[Hashable]` of length `N`):
-            The prompt of each.
+            Prompt of each score.
 
     Returns:
         `float`, or `None` with fewer than two prompts.
@@ -163,7 +166,7 @@ def standard_error(values: Sequence[float], prompts: Sequence[Hashable]) -> floa
 def compare(
     rows: list[dict[str, Any]], references: list[dict[str, Any]], name: str, higher_is_better: bool
 ) -> dict[str, Any]:
-    """The win rate of one model's images against another's, of the same prompt and index."""
+    """The win rate of a model against another, over images of the same prompt and index."""
     scores, reference_scores = by_key(rows, name), by_key(references, name)
     keys = list(dict.fromkeys([*reference_scores, *scores]))
     pairs = [(scores.get(key), reference_scores.get(key)) for key in keys]
@@ -185,7 +188,7 @@ def by_key(rows: list[dict[str, Any]], name: str) -> dict[Key, float | None]:
 
 
 def finite(value: float | None) -> float | None:
-    """A figure, or `None` for what is none."""
+    """The value, or `None` if it is missing or not finite."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -195,17 +198,17 @@ def finite(value: float | None) -> float | None:
 @dataclass
 class Cell:
     """
-    A figure in a table, as it is shown.
+    A formatted cell of a table.
 
     Args:
         figure (`str`):
-            The figure; empty where there is none.
+            The value, empty if it is missing.
         spread (`str`, *optional*, defaults to `""`):
-            Its standard error or interval.
+            Standard error or interval.
         counted (`str`, *optional*, defaults to `""`):
-            How many are behind it, where some are missing.
+            Number of images or pairs that count, if some are missing.
         is_best (`bool`, *optional*, defaults to `False`):
-            Whether it is the best of its column, or of its row where models are side by side.
+            Whether the value is the best of its column, or of its row if the columns are models.
     """
 
     figure: str
@@ -217,13 +220,13 @@ class Cell:
 @dataclass
 class Grid:
     """
-    A table, before it is Markdown or LaTeX.
+    A table that can be written as Markdown or LaTeX.
 
     Args:
         title (`str`):
-            Its heading in the report.
+            Heading in the report.
         caption (`str`):
-            What it shows, in a sentence.
+            Caption, in one sentence.
         head (`list[str]`):
             Names of the columns.
         rows (`list[tuple[str, list[Cell]]]`):
@@ -237,25 +240,25 @@ class Grid:
 
 
 def decimals(values: Sequence[float | None], digits: int) -> int:
-    """How many decimals show the largest of the values with so many digits; at most 6."""
+    """The number of decimals that shows the largest value with `digits` significant digits; at most 6."""
     largest = max((abs(value) for value in values if value is not None), default=0)
     return min(6, max(0, digits - 1 - math.floor(math.log10(largest)))) if largest else 2
 
 
 def best(values: Sequence[float | None], higher_is_better: bool, places: int) -> list[bool]:
     """
-    Marks the best of some values.
+    Marks the best values.
 
     Args:
         values (`Sequence[float | None]`):
-            The values, `None` where there is none.
+            The values, `None` if missing.
         higher_is_better (`bool`):
-            Which way is up.
+            Whether the highest value is the best.
         places (`int`):
-            Decimals that are shown. Values that look alike are best together.
+            Number of decimals. Values that are equal after rounding share the mark.
 
     Returns:
-        `list[bool]`; none is best where there is nothing to compare.
+        `list[bool]`: all `False` with fewer than two values.
     """
     shown = [None if value is None else round(value, places) for value in values]
     present = [value for value in shown if value is not None]
@@ -268,14 +271,14 @@ def best(values: Sequence[float | None], higher_is_better: bool, places: int) ->
 def score_cells(
     scores: list[dict[str, Any] | None], higher_is_better: bool, places: int | None = None
 ) -> Iterator[Cell]:
-    """The cells of one metric, which are compared with one another."""
+    """The cells of one metric, with the best one marked."""
     scores = [score or {"value": None} for score in scores]
     values = [score["value"] if "value" in score else score["mean"] for score in scores]
     if places is None:
         places = decimals(values, CORPUS_DIGITS if any("value" in score for score in scores) else SCORE_DIGITS)
     flags = best(values, higher_is_better, places)
     if len(full_names(scores)) > 1:
-        flags = [False] * len(flags)  # of different numbers of images, say, and not to be compared
+        flags = [False] * len(flags)  # not comparable, for example because of different numbers of images
     for score, value, is_best in zip(scores, values, flags):
         counted = (
             f"{score['num_scored']}/{score['num_scored'] + score['num_errors']}" if score.get("num_errors") else ""
@@ -288,7 +291,7 @@ def score_cells(
 
 
 def full_names(scores: list[dict[str, Any] | None]) -> list[str]:
-    """The names that a metric of the corpus gives to its figures, which say what they depend on."""
+    """The distinct full names of a corpus metric, which state what its scores depend on."""
     return list(dict.fromkeys(score["full_name"] for score in scores if score and "full_name" in score))
 
 
@@ -313,7 +316,7 @@ def by_rows(columns: list[Iterator[Cell]]) -> list[list[Cell]]:
 
 
 def grids(summary: dict[str, Any]) -> list[Grid]:
-    """The table of scores, and the table of win rates where there is more than one model."""
+    """The table of scores, and the table of win rates if there is more than one model."""
     metrics, baseline = summary["metrics"], summary["baseline"]
     columns = [
         score_cells([summary["scores"][model].get(name) for model in summary["models"]], metric["higher_is_better"])
@@ -327,8 +330,8 @@ def grids(summary: dict[str, Any]) -> list[Grid]:
     if names:
         columns = [win_rate_cells([rates[model][name] for model in rates]) for name in names]
         caption = (
-            f"Win rates against {baseline} in percent, ties one half, with {100 * summary['confidence']:g} % intervals over "
-            "prompts."
+            f"Win rates against {baseline} in percent, with ties as one half and {100 * summary['confidence']:g} % intervals "
+            "over prompts."
         )
         head = ["Model", *(LABELS.get(name, name) for name in names)]
         tables.append(Grid("Win rates", caption, head, list(zip(rates, by_rows(columns)))))
@@ -336,7 +339,7 @@ def grids(summary: dict[str, Any]) -> list[Grid]:
 
 
 def group_grids(summary: dict[str, Any]) -> Iterator[Grid]:
-    """A table for each metric: groups down, models across."""
+    """A table for each metric, with groups as rows and models as columns."""
     models, groups = list(summary["models"]), summary["groups"]
     for name in next(iter(groups.values()))[models[0]] if groups else ():
         metric = summary["metrics"][name]
@@ -368,7 +371,7 @@ def markdown_cell(cell: Cell) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """A text as itself, on one line."""
+    """Escapes a text, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(text.split()))
 
 
@@ -412,26 +415,26 @@ LATEX_ESCAPES = {
 
 
 def latex_text(text: str) -> str:
-    """A text as itself, on one line."""
+    """Escapes a text, on one line."""
     return "".join(LATEX_ESCAPES.get(character, character) for character in " ".join(text.split()))
 
 
 # ----- the report -----
 
 READING = """\
-Every score is a model's opinion of an image, or of an image and its prompt, and has that model's taste and blind spots. A
-model trained to please one of them may score well on those that resemble it without drawing better. Look at images where the
-metrics disagree before believing any of them.
+Every score is the output of a model, with that model's preferences and blind spots. A model that was trained on one of these
+scores may score well on similar ones without better images. Look at images on which the metrics disagree before you trust any
+of them.
 
-- Arrows show which way is better, and the best figure of a column is bold; figures that look alike are best together.
-- The **standard error** (±) says how far a mean would move with other prompts of the same kind. All models were given the
-  same prompts, so it mostly overstates the doubt about the difference between two models.
-- A **win rate** compares each image with the baseline's of the same prompt and index; a tie counts one half. Its interval is a
-  bootstrap over prompts: it says what other prompts of the same kind would change, and nothing about other seeds of the
-  training or other settings of the sampler. An interval that holds 50 shows no difference.
-- **FID** and **KID** compare all images of a model with reference images. FID depends on how many there are: compare it at equal
-  numbers only.
-- Several metrics and models are several tests: of twenty 95 % intervals, one misses on average.
+- Arrows show which direction is better. The best value of a column is bold; values that are equal after rounding share the mark.
+- The **standard error** (±) measures how much a mean would vary with other prompts of the same kind. All models have the same
+  prompts, so it mostly overestimates the uncertainty of the difference between two models.
+- A **win rate** compares each image with that of the baseline for the same prompt and index; a tie counts as one half. Its
+  interval is a bootstrap over prompts: it accounts for other prompts of the same kind, but not for other training seeds or
+  other sampling settings. An interval that contains 50 shows no difference.
+- **FID** and **KID** compare all images of a model with reference images. FID depends on the number of images: compare only
+  values for equal numbers.
+- Several metrics and models are several tests: of twenty 95 % intervals, one is wrong on average.
 """
 
 
@@ -439,13 +442,13 @@ def report_markdown(
     summary: dict[str, Any], pictures: dict[str, str] | None = None, gallery: str | None = None
 ) -> str:
     """
-    The report.
+    Builds the report.
 
     Args:
         summary (`dict`):
-            From [`evaluation.report.summarize`].
+            Summary from [`evaluation.report.summarize`].
         pictures (`dict[str, str]`, *optional*):
-            Files of plots by their titles, relative to the report.
+            Files of plots by title, relative to the report.
         gallery (`str`, *optional*):
             File of the gallery, relative to the report.
 
@@ -461,9 +464,9 @@ def report_markdown(
     for title, file in (pictures or {}).items():
         parts.append(f"![{markdown_text(title)}]({file})")
     if gallery:
-        parts.append(f"[The images side by side]({gallery}), with their scores.")
+        parts.append(f"[The images side by side, with their scores]({gallery}).")
     if summary["groups"]:
-        parts += ["## Scores by group", "In brackets, how many of the baseline's images are in a group."]
+        parts += ["## Scores by group", "The number of the baseline's images in a group is in parentheses."]
     for grid in group_grids(summary):
         parts += [f"### {markdown_text(grid.title)}", markdown_table(grid)]
     left_out = list(missing(summary))
@@ -472,7 +475,7 @@ def report_markdown(
         "\n".join(f"- {line}" for line in left_out) or "Nothing: every image has every score.",
         "## How to read this",
         READING.strip(),
-        "## What was run",
+        "## Settings",
         "\n".join([*described_metrics(summary), *nested(summary["settings"])]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -486,12 +489,12 @@ def listed_models(summary: dict[str, Any]) -> str:
 
 
 def missing(summary: dict[str, Any]) -> Iterator[str]:
-    """What has no score, or no counterpart, and why."""
+    """Lists missing scores and pairs, with reasons."""
     for model, scores in summary["scores"].items():
         for name in summary["metrics"]:
             score, of = scores.get(name), f"{markdown_text(LABELS.get(name, name))} of {markdown_text(model)}"
             if score is None or score.get("value", 0) is None:
-                yield f"{of}: there is no figure."
+                yield f"{of}: there is no value."
             elif score.get("num_errors"):
                 reasons = "; ".join(
                     f"{markdown_text(error['image'])}: {markdown_text(error['reason'])}" for error in score["errors"]
@@ -503,20 +506,20 @@ def missing(summary: dict[str, Any]) -> Iterator[str]:
         names = full_names([scores.get(name) for scores in summary["scores"].values()])
         if len(names) > 1:
             yield (
-                f"{markdown_text(LABELS.get(name, name))}: the figures are {markdown_text(', '.join(names))}, which cannot be "
-                "compared."
+                f"{markdown_text(LABELS.get(name, name))}: the values are {markdown_text(', '.join(names))}, which are not "
+                "comparable."
             )
     for model, rates in summary["win_rates"].items():
         for name, rate in rates.items():
             if rate["left_out"]:
                 yield (
                     f"Win rate of {markdown_text(model)} by {markdown_text(LABELS.get(name, name))}: {rate['left_out']} of "
-                    f"{rate['num_pairs'] + rate['left_out']} pairs lack a score, or an image, on either side."
+                    f"{rate['num_pairs'] + rate['left_out']} pairs lack a score or an image."
                 )
 
 
 def described_metrics(summary: dict[str, Any]) -> Iterator[str]:
-    """The metrics, with what their figures depend on, as a list."""
+    """Lists the metrics, with everything that their values depend on."""
     for name, metric in summary["metrics"].items():
         names = full_names([scores.get(name) for scores in summary["scores"].values()]) or [name]
         weights = ", ".join(f"{weights} ({revision})" for weights, revision in metric["weights"].items())
@@ -526,7 +529,7 @@ def described_metrics(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def nested(values: dict[str, Any], depth: int = 0) -> Iterator[str]:
-    """Settings as a nested list."""
+    """Formats settings as a nested list."""
     for name, value in values.items():
         head = f"{'  ' * depth}- {markdown_text(str(name))}"
         if isinstance(value, dict) and value:
@@ -548,11 +551,11 @@ def write_report(
 
     Args:
         summary (`dict`):
-            From [`evaluation.report.summarize`].
+            Summary from [`evaluation.report.summarize`].
         output_dir (`str` or `Path`):
-            The folder of the evaluation.
+            Folder of the evaluation.
         pictures (`dict[str, str]`, *optional*), gallery (`str`, *optional*):
-            As in [`evaluation.report.report_markdown`].
+            See [`evaluation.report.report_markdown`].
     """
     output_dir = Path(output_dir)
     latex = "\n\n".join(["% needs \\usepackage{booktabs}", *(latex_table(grid) for grid in grids(summary))]) + "\n"

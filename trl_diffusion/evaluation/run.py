@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""An evaluation from beginning to end: every model draws the same prompts from the same noise, and is scored."""
+"""Runs a complete evaluation: samples images with every model for the same prompts and noise, and scores them."""
 
 import os
 from collections.abc import Callable
@@ -48,8 +48,8 @@ def evaluate_models(
     disable_tqdm: bool = False,
 ) -> dict[str, Any] | None:
     """
-    Draws, scores and reports. Images and scores that an earlier run left in the folder are not made again; FID and KID, which are
-    of all images, are.
+    Samples and scores images, and writes the report. Images and scores of an earlier run in the same folder are
+    reused. FID and KID are always computed again.
 
     Args:
         specs (`list[ModelSpec]`):
@@ -57,43 +57,44 @@ def evaluate_models(
         prompt_set ([`PromptSet`]):
             The prompts, from [`evaluation.prompts.load_prompts`].
         protocol ([`Protocol`]):
-            How to draw, from [`evaluation.protocols.load_protocol`].
+            Sampling settings, from [`evaluation.protocols.load_protocol`].
         scorers (`dict[str, Callable]`):
-            What makes each metric's scorer, by the metric's name; one is in memory at a time.
+            A function that creates the scorer, for each metric. Only one scorer is in memory at a time.
         output_dir (`str` or `Path`):
-            Where images, scores, tables, plots and the gallery go.
+            Folder for images, scores, tables, plots and the gallery.
         corpus_metrics (`tuple[str, ...]`, *optional*, defaults to `()`):
             `"fid"` and `"kid"`, which compare all images of a model with `references`.
         references (`str` or `Path`, *optional*):
-            A folder of images.
+            Folder of reference images. Required for `corpus_metrics`.
         batch_size (`int`, *optional*, defaults to `8`):
-            Images that a process draws at a time.
+            Number of images per batch and process, for sampling.
         scoring_batch_size (`int`, *optional*, defaults to `16`):
-            Images scored at a time.
+            Number of images per batch, for scoring.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights that draw, see [`evaluation.models.resolve_dtype`].
+            Data type for sampling, see [`evaluation.models.resolve_dtype`].
         use_cpu (`bool`, *optional*, defaults to `False`):
-            Draw and score on the CPU where there is a GPU as well.
+            Whether to use the CPU even if there is a GPU.
         retry_errors (`bool`, *optional*, defaults to `False`):
-            Score again what an earlier run left as errors.
+            Whether to score images again that were errors in an earlier run.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
-            Show no progress.
+            Whether to hide the progress bars.
 
     Returns:
-        `dict`: what [`evaluation.report.summarize`] gives, in the main process; `None` in the others, which only draw.
+        `dict`: the result of [`evaluation.report.summarize`] in the main process; `None` in the others, which only
+        sample.
 
     Raises:
-        `ValueError`: If two models have one name, or `references` or a package are missing. See also
+        `ValueError`: If two models have the same name, or `references` or a package is missing. See also
             [`evaluation.generate.generate`] and [`evaluation.scores.score_models`].
     """
     names = [spec.name for spec in specs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Two models are called {', '.join(twice)}: write NAME=WHERE to tell them apart.")
+        raise ValueError(f"Two models are called {', '.join(twice)}: write NAME=WHERE to give them different names.")
     if corpus_metrics and references is None:
-        raise ValueError(f"{' and '.join(corpus_metrics)} compare with `references`: name a folder of images.")
+        raise ValueError(f"{' and '.join(corpus_metrics)} needs `references`: pass a folder of images.")
     for package in ("matplotlib", *(["torchmetrics"] if corpus_metrics else [])):
-        if find_spec(package) is None:  # said now, and not after hours of drawing
-            raise ValueError(f'An evaluation needs {package}: `pip install "trl-diffusion[evaluation]"`.')
+        if find_spec(package) is None:  # checked before hours of sampling
+            raise ValueError(f'An evaluation needs {package}: run `pip install "trl-diffusion[evaluation]"`.')
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     images = {
@@ -124,7 +125,7 @@ def evaluate_models(
 
 
 def table_of(images: dict[str, list[ImageRow]], output_dir: Path) -> pa.Table:
-    """The images of all models, as [`evaluation.scores.score_models`] takes them."""
+    """The images of all models, as input of [`evaluation.scores.score_models`]."""
     rows = [
         {
             "model": model,
@@ -148,7 +149,7 @@ def compare_with_references(
     use_cpu: bool,
     disable_tqdm: bool,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """FID and KID by metric and model. The features of the references are computed once."""
+    """FID and KID, by metric and model. The features of the references are computed once."""
     if not corpus_metrics:
         return {}
     extractor = InceptionFeatures(device="cpu" if use_cpu else None)

@@ -1,10 +1,10 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Scores of all models' images: one scorer in memory at a time, and nothing is scored twice.
+"""Scores the images of all models, with one scorer in memory at a time.
 
-What is scored is kept metric by metric, so that a run that was stopped, or that has one model or metric more than the one
-before, only scores what is new. A score is what a metric says about an image's bytes and, where it looks at it, its prompt.
+Scores are cached for each metric, so a run that was interrupted, or that has more models or metrics than before,
+scores only what is new. A score depends on the bytes of the image and, if the metric uses it, on the prompt.
 """
 
 import gc
@@ -30,7 +30,7 @@ from ..metrics.scorer import Scorer
 logger = logging.getLogger(__name__)
 
 SCORES = "scores.parquet"
-IMAGES_AT_ONCE = 256  # after so many, what is scored is written
+IMAGES_AT_ONCE = 256  # the cache is written after this many images
 IMAGES_SCHEMA = pa.schema(
     {
         "model": pa.string(),
@@ -41,7 +41,7 @@ IMAGES_SCHEMA = pa.schema(
         "image": pa.string(),
     }
 )
-KEPT_SCHEMA = pa.schema(
+CACHE_SCHEMA = pa.schema(
     {
         "image": pa.string(),
         "digest": pa.string(),
@@ -52,21 +52,21 @@ KEPT_SCHEMA = pa.schema(
 )
 
 
-class Kept(NamedTuple):
+class CachedScore(NamedTuple):
     """
-    What is known of an image.
+    A cached score of an image.
 
     Args:
         image (`str`):
-            Its file, relative to the output folder.
+            File of the image, relative to the output folder.
         digest (`str`):
-            Of the file's bytes.
+            Hash of the bytes of the file.
         prompt (`str`, *optional*):
-            Its prompt; `None` where the metric looks at none.
+            Prompt of the image, `None` if the metric does not use it.
         score (`float`, *optional*):
-            Its score; `None` where there is none.
+            The score, `None` if the image could not be scored.
         error (`str`, *optional*):
-            Why there is none.
+            Why it could not be scored.
     """
 
     image: str
@@ -85,30 +85,31 @@ def score_models(
     disable_tqdm: bool = False,
 ) -> pa.Table:
     """
-    Scores the images of all models, or what is left of them, and writes `scores.parquet`.
+    Scores the images of all models that have no cached score, and writes `scores.parquet`.
 
     Args:
         images (`pyarrow.Table`):
-            The images, with the columns of `IMAGES_SCHEMA`: `model`, `prompt_id`, `prompt`, `group` (null where there are no
-            groups), `index` among the images of the prompt, and `image`, the file relative to `output_dir`.
+            The images, with the columns of `IMAGES_SCHEMA`: `model`, `prompt_id`, `prompt`, `group` (null if there are
+            no groups), `index` among the images of the prompt, and `image`, the file relative to `output_dir`.
         scorers (`dict[str, Callable]`):
-            What loads each metric's scorer, by the metric's name, such as `{"pickscore": PickScoreScorer}`. They are called one
-            after another, each when the scorer before has left the memory.
+            A function that loads the scorer, for each metric, such as `{"pickscore": PickScoreScorer}`. A scorer is
+            loaded after the previous one was released from memory.
         output_dir (`str` or `Path`):
-            The folder of the evaluation. What each metric says is kept in `scores/<metric>.parquet` beneath it.
+            Folder of the evaluation. Scores are cached in its `scores/<metric>.parquet`.
         batch_size (`int`, *optional*, defaults to `16`):
-            Images scored at a time.
+            Number of images per batch.
         retry_errors (`bool`, *optional*, defaults to `False`):
-            Score again what an earlier run left as errors.
+            Whether to score images again that were errors in an earlier run.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
-            Show no progress bars.
+            Whether to hide the progress bars.
 
     Returns:
-        `pyarrow.Table`: the columns of `images`, and a column of `float64` for each metric, null where there is no score. For
-        what its metadata says of the metrics see [`evaluation.scores.metrics_of`].
+        `pyarrow.Table`: the columns of `images`, and a column of `float64` for each metric, null for missing scores.
+        Its metadata describe the metrics, see [`evaluation.scores.metrics_of`].
 
     Raises:
-        `ValueError`: If there are no images, or they are not told apart; if a file is missing or no image; if the disk is full.
+        `ValueError`: If there are no images, or two rows are the same image; if a file is missing or not an image; if
+            the disk is full.
     """
     output_dir = Path(output_dir)
     images = check_images(images)
@@ -119,7 +120,7 @@ def score_models(
             name, load, images, digests, output_dir, batch_size, retry_errors, disable_tqdm
         )
         table = table.append_column(name, pa.array(values, pa.float64()))
-        gc.collect()  # models refer to themselves in circles
+        gc.collect()  # models contain reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     table = table.replace_schema_metadata({"metrics": json.dumps(metrics)})
@@ -129,20 +130,20 @@ def score_models(
 
 def metrics_of(table: pa.Table) -> dict[str, dict[str, Any]]:
     """
-    What a table of scores says of its metrics.
+    Reads the descriptions of the metrics from a table of scores.
 
     Args:
         table (`pyarrow.Table`):
-            From [`evaluation.scores.score_models`], or `scores.parquet`.
+            Scores from [`evaluation.scores.score_models`], or `scores.parquet`.
 
     Returns:
-        `dict[str, dict]`: by the metric's name, `higher_is_better`, `weights`, and `errors`: the reason, by the image's file.
+        `dict[str, dict]`: for each metric, `higher_is_better`, `weights`, and `errors` (reasons by image file).
     """
     return json.loads(table.schema.metadata[b"metrics"])
 
 
 def check_images(images: pa.Table) -> pa.Table:
-    """Brings the images' table into its schema; no two rows may be of one place or one file."""
+    """Casts the table of images to its schema, and checks that images and their places are unique."""
     if missing := [name for name in IMAGES_SCHEMA.names if name not in images.column_names]:
         raise ValueError(f"The table of images lacks {', '.join(missing)}; it has {', '.join(images.column_names)}.")
     images = images.select(IMAGES_SCHEMA.names).cast(IMAGES_SCHEMA)
@@ -161,13 +162,13 @@ def check_images(images: pa.Table) -> pa.Table:
 
 
 def digest(path: Path) -> str:
-    """Hash of a file's bytes. They are read: the same size and time may hold another picture, after a copy or a fast run."""
+    """Hash of the bytes of a file. Its size and time would not be enough: another image may have the same."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except OSError as error:
         raise ValueError(
-            f"The image {path} cannot be read: {error.strerror}. Generate the images once more; those that are there are kept."
+            f"The image {path} cannot be read: {error.strerror}. Generate the images again: existing ones are kept."
         ) from error
 
 
@@ -182,21 +183,25 @@ def score_metric(
     disable_tqdm: bool,
 ) -> tuple[list[float | None], dict[str, Any]]:
     """
-    As `score_models`, for one metric, whose scorer is loaded here and let go of on return: the scores of all images, and what
-    there is to say of the metric.
+    Like `score_models`, for one metric: returns the scores of all images, and the description of the metric. The
+    scorer is loaded here and released on return.
     """
     scorer = load()
     path = output_dir / "scores" / f"{name}.parquet"
-    known = read_kept(path, name, scorer.weights)
+    known = read_cache(path, name, scorer.weights)
     files = images["image"].to_pylist()
     prompts = images["prompt"].to_pylist() if scorer.needs_prompts else [None] * len(files)
 
     def is_known(image: str, digest: str, prompt: str | None) -> bool:
-        kept = known.get(image)
-        return kept is not None and kept[1:3] == (digest, prompt) and not (retry_errors and kept.error is not None)
+        cached = known.get(image)
+        return (
+            cached is not None and cached[1:3] == (digest, prompt) and not (retry_errors and cached.error is not None)
+        )
 
     pending = [wanted for wanted in zip(files, digests, prompts) if not is_known(*wanted)]
-    size = batch_size * math.ceil(IMAGES_AT_ONCE / batch_size)  # whole batches: a run that goes on forms the same ones
+    size = batch_size * math.ceil(
+        IMAGES_AT_ONCE / batch_size
+    )  # whole batches, so that a continued run has the same ones
     with tqdm(total=len(files), initial=len(files) - len(pending), desc=name, disable=disable_tqdm) as progress:
         for chunk in batched(pending, size):
             scores = scorer.score(
@@ -205,37 +210,37 @@ def score_metric(
                 batch_size=batch_size,
             )
             for place, (wanted, value) in enumerate(zip(chunk, scores.values, strict=True)):
-                known[wanted[0]] = Kept(*wanted, value, scores.errors.get(place))
-            kept = pa.Table.from_pylist([row._asdict() for row in known.values()], schema=KEPT_SCHEMA)
-            write_table(path, kept.replace_schema_metadata({"weights": json.dumps(scorer.weights)}))
+                known[wanted[0]] = CachedScore(*wanted, value, scores.errors.get(place))
+            cached = pa.Table.from_pylist([row._asdict() for row in known.values()], schema=CACHE_SCHEMA)
+            write_table(path, cached.replace_schema_metadata({"weights": json.dumps(scorer.weights)}))
             progress.update(len(chunk))
     of_images = [known[image] for image in files]
-    return [kept.score for kept in of_images], {
+    return [cached.score for cached in of_images], {
         "higher_is_better": scorer.higher_is_better,
         "weights": scorer.weights,
-        "errors": {kept.image: kept.error for kept in of_images if kept.error is not None},
+        "errors": {cached.image: cached.error for cached in of_images if cached.error is not None},
     }
 
 
-def read_kept(path: Path, name: str, weights: dict[str, str]) -> dict[str, Kept]:
-    """What an earlier run has kept, by the image's file; nothing where it scored with other weights."""
+def read_cache(path: Path, name: str, weights: dict[str, str]) -> dict[str, CachedScore]:
+    """Reads the cached scores of an earlier run, by image file. Scores of other weights are ignored."""
     if not path.exists():
         return {}
     table = pq.read_table(path)
     earlier = json.loads(table.schema.metadata[b"weights"])
     if earlier != weights:
         logger.warning(
-            "`%s` was computed with %s, and its weights are %s now: all images are scored again.",
+            "`%s` was computed with the weights %s, but they are now %s: all images are scored again.",
             name,
             earlier,
             weights,
         )
         return {}
-    return {row["image"]: Kept(**row) for row in table.to_pylist()}
+    return {row["image"]: CachedScore(**row) for row in table.to_pylist()}
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Writes a Parquet file whole or not at all."""
+    """Writes a Parquet file completely or not at all."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_file(path, buffer.getvalue())

@@ -1,12 +1,12 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Scores of images, each a module of `evaluate` and usable without it."""
+"""Metrics of images. Each is a module of `evaluate` and can be used without it."""
 
 from pathlib import Path
 
 
-# Each is a module of this package.
+# Names of modules in this package
 METRICS = (
     "pickscore",
     "hpsv2",
@@ -24,7 +24,7 @@ METRICS = (
 
 def metric_path(name: str) -> str:
     """
-    Where a metric is, for `evaluate.load`.
+    Returns the path of a metric, for `evaluate.load`.
 
     Args:
         name (`str`):
@@ -34,7 +34,7 @@ def metric_path(name: str) -> str:
         `str`: the path of its module.
 
     Raises:
-        `ValueError`: If there is no such metric; names those that there are.
+        `ValueError`: If there is no such metric.
     """
     if name not in METRICS:
         raise ValueError(f"There is no metric {name!r}; there are {', '.join(METRICS)}.")

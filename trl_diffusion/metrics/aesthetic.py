@@ -20,14 +20,15 @@ from trl_diffusion.revisions import pinned
 
 def aesthetic_head(width: int) -> Sequential:
     """
-    What makes a score of an embedding, by the names of its published weights. There is no activation between the layers.
+    Builds the head that turns an embedding into a score, with the parameter names of the published weights. It has no
+    activations between the layers.
 
     Args:
         width (`int`):
             Width of the embedding.
 
     Returns:
-        `Sequential`: from unit vectors of shape `(B, width)` to scores of shape `(B, 1)`.
+        `Sequential`: maps unit vectors of shape `(B, width)` to scores of shape `(B, 1)`.
     """
     layers = Sequential(
         Linear(width, 1024),
@@ -44,19 +45,19 @@ def aesthetic_head(width: int) -> Sequential:
 
 class AestheticScorer(Scorer):
     """
-    LAION-Aesthetics V2: what people would give the image between 1 and 10 for its looks, read off CLIP's embedding of length 1.
-    Higher is better, and the prompt does not matter.
+    LAION-Aesthetics V2 predicts how people would rate the look of an image from 1 to 10, from its normalized CLIP
+    embedding. Higher is better. The score does not depend on the prompt.
 
     The weights are those of `sac+logos+ava1-l14-linearMSE`.
 
     Args:
         weights_path (`str` or `Path`, *optional*):
-            A file in the layout of `sac+logos+ava1-l14-linearMSE.pth`. Defaults to `aesthetic-model.pth` of
+            File in the format of `sac+logos+ava1-l14-linearMSE.pth`. Defaults to `aesthetic-model.pth` of
             `trl-lib/ddpo-aesthetic-predictor` on the Hub, which is that file.
         clip_name_or_path (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
-            Hub id or folder of the CLIP.
+            Hub id or folder of the CLIP model.
         device (`str`, *optional*):
-            Where the model is. Defaults to the GPU, or to the CPU where there is none.
+            Device of the model. Defaults to the GPU if there is one, else to the CPU.
     """
 
     name = "aesthetic"
@@ -75,7 +76,7 @@ class AestheticScorer(Scorer):
             fetch_file(self.repo_id, self.filename) if weights_path is None else local_file(weights_path)
         )
         clip, revision = load_clip(clip_name_or_path)
-        del clip.text_model  # half a gigabyte that no image needs
+        del clip.text_model  # half a gigabyte that is not used
         head = aesthetic_head(clip.config.projection_dim)
         load_tensors(head, read_tensors(path), str(path))
         self.clip, self.head = clip.to(self.device).eval(), head.to(self.device).eval()

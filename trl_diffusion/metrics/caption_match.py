@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Are the things that a prompt names in its image? A detector looks for each of them."""
+"""Caption match: the share of the objects named in a prompt that a detector finds in the image."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,31 +18,31 @@ from trl_diffusion.data.transforms import upright_image
 from trl_diffusion.metrics.scorer import ImageMetric, Scorer, ScoringError, qualified_name
 
 
-Things = list[str] | ScoringError  # the things that a prompt names, or why they are not known
+Things = list[str] | ScoringError  # the objects that a prompt names, or why they are unknown
 
 
 class VLMThings:
     """
-    Reads the things that prompts name, by a vision-language model that is shown no image.
+    Extracts the objects that prompts name, with a vision-language model that sees only the prompt.
 
     Args:
         vlm ([`VLM`]):
             The model.
         prompt_path (`str` or `Path`, *optional*):
-            A prompt of one's own, a Jinja template with the places `prompt` and `max_things`.
+            File of a custom prompt: a Jinja template with the variables `prompt` and `max_things`.
         max_things (`int`, *optional*, defaults to `8`):
-            How many things the model may name; an answer with more is no answer.
+            Maximum number of objects per prompt. An answer with more is invalid.
 
     Attributes:
         weights (`dict[str, str]`):
-            The model and its revision, and a digest of the prompt.
+            The model with its revision, and the prompt with its hash.
     """
 
     def __init__(self, vlm: VLM, prompt_path: str | Path | None = None, max_things: int = 8):
         self.vlm = vlm
         self.prompt = PromptTemplate("things", prompt_path)
         self.max_things = max_things
-        # A schema of its own, so that a server which enforces schemas keeps to the limit
+        # The limit is part of the schema, so that a server that supports schemas enforces it
         self.schema = create_model("Things", things=(Annotated[list[Label], Field(max_length=max_things)], ...))
         described = vlm.describe()
         self.weights = {
@@ -52,15 +52,15 @@ class VLMThings:
 
     def __call__(self, prompts: list[str]) -> list[Things]:
         """
-        Names the things.
+        Extracts the objects.
 
         Args:
             prompts (`list[str]` of length `B`):
                 The prompts.
 
         Returns:
-            `list[list[str] | ScoringError]` of length `B`: each prompt's things, in the order of importance, or why there is
-            no valid answer.
+            `list[list[str] | ScoringError]` of length `B`: the objects of each prompt, most important first, or why
+            there is no valid answer.
         """
         answers = ask(self.vlm, [self.request(prompt) for prompt in prompts])
         return [
@@ -74,18 +74,18 @@ class VLMThings:
 
 class CaptionMatchScorer(Scorer):
     """
-    The share of the things named in the prompt that a detector finds in the image, in [0, 1].
+    The share of the objects named in the prompt that a detector finds in the image, in [0, 1]. Higher is better.
 
-    Each thing is looked for by itself. So whether there are as many as the prompt says, and how they stand to one another, is
-    not seen, and attributes as far as the detector heeds them.
+    Each object is searched for separately. The score therefore ignores their number and arrangement, and considers
+    their attributes only as far as the detector does.
 
     Args:
         detector ([`Detector`]):
-            Who looks.
+            The detector.
         things (`Callable`):
-            Which things a prompt names: [`VLMThings`], or any function from a list of prompts to a list of as many lists of
-            names, with a [`ScoringError`] in the place of a list that cannot be given. It is asked once about each distinct
-            prompt, and the scorer keeps what it says. Its `weights`, where it has any, are told with the score.
+            Extracts the objects that prompts name: [`VLMThings`], or a function that returns a list of names for each
+            of a list of prompts, or a [`ScoringError`] instead of a list. It is called once for each distinct prompt.
+            Its attribute `weights`, if any, becomes part of the result.
     """
 
     name = "caption_match"
@@ -120,39 +120,40 @@ class CaptionMatchScorer(Scorer):
         ]
 
     def name_things(self, prompts: list[str]) -> None:
-        """Asks about the prompts that are new."""
+        """Extracts the objects of prompts that are new, and caches them."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.named]
         if not new:
             return
         answers = self.things(new)
         if len(answers) != len(new):
             raise ValueError(
-                f"`things` must return one list of names for each prompt: it was asked about {len(new)} prompts and "
-                f"returned {len(answers)} answers."
+                f"`things` must return one list of names for each prompt: it was given {len(new)} prompts and returned "
+                f"{len(answers)} lists."
             )
         for prompt, names in zip(new, answers, strict=True):
             if not isinstance(names, ScoringError):
                 if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
                     raise ValueError(
-                        f"`things` must return lists of names, such as ['red car', 'dog']; of {prompt!r} it returned {names!r}."
+                        f"`things` must return lists of names, such as ['red car', 'dog']; for {prompt!r} it returned "
+                        f"{names!r}."
                     )
                 names = without_repetitions(names)
             self.named[prompt] = names
 
     def wanted(self, image: PIL.Image.Image, prompt: str) -> Things:
-        """What to look for in an image, or why it has no score."""
+        """The objects to find in an image, or why the image has no score."""
         if max(image.size) > LONGEST_SIDE * min(image.size):
             return ScoringError(
-                f"the image is {image.width} x {image.height} pixels: detectors take none that is more than {LONGEST_SIDE} "
-                "times as long as it is wide"
+                f"the image is {image.width} x {image.height} pixels: detectors refuse images whose longer side is more "
+                f"than {LONGEST_SIDE} times the shorter one"
             )
-        return self.named[prompt] or ScoringError("the prompt names no thing to look for")
+        return self.named[prompt] or ScoringError("the prompt names no object to find")
 
 
 class CaptionMatch(ImageMetric):
     """
-    [`CaptionMatchScorer`] as a module of `evaluate`:
-    `evaluate.load(metric_path("caption_match"), detector=detector, things=things).compute(images=[...], prompts=[...])`.
+    [`CaptionMatchScorer`] as a module of `evaluate`: `evaluate.load(metric_path("caption_match"), detector=detector,
+    things=things).compute(images=[...], prompts=[...])`.
     """
 
     scorer_type = CaptionMatchScorer

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the scorers on CLIP share: the model, with none of its weights left to chance, and the cosine of image and prompt."""
+"""Shared by the CLIP scorers: loading a model with all of its weights, and the cosine similarity of image and prompt."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,27 +22,27 @@ VIT_H_14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 @contextmanager
 def reading(name_or_path: str) -> Iterator[None]:
     """
-    While something of a Hub repository or a folder is read.
+    Context in which files of a Hub repository or a folder are read.
 
     Args:
         name_or_path (`str`):
             Hub id or folder.
 
     Raises:
-        `ValueError`: If a file is missing or broken; says how to fetch it.
+        `ValueError`: If a file is missing or broken, with the command that downloads it.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{name_or_path} cannot be read: {str(error).splitlines()[0].rstrip('.')}. What is on the Hub is fetched by "
-            f"`hf download {name_or_path}` where the network is; bring the Hub's cache along (`HF_HOME`)."
+            f"{name_or_path} cannot be read: {str(error).splitlines()[0].rstrip('.')}. If it is on the Hub, run "
+            f"`hf download {name_or_path}` on a machine with network access and copy its Hub cache (`HF_HOME`) here."
         ) from error
 
 
 def load_clip(model_name_or_path: str) -> tuple[CLIPModel, str]:
     """
-    Loads a CLIP of transformers, and every tensor is accounted for.
+    Loads a CLIP model of transformers, and checks that the weights contain exactly its tensors.
 
     Args:
         model_name_or_path (`str`):
@@ -52,14 +52,14 @@ def load_clip(model_name_or_path: str) -> tuple[CLIPModel, str]:
         `tuple[CLIPModel, str]`: the model in float32 on the CPU, and its revision.
 
     Raises:
-        `ValueError`: If there is no such model, or its weights cannot be read, or do not fit its config.
+        `ValueError`: If there is no such model, or its weights cannot be read or do not fit its config.
     """
     revision = resolve_revision(model_name_or_path)
     with reading(model_name_or_path):
         model, report = CLIPModel.from_pretrained(
             model_name_or_path,
             dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # they are reported, and refused below with the others
+            ignore_mismatched_sizes=True,  # mismatches are reported, and refused below
             output_loading_info=True,
             **pinned(revision),
         )
@@ -68,38 +68,38 @@ def load_clip(model_name_or_path: str) -> tuple[CLIPModel, str]:
     )
     if misfits:
         raise ValueError(
-            f"The weights of {model_name_or_path} do not fit its config.json: missing, left over or of another shape are "
-            f"{', '.join(misfits[:5])}{f' and {len(misfits) - 5} more' if len(misfits) > 5 else ''}."
+            f"The weights of {model_name_or_path} do not fit its config.json: these tensors are missing, unexpected or of "
+            f"another shape: {', '.join(misfits[:5])}{f' and {len(misfits) - 5} more' if len(misfits) > 5 else ''}."
         )
     return model, revision
 
 
 def clip_pixels(image: PIL.Image.Image, image_processor: CLIPImageProcessorPil) -> torch.Tensor:
     """
-    Prepares an image as CLIP was published: transparency is dropped, the shorter side resized, the middle cut out.
+    Prepares an image like the published CLIP: drops transparency, resizes the shorter side, crops the centre.
 
     Args:
         image (`PIL.Image.Image`):
             The image.
         image_processor ([`~transformers.CLIPImageProcessorPil`]):
-            Knows the size, the mean and the deviation.
+            Provides size, mean and standard deviation.
 
     Returns:
         `torch.Tensor` of shape `(3, size, size)`.
     """
-    # Not the processor's own conversion, which lays transparent images on white
+    # The processor's own conversion would put transparent images on a white background
     return image_processor(image.convert("RGB"), do_convert_rgb=False, return_tensors="pt")["pixel_values"][0]
 
 
 class CosineScorer(Scorer):
     """
-    Scores by the cosine of CLIP's embeddings of an image and of its prompt, times `scale`.
+    Scores an image by the cosine similarity of its CLIP embedding with that of its prompt, times `scale`.
 
-    A prompt of more tokens than the model has places (77) is cut, and its end token kept.
+    Prompts are truncated to the model's maximum length (77 tokens), with their end token kept.
 
     Attributes:
         scale (`float`):
-            What the cosine is multiplied by.
+            Factor of the cosine similarity.
 
     Args:
         model ([`~transformers.CLIPModel`]):
@@ -122,11 +122,11 @@ class CosineScorer(Scorer):
         with reading(processor_name_or_path):
             self.tokenizer = CLIPTokenizer.from_pretrained(processor_name_or_path, **pin)
             self.image_processor = CLIPImageProcessorPil.from_pretrained(processor_name_or_path, **pin)
-        if len(self.tokenizer) != model.config.text_config.vocab_size:  # without its files it is empty, not an error
+        if len(self.tokenizer) != model.config.text_config.vocab_size:  # without its files, it loads as an empty one
             raise ValueError(
-                f"The tokenizer of {processor_name_or_path} has {len(self.tokenizer)} tokens, and the model knows "
-                f"{model.config.text_config.vocab_size}: its files are missing, or it is another model's. What is on the Hub "
-                f"is fetched by `hf download {processor_name_or_path}` where the network is."
+                f"The tokenizer of {processor_name_or_path} has {len(self.tokenizer)} tokens, but the model has "
+                f"{model.config.text_config.vocab_size}: its files are missing, or it belongs to another model. If it is on "
+                f"the Hub, run `hf download {processor_name_or_path}` on a machine with network access."
             )
         self.model = model.to(self.device).eval()
         self.weights[processor_name_or_path] = processor_revision
@@ -135,7 +135,7 @@ class CosineScorer(Scorer):
         return clip_pixels(image, self.image_processor)
 
     def tokenize(self, prompts: list[str]) -> BatchEncoding:
-        """The prompts as the model takes them: `input_ids` and `attention_mask` of shape `(B, longest prompt)`."""
+        """Tokenizes prompts: `input_ids` and `attention_mask` of shape `(B, longest prompt)`."""
         places = self.model.config.text_config.max_position_embeddings
         return self.tokenizer(prompts, padding=True, truncation=True, max_length=places, return_tensors="pt")
 

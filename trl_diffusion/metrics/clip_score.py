@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The CLIP score: how well an image fits its prompt, to a CLIP that nobody tuned on preferences."""
+"""The CLIP score: how well an image fits its prompt, according to a CLIP that is not fine-tuned on preferences."""
 
 from trl_diffusion.metrics.clip import VIT_H_14, CosineScorer, load_clip
 from trl_diffusion.metrics.scorer import ImageMetric
@@ -9,16 +9,16 @@ from trl_diffusion.metrics.scorer import ImageMetric
 
 class CLIPScoreScorer(CosineScorer):
     """
-    CLIP score: 100 times the cosine of image and prompt in the CLIP ViT-H/14 of LAION. Higher is better.
+    CLIP score: 100 times the cosine similarity of image and prompt in LAION's CLIP ViT-H/14. Higher is better.
 
-    A negative cosine stays negative. CLIPScore as Hessel et al. (2021) define it cuts it at 0, multiplies by 2.5, and is
-    computed with OpenAI's ViT-B/32: scores of different models cannot be compared.
+    Negative values are kept. The CLIPScore of Hessel et al. (2021) clips them at 0, multiplies by 2.5 instead of 100,
+    and uses OpenAI's ViT-B/32. Scores of different models are not comparable.
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
-            Hub id or folder of the CLIP, with its tokenizer and image processor.
+            Hub id or folder of the CLIP model, with its tokenizer and image processor.
         device (`str`, *optional*):
-            Where the model is. Defaults to the GPU, or to the CPU where there is none.
+            Device of the model. Defaults to the GPU if there is one, else to the CPU.
     """
 
     name = "clip_score"

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The Fréchet distance between features of images (Heusel et al., NeurIPS 2017)."""
+"""The Fréchet Inception distance (Heusel et al., NeurIPS 2017)."""
 
 import warnings
 from pathlib import Path
@@ -15,14 +15,14 @@ from trl_diffusion.metrics.scorer import ImageLike
 
 def fid_from_features(features: torch.Tensor, reference_features: torch.Tensor) -> float:
     """
-    The Fréchet distance between normal distributions with the features' means and covariances:
-    `|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`, by torchmetrics in float64.
+    Computes the Fréchet distance between normal distributions with the means and covariances of the features:
+    `|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`, with torchmetrics in float64.
 
     Args:
         features (`torch.Tensor` of shape `(N, D)`):
             Features of the images.
         reference_features (`torch.Tensor` of shape `(M, D)`):
-            Features of the references.
+            Features of the reference images.
 
     Returns:
         `float`: 0 for equal distributions, up to rounding.
@@ -34,17 +34,18 @@ def fid_from_features(features: torch.Tensor, reference_features: torch.Tensor) 
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
-        raise ImportError('FID needs torchmetrics: `pip install "trl-diffusion[evaluation]"`.') from error
+        raise ImportError('FID needs torchmetrics: run `pip install "trl-diffusion[evaluation]"`.') from error
 
     (n, d), m = features.shape, len(reference_features)
     if min(n, m) < 2:
-        raise ValueError(f"FID needs two images and two references at the least, there are {n} and {m}.")
+        raise ValueError(f"FID needs at least two images and two references, got {n} and {m}.")
     if min(n, m) <= d:
         warnings.warn(
-            f"FID of {n} images and {m} references is biased, and not to be compared with that of other numbers: "
-            f"covariances of {d} features need {d + 1} images at the least, and 10,000 or more are usual. KID has no bias."
+            f"The FID of {n} images and {m} references is biased, and not comparable with the FID of other numbers of "
+            f"images: the covariance of {d} features needs at least {d + 1} images, and 10,000 or more are usual. KID has "
+            "no bias."
         )
-    given = torch.nn.Identity()  # torchmetrics takes the features as they are
+    given = torch.nn.Identity()  # torchmetrics then uses the given features
     given.num_features = d
     distance = FrechetInceptionDistance(feature=given)
     distance.update(reference_features.double(), real=True)
@@ -56,19 +57,19 @@ def fid_result(
     features: torch.Tensor, reference_features: torch.Tensor, extractor: InceptionFeatures
 ) -> dict[str, Any]:
     """
-    FID of features that were computed before, for KID as well, or for another set of images.
+    Computes FID from features, which can be shared with KID or between sets of images.
 
     Args:
         features (`torch.Tensor` of shape `(N, 2048)`):
             Features of the images.
         reference_features (`torch.Tensor` of shape `(M, 2048)`):
-            Features of the references.
+            Features of the reference images.
         extractor ([`InceptionFeatures`]):
-            What they were computed with.
+            The extractor of the features.
 
     Returns:
-        `dict`: the distance under a name that says what it depends on, `fid_<spec>_n<N>`, for instance
-        `fid_inception2015_2048_clean_n10000`; `num_images`, `num_references`, `higher_is_better` and `weights`.
+        `dict`: the distance under the name `fid_<spec>_n<N>`, such as `fid_inception2015_2048_clean_n10000`, which
+        states what it depends on; `num_images`, `num_references`, `higher_is_better` and `weights`.
     """
     return {
         f"fid_{extractor.spec}_n{len(features)}": fid_from_features(features, reference_features),
@@ -86,26 +87,26 @@ def frechet_inception_distance(
     batch_size: int = 32,
 ) -> dict[str, Any]:
     """
-    FID between images and references.
+    Computes FID between images and reference images.
 
     Args:
         images (`list[PIL.Image.Image | str | Path | dict]`, `str` or `Path`):
             The images, their files, or a folder.
         references (`list[PIL.Image.Image | str | Path | dict]`, `str` or `Path`):
-            What they are compared with, likewise.
+            The reference images, in the same form.
         extractor ([`InceptionFeatures`]):
-            What sees them.
+            The feature extractor.
         batch_size (`int`, *optional*, defaults to `32`):
-            Images at a time.
+            Number of images per batch.
 
     Returns:
-        `dict`: as of [`fid_result`].
+        `dict`: see [`fid_result`].
     """
     return fid_result(extractor(images, batch_size), extractor(references, batch_size), extractor)
 
 
 class FID(InceptionMetric):
-    """Fréchet Inception distance: how far the distribution of images is from that of references. Lower is better."""
+    """Fréchet Inception distance between the distributions of images and reference images. Lower is better."""
 
     citation = """\
 @inproceedings{heusel2017gans,

@@ -23,17 +23,17 @@ STRAIGHT_QUOTES = str.maketrans(dict.fromkeys("ʼ‘’‚‛", "'") | dict.from
 
 def fit_into_square(image: PIL.Image.Image, size: int) -> torch.Tensor:
     """
-    Makes the longer side `size` long, and centres the image on a black square. Transparency is dropped.
+    Resizes the longer side to `size`, and centres the image on a black square. Transparency is dropped.
 
-    This is what https://github.com/tgxs002/HPSv2 does (`resize_longest_max`) with torchvision 0.17 or later: the pixels are
-    floats before they are resized, by bicubic interpolation with antialiasing, so what it overshoots is not cut off. Earlier
-    versions of torchvision did not antialias, and their scores differ.
+    This follows `resize_longest_max` of https://github.com/tgxs002/HPSv2 with torchvision 0.17 or later: pixels are
+    resized as floats, with antialiased bicubic interpolation, and values outside of [0, 1] are kept. Earlier versions
+    of torchvision do not antialias, and give other scores.
 
     Args:
         image (`PIL.Image.Image`):
             The image.
         size (`int`):
-            The square's side.
+            Side of the square in pixels.
 
     Returns:
         `torch.Tensor` of shape `(3, size, size)`: black is 0, white is 1.
@@ -49,28 +49,31 @@ def fit_into_square(image: PIL.Image.Image, size: int) -> torch.Tensor:
 
 
 def clean_prompt(prompt: str) -> str:
-    """The common part of what open_clip's tokenizer does to a text first: entities of HTML, and curly quotes made straight."""
+    """Cleans a prompt like open_clip's tokenizer in common cases: unescapes HTML and straightens curly quotes."""
     return html.unescape(html.unescape(prompt)).translate(STRAIGHT_QUOTES)
 
 
 class HPSv2Scorer(CosineScorer):
     """
-    HPS v2: 100 times the cosine of image and prompt in a CLIP ViT-H/14 that was tuned on human choices. Higher is better.
+    HPS v2: 100 times the cosine similarity of image and prompt in a CLIP ViT-H/14 that was fine-tuned on human
+    preferences. Higher is better.
 
-    Papers and the benchmark of the `hpsv2` package print it times 100, as it is here; `hpsv2.score` returns the cosine itself.
-    Else this follows the package but for the following. It computes in float32, the package in half precision on a GPU. The
-    package repairs prompts by `ftfy`; this does the common part of it, and prompts with mojibake, ligatures or full-width
-    letters can score differently. An image whose longer side has just the model's 224 pixels gets its bars like all others,
-    where the package leaves it as it is. How images are resized depends on the version of torchvision in the package: see
-    [`fit_into_square`].
+    Papers and the benchmark of the `hpsv2` package also report it times 100; `hpsv2.score` returns the cosine itself.
+    The other differences from the package are:
+    - This computes in float32, the package in half precision on a GPU.
+    - The package repairs prompts with `ftfy`; this does only the common part of it. Prompts with mojibake, ligatures
+      or full-width letters can score differently.
+    - An image whose longer side is exactly the model's 224 pixels is padded like all others. The package does not pad
+      it.
+    - In the package, resizing depends on the version of torchvision, see [`fit_into_square`].
 
     Args:
         weights_path (`str` or `Path`, *optional*):
-            A file in the layout of `HPS_v2_compressed.pt`. Defaults to that file of `xswu/HPSv2` on the Hub.
+            File in the format of `HPS_v2_compressed.pt`. Defaults to that file of `xswu/HPSv2` on the Hub.
         clip_name_or_path (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
-            Hub id or folder of the CLIP that was tuned, for its config, tokenizer and image processor.
+            Hub id or folder of the base CLIP, for its config, tokenizer and image processor.
         device (`str`, *optional*):
-            Where the model is. Defaults to the GPU, or to the CPU where there is none.
+            Device of the model. Defaults to the GPU if there is one, else to the CPU.
     """
 
     name = "hpsv2"
@@ -101,7 +104,8 @@ class HPSv2Scorer(CosineScorer):
 
 class HPSv2(ImageMetric):
     """
-    [`HPSv2Scorer`] as a module of `evaluate`: `evaluate.load(metric_path("hpsv2")).compute(images=[...], prompts=[...])`.
+    [`HPSv2Scorer`] as a module of `evaluate`: `evaluate.load(metric_path("hpsv2")).compute(images=[...],
+    prompts=[...])`.
     """
 
     scorer_type = HPSv2Scorer

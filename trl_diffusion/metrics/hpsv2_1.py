@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Human Preference Score v2.1: HPS v2 with weights that were published later."""
+"""Human Preference Score v2.1: HPS v2 with newer weights."""
 
 from trl_diffusion.metrics.hpsv2 import HPSv2Scorer
 from trl_diffusion.metrics.scorer import ImageMetric
@@ -9,17 +9,17 @@ from trl_diffusion.metrics.scorer import ImageMetric
 
 class HPSv2_1Scorer(HPSv2Scorer):
     """
-    HPS v2.1: as [`HPSv2Scorer`], with weights that its authors trained on better data. Higher is better.
+    HPS v2.1: like [`HPSv2Scorer`], with weights that its authors trained on better data. Higher is better.
 
-    Not comparable with HPS v2: the two differ by more than models do.
+    It is not comparable with HPS v2: the two scores differ by more than models do.
 
     Args:
         weights_path (`str` or `Path`, *optional*):
-            A file in the layout of `HPS_v2.1_compressed.pt`. Defaults to that file of `xswu/HPSv2` on the Hub.
+            File in the format of `HPS_v2.1_compressed.pt`. Defaults to that file of `xswu/HPSv2` on the Hub.
         clip_name_or_path (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
-            Hub id or folder of the CLIP that was tuned, for its config, tokenizer and image processor.
+            Hub id or folder of the base CLIP, for its config, tokenizer and image processor.
         device (`str`, *optional*):
-            Where the model is. Defaults to the GPU, or to the CPU where there is none.
+            Device of the model. Defaults to the GPU if there is one, else to the CPU.
     """
 
     name = "hpsv2_1"

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""ImageReward (Xu et al., NeurIPS 2023, https://github.com/THUDM/ImageReward): how people would rate an image of a prompt."""
+"""ImageReward (Xu et al., NeurIPS 2023, https://github.com/THUDM/ImageReward) predicts how people rate an image."""
 
 import re
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ from trl_diffusion.revisions import pinned, resolve_revision
 
 
 REPO, FILE = "THUDM/ImageReward", "ImageReward.pt"
-MAX_TOKENS = 35  # a prompt is cut and padded to so many
-# Of rewards, in the published code
+MAX_TOKENS = 35  # prompts are truncated and padded to this length
+# Mean and standard deviation of the rewards, from the published code
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072
-# Of CLIP's pixels in [0, 1]
+# Those of CLIP for pixels in [0, 1]
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-# Left over from BLIP's pretraining: projections for its contrastive loss, and the numbers of the positions.
+# Left over from BLIP's pretraining: projections for its contrastive loss, and position ids
 UNUSED = {
     "blip.vision_proj.weight",
     "blip.vision_proj.bias",
@@ -33,7 +33,7 @@ UNUSED = {
     "blip.text_proj.bias",
     "blip.text_encoder.embeddings.position_ids",
 }
-# The vision transformer has timm's names. Each rule sees what the ones above it made.
+# The vision transformer has timm's names. The rules are applied in order.
 RENAMED = (
     (r"^blip\.", ""),
     (r"^mlp\.layers\.", "mlp."),
@@ -49,7 +49,7 @@ RENAMED = (
 
 
 def published_config() -> BlipConfig:
-    """The sizes of ImageReward-v1.0: ViT-L/16 at 224 pixels, and BERT-base that attends to the image in each layer."""
+    """The config of ImageReward-v1.0: ViT-L/16 at 224 pixels, and BERT-base with cross-attention to the image."""
     return BlipConfig(
         vision_config={
             "hidden_size": 1024,
@@ -61,7 +61,7 @@ def published_config() -> BlipConfig:
             "layer_norm_eps": 1e-6,
         },
         text_config={
-            "vocab_size": 30524,  # BERT's and two that ImageReward does not use
+            "vocab_size": 30524,  # BERT's, and two tokens that ImageReward does not use
             "hidden_size": 768,
             "intermediate_size": 3072,
             "num_hidden_layers": 12,
@@ -73,7 +73,7 @@ def published_config() -> BlipConfig:
 
 def preprocess(image: PIL.Image.Image, size: int) -> torch.Tensor:
     """
-    Resizes the shorter side, crops the centre, and then takes red, green and blue, in the authors' order.
+    Resizes the shorter side, crops the centre, and then converts to RGB, in the order of the published code.
 
     Args:
         image (`PIL.Image.Image`):
@@ -82,7 +82,7 @@ def preprocess(image: PIL.Image.Image, size: int) -> torch.Tensor:
             Side of the result in pixels.
 
     Returns:
-        `torch.Tensor` of shape `(3, size, size)`, normalised as CLIP's pixels.
+        `torch.Tensor` of shape `(3, size, size)`, normalised with CLIP's mean and standard deviation.
     """
     shorter = min(image.size)
     width, height = (int(size * side / shorter) for side in image.size)
@@ -95,18 +95,19 @@ def preprocess(image: PIL.Image.Image, size: int) -> torch.Tensor:
 
 class ImageRewardModel(nn.Module):
     """
-    The prompt's tokens attend to the image's patches, and the first token's last hidden state is the reward's feature.
+    A text encoder whose tokens attend to the patches of the image, and a head on the last hidden state of the first
+    token.
 
     Args:
         config (`BlipConfig`):
-            Sizes of the encoders.
+            Config of the encoders.
     """
 
     def __init__(self, config: BlipConfig):
         super().__init__()
         self.visual_encoder = BlipVisionModel(config.vision_config)
         self.text_encoder = BlipTextModel(config.text_config, add_pooling_layer=False)
-        # Nothing between the layers but dropout: all of it is one linear map
+        # As published: no activations between the layers
         self.mlp = nn.Sequential(
             nn.Linear(config.text_config.hidden_size, 1024),
             nn.Dropout(0.2),
@@ -124,7 +125,7 @@ class ImageRewardModel(nn.Module):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
-                Images out of [`preprocess`].
+                Images from [`preprocess`].
             input_ids (`torch.Tensor` of shape `(B, L)`):
                 Tokens of their prompts.
             attention_mask (`torch.Tensor` of shape `(B, L)`):
@@ -141,14 +142,14 @@ class ImageRewardModel(nn.Module):
 
 def convert_image_reward(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Gives the published tensors the names of [`ImageRewardModel`].
+    Renames the published tensors to the names of [`ImageRewardModel`].
 
     Args:
         tensors (`Mapping[str, torch.Tensor]`):
             Content of `ImageReward.pt`.
 
     Returns:
-        `dict[str, torch.Tensor]`: the same without the five that are `UNUSED`. What is not known keeps its name.
+        `dict[str, torch.Tensor]`: the tensors without the five in `UNUSED`. Unknown tensors keep their names.
     """
     converted = {}
     for name, tensor in tensors.items():
@@ -162,21 +163,22 @@ def convert_image_reward(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
 
 class ImageRewardScorer(Scorer):
     """
-    ImageReward-v1.0: `(r - 0.1672) / 1.0333` of the reward `r` that a BLIP model, trained on 137,000 comparisons, gives a
-    prompt and an image; the numbers are the authors' mean and standard deviation. Prompts are cut at 35 tokens.
+    ImageReward-v1.0: the normalized reward `(r - 0.1672) / 1.0333`, where `r` is the output of a BLIP model that was
+    trained on 137,000 comparisons, and the constants are the authors' mean and standard deviation. Prompts are
+    truncated to 35 tokens. Higher is better.
 
     Args:
         weights_path (`str` or `Path`, *optional*):
-            A file in the layout of the published one, which is fetched otherwise.
+            File in the format of the published one. Defaults to the published one, which is downloaded.
         tokenizer_name_or_path (`str`, *optional*, defaults to `"google-bert/bert-base-uncased"`):
             Hub id or folder of BERT's tokenizer.
         config (`BlipConfig`, *optional*):
-            Sizes, where they are not those of ImageReward-v1.0.
+            Config of the encoders. Defaults to that of ImageReward-v1.0.
         device (`str`, *optional*):
-            Where the model is. Defaults to the GPU, or to the CPU where there is none.
+            Device of the model. Defaults to the GPU if there is one, else to the CPU.
 
     Raises:
-        `ValueError`: If the weights or the tokenizer cannot be had, or the file lacks tensors or has others.
+        `ValueError`: If the weights or the tokenizer cannot be loaded, or the weights do not fit the model.
     """
 
     name = "image_reward"
@@ -207,7 +209,7 @@ class ImageRewardScorer(Scorer):
 
     @torch.inference_mode()
     def score_batch(self, prepared: list[torch.Tensor], prompts: list[str]) -> list[float]:
-        # Always 35 tokens: then no score depends on the prompts beside its own
+        # Always padded to 35 tokens, so that a score does not depend on the other prompts of the batch
         text = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(self.device)
@@ -217,11 +219,8 @@ class ImageRewardScorer(Scorer):
 
 class ImageReward(ImageMetric):
     """
-    ImageReward-v1.0 of images and their prompts: `metric.compute(images=[...], prompts=[...], batch_size=16)`.
-
-    Args:
-        settings:
-            Arguments of [`ImageRewardScorer`] and of [`~evaluate.Metric`].
+    [`ImageRewardScorer`] as a module of `evaluate`:
+    `evaluate.load(metric_path("image_reward")).compute(images=[...], prompts=[...])`.
     """
 
     scorer_type = ImageRewardScorer

@@ -1,10 +1,10 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What FID and KID share: the Inception v3 of 2015-12-05 of TensorFlow, on which FID is defined, and the images' way into it.
+"""Shared by FID and KID: the features of TensorFlow's Inception v3 of 2015-12-05, with which FID is defined.
 
-Where the original FID (Heusel et al., NeurIPS 2017, https://github.com/bioinf-jku/TTUR) lets TensorFlow resize the images,
-which aliases, images are resized as Clean-FID does (Parmar et al., CVPR 2022, https://github.com/GaParmar/clean-fid).
+Images are resized as in Clean-FID (Parmar et al., CVPR 2022, https://github.com/GaParmar/clean-fid). The original FID
+(Heusel et al., NeurIPS 2017, https://github.com/bioinf-jku/TTUR) resizes with TensorFlow, which aliases.
 """
 
 import inspect
@@ -28,7 +28,7 @@ from trl_diffusion.metrics.scorer import ImageLike, check_settings, prepared_bat
 from trl_diffusion.metrics.weights import load_tensors, local_file, read_tensors
 
 
-# torch-fidelity publishes the same file under another name, which ends, as this one, with the beginning of its SHA-256.
+# The name ends with the beginning of the file's SHA-256. torch-fidelity publishes the same file under another name.
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d"
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -36,7 +36,7 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tif
 
 class Convolution(nn.Module):
     """
-    Convolution, batch normalisation, ReLU.
+    Convolution, batch normalisation and ReLU.
 
     Args:
         in_channels (`int`):
@@ -68,17 +68,17 @@ class Convolution(nn.Module):
 
 
 def average_pool(x: torch.Tensor) -> torch.Tensor:
-    """Means over 3x3 positions, at the border over those inside: TensorFlow's, where torchvision counts padding as zeros."""
+    """3x3 mean pooling that ignores padding, as in TensorFlow. torchvision's Inception counts padding as zeros."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def max_pool(x: torch.Tensor) -> torch.Tensor:
-    """Maxima over 3x3 positions."""
+    """3x3 max pooling."""
     return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
 class InceptionA(nn.Module):
-    """Kernels of 1, 5 and twice 3, at 35x35."""
+    """Kernels of size 1, 5 and two of 3, at 35x35."""
 
     def __init__(self, channels: int, pool_channels: int):
         super().__init__()
@@ -115,7 +115,7 @@ class InceptionB(nn.Module):
 
 
 class InceptionC(nn.Module):
-    """Kernels of 7 in rows and columns, at 17x17."""
+    """Kernels of size 1x7 and 7x1, at 17x17."""
 
     def __init__(self, channels: int, inner: int):
         super().__init__()
@@ -158,7 +158,7 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """Kernels of 3 in rows beside columns, at 8x8."""
+    """Kernels of size 1x3 and 3x1 in parallel, at 8x8."""
 
     def __init__(self, channels: int, pool: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
@@ -185,8 +185,8 @@ class InceptionE(nn.Module):
 
 class InceptionV3(nn.Module):
     """
-    Inception v3 (Szegedy et al., CVPR 2016) as FID has it: average pools count no padding, and the last block pools maxima.
-    Parameters have torchvision's names.
+    The variant of Inception v3 (Szegedy et al., CVPR 2016) that FID uses: average pooling ignores padding, and the
+    last block uses max pooling. The parameters have torchvision's names.
     """
 
     def __init__(self):
@@ -207,17 +207,17 @@ class InceptionV3(nn.Module):
         self.Mixed_7a = InceptionD(768)
         self.Mixed_7b = InceptionE(1280, pool=average_pool)
         self.Mixed_7c = InceptionE(2048, pool=max_pool)
-        # Not used. Its 1008 classes tell FID's weights from torchvision's, which have 1000 and otherwise the same tensors.
+        # Not used. With 1008 classes, it distinguishes FID's weights from torchvision's, which have 1000 classes.
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """
         Args:
             pixels (`torch.Tensor` of shape `(B, 3, 299, 299)`):
-                Red, green and blue from 0 to 255.
+                RGB values from 0 to 255.
 
         Returns:
-            `torch.Tensor` of shape `(B, 2048)`: the last block's means over positions.
+            `torch.Tensor` of shape `(B, 2048)`: mean of the last block over all positions.
         """
         x = (pixels - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
@@ -232,40 +232,40 @@ class InceptionV3(nn.Module):
 
 def fetch_inception() -> tuple[Path, str]:
     """
-    The published weights, from torch.hub's cache or over the network.
+    Finds the published weights in the cache of `torch.hub`, or downloads them.
 
     Returns:
-        `tuple[Path, str]`: the file, and a digest of it in the place of a revision.
+        `tuple[Path, str]`: the file, and its hash, which serves as revision.
 
     Raises:
-        `ValueError`: If they cannot be had, or are not the published ones; says how to fetch them.
+        `ValueError`: If they cannot be downloaded, or are not the published ones.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
-        except (OSError, HTTPException, RuntimeError) as error:  # the last where the digest is another
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the hash does not match
             raise ValueError(
-                f"The weights of FID's Inception are not at {path}, and could not be fetched from {URL}: {error} Where the "
-                "network is, fetch them there, and put them in that place, or say where they are with `weights_path`."
+                f"The weights of FID's Inception are not at {path} and could not be downloaded from {URL}: {error} Download "
+                "this file on a machine with network access, and put it at this path or pass its path as `weights_path`."
             ) from error
     path, digest = local_file(path)
     if not digest.startswith(f"sha256:{SHA256}"):
-        raise ValueError(f"{path} is not what {URL} gives, but {digest}: delete it, and it is fetched again.")
+        raise ValueError(f"{path} is not the file from {URL}, its hash is {digest}: delete it to download it again.")
     return path, digest
 
 
 def resize(image: PIL.Image.Image) -> torch.Tensor:
     """
-    Clean-FID's resizing: bicubic and antialiased, each channel by itself and in floating point, so that nothing is rounded.
+    Resizes an image as Clean-FID does: bicubic, antialiased, per channel, in floating point without rounding.
 
     Args:
         image (`PIL.Image.Image`):
-            Image of any size and mode. Transparency is dropped, and gray is red, green and blue alike.
+            Image of any size and mode. Transparency is dropped, and grayscale is converted to RGB.
 
     Returns:
-        `torch.Tensor` of shape `(3, 299, 299)`, from 0 to 255.
+        `torch.Tensor` of shape `(3, 299, 299)`, with values from 0 to 255.
     """
     channels = [
         channel.convert("F").resize((299, 299), PIL.Image.Resampling.BICUBIC)
@@ -276,14 +276,14 @@ def resize(image: PIL.Image.Image) -> torch.Tensor:
 
 def image_files(folder: str | Path) -> list[Path]:
     """
-    The images of a folder and of the folders in it.
+    Lists the images in a folder and its subfolders.
 
     Args:
         folder (`str` or `Path`):
             The folder.
 
     Returns:
-        `list[Path]`: files whose names end as images' do, in order.
+        `list[Path]`: the files with an image suffix, sorted.
 
     Raises:
         `ValueError`: If there is no such folder, or no image in it.
@@ -293,29 +293,31 @@ def image_files(folder: str | Path) -> list[Path]:
         raise ValueError(f"There is no folder {folder}.")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise ValueError(f"The folder {folder} has no images: no file in it ends with {', '.join(IMAGE_SUFFIXES)}.")
+        raise ValueError(
+            f"The folder {folder} has no images: no file in it ends with one of {', '.join(IMAGE_SUFFIXES)}."
+        )
     return files
 
 
 class InceptionFeatures:
     """
-    What FID and KID see of images. Call it with images to get their features.
+    Computes the Inception features of images, for FID and KID.
 
     Attributes:
         spec (`str`):
-            What features depend on besides the images: `inception2015`, the network; `2048`, the features of its last pool;
-            `clean`, the resizing.
+            What features depend on besides the images: the network (`inception2015`), the layer (`2048`, its last
+            pooling) and the resizing (`clean`).
         weights (`dict[str, str]`):
-            Where the weights are from, and a digest of them.
+            Source of the weights, and their hash.
 
     Args:
         weights_path (`str` or `Path`, *optional*):
-            A file in the layout of the published one, which is fetched otherwise.
+            File in the format of the published one. Defaults to the published one, which is downloaded.
         device (`str`, *optional*):
-            Where the network is. Defaults to the GPU, or to the CPU where there is none.
+            Device of the network. Defaults to the GPU if there is one, else to the CPU.
 
     Raises:
-        `ValueError`: If the weights cannot be had, or the file lacks tensors or has others.
+        `ValueError`: If the weights cannot be loaded, or do not fit the network.
     """
 
     spec = "inception2015_2048_clean"
@@ -325,7 +327,7 @@ class InceptionFeatures:
         path, digest = fetch_inception() if weights_path is None else local_file(weights_path)
         self.weights = {str(weights_path or URL): digest}
         network = InceptionV3()
-        # Counters of batches mean nothing after training, and not every version of PyTorch has saved them
+        # Batch counters have no meaning after training, and some versions of PyTorch do not save them
         counters = {
             name: value for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")
         }
@@ -337,26 +339,26 @@ class InceptionFeatures:
         self, images: list[ImageLike] | str | Path, batch_size: int = 32, disable_tqdm: bool = True
     ) -> torch.Tensor:
         """
-        Features of images.
+        Computes the features of images.
 
         Args:
             images (`list[PIL.Image.Image | str | Path | dict]` of length `N`, `str` or `Path`):
-                The images, or their files, which are read batch by batch; or a folder.
+                The images, their files (read batch by batch), or a folder.
             batch_size (`int`, *optional*, defaults to `32`):
-                Images at a time.
+                Number of images per batch.
             disable_tqdm (`bool`, *optional*, defaults to `True`):
-                Show no progress.
+                Whether to hide the progress bar.
 
         Returns:
             `torch.Tensor` of shape `(N, 2048)`, on the CPU.
 
         Raises:
-            `ValueError`: If there are no images, a file is no image, or features are not finite.
+            `ValueError`: If there are no images, a file is not an image, or features are not finite.
         """
         if isinstance(images, str | Path):
             images = image_files(images)
         if not images:
-            raise ValueError("There are no images to compute Inception's features of.")
+            raise ValueError("There are no images to compute Inception features of.")
         features = []
         with tqdm(total=len(images), desc="inception", disable=disable_tqdm) as progress:
             for prepared in prepared_batches(images, resize, batch_size):
@@ -364,21 +366,21 @@ class InceptionFeatures:
                 progress.update(len(prepared))
         features = torch.cat(features)
         if not features.isfinite().all():
-            raise ValueError(f"Features are not finite: the weights {', '.join(self.weights)} are damaged.")
+            raise ValueError(f"The features are not finite: the weights {', '.join(self.weights)} are damaged.")
         return features
 
 
 class InceptionMetric(evaluate.Metric, ABC):
     """
-    A distance between images and references, which need not be as many, as a module of `evaluate`:
-    `metric.compute(images=[...], references=[...], batch_size=32)`, where either may be a folder. The network is made once,
-    when the first images come.
+    A distance between images and reference images as a module of `evaluate`: `metric.compute(images=[...],
+    references=[...], batch_size=32)`. Their numbers may differ, and each may be a folder. The network is loaded at the
+    first use.
 
     Args:
         weights_path (`str` or `Path`, *optional*):
-            As for [`InceptionFeatures`].
+            See [`InceptionFeatures`].
         device (`str`, *optional*):
-            As for [`InceptionFeatures`].
+            See [`InceptionFeatures`].
         settings:
             Arguments of [`~evaluate.Metric`].
     """
@@ -410,7 +412,7 @@ class InceptionMetric(evaluate.Metric, ABC):
         **settings,
     ) -> dict[str, Any]:
         """Computes the distance between images and references."""
-        # `evaluate` passes `references` on as a feature only, and all features must be equally long
+        # `evaluate` would treat `references` as a feature, and all features must have the same length
         if references is None:
             raise ValueError(f"{type(self).__name__} needs `references`: images, or a folder of images.")
         if isinstance(images, str | Path):

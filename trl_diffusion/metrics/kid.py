@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The maximum mean discrepancy between features of images (Binkowski et al., Demystifying MMD GANs, ICLR 2018)."""
+"""The kernel Inception distance (Binkowski et al., Demystifying MMD GANs, ICLR 2018)."""
 
 import warnings
 from pathlib import Path
@@ -21,48 +21,48 @@ def kid_from_features(
     seed: int = 0,
 ) -> tuple[float, float]:
     """
-    The squared maximum mean discrepancy under the kernel `(x.y / D + 1)^3`, without bias, over random subsets of both sets,
-    by torchmetrics in float64.
+    Computes the unbiased squared maximum mean discrepancy with the kernel `(x.y / D + 1)^3` on random subsets of both
+    sets, with torchmetrics in float64.
 
     Args:
         features (`torch.Tensor` of shape `(N, D)`):
             Features of the images.
         reference_features (`torch.Tensor` of shape `(M, D)`):
-            Features of the references.
+            Features of the reference images.
         subsets (`int`, *optional*, defaults to `100`):
             Number of subsets.
         subset_size (`int`, *optional*, defaults to `1000`):
-            Images in a subset.
+            Images per subset.
         seed (`int`, *optional*, defaults to `0`):
-            Of the subsets.
+            Seed of the subsets.
 
     Returns:
-        `tuple[float, float]`: mean and standard deviation over the subsets. The mean is 0 for equal distributions, up to
-        chance, and may be negative.
+        `tuple[float, float]`: mean and standard deviation over the subsets. For equal distributions, the mean varies
+        around 0 and may be negative.
 
     Raises:
-        `ValueError`: If a set has fewer images than a subset, or a subset fewer than two.
+        `ValueError`: If `subsets` is less than 1, or `subset_size` is less than 2 or larger than one of the sets.
         `ImportError`: If torchmetrics is not installed.
     """
     try:
         from torchmetrics.image.kid import KernelInceptionDistance
     except ImportError as error:
-        raise ImportError('KID needs torchmetrics: `pip install "trl-diffusion[evaluation]"`.') from error
+        raise ImportError('KID needs torchmetrics: run `pip install "trl-diffusion[evaluation]"`.') from error
 
     n, m = len(features), len(reference_features)
     if subsets < 1:
         raise ValueError(f"`subsets` must be at least 1, got {subsets}.")
     if not 2 <= subset_size <= min(n, m):
         raise ValueError(
-            f"KID's subsets must have 2 images at the least, and no more than there are: there are {n} images and {m} "
-            f"references, and `subset_size` is {subset_size}."
+            f"The `subset_size` of KID must be at least 2 and at most the number of images and of references: there are "
+            f"{n} images and {m} references, and `subset_size` is {subset_size}."
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all extracted features")
         distance = KernelInceptionDistance(feature=torch.nn.Identity(), subsets=subsets, subset_size=subset_size)
     distance.update(reference_features.double(), real=True)
     distance.update(features.double(), real=False)
-    # Subsets are drawn on the CPU. `torch.manual_seed` would reseed the GPUs too.
+    # Subsets are sampled on the CPU. `torch.manual_seed` would also reseed the GPUs.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         mean, deviation = distance.compute()
@@ -78,26 +78,27 @@ def kid_result(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    KID of features that were computed before, for FID as well, or for another set of images.
+    Computes KID from features, which can be shared with FID or between sets of images.
 
     Args:
         features (`torch.Tensor` of shape `(N, 2048)`):
             Features of the images.
         reference_features (`torch.Tensor` of shape `(M, 2048)`):
-            Features of the references.
+            Features of the reference images.
         extractor ([`InceptionFeatures`]):
-            What they were computed with.
+            The extractor of the features.
         subsets (`int`, *optional*, defaults to `100`):
             Number of subsets.
         subset_size (`int`, *optional*, defaults to `1000`):
-            Images in a subset; all of the smaller set, where it has fewer.
+            Images per subset, at most the size of the smaller set.
         seed (`int`, *optional*, defaults to `0`):
-            Of the subsets.
+            Seed of the subsets.
 
     Returns:
-        `dict`: the mean over the subsets under a name that says what it depends on, `kid_<spec>_<subsets>x<size>_n<N>`, for
-        instance `kid_inception2015_2048_clean_100x1000_n10000`; `standard_deviation` over the subsets, which is not the
-        mean's error; `seed`, `num_images`, `num_references`, `higher_is_better` and `weights`.
+        `dict`: the mean over the subsets under the name `kid_<spec>_<subsets>x<size>_n<N>`, such as
+        `kid_inception2015_2048_clean_100x1000_n10000`, which states what it depends on; `standard_deviation` over the
+        subsets, which is not the standard error of the mean; `seed`, `num_images`, `num_references`,
+        `higher_is_better` and `weights`.
     """
     subset_size = min(subset_size, len(features), len(reference_features))
     mean, deviation = kid_from_features(features, reference_features, subsets, subset_size, seed)
@@ -122,26 +123,26 @@ def kernel_inception_distance(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    KID between images and references.
+    Computes KID between images and reference images.
 
     Args:
         images (`list[PIL.Image.Image | str | Path | dict]`, `str` or `Path`):
             The images, their files, or a folder.
         references (`list[PIL.Image.Image | str | Path | dict]`, `str` or `Path`):
-            What they are compared with, likewise.
+            The reference images, in the same form.
         extractor ([`InceptionFeatures`]):
-            What sees them.
+            The feature extractor.
         batch_size (`int`, *optional*, defaults to `32`):
-            Images at a time.
+            Number of images per batch.
         subsets (`int`, *optional*, defaults to `100`):
-            As for [`kid_result`].
+            See [`kid_result`].
         subset_size (`int`, *optional*, defaults to `1000`):
-            As for [`kid_result`].
+            See [`kid_result`].
         seed (`int`, *optional*, defaults to `0`):
-            As for [`kid_result`].
+            See [`kid_result`].
 
     Returns:
-        `dict`: as of [`kid_result`].
+        `dict`: see [`kid_result`].
     """
     features, reference_features = extractor(images, batch_size), extractor(references, batch_size)
     return kid_result(features, reference_features, extractor, subsets, subset_size, seed)
@@ -149,8 +150,8 @@ def kernel_inception_distance(
 
 class KID(InceptionMetric):
     """
-    Kernel Inception distance: how far the distribution of images is from that of references, whatever their numbers. Lower is
-    better. `compute` takes `subsets`, `subset_size` and `seed` too.
+    Kernel Inception distance between the distributions of images and reference images, unbiased for any number of
+    images. Lower is better. `compute` also accepts `subsets`, `subset_size` and `seed`.
     """
 
     citation = """\

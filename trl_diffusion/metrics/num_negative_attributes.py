@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""#A_neg of CPO (arXiv 2601.04300): how many attributes of a tree of criteria an image has in their negative form."""
+"""#A_neg of CPO (arXiv 2601.04300): the number of attributes of a criteria tree that an image has in negative form."""
 
 from collections.abc import Callable, Collection
 
@@ -17,18 +17,19 @@ from trl_diffusion.metrics.scorer import ImageMetric, Scorer, ScoringError, qual
 
 class NumNegativeAttributesScorer(Scorer):
     """
-    Number of negative attributes of an image, as an expert sees them: #A_neg of CPO (arXiv 2601.04300). Lower is better.
+    Number of negative attributes of an image according to an expert: #A_neg of CPO (arXiv 2601.04300). Lower is
+    better.
 
-    Numbers compare where expert and tree are the same: a tree with more leaves finds more.
+    Numbers are comparable only for the same expert and tree, because a larger tree has more attributes to find.
 
     Args:
         expert ([`AttributeExpert`] or `Callable`):
-            Who looks: the expert of the annotation, or a function from an upright RGB image and its prompt to the ids of
-            the image's negative attributes, such as a trained classifier. A function may raise [`ScoringError`] about an
-            image that it has no answer for.
+            The expert of the annotation, or a function such as a trained classifier that takes an upright RGB image
+            and its prompt and returns the ids of the negative attributes. A function may raise [`ScoringError`] for an
+            image that it cannot score.
 
     Raises:
-        `ValueError`: If the expert is neither.
+        `ValueError`: If the expert cannot be called.
     """
 
     name = "num_negative_attributes"
@@ -38,8 +39,8 @@ class NumNegativeAttributesScorer(Scorer):
         super().__init__()
         if not callable(expert):
             raise ValueError(
-                "`expert` must be an `AttributeExpert`, or a function from an image and its prompt to the ids of its "
-                f"negative attributes, got {expert!r}."
+                "`expert` must be an `AttributeExpert`, or a function that takes an image and its prompt and returns the ids "
+                f"of its negative attributes, got {expert!r}."
             )
         self.expert = expert
         if isinstance(expert, AttributeExpert):
@@ -55,21 +56,21 @@ class NumNegativeAttributesScorer(Scorer):
     def prepare(self, image: PIL.Image.Image) -> PIL.Image.Image | StoredImage:
         image = upright_image(image)
         if isinstance(self.expert, AttributeExpert):
-            return StoredImage.read(image)  # as PNG: nothing is lost
+            return StoredImage.read(image)  # as PNG, which is lossless
         return image
 
     def score_batch(self, prepared: list, prompts: list[str]) -> list[float | ScoringError]:
         if not isinstance(self.expert, AttributeExpert):
             return [self.count(image, prompt) for image, prompt in zip(prepared, prompts, strict=True)]
         records = [ImageRecord("", prompt, image=image) for image, prompt in zip(prepared, prompts, strict=True)]
-        in_threads(open_images, records)  # what no model takes becomes an error
+        in_threads(open_images, records)  # an image that models refuse becomes an error
         return [
             float(len(record.negative_attributes)) if record.status == "ok" else ScoringError(record.reason)
             for record in self.expert(records)
         ]
 
     def count(self, image: PIL.Image.Image, prompt: str) -> float | ScoringError:
-        """What a function says of one image."""
+        """Scores one image with a function."""
         try:
             found = self.expert(image, prompt)
         except ScoringError as error:
@@ -79,7 +80,7 @@ class NumNegativeAttributesScorer(Scorer):
         ):
             raise ValueError(
                 f"{qualified_name(self.expert)} must return the ids of an image's negative attributes, such as "
-                f"['outline'], or [] where it has none; got {found!r}."
+                f"['outline'], or [] if it has none; got {found!r}."
             )
         return float(len(set(found)))
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Weights of open_clip (https://github.com/mlfoundations/open_clip), read into transformers' CLIP."""
+"""Loads weights of open_clip (https://github.com/mlfoundations/open_clip) into the CLIP of transformers."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from trl_diffusion.metrics.weights import load_tensors, read_tensors
 
 
-# open_clip's names and transformers': of tensors that are the same, of matrices that are transposed, and inside of a block
+# From open_clip's names to those of transformers: equal tensors, transposed matrices, and parts of a transformer block
 SAME = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
@@ -41,20 +41,20 @@ IN_BLOCK = {
 
 def convert_open_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Renames open_clip's tensors as transformers does.
+    Converts a state dict of open_clip to transformers.
 
     Args:
         tensors (`Mapping[str, torch.Tensor]`):
             State dict of an open_clip `CLIP` with a ViT.
 
     Returns:
-        `dict[str, torch.Tensor]`: that of [`~transformers.CLIPModel`], without copies. A tensor that open_clip does not have
-        keeps its name, so that loading refuses it.
+        `dict[str, torch.Tensor]`: state dict of [`~transformers.CLIPModel`], without copies. Unknown tensors keep
+        their names, so loading refuses them.
     """
     converted = {}
     for name, tensor in tensors.items():
         if name == "attn_mask":
-            continue  # a constant that old files hold: the causal mask, which transformers makes itself
+            continue  # the causal mask, a constant in old files that transformers creates itself
         block = BLOCK.fullmatch(name)
         if block is None:
             if name in TRANSPOSED:
@@ -74,13 +74,13 @@ def convert_open_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 
 def load_open_clip(path: Path, config: CLIPConfig) -> CLIPModel:
     """
-    Loads a file of open_clip's into transformers' CLIP.
+    Loads a file of open_clip into the CLIP of transformers.
 
     Args:
         path (`Path`):
             The file.
         config ([`~transformers.CLIPConfig`]):
-            Its architecture.
+            Architecture of the model.
 
     Returns:
         [`~transformers.CLIPModel`]: in float32 on the CPU.
@@ -88,7 +88,7 @@ def load_open_clip(path: Path, config: CLIPConfig) -> CLIPModel:
     Raises:
         `ValueError`: If the file cannot be read, or does not fit the architecture.
     """
-    with no_init_weights():  # which would take longer than all the rest
+    with no_init_weights():  # the initialization would take longer than everything else
         model = CLIPModel(config)
     load_tensors(model, convert_open_clip(read_tensors(path)), str(path))
     return model

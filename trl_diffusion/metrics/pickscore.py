@@ -10,10 +10,11 @@ from trl_diffusion.revisions import resolve_revision
 
 class PickScoreScorer(CosineScorer):
     """
-    PickScore: the cosine of image and prompt, times the learned logit scale, in a CLIP ViT-H/14 that was tuned on the choices
-    of Pick-a-Pic. Higher is better.
+    PickScore: the cosine similarity of image and prompt times the learned logit scale, in a CLIP ViT-H/14 that was
+    fine-tuned on the preferences of Pick-a-Pic. Higher is better.
 
-    Follows https://github.com/yuvalkirstain/PickScore, in float32. Figures near 0.2 in papers are this divided by 100.
+    Follows https://github.com/yuvalkirstain/PickScore, in float32. Papers with values near 0.2 report this score
+    divided by 100.
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"yuvalkirstain/PickScore_v1"`):
@@ -21,7 +22,7 @@ class PickScoreScorer(CosineScorer):
         processor_name_or_path (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
             Hub id or folder of the tokenizer and the image processor.
         device (`str`, *optional*):
-            Where the model is. Defaults to the GPU, or to the CPU where there is none.
+            Device of the model. Defaults to the GPU if there is one, else to the CPU.
     """
 
     name = "pickscore"

@@ -1,10 +1,11 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What all metrics of single images share: batches in, one score an image out, and what is said about the whole.
+"""Shared by all metrics of single images: scoring batches of images, and summarizing the scores.
 
-A metric is a [`Scorer`], which holds the algorithm, and a thin [`ImageMetric`] around it, which `evaluate.load` finds. The
-files of the metrics import absolutely: `evaluate` copies them elsewhere before it imports them.
+A metric consists of a [`Scorer`], which implements the algorithm, and a thin [`ImageMetric`] around it for
+`evaluate.load`. The files of the metrics use absolute imports, because `evaluate` copies them to another place before
+it imports them.
 """
 
 import inspect
@@ -28,23 +29,23 @@ from tqdm import tqdm
 from trl_diffusion.batching import CORES, batched
 
 
-ImageLike = PIL.Image.Image | str | Path | dict[str, Any]  # the last as `datasets` stores an image
+ImageLike = PIL.Image.Image | str | Path | dict[str, Any]  # a dict as `datasets` stores an image
 
 
 class ScoringError(Exception):
-    """One image could not be scored, and the others can: a judge that gave no valid answer, say."""
+    """A single image could not be scored, for example because a model gave no valid answer."""
 
 
 @dataclass
 class Scores:
     """
-    What a scorer says about images.
+    Scores of a list of images.
 
     Args:
         values (`list[float | None]`):
-            One score an image, in their order; `None` where there is none.
+            One score per image, `None` if the image could not be scored.
         errors (`dict[int, str]`):
-            Why, by the image's place in the list.
+            Reasons for missing scores, by the index of the image.
     """
 
     values: list[float | None]
@@ -56,12 +57,12 @@ class Scores:
 
     @property
     def mean(self) -> float | None:
-        """The corpus figure: the mean over the scored images, `None` where there is none."""
+        """The mean over the scored images, `None` if there are none."""
         return statistics.fmean(self.scored) if self.scored else None
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean; `None` with fewer than two scores."""
+        """The standard error of the mean, `None` with fewer than two scores."""
         return statistics.stdev(self.scored) / math.sqrt(len(self.scored)) if len(self.scored) > 1 else None
 
 
@@ -71,17 +72,17 @@ class Scorer(ABC):
 
     Attributes:
         name (`str`):
-            Of the score, in results and tables.
+            Name of the score, in results and tables.
         higher_is_better (`bool`):
-            Which way is up.
+            Whether a higher score is better.
         needs_prompts (`bool`):
             Whether the score depends on the image's prompt.
         weights (`dict[str, str]`):
-            What the score depends on: ids of the weights and their revisions. Empty where there are none.
+            Ids of the weights that the score depends on, with their revisions.
 
     Args:
         device (`str`, *optional*):
-            Where the model is. Defaults to the GPU, or to the CPU where there is none.
+            Device of the model. Defaults to the GPU if there is one, else to the CPU.
     """
 
     name: str
@@ -93,7 +94,7 @@ class Scorer(ABC):
         self.weights: dict[str, str] = {}
 
     def prepare(self, image: PIL.Image.Image) -> Any:
-        """What the model is given of an image. Runs in threads, while the model works on the batch before."""
+        """Converts an image to an input of the model. Runs in threads while the model processes the previous batch."""
         return image
 
     @abstractmethod
@@ -103,9 +104,9 @@ class Scorer(ABC):
 
         Args:
             prepared (`list` of length `B`):
-                What [`~Scorer.prepare`] made of the images.
+                Outputs of [`~Scorer.prepare`].
             prompts (`list[str]` of length `B`, *optional*):
-                Their prompts; `None` where the score needs none.
+                Prompts of the images, `None` if the score does not need them.
 
         Returns:
             `list[float | ScoringError]` of length `B`.
@@ -123,19 +124,20 @@ class Scorer(ABC):
 
         Args:
             images (`list[PIL.Image.Image | str | Path | dict]` of length `N`):
-                The images; or their files, or what `datasets` stores of them, which are read batch by batch.
+                The images, or their files or stored forms in `datasets`, which are read batch by batch.
             prompts (`list[str]` of length `N`, *optional*):
-                Their prompts.
+                Prompts of the images. Required if the score needs them.
             batch_size (`int`, *optional*, defaults to `16`):
-                Images scored at a time.
+                Number of images per batch.
             disable_tqdm (`bool`, *optional*, defaults to `True`):
-                Show no progress.
+                Whether to hide the progress bar.
 
         Returns:
             [`Scores`]
 
         Raises:
-            `ValueError`: If there are no images, or not as many prompts; if a file is no image; if a score is not finite.
+            `ValueError`: If there are no images, if the number of prompts differs, if a file is not an image, or if a
+                score is not finite.
         """
         if not images:
             raise ValueError(f"There are no images to compute `{self.name}` of.")
@@ -158,7 +160,7 @@ class Scorer(ABC):
                     elif not math.isfinite(value):
                         raise ValueError(
                             f"`{self.name}` of image {place} {_name(images[place])} is {value}: the weights "
-                            f"{', '.join(self.weights) or 'of the scorer'} are damaged, or overflow in their type."
+                            f"{', '.join(self.weights) or 'of the scorer'} are damaged, or overflow in their data type."
                         )
                     scores.values.append(value)
                 progress.update(len(prepared))
@@ -166,15 +168,15 @@ class Scorer(ABC):
 
     def result(self, scores: Scores) -> dict[str, Any]:
         """
-        What a metric returns.
+        Builds the result of the metric.
 
         Args:
             scores ([`Scores`]):
                 The scores.
 
         Returns:
-            `dict`: under the metric's name the mean over the scored images, `standard_error`, `scores`, `errors` by the
-            image's place, `higher_is_better` and `weights`.
+            `dict`: the mean over the scored images under the name of the metric, `standard_error`, `scores`, `errors`
+            by the index of the image, `higher_is_better` and `weights`.
         """
         return {
             self.name: scores.mean,
@@ -196,12 +198,12 @@ def prepared_batches(
         images (`list[PIL.Image.Image | str | Path | dict]` of length `N`, at least 1):
             The images.
         prepare (`Callable`):
-            What is made of each.
+            Converts an image to an input of the model.
         batch_size (`int`):
-            Images in a batch.
+            Number of images per batch.
 
     Yields:
-        `list`: what `prepare` made of the images of a batch.
+        `list`: outputs of `prepare` for the images of one batch.
     """
     with ThreadPoolExecutor(CORES) as pool:
         ahead: list[Future] | None = None
@@ -219,10 +221,10 @@ def open_image(image: ImageLike) -> PIL.Image.Image:
 
     Args:
         image (`PIL.Image.Image`, `str`, `Path` or `dict`):
-            The image, its file, or its `bytes` or `path` as `datasets` stores them.
+            The image, its file, or a dict with its `bytes` or `path` as `datasets` stores it.
 
     Returns:
-        `PIL.Image.Image`: with its pixels in memory.
+        `PIL.Image.Image`: the image, decoded into memory.
 
     Raises:
         `ValueError`: If it cannot be read.
@@ -241,44 +243,44 @@ def open_image(image: ImageLike) -> PIL.Image.Image:
 
 
 def _name(image: ImageLike) -> str:
-    """The image's file, where there is one."""
+    """The file of the image, if any."""
     if isinstance(image, dict):
         return image.get("path") or ""
     return "" if isinstance(image, PIL.Image.Image) else str(image)
 
 
 def qualified_name(function: Callable) -> str:
-    """What a function is called, with its module; for an object that can be called, its class."""
+    """The module and name of a function, or of the class of a callable object."""
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"
 
 
 def check_settings(settings: dict[str, Any], name: str, known: Iterable[str]) -> None:
     """
-    Checks what is left for [`~evaluate.Metric`], which would drop what it does not know in silence.
+    Checks the settings that are passed on to [`~evaluate.Metric`], which silently ignores unknown ones.
 
     Args:
         settings (`dict`):
-            The settings that the metric has not taken.
+            Settings that are not the metric's own.
         name (`str`):
-            The metric's name, for the message.
+            Name of the metric, for the message.
         known (`Iterable[str]`):
-            The settings that it takes, likewise.
+            Settings of the metric, for the message.
 
     Raises:
-        `ValueError`: If one is neither the metric's nor that of [`~evaluate.Metric`].
+        `ValueError`: If a setting is not one of [`~evaluate.Metric`].
     """
     if unknown := sorted(settings.keys() - inspect.signature(evaluate.Metric).parameters.keys()):
-        raise ValueError(f"`{name}` has no setting {', '.join(unknown)}; there is {', '.join(known)}.")
+        raise ValueError(f"`{name}` has no setting {', '.join(unknown)}; its settings are {', '.join(known)}.")
 
 
 class ImageMetric(evaluate.Metric, ABC):
     """
-    A scorer as a module of `evaluate`: `metric.compute(images=[...], prompts=[...], batch_size=16)` gives what
-    [`Scorer.result`] describes. The scorer is made, and its weights are read, once, when the first images come.
+    A scorer as a module of `evaluate`: `metric.compute(images=[...], prompts=[...], batch_size=16)` returns the result
+    of [`Scorer.result`]. The scorer is created, and its weights are loaded, at the first use.
 
-    `evaluate` keeps what it is given on the disk until it computes: give files of images rather than images in memory, which it
-    would encode.
+    `evaluate` writes its inputs to the disk before it computes. Pass image files rather than images in memory, which
+    it would have to encode.
 
     Args:
         settings:

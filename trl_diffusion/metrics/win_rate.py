@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How often the images of one model score higher than those of another."""
+"""The win rate: how often the images of one model score higher than those of another."""
 
 import inspect
 import math
@@ -24,15 +24,16 @@ def win_rate(
     groups: Sequence[Hashable] | None = None,
 ) -> dict[str, Any]:
     """
-    The share of pairs that the first model wins, ties one half, with a percentile bootstrap interval.
+    Computes the share of pairs that the first model wins, with ties counted as one half, and a percentile bootstrap
+    interval.
 
-    Images of one prompt are not independent. With several seeds a prompt, give `groups`: whole prompts are then resampled
-    (a cluster bootstrap), and the interval is about the share over prompts such as these. The interval comes from what was
-    seen: it has no width where all pairs came out alike, and is too narrow for a dozen prompts.
+    Images of the same prompt are not independent. With several seeds per prompt, pass the prompts as `groups`: the
+    bootstrap then resamples whole prompts (a cluster bootstrap). The interval has no width if all pairs have the same
+    outcome, and is too narrow for a dozen prompts.
 
     Args:
         scores (`Sequence[float | None]` of length `N`):
-            Scores of the model in question, `None` where an image has none.
+            Scores of the first model, `None` for an image without a score.
         references (`Sequence[float | None]` of length `N`):
             Scores of the other model for the same prompts and seeds, in the same order.
         higher_is_better (`bool`, *optional*, defaults to `True`):
@@ -40,18 +41,18 @@ def win_rate(
         confidence (`float`, *optional*, defaults to `0.95`):
             Coverage of the interval.
         num_resamples (`int`, *optional*, defaults to `10000`):
-            Bootstrap resamples.
+            Number of bootstrap resamples.
         seed (`int`, *optional*, defaults to `0`):
-            Of the bootstrap.
+            Seed of the bootstrap.
         groups (`Sequence[Hashable]` of length `N`, *optional*):
-            What belongs together, such as the pairs' prompts. Left out, the pairs are taken as independent.
+            Group of each pair, such as its prompt. By default, all pairs are independent.
 
     Returns:
-        `dict`: `win_rate`; `lower` and `upper`, `None` where there is one pair or one group only; `num_pairs` and
+        `dict`: `win_rate`; `lower` and `upper`, `None` if there is only one pair or one group; `num_pairs` and
         `num_ties` of the compared pairs; `left_out`, the number of pairs in which an image has no score.
 
     Raises:
-        `ValueError`: If the lengths differ, a score is no finite number, no pair has both scores, or an option is out of
+        `ValueError`: If the lengths differ, a score is not finite, no pair has both scores, or an option is out of
             range.
     """
     if len(scores) != len(references) or groups is not None and len(groups) != len(scores):
@@ -67,11 +68,11 @@ def win_rate(
         for place, value in enumerate(values):
             if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
                 raise ValueError(
-                    f"`{name}[{place}]` is {value!r}: a score is a finite number, or None where there is none."
+                    f"`{name}[{place}]` is {value!r}: a score must be a finite number, or None if it is missing."
                 )
     places = [place for place in range(len(scores)) if scores[place] is not None and references[place] is not None]
     if not places:
-        raise ValueError(f"Of {len(scores)} pairs none has two scores: there is nothing to compare.")
+        raise ValueError(f"None of the {len(scores)} pairs has two scores: there is nothing to compare.")
 
     better, worse = (scores, references) if higher_is_better else (references, scores)
     signs = np.sign([float(better[place]) - float(worse[place]) for place in places])
@@ -95,26 +96,26 @@ def bootstrap_interval(
     sums: np.ndarray, sizes: np.ndarray, confidence: float, num_resamples: int, seed: int
 ) -> tuple[float, float] | tuple[None, None]:
     """
-    The percentile interval of a mean over the members of groups that are resampled whole (Field and Welsh, Bootstrapping
-    clustered data, 2007).
+    Computes the percentile interval of a mean under a cluster bootstrap, which resamples whole groups (Field and
+    Welsh, Bootstrapping clustered data, 2007).
 
-    Groups of one sum and one size cannot be told apart. So a resample is how often each kind of group comes up, which is
-    multinomial: a handful of numbers, however many groups there are.
+    Groups with the same sum and size are interchangeable, so a resample is a multinomial sample of the counts of each
+    kind of group. This needs few numbers for any number of groups.
 
     Args:
         sums (`np.ndarray` of shape `(G,)`):
-            Each group's sum over its members.
+            Sum of each group over its members.
         sizes (`np.ndarray` of shape `(G,)`):
-            Its number of members.
+            Number of members of each group.
         confidence (`float`):
             Coverage of the interval.
         num_resamples (`int`):
-            Bootstrap resamples.
+            Number of bootstrap resamples.
         seed (`int`):
-            Of the draws.
+            Seed of the resamples.
 
     Returns:
-        `tuple[float, float]`, or `(None, None)` where a single group tells nothing of how groups differ.
+        `tuple[float, float]`, or `(None, None)` for a single group.
     """
     if len(sums) < 2:
         return None, None
@@ -128,14 +129,14 @@ def bootstrap_interval(
 
 class WinRate(evaluate.Metric):
     """
-    [`win_rate`] as a module of `evaluate`: `metric.compute(predictions=[...], references=[...], groups=prompts)`, where the
-    predictions are scores of the model in question and the references those of the other one; and the options of
-    [`win_rate`].
+    [`win_rate`] as a module of `evaluate`: `metric.compute(predictions=[...], references=[...], groups=prompts)`,
+    where `predictions` are the scores of the first model and `references` those of the other one. It accepts all
+    options of [`win_rate`].
     """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="The share of pairs of images, of one prompt and seed, in which the first model's image scores higher.",
+            description="The share of pairs of images, with the same prompt and seed, in which the first model scores higher.",
             citation="",
             inputs_description=inspect.cleandoc(self.__doc__),
             features=Features({"predictions": Value("float64"), "references": Value("float64")}),
