@@ -371,7 +371,7 @@ def test_python_of_attribute_sft_trainer(tiny_hub, capsys):
     expert = scope["expert"]
     expert.backbone.fits = lambda prompt: True  # unlike the 12 tokens of the tiny encoders
     row = {"id": ["0"], "prompt": ["a harbor at dusk"], "negative_attributes": [["core_shadow"]]}
-    prompts = expert.prompts_with_attributes({**row, "positive_attributes": [["base_stability", "weight_balance"]]})
+    prompts = expert.prompts({**row, "positive_attributes": [["base_stability", "weight_balance"]]})
     assert f"```\n{prompts[0]}\n```" in page
     trainer = AttributeSFTTrainer(tiny.sd_pipeline(), train_dataset=paintings(4), eval_dataset=paintings(4))
     check_metrics(trainer, "attribute_sft_trainer.md")

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 
 from tests import tiny
 from trl_diffusion import negative_preference_guidance, sample_images
-from trl_diffusion.noising import keyed_generator
+from trl_diffusion.randomness import keyed_generator
 
 
 PIPELINES = {

@@ -17,6 +17,7 @@ A process mixes clean latents `x_0` with noise `eps`, and its model predicts ano
 Everything below follows from these four numbers. All results are float32.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -224,7 +225,8 @@ class Process(ABC):
             `torch.Tensor` of shape `(B,)`.
         """
         c = self.coefficients(timesteps)
-        return (c.a / c.determinant).square()
+        # Without q the determinant is a p, and a is 0 where no signal is left
+        return torch.where(c.q == 0, 1 / c.p, c.a / c.determinant).square()
 
     def posterior_variance(self, from_timesteps: torch.Tensor, to_timesteps: torch.Tensor) -> torch.Tensor:
         """
@@ -334,7 +336,7 @@ class RectifiedFlow(Process):
 
     def inversion_timesteps(self, timestep: float, num_steps: int) -> list[float]:
         stride = self.num_timesteps / num_steps
-        steps_before = -int(-timestep // stride) - 1
+        steps_before = math.ceil(timestep * num_steps / self.num_timesteps) - 1
         return [timestep - stride * (steps_before - step) for step in range(steps_before + 1)]
 
     def describe(self) -> dict[str, Any]:
