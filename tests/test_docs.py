@@ -121,6 +121,7 @@ def tiny_hub(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     load_dataset, load_pipeline = datasets.load_dataset, diffusers.DiffusionPipeline.from_pretrained
+    read_config = diffusers.DiffusionPipeline.load_config
     uploads = []
 
     def load_tiny_dataset(path, *args, split, streaming=False, **kwargs):
@@ -133,6 +134,9 @@ def tiny_hub(tmp_path, monkeypatch):
         if Path(name).is_dir():
             return load_pipeline(name)
         return tiny.sdxl_pipeline() if "xl" in name else tiny.sd_pipeline()
+
+    def load_config(cls, name, **kwargs):
+        return read_config(name) if Path(name).is_dir() else {}  # no safety checker
 
     def shorten(config_class):
         post_init = config_class.__post_init__
@@ -164,6 +168,7 @@ def tiny_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_tiny_dataset)
     for loader in (diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image):
         monkeypatch.setattr(loader, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", classmethod(load_config))
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda pipeline, *args: pipeline)
     monkeypatch.setattr("transformers.trainer.hf_api", Api)
     monkeypatch.setattr("trl_diffusion.trainer.lora.hf_hub_download", download)
@@ -660,7 +665,8 @@ def attribute_errors() -> list[str]:
         messages.append(str(error.value))
     inputs = {"id": ["001"], "prompt": ["a"], "positive_attributes": [[]], "negative_attributes": [[]]}
     with pytest.raises(ValueError) as error:
-        ComplexPOTrainer.prompts(SimpleNamespace(args=None, drop_prompts=lambda prompts, ids: prompts), inputs)
+        randomness = SimpleNamespace(drop_prompts=lambda prompts, ids: prompts)
+        ComplexPOTrainer.expert_prompts(SimpleNamespace(args=None, randomness=randomness), inputs)
     return [*messages, str(error.value)]
 
 
