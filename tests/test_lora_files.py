@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
@@ -206,6 +207,66 @@ class TestRefused:
         with pytest.raises(ValueError, match="of_the_future") as error:
             read_lora(tmp_path)
         assert str(path) in str(error.value) and "peft" in str(error.value)
+
+    def test_an_empty_file(self, tmp_path):
+        """A file with a configuration and no weights is refused as such."""
+        save_file({}, tmp_path / LORA_WEIGHTS_NAME, {"lora_adapter_metadata": json.dumps({"unet.r": 4})})
+        with pytest.raises(ValueError, match="holds no weights") as error:
+            read_lora(tmp_path)
+        assert str(tmp_path) in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda weights, a, b: weights.update({a: weights[a] * float("nan")}), "not finite, in '{a}'"),
+            (lambda weights, a, b: weights[b].__setitem__((0, 0), float("inf")), "not finite, in '{b}'"),
+            (lambda weights, a, b: weights.pop(a), "not whole: .*lacks 'lora_A.weight'"),
+            (lambda weights, a, b: weights.pop(b), "not whole: .*lacks 'lora_B.weight'"),
+            (lambda weights, a, b: weights.update({a: weights[a][:2].clone()}), "rank 2, 4 at .* and 4 in its"),
+            (
+                lambda weights, a, b: weights.update({a: weights[a][:2].clone(), b: weights[b][:, :2].clone()}),
+                "rank 2 at .* and 4 in its configuration",
+            ),
+            (
+                lambda weights, a, b: weights.update({"unet.mid_block.alpha": torch.ones(1)}),
+                "names of another library",
+            ),
+            (
+                lambda weights, a, b: weights.update({a.replace("lora_A", "lora.down"): weights.pop(a)}),
+                "names of another library",
+            ),
+            (lambda weights, a, b: weights.update({"unet.conv_in.bias": torch.ones(8)}), "holds 'conv_in.bias'"),
+            (
+                lambda weights, a, b: weights.update({b.replace("weight", "bias"): torch.ones(8)}),
+                "which a LoRA of its configuration has not",
+            ),
+        ],
+        ids=["nan", "infinite", "no A", "no B", "rank of A", "rank", "alpha", "older diffusers", "bias", "bias of B"],
+    )
+    def test_other_weights_than_the_configuration_says(self, tmp_path, change, message):
+        """Weights must be whole, finite and of the ranks that the header names, or the message says where they are not."""
+        save(tmp_path)
+        path = tmp_path / LORA_WEIGHTS_NAME
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+        weights = load_file(path)
+        a = sorted(weights)[0]
+        b = a.replace("lora_A", "lora_B")
+        change(weights, a, b)
+        save_file(weights, path, header)
+        message = message.format(a=a.removeprefix("unet."), b=b.removeprefix("unet."))
+        with pytest.raises(ValueError, match=message) as error:
+            read_lora(tmp_path)
+        assert str(path) in str(error.value)
+
+    @pytest.mark.parametrize("header", ["{", '{"unet.layers_pattern": "blocks"}'], ids=["no JSON", "contradictory"])
+    def test_a_broken_configuration(self, tmp_path, header):
+        """A header that is no configuration is a ValueError that names the file."""
+        save(tmp_path)
+        path = tmp_path / LORA_WEIGHTS_NAME
+        save_file(load_file(path), path, {"lora_adapter_metadata": header})
+        with pytest.raises(ValueError, match=f"LoRA {path} cannot be"):
+            read_lora(tmp_path)
 
     @pytest.mark.parametrize("name", ["user/no-such-lora", "no-such-lora", "/no/such/folder", "../no/such/folder"])
     def test_neither_folder_nor_hub_id(self, name, tmp_path, monkeypatch):

@@ -2,17 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Annotates pairs of images with instances, puts both together, and pushes the dataset that `InstanceDPOTrainer` trains on.
+Annotates pairs of images with instances, joins both into one dataset, and pushes the dataset that `InstanceDPOTrainer` trains on.
 
 ```bash
 python examples/scripts/annotate_pairs.py --dataset_name my_pairs --output_dir annotations --push_to_hub user/my-pairs
 ```
 
-`my_pairs` has the columns `prompt`, `chosen` and `rejected`, see docs/source/dataset_formats.md. Stopped and started again, it
-goes on where it was. Without `--push_to_hub` the dataset is written to `annotations/dataset`. `--vlm oracle --detector oracle`
+`my_pairs` has the columns `prompt`, `chosen` and `rejected`, see docs/source/dataset_formats.md. If it is stopped,
+the same command continues. Without `--push_to_hub` the dataset is written to `annotations/dataset`. `--vlm oracle --detector oracle`
 annotates the scenes of the quickstart without any model.
 
-For more than a few thousand pairs take the command, `trl-diffusion annotate-instances`, and a server; for a dataset with a card,
+For more than a few thousand pairs use the command `trl-diffusion annotate-instances` with a server. For a dataset with a card use
 `python -m datasets_builders.pickapic_instance`.
 """
 

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Both stages of complex preference optimization on one dataset: trains an expert, then the model that it teaches, and pushes
-both to the Hub.
+Both stages of complex preference optimization on one dataset: trains an expert, then a model that learns from it, and pushes both
+to the Hub.
 
 ```bash
 python examples/scripts/complex_po.py \
@@ -16,8 +16,8 @@ python examples/scripts/complex_po.py \
     --push_to_hub
 ```
 
-The stages alone are the commands `trl-diffusion attribute-sft` and `trl-diffusion complex-po`. This file is for those who want
-to change something.
+The commands `trl-diffusion attribute-sft` and `trl-diffusion complex-po` run one stage each. Use this file if you want to change
+something.
 """
 
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ if __name__ == "__main__":
     train_dataset = dataset[script_args.dataset_train_split]
     peft_config = LoraConfig(r=model_args.lora_r, lora_alpha=model_args.lora_alpha)
 
-    # What the expert reads must be what it is asked: the settings of its prompts are those of the second stage
+    # The expert must know the prompts that it gets in the second stage, so both stages share the settings for prompts
     expert = AttributeSFTTrainer(
         model,
         args=AttributeSFTConfig(

@@ -15,7 +15,7 @@ python examples/scripts/instance_dpo.py \
     --push_to_hub
 ```
 
-The same is one command: `trl-diffusion instance-dpo` with these flags. This file is for those who want to change something.
+The command `trl-diffusion instance-dpo` does the same with these flags. Use this file if you want to change something.
 """
 
 from datasets import load_dataset

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Turns a folder of image pairs with a JSON lines file of one's own format into a dataset with the columns of
+Turns a folder of image pairs with a JSON lines file in your own format into a dataset with the columns of
 `InstanceDPOTrainer`.
 
 ```bash
@@ -11,14 +11,14 @@ trl-diffusion show-masks --dataset_name real_pairs_dataset --output_dir masks
 trl-diffusion instance-dpo --dataset_name real_pairs_dataset --model_name_or_path ... --output_dir ...
 ```
 
-The lines that it reads look like this (further keys are ignored), with paths relative to the file and boxes in pixels:
+It reads lines like this one (other keys are ignored), with paths relative to the file and boxes in pixels:
 
     {"id": "001", "prompt": "a cow", "chosen": "images/001_chosen.jpg", "rejected": "images/001_rejected.jpg",
      "instances": [{"label": "cow", "box_chosen": [15, 12, 512, 512], "box_rejected": [25, 57, 512, 512],
                     "better": "chosen"}]}
 
-Where your lines look different, `to_row` is what to change. Where you can choose their format, choose one that needs no
-script at all: see "A folder of images" in docs/source/dataset_formats.md.
+If your lines look different, change `to_row`. If you can choose their format, choose one that needs no script at all: see "A
+folder of images" in docs/source/dataset_formats.md.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def to_row(line: dict, folder: Path) -> dict:
     return {
         "id": line["id"],
         "prompt": line["prompt"],
-        # The bytes as they are: the images end up inside the dataset, unchanged
+        # The bytes as they are, so that the dataset holds the unchanged images
         "chosen": {"bytes": (folder / line["chosen"]).read_bytes(), "path": None},
         "rejected": {"bytes": (folder / line["rejected"]).read_bytes(), "path": None},
         "instances": [

@@ -19,8 +19,8 @@ from trl_diffusion.annotation.preview import preview
 from trl_diffusion.annotation.records import image_columns, pair_columns, prepare_rows
 from trl_diffusion.criteria import Criteria
 from trl_diffusion.quickstart import paintings, world
-from trl_diffusion.quickstart.drawing import shipped
 from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
+from trl_diffusion.quickstart.sampling import shipped
 
 
 class Tags(HTMLParser):

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.benchmark.models import sd15_unet, sdxl_unet
 from tests.benchmark.steps import dpo_loss, predict
-from trl_diffusion.quickstart.drawing import shipped
+from trl_diffusion.quickstart.sampling import shipped
 
 
 GIB = 2**30

@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from tests import tiny
 from trl_diffusion import instance_pair_features
-from trl_diffusion.quickstart.drawing import load_pipeline
+from trl_diffusion.quickstart.sampling import load_pipeline
 
 
 # The words that every tokenizer here has

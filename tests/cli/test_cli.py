@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from tests import tiny
 from trl_diffusion.cli.main import COMMANDS, main
-from trl_diffusion.quickstart.drawing import shipped
 from trl_diffusion.quickstart.paintings import painting_dataset
+from trl_diffusion.quickstart.sampling import shipped
 from trl_diffusion.quickstart.world import preference_dataset
 
 
@@ -172,7 +172,7 @@ def test_annotating_images(tmp_path, capsys):
             ["--dataset_split", "test"],
             "The dataset has no split `test`; it has train. Name one with `--dataset_split`.",
         ),
-        (["--columns", "{"], "`--columns` is no JSON"),
+        (["--columns", "{"], "`--columns` is not valid JSON"),
         (["--columns", '{"prompt": "text"}'], "The dataset lacks text"),
         (
             ["--vlm", "no/such-model"],
@@ -191,7 +191,7 @@ def test_mistakes_in_annotating(folders, tmp_path, capsys, flags, message):
 
 
 def test_evaluating(tmp_path):
-    """`trl-diffusion evaluate` draws with both bases of the quickstart, and the oracle knows which one draws scenes."""
+    """`trl-diffusion evaluate` samples from both bases of the quickstart, and the oracle tells which of them knows scenes."""
     (tmp_path / "prompts.txt").write_text("a red circle and a blue square\na green square and a red triangle\n")
     models = [f"scenes={shipped('base_pipeline')}", f"paintings={shipped('painting_base')}"]
     flags = ["--models", *models, "--prompts", tmp_path / "prompts.txt", "--num_inference_steps", 10]

@@ -23,9 +23,9 @@ from trl_diffusion.annotation.planner import Plan, Planner
 from trl_diffusion.annotation.records import image_columns, pair_columns, prepare_rows
 from trl_diffusion.annotation.run import Run, run, run_locally
 from trl_diffusion.annotation.vlm import Request
-from trl_diffusion.quickstart.drawing import shipped
 from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
 from trl_diffusion.quickstart.paintings import painting_dataset
+from trl_diffusion.quickstart.sampling import shipped
 from trl_diffusion.quickstart.world import preference_dataset
 
 

@@ -72,7 +72,7 @@ def record(name: str, changes: dict[str, Any] | None = None) -> dict[str, list[f
     """What an arm logs: each metric's values in order, an evaluation's last."""
     family, is_lora, trainer_name, settings = ARMS[name]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(trainer_name, family, is_lora, settings | (changes or {}), Path(folder))
+        trainer = _trainer(trainer_name, family, is_lora, settings, changes or {}, Path(folder))
         trainer.train()
         trainer.evaluate()
         recorded: dict[str, list[float]] = {}
@@ -83,8 +83,8 @@ def record(name: str, changes: dict[str, Any] | None = None) -> dict[str, list[f
     return recorded
 
 
-def _trainer(name: str, family: str, is_lora: bool, settings: dict[str, Any], folder: Path):
-    common = tiny.FAST | {"max_steps": STEPS, "use_cpu": True, "output_dir": str(folder)} | settings
+def _trainer(name: str, family: str, is_lora: bool, settings: dict[str, Any], changes: dict[str, Any], folder: Path):
+    common = tiny.FAST | {"max_steps": STEPS, "use_cpu": True, "output_dir": str(folder)} | settings | changes
     if settings.get("precompute"):
         common["precompute_dir"] = str(folder / "cache")
     lora = tiny.lora(alpha=8) if is_lora else None
@@ -98,7 +98,7 @@ def _trainer(name: str, family: str, is_lora: bool, settings: dict[str, Any], fo
         return AttributeSFTTrainer(
             tiny.PIPELINES[family](), args=AttributeSFTConfig(attribute_dropout=0.3, **common), **data
         )
-    base = tiny.FAST | {"learning_rate": 0.05, "use_cpu": True, "criteria": common["criteria"]}
+    base = tiny.FAST | {"learning_rate": 0.05, "use_cpu": True, "criteria": common["criteria"]} | changes
     expert = AttributeSFTTrainer(
         tiny.PIPELINES[family](),
         args=AttributeSFTConfig(str(folder / "expert"), **base),

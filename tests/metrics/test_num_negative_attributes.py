@@ -19,9 +19,9 @@ from trl_diffusion.criteria import Criteria, parse_criteria
 from trl_diffusion.metrics import metric_path
 from trl_diffusion.metrics.num_negative_attributes import NumNegativeAttributesScorer
 from trl_diffusion.metrics.scorer import ScoringError
-from trl_diffusion.quickstart.drawing import shipped
 from trl_diffusion.quickstart.oracle import OracleVLM
 from trl_diffusion.quickstart.paintings import inspect_painting, painting_dataset
+from trl_diffusion.quickstart.sampling import shipped
 
 
 NUM_PAINTINGS = 24

@@ -13,8 +13,8 @@ from trl_diffusion.annotation.records import image_columns, pair_columns, prepar
 from trl_diffusion.criteria import Criteria
 from trl_diffusion.data.formats import PREFERENCES
 from trl_diffusion.quickstart import paintings, world
-from trl_diffusion.quickstart.drawing import shipped
 from trl_diffusion.quickstart.oracle import CROP_MARGIN, OracleDetector, OracleVLM, crop_quality, plan
+from trl_diffusion.quickstart.sampling import shipped
 
 
 NUM_PAIRS = 300

@@ -12,20 +12,20 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image as PILImage
 from PIL import ImageFilter
 
+from examples.tiny_pipelines import make_base_pipeline, make_painting_expert
 from trl_diffusion.criteria import Criteria
-from trl_diffusion.quickstart import make_base_pipeline, make_painting_expert, paintings
+from trl_diffusion.quickstart import paintings
 from trl_diffusion.quickstart.paintings import (
     ATTRIBUTES,
     Painting,
     PaintingFinding,
-    evaluation_prompts,
     inspect_painting,
     painting_dataset,
     parse_prompt,
     render,
     sample_painting,
 )
-from trl_diffusion.quickstart.world import BACKGROUND, COLORS, KINDS, SIZE
+from trl_diffusion.quickstart.world import BACKGROUND, COLORS, KINDS, SIZE, evaluation_prompts
 from trl_diffusion.trainer.attributes import read_expert
 
 
@@ -100,7 +100,9 @@ class TestPaintings:
         first, again, other = random_paintings(5, seed=3), random_paintings(5, seed=3), random_paintings(5, seed=4)
         assert first == again != other
         assert render(first[0]).tobytes() == render(again[0]).tobytes()
-        assert evaluation_prompts(5, seed=3) == evaluation_prompts(5, seed=3) != evaluation_prompts(5, seed=4)
+        prompts = [evaluation_prompts(5, seed, sample_painting) for seed in (3, 3, 4)]
+        assert prompts[0] == prompts[1] != prompts[2]
+        assert prompts[0] == [painting.prompt for painting in first]
 
 
 class TestOracle:
@@ -233,7 +235,7 @@ class TestPaintingBase:
 
     def test_draws_what_the_prompt_names(self, pipeline):
         """The base draws what it is asked for, with about two negatives, none of them always or never."""
-        prompts = evaluation_prompts(32, seed=0)
+        prompts = evaluation_prompts(32, 0, sample_painting)
         images = pipeline(
             prompts, num_inference_steps=10, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)
         ).images

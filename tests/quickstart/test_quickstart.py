@@ -10,9 +10,10 @@ from PIL import Image
 
 from trl_diffusion import ComplexPOConfig, ComplexPOTrainer, negative_preference_guidance
 from trl_diffusion.quickstart import cpo, iapo
-from trl_diffusion.quickstart.drawing import FAST, draw, load_pipeline, shipped
-from trl_diffusion.quickstart.iapo import ARMS
-from trl_diffusion.quickstart.paintings import evaluation_prompts, painting_dataset
+from trl_diffusion.quickstart.experiment import FAST, annotate, run_arm
+from trl_diffusion.quickstart.paintings import painting_dataset, sample_painting
+from trl_diffusion.quickstart.sampling import generate, load_pipeline
+from trl_diffusion.quickstart.world import evaluation_prompts
 from trl_diffusion.scripts.quickstart import QuickstartArguments, main
 
 
@@ -24,17 +25,21 @@ def threads():
     torch.set_num_threads(before)
 
 
+ARMS = iapo.EXPERIMENT.arms
 SMALL = {"num_pairs": 64, "num_paintings": 64, "max_steps": 2, "num_samples": 16}
 CPO_ARMS = ["base", "sft", "cpo", "cpo_stabilised", "cpo_paired"]
 
 
-def small(output_dir, **changes) -> QuickstartArguments:
-    return QuickstartArguments(str(output_dir), **{**SMALL, **changes})
+def run_small(experiment, name: str, folder, seed: int = 0) -> list[bytes]:
+    """The first images of an arm that is trained on annotated rows for two steps."""
+    annotations, _ = annotate(experiment, 64, seed, str(folder))
+    _, images = run_arm(experiment, name, annotations, 64, 2, 16, seed, str(folder))
+    return [image.tobytes() for image in images]
 
 
 def test_it_writes_results_pictures_and_a_report(tmp_path):
     """Every model has its shares of all the images; the picture holds a column a model; the report names the figures."""
-    main(small(tmp_path))
+    main(QuickstartArguments(str(tmp_path), **SMALL))
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results)[:4] == ["base", *ARMS] == ["base", "dpo", "iapo", "iapo_covering"]
     for name in ("base", *ARMS):
@@ -62,11 +67,10 @@ def test_it_writes_results_pictures_and_a_report(tmp_path):
 
 @pytest.mark.parametrize("half, arms", [(iapo, ("iapo", "dpo")), (cpo, ("cpo_paired", "cpo_stabilised"))])
 def test_it_repeats_itself_and_every_arm_trains(tmp_path, half, arms):
-    """The same seed draws the same images, bit for bit; another arm or another seed draws others."""
+    """The same seed gives the same images, bit for bit; another arm or another seed gives others."""
     images = {}
     for key, name, seed in (("once", arms[0], 0), ("twice", arms[0], 0), ("other", arms[1], 0), ("seed", arms[0], 1)):
-        args = small(tmp_path, seed=seed)
-        images[key] = [image.tobytes() for image in half.run_arm(name, args, half.annotate(args)[0])[1]]
+        images[key] = run_small(half.EXPERIMENT, name, tmp_path, seed)
     assert images["once"] == images["twice"]
     assert images["once"] != images["other"] and images["once"] != images["seed"]
 
@@ -74,19 +78,19 @@ def test_it_repeats_itself_and_every_arm_trains(tmp_path, half, arms):
 @pytest.mark.parametrize("half, arm", [(iapo, "dpo"), (cpo, "sft")])
 def test_training_leaves_the_shipped_pipeline_alone(tmp_path, half, arm):
     """What comes with the package is read and never written."""
-    before = load_pipeline(half.BASE).unet.state_dict()
-    args = small(tmp_path)
-    half.run_arm(arm, args, half.annotate(args)[0])
-    assert all(torch.equal(value, before[name]) for name, value in load_pipeline(half.BASE).unet.state_dict().items())
+    before = load_pipeline(half.EXPERIMENT.base).unet.state_dict()
+    run_small(half.EXPERIMENT, arm, tmp_path)
+    after = load_pipeline(half.EXPERIMENT.base).unet.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [4, 5, 6])
 def test_instances_and_attributes_help(tmp_path, seed):
     """
-    On every seed: IAPO draws B clean more often than Diffusion-DPO and A as often, the covering masks more often still, and
-    the images still show what the prompt names. CPO-S takes qualities away that are negative, with paired targets more of
-    them, and the images still show what the prompt names.
+    On every seed: with IAPO B is clean more often than with Diffusion-DPO and A as often, with the covering masks B is clean
+    even more often, and the images still show what the prompt names. CPO-S removes negative qualities, and more of them with
+    paired targets, and the images still show what the prompt names.
     """
     main(QuickstartArguments(str(tmp_path), seed=seed))
     results = json.loads((tmp_path / "results.json").read_text())
@@ -106,13 +110,13 @@ def test_instances_and_attributes_help(tmp_path, seed):
 
 @pytest.mark.slow
 def test_a_reversed_adapter_in_the_unconditional_branch_helps(tmp_path):
-    """Guidance away from a model that was trained with the preference reversed draws fewer negatives, aligned or not."""
+    """Guidance away from a model trained with the preference reversed gives fewer negatives, aligned or not."""
     paintings = painting_dataset(2048, seed=21)
-    pipeline, prompts = load_pipeline(cpo.BASE), evaluation_prompts(512, seed=21)
+    pipeline, prompts = load_pipeline(cpo.EXPERIMENT.base), evaluation_prompts(512, 21, sample_painting)
     for name in ("aligned", "reversed"):
         trainer = ComplexPOTrainer(
-            load_pipeline(cpo.BASE),
-            expert=shipped(cpo.EXPERT),
+            load_pipeline(cpo.EXPERIMENT.base),
+            expert=cpo.EXPERT,
             args=ComplexPOConfig(
                 str(tmp_path / name),
                 seed=21,
@@ -129,14 +133,14 @@ def test_a_reversed_adapter_in_the_unconditional_branch_helps(tmp_path):
         trainer.train()
         trainer.save_model()
 
-    scores = {"base": cpo.score(draw(pipeline, prompts, seed=21), prompts)}
+    scores = {"base": cpo.score(generate(pipeline, prompts, seed=21), prompts)}
     for name in ("aligned", "reversed"):
         pipeline.load_lora_weights(str(tmp_path / name), adapter_name=name)
         pipeline.set_adapters(name)
-        scores[name] = cpo.score(draw(pipeline, prompts, seed=21), prompts)
+        scores[name] = cpo.score(generate(pipeline, prompts, seed=21), prompts)
     for positive in (None, "aligned"):
         with negative_preference_guidance(pipeline, positive, "reversed"):
-            scores[f"{positive or 'base'} + NPO"] = cpo.score(draw(pipeline, prompts, seed=21), prompts)
+            scores[f"{positive or 'base'} + NPO"] = cpo.score(generate(pipeline, prompts, seed=21), prompts)
     print("", *(f"{name}: {score}" for name, score in scores.items()), sep="\n")
     negatives = {name: score["negatives"] for name, score in scores.items()}
     assert negatives["reversed"] > negatives["base"] + 0.3

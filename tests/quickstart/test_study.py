@@ -12,22 +12,12 @@ import pytest
 import torch
 
 import trl_diffusion.trainer.instance_dpo_trainer as instance_dpo
+from examples.study.arms import WORLDS, Sizes, folder_of, last_metrics, run_scene
+from examples.study.runs import check_settings, collect, run_seed
+from examples.study.tables import FIGURES, picture, table
 from trl_diffusion.masks import instance_masks
 from trl_diffusion.quickstart import iapo
-from trl_diffusion.quickstart.drawing import load_pipeline
-from trl_diffusion.quickstart.study import (
-    FIGURES,
-    WORLDS,
-    StudyArguments,
-    check_settings,
-    collect,
-    folder_of,
-    outcome,
-    picture,
-    run_scene,
-    run_seed,
-    table,
-)
+from trl_diffusion.quickstart.sampling import load_pipeline
 from trl_diffusion.quickstart.world import preference_dataset
 
 
@@ -56,13 +46,13 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def args(tmp_path_factory):
-    return StudyArguments(str(tmp_path_factory.mktemp("study")), [SEED], num_rows=1024, max_steps=80, num_samples=256)
+def sizes(tmp_path_factory):
+    return Sizes(str(tmp_path_factory.mktemp("study")), num_rows=1024, max_steps=80, num_samples=256)
 
 
 @pytest.fixture(scope="module")
-def healthy(args):
-    return {name: run_scene(name, SEED, args) for name in ("base", "dpo", "covering_0.0")}
+def healthy(sizes):
+    return {name: run_scene(name, SEED, sizes) for name in ("base", "dpo", "covering_0.0")}
 
 
 def swapped_loss(chosen_errors, rejected_errors, ref_chosen_errors, ref_rejected_errors, beta):
@@ -84,7 +74,7 @@ SOUND_LOSS = instance_dpo.diffusion_dpo_loss
 
 @pytest.mark.slow
 def test_the_core_holds(healthy):
-    """Diffusion-DPO draws A clean more often, IAPO B too, both what the prompt names, and the loss falls below ln 2."""
+    """Diffusion-DPO makes A clean more often, IAPO also B, both show what the prompt names, and the loss falls below ln 2."""
     check(healthy)
 
 
@@ -97,17 +87,17 @@ def test_the_core_holds(healthy):
         ("covering_0.0", "instance_masks", unresized_masks),
     ],
 )
-def test_a_planted_mistake_breaks_the_core(healthy, args, monkeypatch, one_thread, arm, name, mistake):
-    """Chosen and rejected swapped, preferences of instances inverted, masks not resized: the drawn pictures tell."""
+def test_a_planted_mistake_breaks_the_core(healthy, sizes, monkeypatch, one_thread, arm, name, mistake):
+    """Chosen and rejected swapped, preferences of instances inverted, masks not resized: the images show it."""
     monkeypatch.setattr(instance_dpo, name, mistake)
     with pytest.raises(AssertionError):
-        check(healthy | {arm: run_scene(arm, SEED, args)})
+        check(healthy | {arm: run_scene(arm, SEED, sizes)})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("thawed", [False, True])
-def test_a_reference_that_moves_breaks_the_core(healthy, args, monkeypatch, one_thread, thawed):
-    """A reference that is the policy itself leaves the loss at ln 2 and the margins at 0, whatever is drawn."""
+def test_a_reference_that_moves_breaks_the_core(healthy, sizes, monkeypatch, one_thread, thawed):
+    """A reference that is the policy itself leaves the loss at ln 2 and the margins at 0, whatever the images show."""
 
     @contextmanager
     def moving(self, model):
@@ -116,9 +106,9 @@ def test_a_reference_that_moves_breaks_the_core(healthy, args, monkeypatch, one_
 
     if thawed:
         monkeypatch.setattr(instance_dpo.InstanceDPOTrainer, "reference", moving)
-    pairs = preference_dataset(args.num_rows, seed=SEED)
-    settings = {"output_dir": args.output_dir, "seed": SEED, "max_steps": args.max_steps, "w_neg": 1.0}
-    trained = outcome(iapo.train(load_pipeline(iapo.BASE), pairs, settings))
+    pairs = preference_dataset(sizes.num_rows, seed=SEED)
+    settings = {"output_dir": sizes.output_dir, "seed": SEED, "max_steps": sizes.max_steps, "w_neg": 1.0}
+    trained = last_metrics(iapo.train(load_pipeline(iapo.EXPERIMENT.base), pairs, settings))
     if thawed:
         assert trained["rewards/margins"] == 0 and trained["loss"] == pytest.approx(math.log(2))
         with pytest.raises(AssertionError):
@@ -160,7 +150,7 @@ def test_a_table_holds_mean_deviation_and_paired_difference(world):
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_picture_shows_every_run(world):
-    """A panel a figure, with a point for every arm and seed at its value."""
+    """A panel for each score, with a point for every arm and seed at its value."""
     study = study_of({"base": [0.1, 0.2]}, world)
     panels = picture(study, world).axes
     assert len(panels) == len(FIGURES[world][0])
@@ -172,31 +162,31 @@ def test_the_picture_shows_every_run(world):
 
 def test_runs_are_kept(tmp_path, one_thread, monkeypatch):
     """A run that is on the disk is not repeated, and what is collected are the runs."""
-    args = StudyArguments(str(tmp_path), [1])
+    sizes = Sizes(str(tmp_path), num_rows=8, max_steps=1, num_samples=1)
     calls = []
 
-    def run(name, seed, args):
+    def run(name, seed, sizes):
         calls.append(name)
         return {"clean_a": len(calls)}
 
     for world, (arms, _) in list(WORLDS.items()):
         monkeypatch.setitem(WORLDS, world, (arms, run))
-        run_seed(world, 1, args)
+        run_seed(world, 1, sizes)
     assert calls == [name for arms, _ in WORLDS.values() for name in arms]
-    Path(folder_of("scenes", "dpo", 1, args) + ".json").unlink()
-    run_seed("scenes", 1, args)
+    Path(folder_of("scenes", "dpo", 1, str(tmp_path)) + ".json").unlink()
+    run_seed("scenes", 1, sizes)
     assert calls[-1] == "dpo" and len(calls) == 1 + sum(len(arms) for arms, _ in WORLDS.values())
-    runs = collect(args)["runs"]["scenes"]
+    runs = collect([1], sizes)["runs"]["scenes"]
     assert [run["arm"] for run in runs] == list(WORLDS["scenes"][0])
     assert {run["clean_a"] for run in runs if run["arm"] == "dpo"} == {len(calls)}
 
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path):
-    """A folder keeps its settings; further seeds may come."""
-    check_settings(StudyArguments(str(tmp_path), [1]))
-    check_settings(StudyArguments(str(tmp_path), [1, 2]))
+    """A folder keeps its settings, and other settings are refused with both of them named."""
+    check_settings(Sizes(str(tmp_path), 2048, 110, 512))
+    check_settings(Sizes(str(tmp_path), 2048, 110, 512))
     with pytest.raises(ValueError, match="'max_steps': 110.*'max_steps': 5.* choose another `--output_dir`"):
-        check_settings(StudyArguments(str(tmp_path), [1], max_steps=5))
+        check_settings(Sizes(str(tmp_path), 2048, 5, 512))
 
 
 @pytest.mark.parametrize("world", WORLDS)

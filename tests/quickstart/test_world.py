@@ -11,7 +11,8 @@ from datasets import ClassLabel, Image, List, Value
 from diffusers import StableDiffusionPipeline
 from PIL import Image as PILImage
 
-from trl_diffusion.quickstart import make_base_pipeline, world
+from examples.tiny_pipelines import make_base_pipeline
+from trl_diffusion.quickstart import world
 from trl_diffusion.quickstart.world import (
     COLORS,
     KINDS,

@@ -10,7 +10,6 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .base import Backbone
-from .checks import check_pipeline
 from .stable_diffusion import StableDiffusionBackbone
 from .stable_diffusion_xl import StableDiffusionXLBackbone
 
@@ -36,7 +35,7 @@ def load_backbone(model: str | Path | DiffusionPipeline, **kwargs) -> Backbone:
 
     Raises:
         `ValueError`: If the pipeline's family is not supported, or if something about the pipeline makes training it wrong,
-            see [`backbones.checks.check_pipeline`].
+            see [`backbones.base.Backbone.check`].
     """
     if isinstance(model, DiffusionPipeline):
         pipeline = model
@@ -47,7 +46,7 @@ def load_backbone(model: str | Path | DiffusionPipeline, **kwargs) -> Backbone:
     else:
         pipeline = load_pipeline(str(model), **{"dtype": torch.float32, **kwargs})
     backbone_class = backbone_class_of(pipeline)
-    check_pipeline(pipeline)
+    backbone_class.check(pipeline)
     return backbone_class(pipeline)
 
 

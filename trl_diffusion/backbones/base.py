@@ -59,6 +59,15 @@ class Backbone(ABC):
 
     # ---- What a family says of itself ----
 
+    @staticmethod
+    @abstractmethod
+    def check(pipeline: DiffusionPipeline) -> None:
+        """Raises a `ValueError` where something about a pipeline of this family would make training it wrong."""
+
+    @abstractmethod
+    def check_reference(self, pipeline: DiffusionPipeline) -> None:
+        """Raises a `ValueError` where another pipeline cannot be the reference of this one."""
+
     @abstractmethod
     def make_process(self) -> Process:
         """The process that the denoiser was trained with."""
@@ -168,6 +177,16 @@ class Backbone(ABC):
     def vae_scale_factor(self) -> int:
         """Number of pixels along a side of a latent position."""
         return self.pipeline.vae_scale_factor
+
+    def check_resolution(self, resolution: int | None) -> int:
+        """The resolution in pixels, or the default one. Raises a `ValueError` where the VAE cannot encode such an image."""
+        resolution = resolution or self.default_resolution
+        if resolution % self.vae_scale_factor:
+            raise ValueError(
+                f"`resolution` is {resolution}, which is no multiple of {self.vae_scale_factor}, the number of pixels along a "
+                "side of a latent position of this VAE."
+            )
+        return resolution
 
     def to(self, device: torch.device) -> None:
         """Moves the encoders to a device; the Trainer moves the denoiser."""

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 
 from ..process import DiscreteProcess
 from .base import Backbone
-from .checks import training_schedule
+from .checks import check_pipeline, check_reference, default_sample_size, training_schedule
 
 
 class StableDiffusionBackbone(Backbone):
@@ -22,18 +22,17 @@ class StableDiffusionBackbone(Backbone):
     tokenizer_names = ("tokenizer",)
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
 
+    check = staticmethod(check_pipeline)
+
+    def check_reference(self, pipeline) -> None:
+        check_reference(self.pipeline, pipeline)
+
     def make_process(self) -> DiscreteProcess:
         return DiscreteProcess(*training_schedule(self.pipeline.scheduler))
 
     @property
     def default_resolution(self) -> int:
-        sample_size = self.denoiser.config.sample_size
-        if not isinstance(sample_size, int):
-            raise ValueError(
-                f"The denoiser's `sample_size` is {sample_size}, so the resolution that it was trained at is not known. Pass "
-                "`resolution`."
-            )
-        return sample_size * self.vae_scale_factor
+        return default_sample_size(self.denoiser) * self.vae_scale_factor
 
     @property
     def size_multiple(self) -> int:

@@ -1,10 +1,10 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The worlds' oracles in the annotation's roles: they answer the same requests as a vision-language model and a detector.
+"""The oracles of both worlds in the roles of annotation: they answer the requests of a vision-language model and a detector.
 
-The oracle reads the prompt's text and the images of a request, and nothing else. So everything around it is the real thing:
-prompts, crops in both orders, parsing, boxes.
+An oracle reads only the text and the images of a request. Everything around it is as with real models: prompts, crops in
+both orders, parsing, boxes.
 """
 
 import json
@@ -27,7 +27,7 @@ from . import paintings, world
 
 SIDES = ("left", "right")
 LABEL = re.compile(rf"({'|'.join(SIDES)}) ({'|'.join(world.COLORS)}) ({'|'.join(world.KINDS)})")
-CROP_MARGIN = 1.25  # of the judge that cuts the crops
+CROP_MARGIN = 1.25  # as the judge cuts its crops
 
 
 class OracleVLM(VLM):
@@ -45,7 +45,7 @@ class OracleVLM(VLM):
         if request.schema is Verdict:
             _, color, kind = LABEL.search(request.text).groups()
             first, second = (crop_quality(crop, color, kind) for crop in request.images)
-            # Told to choose, it sticks to the first where they are equal: in both orders, and the judge makes it a tie.
+            # It has to choose. Equal crops give "A" in both orders, which the judge counts as a tie.
             return {"better": "B" if second - first > world.TIE_MARGIN else "A"}
         if "things" in request.schema.model_fields:
             prompt = world.PROMPT.search(request.text) or paintings.PROMPT.search(request.text)
@@ -69,7 +69,7 @@ class OracleDetector(Detector):
         return [self.detect_shape(image, label) for image, label in queries]
 
     def detect_shape(self, image: Image.Image, label: str) -> Detection | None:
-        if paintings.PROMPT.fullmatch(f"a {label}"):  # it may be anywhere in a painting
+        if paintings.PROMPT.fullmatch(f"a {label}"):  # in a painting the shape may be anywhere
             is_there = paintings.inspect_painting(image, f"a {label}").match
             return Detection([0.0, 0.0, 1.0, 1.0], 1.0) if is_there else None
         side, color, kind = LABEL.fullmatch(label).groups()
@@ -80,7 +80,7 @@ class OracleDetector(Detector):
 
 
 def plan(images: tuple[Image.Image, ...], prompt: str) -> list[str]:
-    """The shapes that the prompt names and both images show, with the side that tells two of one name apart."""
+    """The shapes that the prompt names and both images show, with their sides, because two may have the same name."""
     return [
         label
         for label in named_shapes(prompt)
@@ -89,7 +89,7 @@ def plan(images: tuple[Image.Image, ...], prompt: str) -> list[str]:
 
 
 def named_shapes(prompt: str) -> list[str]:
-    """The shapes that a prompt names: two on their sides of a scene, or the one of a painting."""
+    """The shapes that a prompt names: two with their sides in a scene, or one in a painting."""
     if paintings.PROMPT.fullmatch(prompt):
         return [prompt.removeprefix("a ")]
     return [f"{side} {' '.join(shape)}" for side, shape in zip(SIDES, world.parse_prompt(prompt), strict=True)]
@@ -97,7 +97,7 @@ def named_shapes(prompt: str) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def look(pixels: bytes, size: tuple[int, int], side: str, color: str, kind: str) -> world.Finding:
-    """What is seen on one side of an image; the planner and the detector ask for the same."""
+    """What is seen on one side of an image. Cached, because the planner and the detector ask for the same."""
     return world.inspect_place(Image.frombytes("RGB", size, pixels), world.PLACES[SIDES.index(side)], (color, kind))
 
 
@@ -128,12 +128,12 @@ def crop_quality(crop: Image.Image, color: str, kind: str) -> float:
 
 @lru_cache
 def crop_templates(kind: str) -> np.ndarray:
-    """Coverages `(templates, pixels)` of a whole shape around the middle of a crop, a little moved and scaled."""
+    """Coverages `(templates, pixels)` of a whole shape in the middle of a crop, slightly moved and scaled."""
     steps = (-1.0, 0.0, 1.0)
     return np.array(
         [
             world.coverage(
-                world.Shape(kind, "red", paintings.square_box(world.SIZE / 2 + x, world.SIZE / 2 + y, side), False)
+                world.Shape(kind, "red", world.square_box(world.SIZE / 2 + x, world.SIZE / 2 + y, side), False)
             )
             for x, y, side in product(steps, steps, world.SIZE / CROP_MARGIN + np.array(steps))
         ],

@@ -1,13 +1,13 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A second embedded world: tiny paintings with four qualities, and an oracle that reads them.
+"""A second small world: tiny paintings with four qualities, and an oracle that reads them.
 
 A painting is 32x32 pixels and holds one shape of the kinds and colours of `world.py`. Its prompt names only these: "a
 red circle". The qualities are those of `criteria.yaml`: the outline is whole or bitten, the colour vivid or pale, the
 placement centered or aside, the ground bright or murky. Each is negative half of the time and no prompt says which, so
-a model trained on these paintings draws about two negatives an image, and one image in 16 has none. Preference
-training on the attributes can be measured by how many negatives an image has afterwards.
+the images of a model trained on these paintings have about two negatives each, and one image in 16 has none. The effect of
+preference training on the attributes can be measured by how many negatives an image has afterwards.
 """
 
 import re
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from .world import BACKGROUND, COLORS, KINDS, SIZE, Shape, coverage, png_bytes
+from .world import BACKGROUND, COLORS, KINDS, SIZE, Shape, check_size, coverage, look_past_bite, png_bytes, square_box
 
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ MIDDLE = SIZE / 2
 JITTER = 0.8  # of a centered shape's centre, and of any shape's height
 ASIDE = (5.0, 6.5)  # how far the centre of a shape that is aside is to the left or the right of the middle
 
-# A quality is positive on the good side of the middle between what is drawn for its two words.
+# Halfway between what is drawn for the positive and for the negative word of a quality
 BRIGHT_WITHIN = float(np.linalg.norm(np.subtract(BACKGROUND, MURKY))) / 2
 VIVID_FROM = (1 + PALE) / 2
 CENTERED_WITHIN = (JITTER + ASIDE[0]) / 2
 WHOLE_QUALITY = 0.91  # agreement with a whole shape; a bite costs about twice as much
-MATCH_QUALITY = 0.65  # below this nothing recognisable is drawn
+MATCH_QUALITY = 0.65  # below this no shape can be recognised
 MATCH_SHARE = 0.4  # of the image's departure from its ground that the shape must explain
-MATCH_CHROMA = PALE / 2  # paler than this nothing is drawn
+MATCH_CHROMA = PALE / 2  # a shape that is paler than this does not count
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Painting:
         shape (`Shape`):
             The shape, with the box in which it is drawn.
         negative_attributes (`tuple[str, ...]`):
-            The keys of `ATTRIBUTES` whose negative word is true of this painting, in their order.
+            The keys of `ATTRIBUTES` whose negative word is true of this painting, in the order of `ATTRIBUTES`.
     """
 
     shape: Shape
@@ -81,10 +81,10 @@ class PaintingFinding:
 
     Args:
         match (`bool`):
-            Whether the colour and the kind that the prompt names are drawn, on whatever ground, vivid or pale.
+            Whether the image shows the colour and the kind that the prompt names, on any ground, vivid or pale.
         positive_attributes (`tuple[str, ...]`), negative_attributes (`tuple[str, ...]`):
-            The keys of `ATTRIBUTES`, each in one of the two. Where no shape is recognisable, all are negative but
-            perhaps the ground.
+            The keys of `ATTRIBUTES`, each in one of the two. If no shape can be recognised, all are negative,
+            except that the ground may be positive.
     """
 
     match: bool
@@ -112,7 +112,7 @@ def parse_prompt(prompt: str) -> tuple[str, str]:
     """
     found = PROMPT.fullmatch(prompt)
     if found is None:
-        raise ValueError(f"not a prompt of the paintings: {prompt!r}; it reads like 'a red circle'")
+        raise ValueError(f"Not a prompt of the paintings: {prompt!r}. They read like 'a red circle'.")
     return found[1], found[2]
 
 
@@ -120,7 +120,7 @@ def parse_prompt(prompt: str) -> tuple[str, str]:
 
 
 def render(painting: Painting) -> Image.Image:
-    """Draw a painting, antialiased, as a `SIZE`x`SIZE` RGB image."""
+    """Draw a painting as a `SIZE`x`SIZE` RGB image with smooth edges."""
     ground = np.array(MURKY if "ground" in painting.negative_attributes else BACKGROUND, dtype=float)
     departure = np.array(COLORS[painting.shape.color]) - ground
     if "chroma" in painting.negative_attributes:
@@ -128,16 +128,11 @@ def render(painting: Painting) -> Image.Image:
     return Image.fromarray(np.round(ground + coverage(painting.shape)[..., None] * departure).astype(np.uint8))
 
 
-def square_box(x: float, y: float, side: float) -> tuple[float, float, float, float]:
-    """The box of this side around a centre."""
-    return (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
-
-
 def sample_painting(
     rng: np.random.Generator, prompt: str | None = None, negatives: Collection[str] | None = None
 ) -> Painting:
     """
-    Draw a random painting.
+    Sample a random painting.
 
     Args:
         rng (`np.random.Generator`):
@@ -145,10 +140,10 @@ def sample_painting(
         prompt (`str`, *optional*):
             What the painting shows. If left out, colour and kind are uniform.
         negatives (`Collection[str]`, *optional*):
-            The keys of `ATTRIBUTES` that are negative. If left out, each is with probability one half.
+            The keys of `ATTRIBUTES` that are negative. If left out, each is negative with a probability of one half.
 
     Returns:
-        `Painting`: A painting whose `prompt` is the one asked for.
+        `Painting`: A painting, with this `prompt` if it is given.
     """
     color, kind = (rng.choice(list(COLORS)), rng.choice(KINDS)) if prompt is None else parse_prompt(prompt)
     if negatives is None:
@@ -175,7 +170,7 @@ def templates() -> tuple[np.ndarray, np.ndarray, list[tuple[str, float]], np.nda
         `tuple`: coverages `(x, y, kinds and sides, pixels)`, their squares, the `(kind, side)` of the third axis, and
         the centres' x of the first.
     """
-    # Models draw a little beyond what they were trained on.
+    # The shapes of models may lie a little outside the range of the training images
     xs = MIDDLE + np.arange(-ASIDE[1] - 1, ASIDE[1] + 1.01, 0.5)
     ys = MIDDLE + np.arange(-2, 2.01, 0.5)
     shapes = list(product(KINDS, np.arange(SIDE[0] - 1, SIDE[1] + 1.01, 0.5)))
@@ -196,8 +191,8 @@ def find_shape(departure: np.ndarray, tints: np.ndarray) -> tuple[float, tuple[i
             The colours minus the ground.
 
     Returns:
-        `tuple`: the share of the departure that the best template in the best tint explains when it may be as pale as
-        it likes (the squared cosine between the two), the template, and the tint, the last two as indices.
+        `tuple`: the share of the departure that the best template in the best tint explains, however pale it is (the
+        squared cosine between the two), the template, and the tint, the last two as indices.
     """
     masks, squares = (table[::4, ::4, ::2] for table in templates()[:2])
     directions = tints / np.maximum(np.linalg.norm(tints, axis=1, keepdims=True), 1)  # 0 if the ground has the colour
@@ -209,15 +204,15 @@ def find_shape(departure: np.ndarray, tints: np.ndarray) -> tuple[float, tuple[i
 
 def fit_outline(drawn: np.ndarray, seen: np.ndarray, near: tuple[int, int, int]) -> tuple[float, tuple[int, int, int]]:
     """
-    Find the whole shape that agrees best with what is drawn, by the intersection over union of their coverages.
+    Find the whole shape that agrees best with the image, by the intersection over union of their coverages.
 
     Args:
         drawn (`np.ndarray` of shape `(pixels,)`):
-            How much of each pixel is drawn on, whatever the colour.
+            How much of each pixel the shape in the image covers, whatever its colour.
         seen (`np.ndarray` of shape `(pixels,)`):
             1 where to look, 0 elsewhere.
         near (`tuple[int, int, int]`):
-            A template; those with centres within a pixel and a half are tried, of all kinds and sides.
+            A template. Those whose centres are at most a pixel and a half away are tried, of all kinds and sides.
 
     Returns:
         `tuple`: the agreement, at most 1, and the template.
@@ -232,17 +227,9 @@ def fit_outline(drawn: np.ndarray, seen: np.ndarray, near: tuple[int, int, int])
     return float(agreement[x, y, shape]), (x_from + int(x), y_from + int(y), int(shape))
 
 
-def look_past_bite(drawn: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Which pixels to look at again to see what shape a bitten one was: 0 in a disc around what it misses."""
-    missing = np.clip(mask - drawn, 0, 1) ** 2
-    y, x = np.mgrid[:SIZE, :SIZE].reshape(2, -1)
-    bite_x, bite_y = (missing * x).sum() / missing.sum(), (missing * y).sum() / missing.sum()
-    return (np.hypot(x - bite_x, y - bite_y) > 0.4 * np.mean(SIDE)).astype(np.float32)
-
-
 def inspect_painting(image: Image.Image, prompt: str) -> PaintingFinding:
     """
-    Judge an image, painted or generated, against its prompt.
+    Judge an image, rendered or generated, against its prompt.
 
     Args:
         image (`PIL.Image.Image`):
@@ -251,13 +238,12 @@ def inspect_painting(image: Image.Image, prompt: str) -> PaintingFinding:
             A prompt of this world.
 
     Returns:
-        `PaintingFinding`: Whether the image is what the prompt names, and its four qualities.
+        `PaintingFinding`: Whether the image shows what the prompt names, and its four qualities.
 
     Raises:
         `ValueError`: If the image has another size, or the prompt does not have this world's form.
     """
-    if image.size != (SIZE, SIZE):
-        raise ValueError(f"the oracle reads images of {SIZE}x{SIZE} pixels, not {image.size[0]}x{image.size[1]}")
+    check_size(image)
     named = parse_prompt(prompt)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     edge = np.ones((SIZE, SIZE), dtype=bool)
@@ -274,7 +260,7 @@ def inspect_painting(image: Image.Image, prompt: str) -> PaintingFinding:
     if share < MATCH_SHARE or chroma < MATCH_CHROMA:
         return PaintingFinding(False, tuple(positives), others(positives))
 
-    # From here on a pale shape counts like a vivid one, and faint noise on either side of the outline not at all.
+    # From here on a pale shape counts like a vivid one, and faint noise on either side of the outline does not count.
     drawn = np.clip((depth / chroma - 0.2) / 0.6, 0, 1)
     everywhere = np.ones_like(drawn)
     quality, template = fit_outline(drawn, everywhere, template)
@@ -283,7 +269,7 @@ def inspect_painting(image: Image.Image, prompt: str) -> PaintingFinding:
     if quality >= WHOLE_QUALITY:
         positives.append("outline")
     else:
-        _, template = fit_outline(drawn, look_past_bite(drawn, masks[template]), template)
+        _, template = fit_outline(drawn, look_past_bite(drawn, masks[template], SIDE), template)
     if np.median(depth[masks[template] > 0.99]) >= VIVID_FROM:
         positives.append("chroma")
     if abs(xs[template[0]] - MIDDLE) < CENTERED_WITHIN:
@@ -295,26 +281,9 @@ def inspect_painting(image: Image.Image, prompt: str) -> PaintingFinding:
 # ----- the data -----
 
 
-def evaluation_prompts(n: int, seed: int) -> list[str]:
-    """
-    Draw prompts of the world, uniformly over colours and kinds.
-
-    Args:
-        n (`int`):
-            How many.
-        seed (`int`):
-            The same seed gives the same prompts.
-
-    Returns:
-        `list[str]`: The prompts.
-    """
-    rng = np.random.default_rng(seed)
-    return [sample_painting(rng).prompt for _ in range(n)]
-
-
 def painting_dataset(num_rows: int, seed: int) -> "Dataset":
     """
-    Draw labelled paintings.
+    Make labelled paintings.
 
     Args:
         num_rows (`int`):

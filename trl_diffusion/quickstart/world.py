@@ -1,16 +1,17 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""An embedded world of coloured shapes, with an oracle that knows how well each shape is drawn.
+"""A small world of coloured shapes, with an oracle that tells how well each shape is drawn.
 
 A scene is 32x32 pixels and holds two shapes: A, large and on the left, and B, smaller and on the right. A prompt names
 them in that order: "a red circle and a blue square". A *defective* shape has a bite taken out of its outline. The
-prompt never mentions defects, so a model trained on a mixture of clean and defective shapes draws both kinds, and
-preference training can be measured by how often each shape comes out clean.
+prompt never mentions defects, so a model trained on a mixture of clean and defective shapes generates both kinds, and
+the effect of preference training can be measured by how often each shape is clean.
 """
 
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -33,14 +34,14 @@ LABELS = ("A", "B")
 PROMPT = re.compile(rf"a ({'|'.join(COLORS)}) ({'|'.join(KINDS)}) and a ({'|'.join(COLORS)}) ({'|'.join(KINDS)})")
 
 BITE_AREA = 0.2  # share of a shape's area that a bite removes
-MATCH_QUALITY = 0.7  # below this nothing recognisable is drawn
+MATCH_QUALITY = 0.7  # below this no shape can be recognised
 CLEAN_QUALITY = 0.9  # a bite costs at least BITE_AREA of the quality; a good drawing loses less than half as much
 TIE_MARGIN = 0.02  # difference in quality below which two drawings are equally good
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one of the two shapes of a scene lives: pixels, the range of its side, its centre's jitter."""
+    """Where one of the two shapes of a scene is: its columns of pixels, its centre, the range of its side, its jitter."""
 
     columns: tuple[int, int]
     center: tuple[float, float]
@@ -68,8 +69,8 @@ class Shape:
         defective (`bool`):
             Whether a bite is taken out of the outline.
         bite_at (`float`, *optional*, defaults to `0.0`):
-            Where on the outline the bite is, as a fraction in `[0, 1)` of the way round. Means nothing if the shape is
-            not defective.
+            Where on the outline the bite is, as a fraction in `[0, 1)` of the way round. Unused if the shape is not
+            defective.
     """
 
     kind: str
@@ -97,13 +98,13 @@ class Finding:
 
     Args:
         match (`bool`):
-            Whether the colour and the kind that the prompt names are drawn here.
+            Whether this place shows the colour and the kind that the prompt names.
         clean (`bool`):
-            Whether a shape is drawn here without defect, of whatever colour and kind.
+            Whether this place shows a shape without a defect, of any colour and kind.
         quality (`float`):
-            Agreement with the best-fitting whole shape, at most 1; higher is better drawn.
+            Agreement with the best-fitting whole shape, at most 1; higher is better.
         box (`tuple[float, float, float, float]` or `None`):
-            `[x_min, y_min, x_max, y_max]` of that shape in pixels; `None` where nothing recognisable is drawn.
+            `[x_min, y_min, x_max, y_max]` of that shape in pixels; `None` if no shape can be recognised.
     """
 
     match: bool
@@ -128,7 +129,7 @@ def parse_prompt(prompt: str) -> tuple[tuple[str, str], tuple[str, str]]:
     """
     found = PROMPT.fullmatch(prompt)
     if found is None:
-        raise ValueError(f"not a prompt of this world: {prompt!r}; it reads like 'a red circle and a blue square'")
+        raise ValueError(f"Not a prompt of the scenes: {prompt!r}. They read like 'a red circle and a blue square'.")
     return (found[1], found[2]), (found[3], found[4])
 
 
@@ -136,7 +137,7 @@ def parse_prompt(prompt: str) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def bite_center(kind: str, box: tuple[float, float, float, float], at: float) -> tuple[float, float]:
-    """The point of the outline where a bite is taken; on a polygon it stays near the middle of an edge."""
+    """Where the centre of a bite is on the outline; on a polygon it stays near the middle of an edge."""
     x_min, y_min, x_max, y_max = box
     if kind == "circle":
         radius, angle = (x_max - x_min) / 2, 2 * np.pi * at
@@ -151,7 +152,7 @@ def bite_center(kind: str, box: tuple[float, float, float, float], at: float) ->
 
 
 def coverage(shape: Shape) -> np.ndarray:
-    """The share of each pixel that the shape covers, `(SIZE, SIZE)`, from 4x4 points a pixel."""
+    """The share of each pixel that the shape covers, `(SIZE, SIZE)`, from 4x4 points per pixel."""
     points = (np.arange(4 * SIZE) + 0.5) / 4
     x, y = points[None, :], points[:, None]
     x_min, y_min, x_max, y_max = shape.box
@@ -171,7 +172,7 @@ def coverage(shape: Shape) -> np.ndarray:
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draw a scene, antialiased, as a `SIZE`x`SIZE` RGB image."""
+    """Draw a scene as a `SIZE`x`SIZE` RGB image with smooth edges."""
     background = np.array(BACKGROUND, dtype=float)
     pixels = np.tile(background, (SIZE, SIZE, 1))
     for shape in scene.shapes:
@@ -179,17 +180,22 @@ def render(scene: Scene) -> Image.Image:
     return Image.fromarray(np.round(pixels).astype(np.uint8))
 
 
+def square_box(x: float, y: float, side: float) -> tuple[float, float, float, float]:
+    """The box of a square with this centre and side."""
+    return (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
+
+
 def sample_box(place: Place, rng: np.random.Generator) -> tuple[float, float, float, float]:
     side = rng.uniform(*place.side)
     x, y = (center + rng.uniform(-jitter, jitter) for center, jitter in zip(place.center, place.jitter, strict=True))
-    return (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
+    return square_box(x, y, side)
 
 
 def sample_scene(
     rng: np.random.Generator, prompt: str | None = None, defective: tuple[bool, bool] | None = None
 ) -> Scene:
     """
-    Draw a random scene.
+    Sample a random scene.
 
     Args:
         rng (`np.random.Generator`):
@@ -197,10 +203,10 @@ def sample_scene(
         prompt (`str`, *optional*):
             What the scene shows. If left out, colours and kinds are uniform.
         defective (`tuple[bool, bool]`, *optional*):
-            Which of A and B are defective. If left out, each is with probability one half.
+            Whether A and B are defective. If left out, each is defective with a probability of one half.
 
     Returns:
-        `Scene`: A scene whose `prompt` is the one asked for.
+        `Scene`: A scene, with this `prompt` if it is given.
     """
     named = sample_named(rng) if prompt is None else parse_prompt(prompt)
     flags = rng.random(2) < 0.5 if defective is None else defective
@@ -229,12 +235,12 @@ def templates(
     Returns:
         `tuple`: coverages `(templates, pixels of the place)`, their squares, and the `(kind, box)` of each.
     """
-    margin = 1.0  # models draw a little beyond the places they were trained on
+    margin = 1.0  # the shapes of models may lie a little outside the places of the training images
     x_offsets, y_offsets = (np.arange(-(j + margin), j + margin + 0.01, 0.5) for j in place.jitter)
     sides = np.arange(place.side[0] - margin, place.side[1] + margin + 0.01, 0.5)
     (x0, y0), masks, drawn = place.center, [], []
     for kind, side, x, y in product(KINDS, sides, x0 + x_offsets, y0 + y_offsets):
-        box = (float(x - side / 2), float(y - side / 2), float(x + side / 2), float(y + side / 2))
+        box = square_box(float(x), float(y), float(side))
         masks.append(coverage(Shape(kind, "red", box, False))[:, slice(*place.columns)].ravel())
         drawn.append((kind, box))
     masks = np.array(masks, dtype=np.float32)
@@ -243,12 +249,12 @@ def templates(
 
 def best_fit(departure: np.ndarray, seen: np.ndarray, place: Place) -> tuple[float, int, int]:
     """
-    Find the whole shape whose rendering comes closest to what is drawn.
+    Find the whole shape whose rendering is closest to the image.
 
     The measure is the intersection over union, generalised from sets to colours. With `p` the image's departure from
     the background, `c` a colour's, and `m` a template's coverage, it is `<p, mc> / (|p|^2 + |mc|^2 - <p, mc>)`: 1
-    where the rendering is exact, 1 - f where a fraction f of the shape is missing, near 0 for texture. Missing pieces,
-    smears, wrong shades and anything else drawn in the place all lower it.
+    if the rendering is exact, 1 - f if a fraction f of the shape is missing, near 0 for texture. Missing pieces, smears,
+    wrong shades and anything else in the place all lower it.
 
     Args:
         departure (`np.ndarray` of shape `(pixels, 3)`):
@@ -271,22 +277,37 @@ def best_fit(departure: np.ndarray, seen: np.ndarray, place: Place) -> tuple[flo
     return float(quality[template, color]), int(template), int(color)
 
 
-def look_past_bite(departure: np.ndarray, place: Place, template: int, color: int) -> np.ndarray:
+def look_past_bite(
+    drawn: np.ndarray, mask: np.ndarray, side: tuple[float, float], columns: tuple[int, int] = (0, SIZE)
+) -> np.ndarray:
     """
-    Which pixels to look at again to see what shape a defective one was before the bite.
+    Tell which pixels to look at again to find out what shape a bitten one was before the bite.
 
-    A whole shape fitted to a bitten one gives way at the bite, so its box is off by a pixel or so. What it still
-    misses lies in the bite: a second fit that ignores a disc around there finds the box.
+    A whole shape that is fitted to a bitten one shifts at the bite, so its box is wrong by about a pixel. The pixels that the
+    image still lacks lie in the bite, and a second fit that ignores a disc around them finds the box.
+
+    Args:
+        drawn (`np.ndarray` of shape `(pixels,)`):
+            How much of the shape's colour each pixel has: 0 for none, 1 for all of it.
+        mask (`np.ndarray` of shape `(pixels,)`):
+            Coverage of the whole shape that was fitted.
+        side (`tuple[float, float]`):
+            Range of the sides of shapes, in pixels.
+        columns (`tuple[int, int]`, *optional*, defaults to `(0, SIZE)`):
+            First column of these pixels, and the one after the last.
 
     Returns:
         `np.ndarray`: 1 where to look, 0 in the disc, `(pixels,)`.
     """
-    mask, tint = templates(place)[0][template], DEPARTURES[color]
-    missing = np.clip(mask - departure @ tint / (tint @ tint), 0, 1) ** 2
-    y, x = np.mgrid[:SIZE, slice(*place.columns)].reshape(2, -1)
+    missing = np.clip(mask - drawn, 0, 1) ** 2
+    y, x = np.mgrid[:SIZE, slice(*columns)].reshape(2, -1)
     bite_x, bite_y = (missing * x).sum() / missing.sum(), (missing * y).sum() / missing.sum()
-    distance = np.hypot(x - bite_x, y - bite_y)
-    return (distance > 0.4 * np.mean(place.side)).astype(np.float32)
+    return (np.hypot(x - bite_x, y - bite_y) > 0.4 * np.mean(side)).astype(np.float32)
+
+
+def check_size(image: Image.Image) -> None:
+    if image.size != (SIZE, SIZE):
+        raise ValueError(f"The oracle reads images of {SIZE}x{SIZE} pixels, not {image.size[0]}x{image.size[1]}.")
 
 
 def inspect_image(image: Image.Image, prompt: str) -> list[Finding]:
@@ -310,7 +331,7 @@ def inspect_image(image: Image.Image, prompt: str) -> list[Finding]:
 
 def inspect_place(image: Image.Image, place: Place, named: tuple[str, str]) -> Finding:
     """
-    Judge what is drawn in one of the two places.
+    Judge what an image shows in one of the two places.
 
     Args:
         image (`PIL.Image.Image`):
@@ -326,8 +347,7 @@ def inspect_place(image: Image.Image, place: Place, named: tuple[str, str]) -> F
     Raises:
         `ValueError`: If the image has another size.
     """
-    if image.size != (SIZE, SIZE):
-        raise ValueError(f"the oracle reads images of {SIZE}x{SIZE} pixels, not {image.size[0]}x{image.size[1]}")
+    check_size(image)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) - np.array(BACKGROUND, dtype=np.float32)
     departure = pixels[:, slice(*place.columns)].reshape(-1, 3)
     quality, template, color = best_fit(departure, np.ones(len(departure), dtype=np.float32), place)
@@ -335,7 +355,8 @@ def inspect_place(image: Image.Image, place: Place, named: tuple[str, str]) -> F
         return Finding(match=False, clean=False, quality=quality, box=None)
     clean = quality >= CLEAN_QUALITY
     if not clean:
-        past_bite = look_past_bite(departure, place, template, color)
+        mask, tint = templates(place)[0][template], DEPARTURES[color]
+        past_bite = look_past_bite(departure @ tint / (tint @ tint), mask, place.side, place.columns)
         _, template, color = best_fit(departure, past_bite, place)
     kind, box = templates(place)[-1][template]
     return Finding((list(COLORS)[color], kind) == named, clean, quality, box)
@@ -352,7 +373,7 @@ def judge(first_image: Image.Image, second_image: Image.Image, prompt: str) -> l
             A prompt of this world.
 
     Returns:
-        `list[str]`: For A, then B: `"first"` or `"second"`, whichever is drawn better, or `"tie"`.
+        `list[str]`: For A, then B: `"first"` or `"second"`, the image with the better shape, or `"tie"`.
     """
     verdicts = []
     for first, second in zip(inspect_image(first_image, prompt), inspect_image(second_image, prompt), strict=True):
@@ -366,29 +387,31 @@ def judge(first_image: Image.Image, second_image: Image.Image, prompt: str) -> l
 # ----- the data -----
 
 
-def evaluation_prompts(n: int, seed: int) -> list[str]:
+def evaluation_prompts(num_prompts: int, seed: int, sample: Callable = sample_scene) -> list[str]:
     """
-    Draw prompts of the world, uniformly over colours and kinds.
+    Sample prompts of a world, uniformly over colours and kinds.
 
     Args:
-        n (`int`):
-            How many.
+        num_prompts (`int`):
+            Number of prompts.
         seed (`int`):
             The same seed gives the same prompts.
+        sample (`Callable`, *optional*, defaults to [`sample_scene`]):
+            Samples a scene, or a painting: something with a `prompt`, from a `np.random.Generator`.
 
     Returns:
         `list[str]`: The prompts.
     """
     rng = np.random.default_rng(seed)
-    return [sample_scene(rng).prompt for _ in range(n)]
+    return [sample(rng).prompt for _ in range(num_prompts)]
 
 
 def preference_dataset(num_pairs: int, seed: int, conflict_rate: float = 0.46) -> "Dataset":
     """
-    Draw preference pairs whose image-level label and instance labels disagree at a known rate.
+    Make preference pairs in which the label of the images and the labels of the instances disagree at a known rate.
 
-    Both images of a pair show the same prompt. Shape A decides which image is chosen: it is clean there and defective
-    in the rejected one. Shape B follows, except in the conflicts, where the *rejected* image has the clean B.
+    Both images of a pair show the same prompt. Shape A decides which image is chosen: it is clean in the chosen image and
+    defective in the rejected one. Shape B agrees, except in the conflicts, where the *rejected* image has the clean B.
 
     Args:
         num_pairs (`int`):
@@ -396,8 +419,8 @@ def preference_dataset(num_pairs: int, seed: int, conflict_rate: float = 0.46) -
         seed (`int`):
             The same seed gives the same rows.
         conflict_rate (`float`, *optional*, defaults to `0.46`):
-            Share of the pairs in which B contradicts the label, met exactly up to rounding. The default is the rate at
-            which the instance pairs of Pick-a-Pic v2 do.
+            Share of the pairs in which B contradicts the label, exact up to rounding. The default is the share of the
+            instance pairs of Pick-a-Pic v2 that contradict their label.
 
     Returns:
         `datasets.Dataset`: Columns `id`, `prompt`, `chosen`, `rejected` (PNG) and `instances`, A then B, with boxes as

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Annotates images with attributes of a tree of criteria, for CPO: an expert goes through the tree a dimension at a time.
+Annotates images with attributes of a tree of criteria, for CPO: an expert goes through the tree one dimension at a time.
 
 ```bash
 trl-diffusion annotate-attributes \
@@ -12,7 +12,7 @@ trl-diffusion annotate-attributes \
     --output_dir annotations
 ```
 
-After a stop the same command goes on. Look at some images first with `--preview 20`.
+If it is stopped, the same command continues. `--preview 20` shows some annotated images before the run.
 """
 
 from dataclasses import dataclass, field
@@ -25,19 +25,20 @@ from trl_diffusion.scripts.annotation import AnnotationArguments
 @dataclass
 class AnnotateAttributesArguments(AnnotationArguments):
     """
-    Arguments of `trl-diffusion annotate-attributes` besides those of both annotation commands.
+    Arguments of `trl-diffusion annotate-attributes` besides those that both annotation commands have.
 
     Parameters:
         criteria (`str`, *optional*, defaults to `"painting"`):
-            The tree: a YAML file, or the name of a shipped one.
+            The tree: a YAML file, or the name of a tree that comes with the package.
         expert_prompt (`str`, *optional*):
-            A file with a prompt of one's own.
+            A file with your own prompt.
     """
 
     criteria: str = field(
-        default="painting", metadata={"help": "The tree: a YAML file, or the name of a shipped one."}
+        default="painting",
+        metadata={"help": "The tree: a YAML file, or the name of a tree that comes with the package."},
     )
-    expert_prompt: str | None = field(default=None, metadata={"help": "A file with a prompt of one's own."})
+    expert_prompt: str | None = field(default=None, metadata={"help": "A file with your own prompt."})
 
 
 def main(args: AnnotateAttributesArguments) -> None:

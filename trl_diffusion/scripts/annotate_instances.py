@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Annotates image pairs with instances, the first stage of IAPO: a planner names what both images show, a detector finds it, a
-judge says in which image it is drawn better.
+Annotates image pairs with instances, the first stage of IAPO: a planner names the objects that both images show, a detector
+finds them, and a judge decides which image shows each of them better.
 
 ```bash
 trl-diffusion annotate-instances \
@@ -13,7 +13,7 @@ trl-diffusion annotate-instances \
     --output_dir annotations
 ```
 
-After a stop the same command goes on. Look at some pairs first with `--preview 20`.
+If it is stopped, the same command continues. `--preview 20` shows some annotated pairs before the run.
 """
 
 from dataclasses import dataclass, field
@@ -27,33 +27,35 @@ from trl_diffusion.scripts.judges import ORACLE, DetectorArguments
 @dataclass
 class AnnotateInstancesArguments(DetectorArguments, AnnotationArguments):
     """
-    Arguments of `trl-diffusion annotate-instances` besides those of both annotation commands and of the detector.
+    Arguments of `trl-diffusion annotate-instances` besides those that both annotation commands and the detector have.
 
     Parameters:
         tie_policy (`str`, *optional*, defaults to `"drop"`):
-            Pairs of which neither image is better: `"drop"` rejects them, `"keep"` annotates them and marks them.
+            Pairs in which neither image is better: `"drop"` rejects them, `"keep"` annotates and marks them.
         planner_prompt (`str`, *optional*), judge_prompt (`str`, *optional*):
-            Files with prompts of one's own.
+            Files with your own prompts.
         max_instances (`int`, *optional*, defaults to `5`):
-            Instances of a pair, at most.
+            Largest number of instances per pair.
         crop_size (`int`, *optional*, defaults to `336`):
-            Width and height in pixels of the judge's patches.
+            Width and height in pixels of the crops that the judge compares.
         ray_detector_actors (`int`, *optional*, defaults to `1`):
-            Actors of the detector.
+            Number of actors for the detector.
         ray_detector_gpus (`float`, *optional*):
-            GPUs of each of them. Defaults to 1 where the cluster has any, else 0.
+            GPUs of each of these actors. Defaults to 1 if the cluster has GPUs, else 0.
     """
 
     tie_policy: str = field(
         default="drop",
-        metadata={"help": "Reject pairs of which neither image is better, or keep them.", "choices": ["drop", "keep"]},
+        metadata={"help": "Reject pairs in which neither image is better, or keep them.", "choices": ["drop", "keep"]},
     )
-    planner_prompt: str | None = field(default=None, metadata={"help": "A file with a prompt of one's own."})
-    judge_prompt: str | None = field(default=None, metadata={"help": "A file with a prompt of one's own."})
-    max_instances: int = field(default=5, metadata={"help": "Instances of a pair, at most."})
-    crop_size: int = field(default=336, metadata={"help": "Width and height in pixels of the judge's patches."})
-    ray_detector_actors: int = field(default=1, metadata={"help": "Actors of the detector."})
-    ray_detector_gpus: float | None = field(default=None, metadata={"help": "GPUs of each of them."})
+    planner_prompt: str | None = field(default=None, metadata={"help": "A file with your own prompt for the planner."})
+    judge_prompt: str | None = field(default=None, metadata={"help": "A file with your own prompt for the judge."})
+    max_instances: int = field(default=5, metadata={"help": "Largest number of instances per pair."})
+    crop_size: int = field(
+        default=336, metadata={"help": "Width and height in pixels of the crops that the judge compares."}
+    )
+    ray_detector_actors: int = field(default=1, metadata={"help": "Number of actors for the detector."})
+    ray_detector_gpus: float | None = field(default=None, metadata={"help": "GPUs of each of these actors."})
 
 
 def main(args: AnnotateInstancesArguments) -> None:

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the annotation commands share: where rows come from, what runs the roles."""
+"""What the annotation commands share: their flags, loading the rows, and running the annotation."""
 
 import json
 from collections.abc import Callable
@@ -25,59 +25,67 @@ class AnnotationArguments(VLMArguments):
 
     Parameters:
         dataset_name (`str`, *optional*):
-            The dataset: a Hub id, a folder of Parquet files or images, or what `save_to_disk` wrote.
+            The dataset: a Hub id, a folder of Parquet files or images, or a folder that `save_to_disk` wrote.
         dataset_config (`str`, *optional*):
-            Its configuration.
+            Configuration of the dataset.
         dataset_split (`str`, *optional*, defaults to `"train"`):
             The split to annotate.
         dataset_revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         dataset_streaming (`bool`, *optional*, defaults to `False`):
-            Stream the dataset: nothing of it is kept on the disk.
+            Stream the dataset, so that it is not stored on the disk.
         columns (`str`, *optional*):
-            JSON, from our names to the dataset's columns.
+            JSON that maps the names used here to the dataset's columns.
         output_dir (`str`, *optional*, defaults to `"annotations"`):
-            Where the run's folder goes.
+            Where the folder of the run is created.
         rows_per_shard (`int`, *optional*, defaults to `128`):
-            Rows of a shard, and what a stop costs at most.
+            Rows per shard. At most so many rows are lost when the run is stopped.
         max_error_rate (`float`, *optional*, defaults to `0.01`):
-            Share of error rows at which the run stops.
+            The run stops when a larger share of the rows are errors.
         retry_errors (`bool`, *optional*, defaults to `False`):
-            Annotate the shards with errors again.
+            Annotate shards that contain errors again.
         preview (`int`, *optional*):
-            Annotate so many rows into `preview.html`, and nothing else.
+            Annotate only this many rows, and show them in `preview.html`.
         executor (`str`, *optional*, defaults to `"local"`):
             `"local"`: this process; `"ray"`: actor pools of Ray Data.
         ray_vlm_actors (`int`, *optional*, defaults to `1`):
-            Actors of each role that asks the vision-language model.
+            Number of actors for each role that uses the vision-language model.
         ray_vlm_gpus (`float`, *optional*):
-            GPUs of each of them. Defaults to 1 where the cluster has any and the model runs in the actors, else 0.
+            GPUs of each of these actors. Defaults to 1 if the cluster has GPUs and the model runs in the actors, else 0.
     """
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "A Hub id, a folder of Parquet files or images, or what `save_to_disk` wrote."},
+        metadata={"help": "A Hub id, a folder of Parquet files or images, or a folder that `save_to_disk` wrote."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     dataset_split: str = field(default="train", metadata={"help": "The split to annotate."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     dataset_streaming: bool = field(
-        default=False, metadata={"help": "Stream the dataset: nothing of it is kept on the disk."}
+        default=False, metadata={"help": "Stream the dataset, so that it is not stored on the disk."}
     )
-    columns: str | None = field(default=None, metadata={"help": "JSON, from our names to the dataset's columns."})
-    output_dir: str = field(default="annotations", metadata={"help": "Where the run's folder goes."})
-    rows_per_shard: int = field(default=128, metadata={"help": "Rows of a shard, and what a stop costs at most."})
-    max_error_rate: float = field(default=0.01, metadata={"help": "Share of error rows at which the run stops."})
-    retry_errors: bool = field(default=False, metadata={"help": "Annotate the shards with errors again."})
+    columns: str | None = field(
+        default=None, metadata={"help": "JSON that maps the names used here to the dataset's columns."}
+    )
+    output_dir: str = field(default="annotations", metadata={"help": "Where the folder of the run is created."})
+    rows_per_shard: int = field(
+        default=128, metadata={"help": "Rows per shard, and the most rows that are lost when the run is stopped."}
+    )
+    max_error_rate: float = field(
+        default=0.01, metadata={"help": "The run stops when a larger share of the rows are errors."}
+    )
+    retry_errors: bool = field(default=False, metadata={"help": "Annotate shards that contain errors again."})
     preview: int | None = field(
-        default=None, metadata={"help": "Annotate so many rows into `preview.html`, and nothing else."}
+        default=None, metadata={"help": "Annotate only this many rows, and show them in `preview.html`."}
     )
     executor: str = field(
         default="local",
-        metadata={"help": "This process, or actor pools of Ray Data.", "choices": ["local", "ray"]},
+        metadata={"help": "Run in this process, or in actor pools of Ray Data.", "choices": ["local", "ray"]},
     )
-    ray_vlm_actors: int = field(default=1, metadata={"help": "Actors of each role that asks the model."})
-    ray_vlm_gpus: float | None = field(default=None, metadata={"help": "GPUs of each of them."})
+    ray_vlm_actors: int = field(
+        default=1, metadata={"help": "Number of actors for each role that uses the vision-language model."}
+    )
+    ray_vlm_gpus: float | None = field(default=None, metadata={"help": "GPUs of each of these actors."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,15 +99,17 @@ class AnnotationArguments(VLMArguments):
 
     @property
     def mapping(self) -> dict[str, str] | None:
-        """`columns`, read."""
+        """`columns` as a dictionary."""
         if self.columns is None or isinstance(self.columns, dict):  # a YAML file gives a dictionary
             return self.columns
         try:
             mapping = json.loads(self.columns)
         except json.JSONDecodeError as error:
-            raise ValueError(f"`--columns` is no JSON: {error}.") from error
+            raise ValueError(f"`--columns` is not valid JSON: {error}.") from error
         if not isinstance(mapping, dict) or not all(isinstance(column, str) for column in mapping.values()):
-            raise ValueError(f"`--columns` must be a JSON object of names of columns, got {self.columns}.")
+            raise ValueError(
+                f"`--columns` must be a JSON object whose values are names of columns, got {self.columns}."
+            )
         return mapping
 
     @property
@@ -118,21 +128,21 @@ def get_executor(
     args: AnnotationArguments, detector_actors: int = 1, detector_gpus: float | None = None
 ) -> "Executor":
     """
-    What runs the roles.
+    Returns the executor that runs the roles.
 
     Args:
         args ([`AnnotationArguments`]):
             The flags.
         detector_actors (`int`, *optional*, defaults to `1`):
-            Actors of the detector, with Ray.
+            Number of actors for the detector, with Ray.
         detector_gpus (`float`, *optional*):
-            GPUs of each of them.
+            GPUs of each of these actors.
 
     Returns:
         `Executor`
 
     Raises:
-        `ValueError`: If Ray is asked for and not installed.
+        `ValueError`: If Ray is requested but not installed.
     """
     if args.executor == "local":
         from ..annotation.run import run_locally
@@ -158,18 +168,18 @@ def load_rows(
         args ([`AnnotationArguments`]):
             The flags.
         find_columns (`Callable`):
-            Decides which columns hold what, such as [`annotation.records.pair_columns`].
+            Tells which columns hold what, such as [`annotation.records.pair_columns`].
 
     Returns:
-        `tuple`: the rows, which columns hold what, and how many rows there are where that is known.
+        `tuple`: the rows, which columns hold what, and the number of rows if it is known.
 
     Raises:
-        `ValueError`: If no dataset is named, or it has no such split or columns.
+        `ValueError`: If no dataset is named, or if it lacks the split or the columns.
     """
     from ..annotation.records import prepare_rows
     from .utils import get_split, load_splits
 
-    splits = load_splits(args, revision=args.dataset_revision)
+    splits = load_splits(args.dataset_name, args.dataset_config, args.dataset_revision, args.dataset_streaming)
     dataset = get_split(splits, args.dataset_split, "--dataset_split")
     declared = dataset.info.splits or {}
     rows = declared[args.dataset_split].num_examples if args.dataset_split in declared else None
@@ -185,17 +195,17 @@ def annotate(
     executor: "Executor",
 ) -> None:
     """
-    Annotates a split, or previews it, and says what came out.
+    Annotates a split, or previews it, and prints the counts.
 
     Args:
         args ([`AnnotationArguments`]):
             The flags.
         task ([`Task`]):
-            What is done.
+            What is done with each row.
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             The rows.
         num_rows (`int`, *optional*):
-            How many.
+            Number of rows.
         executor (`Executor`):
             What runs the roles.
 

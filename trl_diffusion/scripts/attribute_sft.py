@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Trains the expert of complex preference optimization (CPO): a LoRA that knows attributes by their words.
+Trains the expert of complex preference optimization (CPO): a LoRA that knows the words for attributes.
 
 ```bash
 trl-diffusion attribute-sft \
@@ -14,7 +14,7 @@ trl-diffusion attribute-sft \
     --output_dir painting-expert
 ```
 
-`--use_peft false` trains all weights, which gives a fine-tuned model, but no expert for `complex-po`.
+`--use_peft false` trains all weights. The result is a fine-tuned model, which `complex-po` does not take as an expert.
 """
 
 from trl import TrlParser
@@ -22,18 +22,9 @@ from trl import TrlParser
 
 def main(script_args, training_args, model_args) -> None:
     from trl_diffusion import AttributeSFTTrainer
-    from trl_diffusion.scripts.utils import get_datasets, get_model, get_peft_config, run_training
+    from trl_diffusion.scripts.utils import train
 
-    model = get_model(model_args, training_args)
-    train_dataset, eval_dataset = get_datasets(script_args, training_args)
-    trainer = AttributeSFTTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        peft_config=get_peft_config(model_args),
-    )
-    run_training(trainer, script_args.dataset_name)
+    train(AttributeSFTTrainer, script_args, training_args, model_args)
 
 
 def make_parser(prog: str | None = None) -> TrlParser:

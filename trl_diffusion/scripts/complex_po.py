@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Trains with complex preference optimization (CPO): towards an expert's positive predictions, away from its negative ones.
+Trains with complex preference optimization (CPO): towards the positive predictions of an expert, and away from its negative
+predictions.
 
 ```bash
 trl-diffusion complex-po \
@@ -14,10 +15,11 @@ trl-diffusion complex-po \
     --output_dir sdxl-cpo
 ```
 
-The adapter for `negative_preference_guidance` (NPO) is the same command with `--reverse_preference`.
+The same command with `--reverse_preference` trains the adapter for `negative_preference_guidance` (NPO).
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from trl import ScriptArguments, TrlParser
 
@@ -25,11 +27,11 @@ from trl import ScriptArguments, TrlParser
 @dataclass
 class ComplexPOScriptArguments(ScriptArguments):
     """
-    Arguments of `trl-diffusion complex-po` besides those of the training and of the model.
+    Arguments of `trl-diffusion complex-po`, besides those of the training and of the model.
 
     Parameters:
         expert (`str`, *optional*):
-            Folder or Hub id of the expert, see `trl-diffusion attribute-sft`.
+            Folder or Hub id of the expert that `trl-diffusion attribute-sft` trained.
     """
 
     expert: str | None = field(
@@ -39,21 +41,13 @@ class ComplexPOScriptArguments(ScriptArguments):
 
 def main(script_args, training_args, model_args) -> None:
     from trl_diffusion import ComplexPOTrainer
-    from trl_diffusion.scripts.utils import get_datasets, get_model, get_peft_config, run_training
+    from trl_diffusion.scripts.utils import train
 
-    model = get_model(model_args, training_args)
     if not script_args.expert:
-        raise ValueError("`--expert` is missing: name the folder or the Hub id of what `attribute-sft` trained.")
-    train_dataset, eval_dataset = get_datasets(script_args, training_args)
-    trainer = ComplexPOTrainer(
-        model=model,
-        expert=script_args.expert,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        peft_config=get_peft_config(model_args),
-    )
-    run_training(trainer, script_args.dataset_name)
+        raise ValueError(
+            "`--expert` is missing: give the folder or the Hub id of an expert that `attribute-sft` trained."
+        )
+    train(partial(ComplexPOTrainer, expert=script_args.expert), script_args, training_args, model_args)
 
 
 def make_parser(prog: str | None = None) -> TrlParser:

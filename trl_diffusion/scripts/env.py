@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Prints what to paste into a bug report.
+Prints the environment information for a bug report.
 
 ```bash
 trl-diffusion env

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Compares models: each draws the same prompts from the same noise, and metrics score what it drew.
+Compares models: each generates images from the same prompts and the same noise, and metrics score the images.
 
 ```bash
 trl-diffusion evaluate \
@@ -13,8 +13,8 @@ trl-diffusion evaluate \
     --output_dir evaluation
 ```
 
-After a stop the same command goes on, and with another model or metric it does what is new. With several GPUs all of them
-draw; the first one scores.
+If it is stopped, the same command continues; with another model or metric it adds only what is missing. With several GPUs all
+of them generate images, and the first one scores them.
 """
 
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trl_diffusion.evaluation.models import ModelSpec
     from trl_diffusion.metrics.scorer import Scorer
 
-# module and class of each metric of single images that needs nothing but its weights
+# Module and class of each metric of single images that needs only its weights
 SCORERS = {
     "pickscore": "PickScoreScorer",
     "hpsv2": "HPSv2Scorer",
@@ -52,55 +52,55 @@ class EvaluateArguments:
 
     Parameters:
         models (`list[str]`, *optional*):
-            The models, each `NAME=WHERE` with a Hub id or folder of a pipeline, a LoRA, a training's checkpoint or images. The
-            first one is the baseline of the win rates.
+            The models, each as `NAME=WHERE`: the Hub id or the folder of a pipeline, a LoRA or a checkpoint, or a folder of
+            images. The first one is the baseline of the win rates.
         base_model (`str`, *optional*):
-            The pipeline that LoRAs are put on. Defaults to what a LoRA's card names.
+            The pipeline to which LoRAs are added. Defaults to the one that the card of a LoRA names.
         negative_loras (`list[str]`, *optional*):
             `NAME=WHERE`: a LoRA for the unconditional branch of guidance of the model NAME (Diffusion-NPO).
         prompts (`str`, *optional*, defaults to `"parti"`):
             `parti`, `hpdv2`, `pickapic`, a file, or a dataset of the Hub.
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
-            Column of the prompts, in a file or dataset of one's own.
+            Column of the prompts, in your own file or dataset.
         prompt_split (`str`, *optional*, defaults to `"train"`):
             Split of a dataset.
         prompt_revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         num_prompts (`int`, *optional*):
-            Draw so many prompts only, taken at even distances.
+            Use only this many prompts, taken at equal distances.
         protocol (`str`, *optional*):
-            How to draw: `iapo_sd15`, `iapo_sdxl`, `cpo_sdxl`, or a YAML file. The next seven flags win over it.
+            How to sample: `iapo_sd15`, `iapo_sdxl`, `cpo_sdxl`, or a YAML file. The next seven flags override it.
         num_inference_steps (`int`, *optional*):
             Sampling steps; 50 without a protocol.
         guidance_scale (`float`, *optional*):
             Classifier-free guidance; 7.5 without a protocol.
         scheduler (`str`, *optional*):
-            Class of diffusers that samples; the model's own without a protocol.
+            A scheduler class of diffusers; the model's own without a protocol.
         height (`int`, *optional*), width (`int`, *optional*):
             Size in pixels; the model's own without a protocol.
         images_per_prompt (`int`, *optional*):
-            Images of each prompt; 1 without a protocol.
+            Images per prompt; 1 without a protocol.
         seed (`int`, *optional*):
             Seed of the noise; 0 without a protocol.
         metrics (`list[str]`, *optional*, defaults to `["pickscore", "hpsv2", "aesthetic", "clip_score"]`):
-            What scores: `pickscore`, `hpsv2`, `hpsv2_1`, `aesthetic`, `clip_score`, `image_reward`, `fid`, `kid`,
+            The metrics: `pickscore`, `hpsv2`, `hpsv2_1`, `aesthetic`, `clip_score`, `image_reward`, `fid`, `kid`,
             `num_negative_attributes`, `caption_match`.
         references (`str`, *optional*):
-            A folder of images that `fid` and `kid` compare with.
+            A folder of images with which `fid` and `kid` compare.
         criteria (`str`, *optional*, defaults to `"painting"`):
-            The tree of `num_negative_attributes`: a YAML file, or the name of a shipped one.
+            The tree of `num_negative_attributes`: a YAML file, or the name of a tree that comes with the package.
         output_dir (`str`, *optional*, defaults to `"evaluation"`):
-            Where images, scores, tables, plots and the gallery go.
+            Where images, scores, tables, plots and the gallery are written.
         batch_size (`int`, *optional*, defaults to `8`):
-            Images that a process draws at a time.
+            Images that each process generates per batch.
         scoring_batch_size (`int`, *optional*, defaults to `16`):
-            Images scored at a time.
+            Images scored per batch.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights that draw: float16 on a GPU and float32 else, or named.
+            Type of the models' weights. `"auto"`: float16 on a GPU, float32 on a CPU.
         use_cpu (`bool`, *optional*, defaults to `False`):
-            Stay on the CPU.
+            Use the CPU, even if there is a GPU.
         retry_errors (`bool`, *optional*, defaults to `False`):
-            Score again what an earlier run left as errors.
+            Score images again that were errors in an earlier run.
     """
 
     models: list[str] | None = field(
@@ -108,7 +108,8 @@ class EvaluateArguments:
         metadata={"help": "The models, each NAME=WHERE: a pipeline, a LoRA, a checkpoint, or a folder of images."},
     )
     base_model: str | None = field(
-        default=None, metadata={"help": "The pipeline that LoRAs are put on. Defaults to what a LoRA's card names."}
+        default=None,
+        metadata={"help": "The pipeline to which LoRAs are added. Defaults to the one that the card of a LoRA names."},
     )
     negative_loras: list[str] | None = field(
         default=None,
@@ -121,43 +122,45 @@ class EvaluateArguments:
     prompt_split: str = field(default="train", metadata={"help": "Split of a dataset."})
     prompt_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     num_prompts: int | None = field(
-        default=None, metadata={"help": "Draw so many prompts only, taken at even distances."}
+        default=None, metadata={"help": "Use only this many prompts, taken at equal distances."}
     )
     protocol: str | None = field(
-        default=None, metadata={"help": "How to draw: `iapo_sd15`, `iapo_sdxl`, `cpo_sdxl`, or a YAML file."}
+        default=None, metadata={"help": "How to sample: `iapo_sd15`, `iapo_sdxl`, `cpo_sdxl`, or a YAML file."}
     )
     num_inference_steps: int | None = field(default=None, metadata={"help": "Sampling steps."})
     guidance_scale: float | None = field(default=None, metadata={"help": "Classifier-free guidance."})
-    scheduler: str | None = field(default=None, metadata={"help": "Class of diffusers that samples."})
+    scheduler: str | None = field(default=None, metadata={"help": "A scheduler class of diffusers."})
     height: int | None = field(default=None, metadata={"help": "Height in pixels."})
     width: int | None = field(default=None, metadata={"help": "Width in pixels."})
-    images_per_prompt: int | None = field(default=None, metadata={"help": "Images of each prompt."})
+    images_per_prompt: int | None = field(default=None, metadata={"help": "Images per prompt."})
     seed: int | None = field(default=None, metadata={"help": "Seed of the noise."})
     metrics: list[str] = field(
         default_factory=lambda: ["pickscore", "hpsv2", "aesthetic", "clip_score"],
-        metadata={"help": "What scores.", "choices": [*SCORERS, *OF_ALL_IMAGES, *JUDGED]},
+        metadata={"help": "The metrics.", "choices": [*SCORERS, *OF_ALL_IMAGES, *JUDGED]},
     )
     references: str | None = field(
-        default=None, metadata={"help": "A folder of images that `fid` and `kid` compare with."}
+        default=None, metadata={"help": "A folder of images with which `fid` and `kid` compare."}
     )
     criteria: str = field(
         default="painting",
-        metadata={"help": "The tree of `num_negative_attributes`: a YAML file, or the name of a shipped one."},
+        metadata={"help": "The tree of `num_negative_attributes`: a YAML file, or the name of a tree in the package."},
     )
     output_dir: str = field(
-        default="evaluation", metadata={"help": "Where images, scores, tables, plots and the gallery go."}
+        default="evaluation", metadata={"help": "Where images, scores, tables, plots and the gallery are written."}
     )
-    batch_size: int = field(default=8, metadata={"help": "Images that a process draws at a time."})
-    scoring_batch_size: int = field(default=16, metadata={"help": "Images scored at a time."})
+    batch_size: int = field(default=8, metadata={"help": "Images that each process generates per batch."})
+    scoring_batch_size: int = field(default=16, metadata={"help": "Images scored per batch."})
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Type of the weights that draw: float16 on a GPU and float32 else, or named.",
+            "help": "Type of the models' weights; auto: float16 on a GPU, float32 on a CPU.",
             "choices": ["auto", "float32", "float16", "bfloat16"],
         },
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU."})
-    retry_errors: bool = field(default=False, metadata={"help": "Score again what an earlier run left as errors."})
+    use_cpu: bool = field(default=False, metadata={"help": "Use the CPU, even if there is a GPU."})
+    retry_errors: bool = field(
+        default=False, metadata={"help": "Score images again that were errors in an earlier run."}
+    )
 
     def __post_init__(self):
         for name in ("batch_size", "scoring_batch_size"):
@@ -165,16 +168,16 @@ class EvaluateArguments:
                 raise ValueError(f"`--{name}` must be at least 1, got {getattr(self, name)}.")
         if not self.models:
             raise ValueError(
-                "`--models` is missing: name what to compare, such as `--models base=user/base aligned=my-lora`."
+                "`--models` is missing: name the models to compare, such as `--models base=user/base aligned=my-lora`."
             )
         if self.corpus_metrics and not self.references:
             raise ValueError(
-                f"`--references` is missing: the folder of images that {' and '.join(self.corpus_metrics)} compare with."
+                f"`--references` is missing: name the folder of images with which {' and '.join(self.corpus_metrics)} compare."
             )
 
     @property
     def corpus_metrics(self) -> tuple[str, ...]:
-        """Those of `metrics` that compare all images of a model with `references`."""
+        """The metrics that compare all images of a model with `references`."""
         return tuple(name for name in self.metrics if name in OF_ALL_IMAGES)
 
 
@@ -217,7 +220,7 @@ def main(args: EvaluateArguments, vlm_args: VLMArguments, detector_args: Detecto
 
 
 def get_models(args: EvaluateArguments) -> list["ModelSpec"]:
-    """The models that the flags name, pinned."""
+    """The models that the flags name, each with its exact version."""
     from trl_diffusion.evaluation.models import parse_model, resolve_model
 
     negative_loras = dict(parse_model(text) for text in args.negative_loras or [])
@@ -230,7 +233,7 @@ def get_models(args: EvaluateArguments) -> list["ModelSpec"]:
 def get_scorers(
     args: EvaluateArguments, vlm_args: VLMArguments, detector_args: DetectorArguments
 ) -> dict[str, "Callable[[], Scorer]"]:
-    """What makes the scorer of each metric that the flags name."""
+    """A function that makes the scorer, for each metric of single images that the flags name."""
     from importlib import import_module
 
     from trl_diffusion.criteria import Criteria

@@ -30,18 +30,9 @@ from trl import TrlParser
 
 def main(script_args, training_args, model_args) -> None:
     from trl_diffusion import InstanceDPOTrainer
-    from trl_diffusion.scripts.utils import get_datasets, get_model, get_peft_config, run_training
+    from trl_diffusion.scripts.utils import train
 
-    model = get_model(model_args, training_args)
-    train_dataset, eval_dataset = get_datasets(script_args, training_args)
-    trainer = InstanceDPOTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        peft_config=get_peft_config(model_args),
-    )
-    run_training(trainer, script_args.dataset_name)
+    train(InstanceDPOTrainer, script_args, training_args, model_args)
 
 
 def make_parser(prog: str | None = None) -> TrlParser:

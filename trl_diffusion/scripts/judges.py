@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The models that look at images for several commands: a vision-language model and a detector."""
+"""The models with which several commands look at images: a vision-language model and a detector."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,43 +17,43 @@ ORACLE = "oracle"
 @dataclass
 class VLMArguments:
     """
-    Which vision-language model answers, and how it is run.
+    Which vision-language model is used, and how it is run.
 
     Parameters:
         vlm (`str`, *optional*, defaults to `"Qwen/Qwen2.5-VL-7B-Instruct"`):
-            The vision-language model: a Hub id, a folder, a name on the server, or `oracle`.
+            The vision-language model: a Hub id, a folder, the model's name on the server, or `oracle`.
         vlm_revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         vlm_base_url (`str`, *optional*):
-            An OpenAI-compatible server that offers the model; left out, it runs in this process.
+            Address of an OpenAI-compatible server with the model. By default the model runs in this process.
         vlm_batch_size (`int`, *optional*, defaults to `8`):
-            Requests that the model in this process answers at once.
+            Requests per batch, for a model in this process.
         vlm_dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights in this process.
+            Type of the weights, for a model in this process.
         vlm_max_new_tokens (`int`, *optional*, defaults to `512`):
-            An answer's longest length in tokens.
+            Largest length of an answer, in tokens.
         vlm_concurrency (`int`, *optional*, defaults to `32`):
-            Requests that are under way to the server at once.
+            Requests that the server is sent at the same time.
         vlm_timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds that the server may take for one.
+            Seconds that the server may take for a request.
     """
 
     vlm: str = field(
         default="Qwen/Qwen2.5-VL-7B-Instruct",
         metadata={
-            "help": "The vision-language model: a Hub id, a folder, a name on the server, or `oracle`, which knows the "
-            "quickstart's worlds."
+            "help": "The vision-language model: a Hub id, a folder, the model's name on the server, or `oracle`, which knows "
+            "only the quickstart's worlds."
         },
     )
     vlm_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     vlm_base_url: str | None = field(
         default=None,
-        metadata={"help": "An OpenAI-compatible server that offers the model, such as http://localhost:8000/v1."},
+        metadata={"help": "Address of an OpenAI-compatible server with the model, such as http://localhost:8000/v1."},
     )
-    vlm_batch_size: int = field(default=8, metadata={"help": "Requests answered at once, in this process."})
-    vlm_dtype: str = field(default="auto", metadata={"help": "Type of the weights, in this process."})
-    vlm_max_new_tokens: int = field(default=512, metadata={"help": "An answer's longest length in tokens."})
-    vlm_concurrency: int = field(default=32, metadata={"help": "Requests under way at once, to the server."})
+    vlm_batch_size: int = field(default=8, metadata={"help": "Requests per batch, for a model in this process."})
+    vlm_dtype: str = field(default="auto", metadata={"help": "Type of the weights, for a model in this process."})
+    vlm_max_new_tokens: int = field(default=512, metadata={"help": "Largest length of an answer, in tokens."})
+    vlm_concurrency: int = field(default=32, metadata={"help": "Requests that the server is sent at the same time."})
     vlm_timeout: float = field(default=120.0, metadata={"help": "Seconds that the server may take for a request."})
 
     def __post_init__(self):
@@ -61,13 +61,15 @@ class VLMArguments:
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` must be at least 1, got {getattr(self, name)}.")
         if self.vlm_base_url and self.vlm_revision:
-            raise ValueError("`--vlm_revision` is for a model in this process; the server decides on its own.")
+            raise ValueError(
+                "`--vlm_revision` is for a model in this process: leave it out with `--vlm_base_url`, where the server decides."
+            )
 
 
 @dataclass
 class DetectorArguments:
     """
-    Which detector looks for things.
+    Which detector is used, and how it is run.
 
     Parameters:
         detector (`str`, *optional*, defaults to `"IDEA-Research/grounding-dino-base"`):
@@ -75,11 +77,11 @@ class DetectorArguments:
         detector_revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         detector_threshold (`float`, *optional*, defaults to `0.3`):
-            Hits with a lower score do not count.
+            Detections with a lower score do not count.
         detector_dtype (`str`, *optional*, defaults to `"float32"`):
             Type of the detector's weights.
         detector_batch_size (`int`, *optional*, defaults to `16`):
-            Images that the detector looks at at once.
+            Images per batch of the detector.
     """
 
     detector: str = field(
@@ -87,14 +89,14 @@ class DetectorArguments:
         metadata={"help": "The zero-shot detector: a Hub id, a folder, or `oracle`."},
     )
     detector_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
-    detector_threshold: float = field(default=0.3, metadata={"help": "Hits with a lower score do not count."})
+    detector_threshold: float = field(default=0.3, metadata={"help": "Detections with a lower score do not count."})
     detector_dtype: str = field(default="float32", metadata={"help": "Type of the detector's weights."})
-    detector_batch_size: int = field(default=16, metadata={"help": "Images that the detector looks at at once."})
+    detector_batch_size: int = field(default=16, metadata={"help": "Images per batch of the detector."})
 
 
 def get_vlm(args: VLMArguments) -> "VLM":
     """
-    The vision-language model that the flags name.
+    Loads the vision-language model that the flags name.
 
     Args:
         args ([`VLMArguments`]):
@@ -133,7 +135,7 @@ def get_vlm(args: VLMArguments) -> "VLM":
 
 def get_detector(args: DetectorArguments) -> "Detector":
     """
-    The detector that the flags name.
+    Loads the detector that the flags name.
 
     Args:
         args ([`DetectorArguments`]):

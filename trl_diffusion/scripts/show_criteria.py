@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Prints a tree of criteria, and draws it as one picture.
+Prints a tree of criteria, and draws it as a picture.
 
 ```bash
 trl-diffusion show-criteria --criteria painting --dimension composition --output criteria.png
@@ -25,22 +25,23 @@ class ShowCriteriaArguments:
 
     Parameters:
         criteria (`str`, *optional*, defaults to `"painting"`):
-            Tree of criteria: a YAML file, or the name of one that the package ships.
+            Tree of criteria: a YAML file, or the name of a tree that comes with the package.
         dimension (`str`, *optional*):
             Dimension to show. By default all of them are shown.
         output (`str`, *optional*):
-            Where the picture goes, such as `"criteria.png"`. By default none is drawn.
+            File for the picture, such as `"criteria.png"`. By default no picture is drawn.
     """
 
     criteria: str = field(
         default="painting",
-        metadata={"help": "Tree of criteria: a YAML file, or the name of one that the package ships."},
+        metadata={"help": "Tree of criteria: a YAML file, or the name of a tree that comes with the package."},
     )
     dimension: str | None = field(
         default=None, metadata={"help": "Dimension to show. By default all of them are shown."}
     )
     output: str | None = field(
-        default=None, metadata={"help": "Where the picture goes, such as 'criteria.png'. By default none is drawn."}
+        default=None,
+        metadata={"help": "File for the picture, such as 'criteria.png'. By default no picture is drawn."},
     )
 
 
@@ -56,7 +57,7 @@ def main(args: ShowCriteriaArguments) -> None:
 
 
 def tree_text(criteria: Criteria) -> str:
-    """The tree in indented lines, an attribute with its two forms, and at the end how many each dimension has."""
+    """The tree in indented lines, each attribute with its two forms, and below it the number of attributes per dimension."""
     lines = []
     for depth, node, attribute in criteria.walk():
         forms = "" if attribute is None else f": {attribute.positive} | {attribute.negative}"

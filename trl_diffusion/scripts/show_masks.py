@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Draws the instance masks of a dataset over its images, exactly as training sees them: cropped, resized, and with the masks
-on the latent grid.
+Draws the instance masks of a dataset over its images, exactly as in training: the images are cropped and resized, and the
+masks are on the latent grid.
 
 ```bash
 trl-diffusion show-masks --dataset_name user/pickapic-instance --num_rows 8 --output_dir masks
@@ -22,13 +22,13 @@ class ShowMasksArguments(ScriptArguments):
 
     Parameters:
         output_dir (`str`, *optional*, defaults to `"masks"`):
-            Where the pictures go, one a row.
+            Where the pictures are written, one for each row.
         num_rows (`int`, *optional*, defaults to `8`):
-            How many rows to draw, from the first.
+            Number of rows to draw, from the first one on.
         resolution (`int`, *optional*, defaults to `512`):
             Width and height in pixels of the training images.
         vae_scale_factor (`int`, *optional*, defaults to `8`):
-            Pixels a latent cell.
+            Width and height in pixels of a latent cell.
         center_crop (`bool`, *optional*, defaults to `True`):
             As in training.
         random_flip (`bool`, *optional*, defaults to `False`):
@@ -41,10 +41,10 @@ class ShowMasksArguments(ScriptArguments):
             As in training.
     """
 
-    output_dir: str = field(default="masks", metadata={"help": "Where the pictures go, one a row."})
-    num_rows: int = field(default=8, metadata={"help": "How many rows to draw, from the first."})
+    output_dir: str = field(default="masks", metadata={"help": "Where the pictures are written, one for each row."})
+    num_rows: int = field(default=8, metadata={"help": "Number of rows to draw, from the first one on."})
     resolution: int = field(default=512, metadata={"help": "Width and height in pixels of the training images."})
-    vae_scale_factor: int = field(default=8, metadata={"help": "Pixels a latent cell."})
+    vae_scale_factor: int = field(default=8, metadata={"help": "Width and height in pixels of a latent cell."})
     center_crop: bool = field(default=True, metadata={"help": "As in training."})
     random_flip: bool = field(default=False, metadata={"help": "As in training."})
     seed: int = field(default=42, metadata={"help": "As in training."})
@@ -63,7 +63,8 @@ def main(args: ShowMasksArguments) -> None:
 
     if args.num_rows < 1:
         raise ValueError(f"`--num_rows` must be at least 1, got {args.num_rows}.")
-    dataset = get_split(load_splits(args), args.dataset_train_split, "--dataset_train_split")
+    splits = load_splits(args.dataset_name, args.dataset_config, streaming=args.dataset_streaming)
+    dataset = get_split(splits, args.dataset_train_split, "--dataset_train_split")
     dataset = prepare_dataset(
         dataset, "dataset", ("prompt", "chosen", "rejected", "instances"), ("chosen", "rejected")
     )
@@ -98,9 +99,9 @@ def main(args: ShowMasksArguments) -> None:
         grid = image_grid([pictures], ["chosen", "rejected"], [f"{batch['id'][0]}: {row['prompt']}"], size=512)
         grid.save(folder / f"{index:04d}.png")
     print(
-        f"Drew {index + 1} rows to {folder}. Dark cells weigh less, red ones are turned round; boxes are green where"
+        f"Drew {index + 1} rows to {folder}. Dark cells weigh less, and the label is reversed in red cells. A box is green if "
+        "it agrees with the label, orange if it contradicts it, and grey for a tie."
     )
-    print("they agree with the label, orange where they contradict it, grey for ties.")
 
 
 def make_parser(prog: str | None = None) -> TrlParser:

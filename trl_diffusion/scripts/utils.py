@@ -1,14 +1,14 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the scripts share."""
+"""What the commands share: loading datasets, and the training of every trainer."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from peft import LoraConfig
-from transformers import TrainingArguments
 from trl import ScriptArguments
 
 from ..trainer.model_config import ModelConfig
@@ -16,22 +16,23 @@ from ..trainer.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from ..trainer.diffusion_config import DiffusionConfig
-    from ..trainer.diffusion_trainer import DiffusionTrainer
-    from .annotation import AnnotationArguments
 
 
 def load_splits(
-    script_args: "ScriptArguments | AnnotationArguments", revision: str | None = None
+    name: str | None, config: str | None = None, revision: str | None = None, streaming: bool = False
 ) -> DatasetDict | IterableDatasetDict:
     """
-    Loads the dataset that a command names: a Hub id, a folder of Parquet files or images, or a folder that
-    `save_to_disk` wrote.
+    Loads the dataset that a command names.
 
     Args:
-        script_args ([`~trl.ScriptArguments`] or [`AnnotationArguments`]):
-            `dataset_name`, `dataset_config` and `dataset_streaming` are read.
+        name (`str`, *optional*):
+            `--dataset_name`: a Hub id, a folder of Parquet files or images, or a folder that `save_to_disk` wrote.
+        config (`str`, *optional*):
+            Configuration of the dataset.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Stream the dataset instead of downloading it first.
 
     Returns:
         `DatasetDict` or `IterableDatasetDict`
@@ -39,18 +40,12 @@ def load_splits(
     Raises:
         `ValueError`: If no dataset is named.
     """
-    if not script_args.dataset_name:
-        raise ValueError("`--dataset_name` is missing: name a dataset of the Hub, or a folder.")
-    folder = Path(script_args.dataset_name)
-    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-        dataset = load_from_disk(str(folder))
+    if not name:
+        raise ValueError("`--dataset_name` is missing: give the Hub id of a dataset, or a folder.")
+    if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
+        dataset = load_from_disk(name)
         return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
-    return load_dataset(
-        script_args.dataset_name,
-        name=script_args.dataset_config,
-        revision=revision,
-        streaming=script_args.dataset_streaming,
-    )
+    return load_dataset(name, name=config, revision=revision, streaming=streaming)
 
 
 def get_split(splits: DatasetDict | IterableDatasetDict, name: str, flag: str) -> Dataset | IterableDataset:
@@ -61,9 +56,9 @@ def get_split(splits: DatasetDict | IterableDatasetDict, name: str, flag: str) -
         splits (`DatasetDict` or `IterableDatasetDict`):
             The splits.
         name (`str`):
-            The split's name.
+            Name of the split.
         flag (`str`):
-            The flag that names it, for the message.
+            The flag that sets this name, for the message.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]
@@ -77,7 +72,7 @@ def get_split(splits: DatasetDict | IterableDatasetDict, name: str, flag: str) -
 
 
 def get_datasets(
-    script_args: ScriptArguments, training_args: TrainingArguments
+    script_args: ScriptArguments, evaluates: bool
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """
     Loads the splits that a command trains and evaluates on.
@@ -85,25 +80,26 @@ def get_datasets(
     Args:
         script_args ([`~trl.ScriptArguments`]):
             The dataset and its splits.
-        training_args ([`~transformers.TrainingArguments`]):
-            Whether to evaluate, by `eval_strategy`.
+        evaluates (`bool`):
+            Whether the training evaluates, so that the second split is needed.
 
     Returns:
-        `tuple`: the training split, and the other or `None`.
+        `tuple`: the split to train on, and the split to evaluate on or `None`.
 
     Raises:
         `ValueError`: If no dataset is named, or a split is missing.
     """
-    splits = load_splits(script_args)
+    splits = load_splits(script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming)
     train_dataset = get_split(splits, script_args.dataset_train_split, "--dataset_train_split")
-    if training_args.eval_strategy == "no":
+    if not evaluates:
         return train_dataset, None
     return train_dataset, get_split(splits, script_args.dataset_test_split, "--dataset_test_split")
 
 
 def get_model(model_args: ModelConfig, training_args: "DiffusionConfig") -> str:
     """
-    The model that the flags name; `--model_revision` and `--variant` join `training_args.model_init_kwargs`.
+    Returns the model that the flags name. `--model_revision` and `--variant` are added to
+    `training_args.model_init_kwargs`.
 
     Args:
         model_args ([`ModelConfig`]):
@@ -118,7 +114,7 @@ def get_model(model_args: ModelConfig, training_args: "DiffusionConfig") -> str:
         `ValueError`: If no model is named.
     """
     if not model_args.model_name_or_path:
-        raise ValueError("`--model_name_or_path` is missing: name a diffusers pipeline of the Hub, or its folder.")
+        raise ValueError("`--model_name_or_path` is missing: give the Hub id or the folder of a diffusers pipeline.")
     model_init_kwargs = {"revision": model_args.model_revision, "variant": model_args.variant}
     training_args.model_init_kwargs = {
         **{name: value for name, value in model_init_kwargs.items() if value is not None},
@@ -127,41 +123,16 @@ def get_model(model_args: ModelConfig, training_args: "DiffusionConfig") -> str:
     return model_args.model_name_or_path
 
 
-def run_training(trainer: "DiffusionTrainer", dataset_name: str) -> None:
-    """
-    Trains, or resumes where `resume_from_checkpoint` says so, saves the model and its card, and pushes them where
-    `push_to_hub` says so.
-
-    Args:
-        trainer ([`DiffusionTrainer`]):
-            The trainer.
-        dataset_name (`str`):
-            The dataset, for the card.
-    """
-    args = trainer.args
-    resume = args.resume_from_checkpoint  # a folder, or "true" for the last checkpoint of `output_dir`
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    trainer.accelerator.print("Training completed.")
-
-    trainer.save_model(args.output_dir)
-    trainer.create_model_card(dataset_name=dataset_name)
-    trainer.accelerator.print(f"Model saved to {args.output_dir}.")
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset_name)
-        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
-    trainer.end()
-
-
 def get_peft_config(model_args: ModelConfig) -> LoraConfig | None:
     """
-    The LoRA that the flags describe.
+    Returns the LoRA that the flags describe.
 
     Args:
         model_args ([`ModelConfig`]):
             The flags.
 
     Returns:
-        [`~peft.LoraConfig`], or `None` where `use_peft` is false.
+        [`~peft.LoraConfig`], or `None` if `use_peft` is false.
     """
     if not model_args.use_peft:
         return None
@@ -172,3 +143,45 @@ def get_peft_config(model_args: ModelConfig) -> LoraConfig | None:
         target_modules=model_args.lora_target_modules,
         use_rslora=model_args.use_rslora,
     )
+
+
+def train(
+    trainer_class: Callable, script_args: ScriptArguments, training_args: "DiffusionConfig", model_args: ModelConfig
+) -> None:
+    """
+    Trains, or resumes if `resume_from_checkpoint` says so, saves the model and its card, and pushes them if `push_to_hub`
+    says so.
+
+    Args:
+        trainer_class (`Callable`):
+            The trainer's class. Arguments that only this trainer has are set with `functools.partial`.
+        script_args ([`~trl.ScriptArguments`]):
+            The dataset and its splits.
+        training_args ([`DiffusionConfig`]):
+            The trainer's config.
+        model_args ([`ModelConfig`]):
+            The model and the LoRA.
+
+    Raises:
+        `ValueError`: If a model or a dataset is not named, or a split is missing.
+    """
+    model = get_model(model_args, training_args)
+    train_dataset, eval_dataset = get_datasets(script_args, evaluates=training_args.eval_strategy != "no")
+    trainer = trainer_class(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=get_peft_config(model_args),
+    )
+    resume = training_args.resume_from_checkpoint  # a folder, or "true" for the last checkpoint of `output_dir`
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.accelerator.print("Training completed.")
+
+    trainer.save_model(training_args.output_dir)
+    trainer.create_model_card(dataset_name=script_args.dataset_name)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.end()

@@ -21,6 +21,7 @@ from ..randomness import keyed_generator
 from .attribute_sft_config import AttributeSFTConfig
 from .attributes import DEFAULT_PEFT_CONFIG, EXPERT_FILE_NAME, AttributePrompts, describe_expert
 from .diffusion_trainer import DiffusionTrainer, Metrics
+from .model_card import Method
 from .noised_batch import NoisedBatch
 
 
@@ -59,13 +60,14 @@ class AttributeSFTTrainer(DiffusionTrainer):
     ```
     """
 
-    _tag_names = ["trl-diffusion", "text-to-image", "attribute-sft"]
-    _name = "attribute SFT, stage 1 of CPO"
-    _unit = "images"
-    _paper = {
-        "title": "Beyond Binary Preference: Aligning Diffusion Models to Fine-grained Criteria by Decoupling Attributes",
-        "id": "2601.04300",
-        "citation": """\
+    method = Method(
+        "attribute SFT, stage 1 of CPO",
+        "images",
+        ("trl-diffusion", "text-to-image", "attribute-sft"),
+        {
+            "title": "Beyond Binary Preference: Aligning Diffusion Models to Fine-grained Criteria by Decoupling Attributes",
+            "id": "2601.04300",
+            "citation": """\
 @article{meng2026beyond,
     title  = {{Beyond Binary Preference: Aligning Diffusion Models to Fine-grained Criteria by Decoupling Attributes}},
     author = {Meng, Chenye and Li, Zejian and Liu, Zhongni and Li, Yize and Xie, Changle and Jia, Kaixin and Yang, Ling and
@@ -73,7 +75,8 @@ class AttributeSFTTrainer(DiffusionTrainer):
     year   = {2026},
     eprint = {arXiv:2601.04300},
 }""",
-    }
+        },
+    )
 
     columns = ("prompt", "image", "positive_attributes", "negative_attributes")
     image_columns = ("image",)
@@ -184,6 +187,9 @@ class AttributeSFTTrainer(DiffusionTrainer):
                 "This trainer's LoRA was taken out of its pipeline, which a `ComplexPOTrainer` trains now. Save an expert "
                 "before it is handed over, or load another pipeline for the `ComplexPOTrainer`."
             )
+
+    def record_details(self) -> dict[str, Any]:
+        return {"criteria": self._description()["attributes"]}
 
     def _description(self) -> dict[str, Any]:
         return describe_expert(self.policy, self.criteria, self.args)

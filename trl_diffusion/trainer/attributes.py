@@ -11,20 +11,20 @@ import torch
 from accelerate.logging import get_logger
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel
 
 from ..backbones.base import Backbone
 from ..criteria import Criteria, render_prompt
 from .attribute_sft_config import AttributeSFTConfig
 from .complex_po_config import ComplexPOConfig
-from .lora import read_lora
+from .fingerprints import base_fingerprint, same_base
+from .lora import check_lora_config, check_mixes, load_lora_into, read_lora
 
 
 logger = get_logger(__name__)
 
 DEFAULT_PEFT_CONFIG = LoraConfig(r=64, lora_alpha=64)
 EXPERT_FILE_NAME = "attribute_expert.json"
-NUM_FINGERPRINTS = 64
 
 
 class AttributePrompts:
@@ -82,28 +82,6 @@ class AttributePrompts:
 
 
 # ----- the expert -----
-
-
-def base_fingerprint(denoiser: torch.nn.Module) -> list[float]:
-    """
-    Some numbers by which to tell one set of base weights from another, whatever precision they are held in.
-
-    Args:
-        denoiser (`torch.nn.Module`):
-            The base, with or without adapters.
-
-    Returns:
-        `list[float]`: single weights from tensors spread over the model.
-    """
-    weights = {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): weight
-        for name, weight in denoiser.named_parameters()
-        if "lora_" not in name and weight.ndim > 1
-    }
-    names = sorted(weights)
-    names = names[:: max(1, len(names) // NUM_FINGERPRINTS)]
-    picked = torch.stack([weights[name].detach().flatten()[weights[name].numel() // 2].float() for name in names])
-    return [float(f"{value:.5g}") for value in picked.tolist()]
 
 
 def describe_expert(
@@ -202,9 +180,7 @@ def check_expert(described: dict[str, Any] | None, wanted: dict[str, Any]) -> No
                 f"`expert` was trained with `{name}={described[name]!r}`, and would not understand prompts with "
                 f"`{name}={wanted[name]!r}`. Train with the expert's."
             )
-    their_base, base = torch.tensor(described["base_fingerprint"]), torch.tensor(wanted["base_fingerprint"])
-    # Half precision changes a weight by 0.4 % at most, a conversion between its kinds by as much again.
-    if their_base.shape != base.shape or ((their_base - base).abs() > 0.01 * base.abs() + 1e-6).float().mean() > 0.1:
+    if not same_base(described["base_fingerprint"], wanted["base_fingerprint"]):
         raise ValueError(
             "`expert` was trained on another base than `model`. A LoRA means nothing on weights that it was not trained "
             "on: name the expert's base as `model`, or train the expert again on this one."
@@ -226,19 +202,14 @@ def add_expert(model: PeftModel, weights: dict[str, torch.Tensor], config: LoraC
     Raises:
         `ValueError`: If the LoRA does not fit the model.
     """
-    if config.use_dora:
-        raise ValueError(
-            "`expert` is a DoRA, which cannot share a batch with other adapters. Train it as a plain LoRA."
-        )
+    check_mixes(config, "`expert`")
+    check_mixes(model.peft_config["default"], "`peft_config`")
+    config = check_lora_config(config, model, "`expert`", loaded=True)
     try:
         model.add_adapter("expert", config)
-        unexpected = set_peft_model_state_dict(model, weights, adapter_name="expert").unexpected_keys
+        load_lora_into(model, weights, "`expert`", "expert")
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"`expert` was trained on another base than `model`, and does not fit it: {error}") from error
-    if unexpected or set(weights) != set(get_peft_model_state_dict(model, adapter_name="expert")):
-        raise ValueError(
-            "`expert` was trained on another base than `model`: its LoRA adapts modules that `model` lacks."
-        )
     model.set_adapter("default")
     for name, parameter in model.named_parameters():
         if ".expert." in name:

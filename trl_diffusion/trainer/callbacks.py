@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from accelerate.logging import get_logger
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from ..visualization import image_grid
+
+
+logger = get_logger(__name__)
 
 
 class SampleImagesCallback(TrainerCallback):
@@ -75,13 +79,24 @@ class SampleImagesCallback(TrainerCallback):
 class HealthCallback(TrainerCallback):
     """
     Stops a run that cannot learn: one without a step, or, before the optimizer steps, one whose loss or gradient is not
-    finite. The trainer reports the losses of each micro-batch and the norm of the gradient to it.
+    finite. The trainer reports the losses of each micro-batch and the norm of the gradient to it, and warnings.
+
+    Args:
+        scaler (`torch.amp.GradScaler`, *optional*):
+            The scaler of a training in float16, whose gradients may overflow.
     """
 
-    def __init__(self):
+    def __init__(self, scaler: torch.amp.GradScaler | None = None):
+        self.scaler = scaler
+        self.warned: set[str] = set()
         self.losses: list[tuple[list[str], torch.Tensor]] = []  # since the last optimizer step
         self.gradient_norm: torch.Tensor | float | None = None
-        self.scaler = None  # of a training in float16, whose gradients may overflow
+
+    def warn_once(self, warnings: dict[str, str]) -> None:
+        """Logs warnings, each once by its name."""
+        for name in warnings.keys() - self.warned:
+            self.warned.add(name)
+            logger.warning(warnings[name])
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:

@@ -4,12 +4,14 @@
 """Saving a training as diffusers reads it, and loading it again."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 
 from ..backbones.base import Backbone
-from .lora import LORA_WEIGHTS_NAME, read_lora
+from .lora import LORA_WEIGHTS_NAME, load_lora_into, read_lora
+from .run_record import check_resumed_run, compare_loras, describe_lora
 
 
 def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path) -> None:
@@ -30,9 +32,9 @@ def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path)
         backbone.pipeline.save_pretrained(folder)
 
 
-def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path) -> None:
+def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path, record: dict[str, Any]) -> None:
     """
-    Loads the weights of a checkpoint.
+    Loads the weights of a checkpoint. What is another run than the one that was stopped is said.
 
     Args:
         backbone ([`backbones.base.Backbone`]):
@@ -41,9 +43,11 @@ def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path)
             The policy, not wrapped, changed in place.
         folder (`str` or `Path`):
             The checkpoint.
+        record (`dict[str, Any]`):
+            What the run is, see [`trainer.run_record.describe_run`].
 
     Raises:
-        `ValueError`: If the checkpoint holds no weights that fit.
+        `ValueError`: If the checkpoint holds no weights that fit, or they would mean something else in this run.
     """
     folder, name = Path(folder), backbone.denoiser_name
     is_lora = isinstance(model, PeftModel)
@@ -52,10 +56,12 @@ def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path)
             f"The checkpoint {folder} holds no {f'LoRA ({LORA_WEIGHTS_NAME})' if is_lora else f'`{name}` folder'}: "
             f"resume {'with' if not is_lora else 'without'} `peft_config`, as it was trained, or name another."
         )
-    if is_lora:
-        weights, _ = read_lora(folder)
-        unexpected = set_peft_model_state_dict(model, weights).unexpected_keys
-        if unexpected or set(weights) != set(get_peft_model_state_dict(model)):
-            raise ValueError(f"The LoRA in {folder} targets other modules than `peft_config`.")
-    else:
+    check_resumed_run(folder, record)
+    if not is_lora:
         model.load_state_dict(type(model).from_pretrained(folder / name).state_dict())
+        return
+    weights, config = read_lora(folder)
+    errors, _ = compare_loras(describe_lora(config), record["lora"])  # a checkpoint of an older version has no record
+    if errors:
+        raise ValueError(f"The LoRA of the checkpoint {folder} is another than `peft_config`: {'; '.join(errors)}.")
+    load_lora_into(model, weights, f"The LoRA of the checkpoint {folder}")

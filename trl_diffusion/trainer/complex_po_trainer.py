@@ -30,7 +30,7 @@ from .attributes import (
 )
 from .complex_po_config import ComplexPOConfig
 from .diffusion_trainer import DiffusionTrainer, Metrics
-from .model_card import hub_id
+from .model_card import Method, hub_id
 from .noised_batch import NoisedBatch
 from .policy import evaluation_mode
 
@@ -80,10 +80,9 @@ class ComplexPOTrainer(DiffusionTrainer):
     ```
     """
 
-    _tag_names = ["trl-diffusion", "text-to-image", "complex-po"]
-    _name = "CPO"
-    _unit = "images"
-    _paper = AttributeSFTTrainer._paper
+    method = Method(
+        "CPO", "images", ("trl-diffusion", "text-to-image", "complex-po"), AttributeSFTTrainer.method.paper
+    )
 
     columns = ("prompt", "image", "positive_attributes", "negative_attributes")
     image_columns = ("image",)
@@ -275,6 +274,10 @@ class ComplexPOTrainer(DiffusionTrainer):
         written = (args.attribute_order, args.attribute_separator, args.max_attributes, self.criteria.name)
         expert = {name: weight.float().cpu().numpy() for name, weight in weights.items()}
         return [*super()._frozen_fingerprints(), Hasher.hash((expert, config.to_dict(), description)), asked, written]
+
+    def record_details(self) -> dict[str, Any]:
+        attributes = {leaf.id: [leaf.positive, leaf.negative] for leaf in self.criteria.attributes}
+        return {"criteria": attributes, "expert": self.expert[0]}
 
     def health_warnings(self, logs: dict[str, float]) -> dict[str, str]:
         args, warnings = self.args, {}

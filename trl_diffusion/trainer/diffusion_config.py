@@ -5,9 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
+
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -264,6 +268,16 @@ class DiffusionConfig(_BaseConfig):
             )
 
     @property
+    def reference_inverts(self) -> bool:
+        """Whether noised images come from inversion by the reference."""
+        return self.noise_source == "inversion" and self.inversion_model == "reference"
+
+    @property
+    def is_noised_by_epoch(self) -> bool:
+        """Whether a row's noise depends on the epoch in place of the step, so that it is known before the training."""
+        return self.noise_source == "inversion" or self.precompute_ref_preds
+
+    @property
     def half_dtype(self) -> torch.dtype | None:
         """The type of mixed precision, if any."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
@@ -277,7 +291,21 @@ def check_choice(args: DiffusionConfig, name: str, values: tuple[str, ...]) -> N
 
 
 def check_data_settings(args: DiffusionConfig, data_collator, train_dataset: Dataset | IterableDataset | None) -> None:
-    """Raises a `ValueError` where settings need another collator or another dataset."""
+    """Raises a `ValueError` where settings need another collator or another dataset. Changes `args` where they leave it open."""
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "`accelerator_config` has `dispatch_batches=True`, and the main process cannot cut batches that hold strings for the "
+            "others. Leave it out: each process then reads its own rows."
+        )
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"`train_sampling_strategy` is {args.train_sampling_strategy!r}, which sorts rows by their length, and images have none. "
+            "Use 'random', or `aspect_ratio_buckets` to sort images by their shape."
+        )
+    args.accelerator_config.dispatch_batches = False  # `None` would mean `True` for a stream
+    if args.n_gpu > 1:
+        logger.warning("Only one GPU is used. Train on several with `accelerate launch --multi_gpu`.")
+        args._n_gpu = 1
     for setting in ("precompute", "aspect_ratio_buckets"):
         if getattr(args, setting) and data_collator is not None:
             raise ValueError(

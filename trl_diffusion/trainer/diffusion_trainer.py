@@ -5,7 +5,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,24 @@ from ..data.buckets import BucketSampler, bucket_sizes, training_sizes
 from ..data.caching import TensorCache
 from ..data.collators import ImageCollator
 from ..data.formats import each_dataset, prepare_dataset
+from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
 from ..sampling import sample_images
 from .callbacks import HealthCallback, SampleImagesCallback
 from .checkpoints import load_weights, save_weights
 from .diffusion_config import DiffusionConfig, check_data_settings
 from .encoding import BatchEncoder
-from .meters import Meters
-from .model_card import diffusion_model_card, hyperparameters_of
+from .fingerprints import base_fingerprint, module_fingerprint
+from .meters import Meters, Metrics
+from .model_card import Method, diffusion_model_card
 from .noised_batch import NoisedBatch, Noiser, by_image, by_row
 from .policy import make_policy
-from .precompute import Precomputation, module_fingerprint, noising_settings, num_epochs, warn_of_unused_rows
+from .precompute import Precomputation, noising_settings, num_epochs, warn_of_unused_rows
 from .reference import Reference, check_untrained, make_reference
 from .row_randomness import RowRandomness
+from .run_record import describe_run, write_run_record
 
 
 logger = get_logger(__name__)
-
-Metrics = dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
 
 
 class DiffusionTrainer(_BaseTrainer):
@@ -89,12 +90,12 @@ class DiffusionTrainer(_BaseTrainer):
         `ValueError`: If the pipeline, the LoRA or a dataset cannot be trained rightly; the message says why.
     """
 
-    loss_is_scaled_for_ga = False  # every loss here is a mean over its batch
-    _tag_names = ["trl-diffusion", "text-to-image"]
+    loss_is_scaled_for_ga = True  # a loss here is its rows' share in the mean over all rows of the optimizer step
     _example_prompt = "a red bicycle leaning on a stone wall"
     _card_parameters: dict[str, object] = {}  # what the card says in place of, or beside, what `args` holds
     _output_suffix: str  # of the default output directory
 
+    method: Method
     columns: tuple[str, ...]
     image_columns: tuple[str, ...]
     config_class: type[DiffusionConfig]
@@ -118,22 +119,11 @@ class DiffusionTrainer(_BaseTrainer):
         train_dataset = each_dataset(train_dataset, "train_dataset", self._prepare_dataset)
         eval_dataset = each_dataset(eval_dataset, "eval_dataset", self._prepare_dataset)
         check_data_settings(args, data_collator, train_dataset)
-        if args.accelerator_config.dispatch_batches is None:
-            # The main process cannot cut batches that hold strings for the others: each reads the data itself.
-            args.accelerator_config.dispatch_batches = False
-        if args.n_gpu > 1:
-            logger.warning("Only one GPU is used. Train on several with `accelerate launch --multi_gpu`.")
-            args._n_gpu = 1
 
         self.backbone = load_backbone(model, **(args.model_init_kwargs or {}))
         self.process = self.backbone.process
         self.process.restrict(args.timestep_range)
-        self.resolution = args.resolution or self.backbone.default_resolution
-        if self.resolution % self.backbone.vae_scale_factor:
-            raise ValueError(
-                f"`resolution` is {self.resolution}, which is no multiple of {self.backbone.vae_scale_factor}, the number of "
-                "pixels along a side of a latent position of this VAE."
-            )
+        self.resolution = self.backbone.check_resolution(args.resolution)
         self.denoiser_was_training = self.backbone.denoiser.training
         super().__init__(
             model=make_policy(
@@ -165,24 +155,21 @@ class DiffusionTrainer(_BaseTrainer):
         if args.channels_last:
             for module in (self.policy, self.backbone.pipeline.vae):
                 module.to(memory_format=torch.channels_last)
+        self.base, self.rows = base_fingerprint(self.policy), train_dataset  # as they are before the training
         self.encoder = BatchEncoder(self.backbone, self.accelerator, self.image_columns, args.size_conditions)
         self.randomness = RowRandomness(args.seed, self.process, args.prompt_dropout, self._moment)
         self.noiser = Noiser(self.process, self.image_columns, args)
         self.noised_caches: list[TensorCache] = []  # one for each epoch
-        self.meters = {
-            mode: Meters(self.accelerator.reduce, self.accelerator.device) for mode in ("train", "evaluation")
-        }
+        self.meters = Meters(self.accelerator)
         self.finish_init()
         self.reference_is_initial_policy = ref_model is None
         self.reference: Reference | None = None
-        if self.uses_reference or args.sample_prompts or self._reference_inverts:
+        if self.uses_reference or args.sample_prompts or args.reference_inverts:
             self.set_reference(ref_model)
-        self.health = HealthCallback()
-        self.health.scaler = self.accelerator.scaler
+        self.health = HealthCallback(self.accelerator.scaler)
         self.add_callback(self.health)
         if args.sample_prompts:
             self.add_callback(SampleImagesCallback(self.sample, self.callback_handler.callbacks))
-        self.warned: set[str] = set()
         if args.precompute:
             self.precompute()
 
@@ -263,6 +250,10 @@ class DiffusionTrainer(_BaseTrainer):
             dataset = self._prepare_dataset(dataset, f"the dataset of `{description.lower()}`")
         if self.args.aspect_ratio_buckets and not is_training:
             batch_size = 1  # an evaluation takes every row, in order
+        args = self.args
+        if args.world_size > 1 and (isinstance(dataset, IterableDataset) or not args.dataloader_drop_last):
+            multiple = batch_size * (1 if args.accelerator_config.split_batches else args.world_size)
+            dataset, sampler_fn = pad_for_processes(dataset, sampler_fn, multiple, lambda: self._epoch, args.data_seed)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
@@ -307,21 +298,18 @@ class DiffusionTrainer(_BaseTrainer):
         if self.has_fixed_prompts:
             self.encoder.prompt_cache = files.prompts(self.prompts_of)
         self.backbone.offload(self.backbone.encoder_names if self.has_fixed_prompts else ("vae",))
-        if self.train_dataset is not None and (self._reference_inverts or args.precompute_ref_preds):
+        if self.train_dataset is not None and (args.reference_inverts or args.precompute_ref_preds):
             self.model.train()  # as in a step
-            sampler = self._bucket_sampler(self.train_dataset) if args.aspect_ratio_buckets else self.train_dataset
-            caches = []
-            for epoch in range(num_epochs(len(sampler), args)):
-                self.state.epoch = epoch
-                depends_on = (self._frozen_fingerprints(), noising_settings(args, self.process), epoch)
-                name = f"noised rows of epoch {epoch + 1}"
-                caches.append(files.by_id(self.train_dataset, self._noised_tensors, name, depends_on))
+            rows = self._bucket_sampler(self.train_dataset) if args.aspect_ratio_buckets else self.train_dataset
+            depends_on = (self._frozen_fingerprints(), noising_settings(args, self.process))
+            epochs = num_epochs(len(rows), args)
+            caches = files.by_epoch(self.train_dataset, epochs, self._noised_tensors, depends_on)
             self.state.epoch, self.noised_caches = 0, caches
-            self.meters["train"].averages()  # none of these was a step
+            self.meters.averages("train")  # none of these was a step
 
     @torch.no_grad()
-    def _noised_tensors(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        inputs = self._prepare_inputs(inputs)
+    def _noised_tensors(self, inputs: dict[str, Any], epoch: int) -> dict[str, torch.Tensor]:
+        self.state.epoch, inputs = epoch, self._prepare_inputs(inputs)
         latents = self.sample_latents(inputs)
         with self.accelerator.autocast():
             noised = next(self.noised_batches(self.model, latents, self.prepare_batch(inputs, latents), inputs))
@@ -345,12 +333,13 @@ class DiffusionTrainer(_BaseTrainer):
         """
         denoiser = None
         if ref_model is not None:
-            backbone = load_backbone(ref_model, **(self.args.model_init_kwargs or {}))
-            if backbone.denoiser is self.backbone.denoiser or ref_model is self.backbone.pipeline:
+            if ref_model is self.backbone.pipeline:
                 raise ValueError(
                     "`ref_model` is the pipeline that is trained, and would change with it. Leave `ref_model` out: the "
                     "reference is then the model before training."
                 )
+            backbone = load_backbone(ref_model, **(self.args.model_init_kwargs or {}))
+            self.backbone.check_reference(backbone.pipeline)
             denoiser = backbone.denoiser
         self.reference = make_reference(
             denoiser,
@@ -364,10 +353,6 @@ class DiffusionTrainer(_BaseTrainer):
         """The policy, not wrapped."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    @property
-    def _reference_inverts(self) -> bool:
-        return self.args.noise_source == "inversion" and self.args.inversion_model == "reference"
-
     # ---- A step ----
 
     @property
@@ -378,8 +363,7 @@ class DiffusionTrainer(_BaseTrainer):
         """What the randomness of a row changes with: the step, or the epoch where it must be known before the training."""
         if not self.model.training:
             return None
-        by_epoch = self.args.noise_source == "inversion" or self.args.precompute_ref_preds
-        return f"epoch {self._epoch}" if by_epoch else self.state.global_step
+        return f"epoch {self._epoch}" if self.args.is_noised_by_epoch else self.state.global_step
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         latents = self.sample_latents(inputs)
@@ -389,12 +373,36 @@ class DiffusionTrainer(_BaseTrainer):
             timestep_losses, metrics = self.objective(model, noised)
             losses.append(timestep_losses)
             self.record(metrics)
-        losses = torch.stack(losses).mean(dim=0)
+        losses, is_padding = torch.stack(losses).mean(dim=0), self.meters.is_padding
+        self.record({"loss": losses})
         if self.model.training:
-            self.health.losses.append((inputs["id"], losses.detach()))
-        else:
-            self.record({"loss": losses})
-        return (losses.mean(), {"losses": losses}) if return_outputs else losses.mean()
+            self.health.losses.append(
+                (inputs["id"], losses.detach() if is_padding is None else losses.detach().masked_fill(is_padding, 0))
+            )
+        num_processes = 1 if num_items_in_batch is None else self.args.world_size
+        loss = mean_over_rows(losses, is_padding, num_items_in_batch, num_processes)
+        return (loss, {"losses": losses}) if return_outputs else loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        self.meters.is_padding = inputs.get(IS_PADDING)
+        return inputs
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        num_rows = count_rows(batch_samples)
+        if self.args.world_size > 1 and batch_samples:
+            num_rows = self.accelerator.reduce(torch.as_tensor(num_rows, device=device))
+        return num_rows
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_rows = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # A stream may end within a step. The Trainer steps after the last micro-batch only, so the missing ones count nothing
+        batches += [as_padding(batches[-1]) for _ in range(num_batches - len(batches)) if batches]
+        return batches, num_rows
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        # Called for whatever is no `datasets.Dataset`: the padded rows, and every stream
+        return PaddingCollator(data_collator)
 
     def sample_latents(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Keyed latents of a batch's images, see [`trainer.encoding.BatchEncoder`]."""
@@ -416,7 +424,7 @@ class DiffusionTrainer(_BaseTrainer):
             yield self.noiser.explained(batch, latents, noisy_latents, timesteps, cached)
             return
         for timesteps, keys in self.randomness.timesteps(ids):
-            with self.reference.lend(model) if self._reference_inverts else nullcontext(model) as inverter:
+            with self.reference.lend(model) if self.args.reference_inverts else nullcontext(model) as inverter:
                 noised = self.noiser(batch, latents, timesteps, keys, partial(self.backbone.predict, inverter))
             yield noised._replace(frozen=self.frozen_predictions(model, noised))
 
@@ -450,33 +458,28 @@ class DiffusionTrainer(_BaseTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
-    @property
-    def _meters(self) -> Meters:
-        return self.meters["train" if self.model.training else "evaluation"]
-
     def record(self, metrics: Metrics) -> None:
-        """Collects metrics, as [`~DiffusionTrainer.objective`] returns them, for the next log."""
-        for name, value in metrics.items():
-            values, where = value if isinstance(value, tuple) else (value, torch.ones_like(value, dtype=torch.bool))
-            self._meters.record({name: values}, where)
+        """Collects metrics for the next log, see [`trainer.meters.Meters`]."""
+        self.meters.record("train" if self.model.training else "evaluation", metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            logs.update(self.meters["train"].averages())
-            for name, message in self.health_warnings(logs).items():
-                if name not in self.warned:
-                    self.warned.add(name)
-                    logger.warning(message)
+            metrics = self.meters.averages("train")
+            loss = metrics.pop("loss", None)
+            if "loss" in logs and loss is not None:
+                logs["loss"] = loss  # over rows; the Trainer's is over steps, which may have other numbers of rows
+            logs.update(metrics)
+            self.health.warn_once(self.health_warnings(logs))
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         was_training = self.model.training
-        self.meters["evaluation"].averages()  # of an evaluation that was stopped
+        self.meters.averages("evaluation")  # of an evaluation that was stopped
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             self.model.train(was_training)
-        for name, value in self.meters["evaluation"].averages().items():
+        for name, value in self.meters.averages("evaluation").items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
@@ -507,13 +510,37 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
-        load_weights(self.backbone, model, resume_from_checkpoint)
+        load_weights(self.backbone, model, resume_from_checkpoint, self.run_record)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    @cached_property
+    def run_record(self) -> dict[str, Any]:
+        """What this run is, to compare a resumed run with."""
+        own_reference = self.reference is None or self.reference_is_initial_policy
+        return describe_run(
+            self.args,
+            type(self).__name__,
+            self.base,
+            self.process.describe(),
+            self.policy.peft_config["default"] if isinstance(self.policy, PeftModel) else None,
+            self.rows,
+            (*self.columns, "id", "instances"),
+            None if own_reference else base_fingerprint(self.reference.denoiser),
+            resolved={"resolution": self.resolution, "timestep_range": list(self.process.timestep_range)},
+            **self.record_details(),
+        )
+
+    def record_details(self) -> dict[str, Any]:
+        """What belongs into the record of a run besides: `expert`, `criteria`."""
+        return {}
+
     def _save_checkpoint(self, model, trial) -> None:
         self.create_model_card(model_name=self._model_name())
+        if self.args.should_save:  # first, so that no checkpoint is without it
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            write_run_record(folder, self.run_record)
         super()._save_checkpoint(model, trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -535,24 +562,22 @@ class DiffusionTrainer(_BaseTrainer):
         """
         if not self.is_world_process_zero():
             return
-        args, global_step = self.args, self.state.global_step
         card = diffusion_model_card(
-            pipeline=self.backbone.pipeline,
+            self.method,
+            self.args,
+            self.backbone.pipeline,
             is_lora=isinstance(self.policy, PeftModel),
-            is_reversed=getattr(args, "reverse_preference", False),
+            resolution=self.resolution,
+            global_step=self.state.global_step,
+            example_prompt=self._example_prompt,
+            further=self._card_parameters,
             model_name=model_name or self._model_name(),
             model_id=self.hub_model_id,
             dataset_name=dataset_name,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            method=self._name,
-            paper=self._paper,
-            example_prompt=self._example_prompt,
-            hyperparameters=hyperparameters_of(args, self._unit, self.resolution, global_step, self._card_parameters),
-            resolution=self.resolution,
-            global_step=global_step,
+            tags=[tags] if isinstance(tags, str) else tags or [],
         )
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        card.save(Path(args.output_dir) / "README.md")
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        card.save(Path(self.args.output_dir) / "README.md")
 
     def _send_telemetry(self) -> None:
         # TRL counts the use of its own trainers and of transformers' models here; neither is what this is.

@@ -13,6 +13,7 @@ from ..masks import instance_masks, masked_area
 from ..noising import per_sample_errors
 from .diffusion_trainer import DiffusionTrainer, Metrics
 from .instance_dpo_config import InstanceDPOConfig
+from .model_card import Method
 from .noised_batch import NoisedBatch
 
 
@@ -43,20 +44,22 @@ class InstanceDPOTrainer(DiffusionTrainer):
     ```
     """
 
-    _tag_names = ["trl-diffusion", "text-to-image", "iapo", "diffusion-dpo"]
-    _name = "IAPO"
-    _unit = "pairs"
-    _paper = {
-        "title": "Instance-Aware Preference Optimization",
-        "venue": "CVPR 2026",
-        "citation": """\
+    method = Method(
+        "IAPO",
+        "pairs",
+        ("trl-diffusion", "text-to-image", "iapo", "diffusion-dpo"),
+        {
+            "title": "Instance-Aware Preference Optimization",
+            "venue": "CVPR 2026",
+            "citation": """\
 @inproceedings{sun2026iapo,
     title     = {{Instance-Aware Preference Optimization}},
     author    = {Sun and others},
     booktitle = {CVPR},
     year      = {2026},
 }""",
-    }
+        },
+    )
 
     columns = ("prompt", "chosen", "rejected")
     image_columns = ("chosen", "rejected")

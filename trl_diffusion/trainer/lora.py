@@ -1,19 +1,428 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""LoRA files, as diffusers writes them."""
+"""LoRA: which settings can be trained rightly, and files as diffusers writes them."""
 
+import copy
 import json
+import math
+import re
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+
+# Fields of a `LoraConfig` that may have any value that `check_lora_config` finds right
+ACCEPTED_FIELDS = {
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_dropout",
+    "lora_bias",
+    "init_lora_weights",
+    "use_dora",
+    "use_bdlora",
+    "inference_mode",
+    # Bear on nothing here: peft fills them, or reads them elsewhere
+    "runtime_config",
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+}
+# Fields that must keep their default: what another value would do
+REFUSED_FIELDS = {
+    "bias": "trains biases of the base, which stay changed while the adapter is off, and which no LoRA file holds",
+    "modules_to_save": "trains whole modules of the base, which stay changed while the adapter is off, and which no LoRA "
+    "file holds",
+    "trainable_token_indices": "trains embeddings of the base, which no LoRA file holds",
+    "target_parameters": "makes a LoRA whose file `pipeline.load_lora_weights` cannot read",
+    "layer_replication": "changes the base itself, so that it is no longer the reference",
+    "kasa_config": "takes a part out of the base's weights, so that the base is no longer the reference",
+    "loftq_config": "replaces the base's weights by quantised ones, so that the base is no longer the reference",
+    "corda_config": "takes a part out of the base's weights, so that the base is no longer the reference",
+    "lora_ga_config": "needs gradients before the training, which nobody computes here",
+    "eva_config": "needs activations before the training, which nobody computes here",
+    "velora_config": "approximates the gradient, and puts more than a LoRA into the file",
+    "monteclora_config": "adds random terms to the policy and a loss of its own, which nobody adds here",
+    "arrow_config": "routes between several adapters, of which there is one here",
+    "alora_invocation_tokens": "switches the adapter off wherever these tokens do not come before, which is everywhere in "
+    "an image model: nothing would be trained",
+    "use_qalora": "is for quantised models alone, and would change nothing here",
+    "qalora_group_size": "is for quantised models alone, and would change nothing here",
+    "megatron_config": "is for models of Megatron alone",
+    "megatron_core": "is for models of Megatron alone",
+    "fan_in_fan_out": "is for layers that hold their weights transposed, and denoisers have none",
+    "ensure_weight_tying": "is for language models with tied embeddings, and would change nothing here",
+    "task_type": "wraps the model as a language model, whose inputs no denoiser takes",
+}
+# Ways to initialise a LoRA after which it changes nothing, to the last digit, in half precision too
+EXACT_INITS = (True, "gaussian", "mica")
+# Further ways that leave the base as it is: right for a LoRA whose weights are then loaded
+HARMLESS_INITS = (*EXACT_INITS, False, None, "eva", "orthogonal")
+
+
+# ----- settings -----
+
+
+def check_lora_config(
+    config: LoraConfig, denoiser: torch.nn.Module, name: str = "`peft_config`", loaded: bool = False
+) -> LoraConfig:
+    """
+    Checks that a LoRA can be trained rightly: switched off, it leaves the base as it was; before training it changes
+    nothing; and what is saved is read by `pipeline.load_lora_weights`.
+
+    Args:
+        config ([`~peft.LoraConfig`]):
+            The settings. Target modules and patterns are compared to the denoiser unless `target_modules` is `None`.
+        denoiser (`torch.nn.Module`):
+            The denoiser, in the precision that it is trained in, with or without adapters.
+        name (`str`, *optional*, defaults to ``"`peft_config`"``):
+            What the user calls these settings.
+        loaded (`bool`, *optional*, defaults to `False`):
+            Whether the weights are loaded afterwards, as an expert's are: how they would be initialised does not matter
+            then, as long as that leaves the base alone.
+
+    Returns:
+        [`~peft.LoraConfig`]: a copy, whose `init_lora_weights` is `True` where `loaded` is set.
+
+    Raises:
+        `ValueError`: If a setting is refused. The message names it, the reason and the way out.
+    """
+    if type(config) is not LoraConfig:  # `AdaLoraConfig` derives from it
+        raise ValueError(
+            f"{name} must be a `peft.LoraConfig`, got a `{type(config).__name__}`: other adapters have no file format that "
+            "`pipeline.load_lora_weights` reads."
+        )
+    for field in fields(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name in ACCEPTED_FIELDS or value == default or (value is None and not default):
+            continue
+        if loaded and field.name == "eva_config":  # of no effect on weights that are loaded
+            continue
+        reason = REFUSED_FIELDS.get(field.name, "is a setting that this library does not know")
+        raise ValueError(f"{name} has `{field.name}={value!r}`, which {reason}. Leave it at {default!r}.")
+    if getattr(config, "_custom_modules", None):
+        raise ValueError(
+            f"{name} has layers of its own, registered by `_register_custom_module`, which its file does not name."
+        )
+    _check_numbers(config, name)
+    _check_init(config, denoiser, name, loaded)
+    config = copy.deepcopy(config)
+    if config.target_modules is not None:
+        _check_targets(config, denoiser, name, loaded)
+    if loaded:
+        config.init_lora_weights, config.eva_config = True, None
+    return config
+
+
+def check_mixes(config: LoraConfig, name: str) -> None:
+    """
+    Checks that a LoRA can share a batch with other adapters, as policy and expert of [`ComplexPOTrainer`] do.
+
+    Args:
+        config ([`~peft.LoraConfig`]):
+            Its settings.
+        name (`str`):
+            What the user calls it, such as ``"`expert`"``.
+
+    Raises:
+        `ValueError`: If it cannot.
+    """
+    if config.use_dora:
+        raise ValueError(
+            f"{name} is a DoRA, which cannot share a batch with other adapters. Train it as a plain LoRA."
+        )
+
+
+def _check_numbers(config: LoraConfig, name: str) -> None:
+    ranks = {"r": config.r} | {f"rank_pattern[{key!r}]": r for key, r in (config.rank_pattern or {}).items()}
+    alphas = {"lora_alpha": config.lora_alpha}
+    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    for setting, r in ranks.items():
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+            raise ValueError(f"`{setting}` of {name} must be a whole number of at least 1, got {r!r}.")
+    for setting, alpha in alphas.items():
+        if not _is_number(alpha) or not 0 < alpha < math.inf:
+            raise ValueError(
+                f"`{setting}` of {name} must be a positive number, got {alpha!r}: the update is scaled by `lora_alpha / r`, "
+                "and without strength nothing is trained."
+            )
+    dropout = config.lora_dropout
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"`lora_dropout` of {name} must be at least 0 and less than 1, got {dropout!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_init(config: LoraConfig, denoiser: torch.nn.Module, name: str, loaded: bool) -> None:
+    init = config.init_lora_weights
+    init = init.lower() if isinstance(init, str) else init
+    changes_base = isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+    if changes_base:
+        reason = (
+            "which takes a part out of the base's weights: with the adapter off, the base is no longer the reference"
+        )
+    elif init is False or init is None:
+        reason = "which starts from a random update: policy and reference differ before anything is trained"
+    elif init == "eva":
+        reason = "which needs activations before the training, and nobody computes them here"
+    elif init == "orthogonal":
+        reason = "whose two halves cancel only up to rounding: in half precision policy and reference differ before anything "
+        reason += "is trained"
+    else:
+        reason = "which this library does not know"
+    good = HARMLESS_INITS if loaded else EXACT_INITS
+    if not (isinstance(init, str | bool | None) and init in good):
+        way_out = (
+            "Convert it to a plain LoRA, with `path_initial_model_for_weight_conversion` of peft's `save_pretrained`."
+            if loaded and changes_base
+            else "Use `True`, the default, or 'gaussian'."
+        )
+        raise ValueError(f"{name} has `init_lora_weights={init!r}`, {reason}. {way_out}")
+    if loaded:
+        return
+    if config.inference_mode:
+        raise ValueError(
+            f"{name} has `inference_mode=True`, with which nothing is trained. Leave it at `False`, also for a "
+            "configuration that was read from a saved LoRA."
+        )
+    if config.use_dora and next(denoiser.parameters()).dtype != torch.float32:
+        raise ValueError(
+            f"{name} has `use_dora=True`, whose magnitudes are computed again in every step, in half precision with so much "
+            "rounding that policy and reference differ before anything is trained. Train in float32 (`bf16=False`, "
+            "`fp16=False`), or a plain LoRA."
+        )
+
+
+def _check_targets(config: LoraConfig, denoiser: torch.nn.Module, name: str, loaded: bool) -> None:
+    """Each name, index and pattern must do something, and each target must be a layer that a LoRA file can describe."""
+    kind = type(denoiser.get_base_model() if isinstance(denoiser, PeftModel) else denoiser).__name__
+    modules = _base_modules(denoiser)
+    try:
+        targets = _targeted(config, modules)
+        if not targets:
+            raise ValueError(
+                f"`target_modules={config.target_modules!r}` of {name} leaves no module of the `{kind}` to train (with "
+                f"`exclude_modules={config.exclude_modules!r}`, `layers_to_transform={config.layers_to_transform!r}`, "
+                f"`layers_pattern={config.layers_pattern!r}`). Its attention projections are 'to_q', 'to_k', 'to_v' and "
+                "'to_out.0'; `named_modules()` lists all names."
+            )
+        # What a trained LoRA names beyond its modules does no harm: its weights say what it adapts
+        idle = [] if loaded else _idle_settings(config, modules, targets)
+    except re.error as error:
+        raise ValueError(f"{name} has a pattern that is no regular expression: {error}.") from error
+    if idle:
+        raise ValueError(
+            f"{name} has settings that fit no module of the `{kind}`, and would be ignored: {', '.join(idle)}. Correct them, "
+            "or take them out; `named_modules()` lists the names."
+        )
+    for target in targets:
+        if not isinstance(modules[target], torch.nn.Linear | torch.nn.Conv2d):
+            raise ValueError(
+                f"`target_modules` of {name} names {target!r}, a `{type(modules[target]).__name__}`. Only linear and "
+                "two-dimensional convolution layers can carry a LoRA here: name such layers."
+            )
+        if not isinstance(modules[target], torch.nn.Linear):
+            for setting, value in (("use_bdlora", config.use_bdlora), ("init_lora_weights", config.init_lora_weights)):
+                if (setting == "use_bdlora" and value) or value == "mica":
+                    raise ValueError(
+                        f"{name} has `{setting}={value!r}`, which is for linear layers alone, and targets {target!r}, a "
+                        f"`{type(modules[target]).__name__}`."
+                    )
+
+
+def _base_modules(denoiser: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The modules of the base, by the names that they have without adapters."""
+    base = denoiser.get_base_model() if isinstance(denoiser, PeftModel) else denoiser
+    return {
+        name: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        for name, module in base.named_modules()
+        if name and not any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
+    }
+
+
+def _targeted(config: LoraConfig, modules: dict[str, torch.nn.Module], **changed) -> list[str]:
+    """Names of the modules that peft would give an adapter under these settings, some of them changed."""
+    config = copy.copy(config)
+    for setting, value in changed.items():
+        setattr(config, setting, value)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        config.target_modules = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    return [name for name in modules if check_target_module_exists(config, name)] if config.target_modules else []
+
+
+def _idle_settings(config: LoraConfig, modules: dict[str, torch.nn.Module], targets: list[str]) -> list[str]:
+    """Entries of lists and patterns that change nothing."""
+    idle = []
+    unrestricted = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    if not isinstance(config.target_modules, str):
+        idle += [
+            f"`target_modules` {entry!r}"
+            for entry in sorted(config.target_modules)
+            if not _targeted(config, modules, target_modules=[entry], **unrestricted)
+        ]
+    excluded = config.exclude_modules
+    for entry in [excluded] if isinstance(excluded, str) else sorted(excluded or ()):
+        alone = entry if isinstance(excluded, str) else [entry]
+        if len(_targeted(config, modules, exclude_modules=alone)) == len(
+            _targeted(config, modules, exclude_modules=None)
+        ):
+            idle.append(f"`exclude_modules` {entry!r}")
+    indices, patterns = config.layers_to_transform, config.layers_pattern
+    indices = [indices] if isinstance(indices, int) else indices or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns or []
+    idle += [
+        f"`layers_to_transform` {index!r}"
+        for index in indices
+        if not _targeted(config, modules, layers_to_transform=index, exclude_modules=None)
+    ]
+    idle += [
+        f"`layers_pattern` {pattern!r}"
+        for pattern in patterns
+        if not _targeted(config, modules, layers_pattern=pattern, exclude_modules=None)
+    ]
+    for setting in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(config, setting) or {}
+        used = {get_pattern_key(keys, target) for target in targets}
+        idle += [f"`{setting}` {key!r}" for key in keys if key not in used]
+    return idle
+
+
+# ----- what an adapter did to the model -----
+
+
+def base_checksums(denoiser: torch.nn.Module) -> dict[str, int]:
+    """
+    A checksum of each weight and buffer of the base: the sum of its bits, read as whole numbers.
+
+    Args:
+        denoiser (`torch.nn.Module`):
+            The denoiser, with or without adapters.
+
+    Returns:
+        `dict[str, int]`: by the names that they have without adapters.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = {}
+    for name, value in denoiser.state_dict().items():
+        if not _is_lora_weight(name):
+            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            sums[name] = value.contiguous().view(integers[value.element_size()]).sum(dtype=torch.int64)
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+
+
+def check_adapters_off(model: PeftModel, before: dict[str, int]) -> None:
+    """
+    Checks that the base under an adapter is the base that it was added to, so that the reference can be had by switching
+    the adapter off.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model with its adapters.
+        before (`dict[str, int]`):
+            [`trainer.lora.base_checksums`] of the denoiser before the adapter was added.
+
+    Raises:
+        `ValueError`: If a weight of the base was changed, added or taken away.
+    """
+    after = base_checksums(model)
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if changed:
+        raise ValueError(
+            f"The adapter changed {len(changed)} tensors of the base, such as {changed[0]!r}: with the adapter off, the model "
+            "is no longer the reference. Use a plain LoRA, `LoraConfig(r=..., lora_alpha=...)`."
+        )
+
+
+def check_trainable(model: PeftModel) -> None:
+    """
+    Checks that what is trained is a LoRA and nothing else.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model with its adapters.
+
+    Raises:
+        `ValueError`: If nothing is trained, or a weight of the base is.
+    """
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    if not trained:
+        raise ValueError("No weight of the LoRA is trained. Use a plain LoRA, `LoraConfig(r=..., lora_alpha=...)`.")
+    others = [name.removeprefix("base_model.model.") for name in trained if not _is_lora_weight(name)]
+    if others:
+        raise ValueError(
+            f"{len(others)} weights of the base would be trained beside the LoRA, such as {others[0]!r}: they stay changed "
+            "while the adapter is off, and no LoRA file holds them. Use a plain LoRA, `LoraConfig(r=..., lora_alpha=...)`."
+        )
+
+
+def _is_lora_weight(name: str) -> bool:
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def load_lora_into(
+    model: PeftModel, weights: dict[str, torch.Tensor], name: str, adapter_name: str = "default"
+) -> None:
+    """
+    Puts a LoRA's weights into an adapter, all of them and nothing else.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model with its adapters.
+        weights (`dict[str, torch.Tensor]`):
+            The weights, as [`trainer.lora.read_lora`] gives them.
+        name (`str`):
+            What the user calls the LoRA, such as ``"`expert`"`` or `"The checkpoint out/checkpoint-10"`.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            The adapter.
+
+    Raises:
+        `ValueError`: If the weights are not those of the adapter by name and shape. Nothing is changed then.
+    """
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    unexpected, missing = weights.keys() - own.keys(), own.keys() - weights.keys()
+    reshaped = [key for key in weights.keys() & own.keys() if weights[key].shape != own[key].shape]
+    problems = []
+    for keys, problem in ((unexpected, "has {} that the model has not"), (missing, "lacks {} that the model has")):
+        if keys:
+            problems.append(problem.format(f"{len(keys)} tensors, such as {_short(min(keys))}"))
+    if reshaped:
+        key = min(reshaped)
+        problems.append(f"has {_short(key)} of shape {tuple(weights[key].shape)} for {tuple(own[key].shape)}")
+    if problems:
+        raise ValueError(
+            f"{name} does not fit the model: it {' and '.join(problems)}. A LoRA fits the base, the target modules and the "
+            "ranks that it was trained with."
+        )
+    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+
+
+def _short(key: str) -> str:
+    return repr(key.removeprefix("base_model.model."))
+
+
+# ----- files -----
 
 
 def find_lora(name_or_path: str | Path) -> Path:
@@ -57,17 +466,23 @@ def read_lora(name_or_path: str | Path) -> tuple[dict[str, torch.Tensor], LoraCo
         the configuration.
 
     Raises:
-        `ValueError`: If the file adapts more than the denoiser, or does not hold its configuration.
+        `ValueError`: If the file adapts more than the denoiser, does not hold its configuration, or holds other weights than
+            the configuration says: halves that are missing, other ranks, values that are not finite.
     """
     path = find_lora(name_or_path)
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"The LoRA {path} cannot be read: {error}. Download it again.") from error
+    if not weights:
+        raise ValueError(f"The LoRA {path} holds no weights. Save it again, or name another.")
     denoiser_name, *others = {key.split(".")[0] for key in weights}
-    if any(name.startswith("lora_") for name in (denoiser_name, *others)):
+    if any(name.startswith("lora_") for name in (denoiser_name, *others)) or any(
+        key.endswith((".alpha", ".lora.down.weight", ".lora.up.weight", "_lora.down.weight", "_lora.up.weight"))
+        for key in weights
+    ):
         raise ValueError(
             f"The LoRA {path} has the names of another library. Load it into a pipeline and save it with diffusers."
         )
@@ -87,4 +502,42 @@ def read_lora(name_or_path: str | Path) -> tuple[dict[str, torch.Tensor], LoraCo
         raise ValueError(
             f"The configuration of the LoRA {path} is of another version of peft: {error}. Update peft."
         ) from error
-    return {f"base_model.model.{key.removeprefix(prefix)}": value for key, value in weights.items()}, config
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"The configuration of the LoRA {path} cannot be used: {error}") from error
+    weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    _check_weights(weights, config, path)
+    return {f"base_model.model.{key}": value for key, value in weights.items()}, config
+
+
+def _check_weights(weights: dict[str, torch.Tensor], config: LoraConfig, path: Path) -> None:
+    """The weights are whole, finite, and of the ranks that the configuration gives them."""
+    extra = {"lora_B.bias"} if config.lora_bias else set()
+    extra |= {"lora_magnitude_vector", "lora_magnitude_vector.weight"} if config.use_dora else set()
+    halves: dict[str, set[str]] = {}
+    for key, value in weights.items():
+        module, _, half = key.rpartition(".lora_")
+        half = f"lora_{half}"
+        if not module or half not in {"lora_A.weight", "lora_B.weight", *extra}:
+            raise ValueError(
+                f"The LoRA {path} holds {key!r}, which a LoRA of its configuration has not. Load it into a pipeline and save "
+                "it with diffusers, or train it as a plain LoRA."
+            )
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(
+                f"The LoRA {path} holds numbers that are not finite, in {key!r}: its training had failed. Name an earlier "
+                "checkpoint."
+            )
+        halves.setdefault(module, set()).add(half)
+    for module, found in halves.items():
+        if missing := sorted({"lora_A.weight", "lora_B.weight"} - found):
+            raise ValueError(f"The LoRA {path} is not whole: of {module!r} it lacks {missing[0]!r}. Save it again.")
+        r = (config.rank_pattern or {}).get(get_pattern_key(config.rank_pattern or {}, module), config.r)
+        ranks = {weights[f"{module}.lora_A.weight"].shape[0]}
+        if not config.use_bdlora:  # whose blocks have a share of the rank each
+            ranks.add(weights[f"{module}.lora_B.weight"].shape[1])
+        if ranks != {r}:
+            raise ValueError(
+                f"The LoRA {path} has the rank {', '.join(map(str, sorted(ranks)))} at {module!r}, and {r} in its "
+                "configuration, so that its strength is unknown. Save it again with the configuration that it was trained "
+                "with."
+            )

@@ -4,9 +4,12 @@
 """Per-sample metrics, averaged over all samples and processes when they are logged."""
 
 from collections import defaultdict
-from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
+
+
+Metrics = dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
 
 
 class Meters:
@@ -14,43 +17,54 @@ class Meters:
     Collects per-sample values on the device. Nothing is gathered or copied before the averages are asked for.
 
     Args:
-        reduce (`Callable`):
-            Sums a tensor over all processes.
-        device (`torch.device`):
-            Device on which processes exchange tensors.
+        accelerator ([`~accelerate.Accelerator`]):
+            Sums over processes.
+
+    Attributes:
+        is_padding (`torch.Tensor` of shape `(B,)`, bool, *optional*):
+            The rows of the current batch that count nothing.
     """
 
-    def __init__(self, reduce: Callable[[torch.Tensor], torch.Tensor], device: torch.device):
-        self.reduce = reduce
-        self.device = device
-        self.recorded: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.is_padding: torch.Tensor | None = None
+        self.recorded: dict[str, dict[str, list]] = {"train": defaultdict(list), "evaluation": defaultdict(list)}
 
-    def record(self, values: dict[str, torch.Tensor], where: torch.Tensor) -> None:
+    def record(self, mode: str, metrics: Metrics) -> None:
         """
-        Collects values.
+        Collects metrics.
 
         Args:
-            values (`dict[str, torch.Tensor]`):
-                Tensors of shape `(B,)` by metric.
-            where (`torch.Tensor` of shape `(B,)`, bool):
-                The samples that have these values.
+            mode (`str`):
+                `"train"` or `"evaluation"`.
+            metrics (`dict`):
+                By name, values of shape `(B,)` or `(n * B,)`, or a tuple of values and of which samples have them, a bool
+                tensor of the same shape.
         """
-        for name, value in values.items():
-            self.recorded[name].append((value.detach().float(), where))
+        for name, value in metrics.items():
+            values, where = value if isinstance(value, tuple) else (value, torch.ones_like(value, dtype=torch.bool))
+            if self.is_padding is not None:
+                where = where & ~self.is_padding.repeat(len(where) // len(self.is_padding))
+            self.recorded[mode][name].append((values.detach().float(), where))
 
-    def averages(self) -> dict[str, float]:
+    def averages(self, mode: str) -> dict[str, float]:
         """
         The mean of each metric since the last call, over the samples of all processes that have it.
+
+        Args:
+            mode (`str`):
+                `"train"` or `"evaluation"`.
 
         Returns:
             `dict[str, float]`: metrics that no sample has are left out.
         """
-        names, sums = list(self.recorded), []
+        recorded = self.recorded[mode]
+        names, sums = list(recorded), []
         for name in names:
-            values, where = (torch.cat(parts).cpu() for parts in zip(*self.recorded[name], strict=True))
+            values, where = (torch.cat(parts).cpu() for parts in zip(*recorded[name], strict=True))
             sums.append(torch.stack([torch.where(where, values.double(), 0).sum(), where.sum().double()]))
-        self.recorded.clear()
+        recorded.clear()
         if not names:
             return {}
-        totals, counts = self.reduce(torch.stack(sums).float().to(self.device)).T.tolist()
-        return {name: total / count for name, total, count in zip(names, totals, counts, strict=True) if count > 0}
+        totals = self.accelerator.reduce(torch.stack(sums).float().to(self.accelerator.device)).tolist()
+        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count > 0}

@@ -6,6 +6,7 @@
 import os
 from importlib import resources
 from importlib.metadata import version
+from typing import NamedTuple
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
@@ -13,32 +14,62 @@ from huggingface_hub import ModelCard, ModelCardData
 from .diffusion_config import DiffusionConfig
 
 
+class Method(NamedTuple):
+    """
+    What a card says of a training method.
+
+    Attributes:
+        name (`str`):
+            Its name.
+        unit (`str`):
+            What a row is, such as `"pairs"`.
+        tags (`tuple[str, ...]`):
+            Tags on the Hub.
+        paper (`dict[str, str]`):
+            Its paper: `title`, `citation`, and where there is one `id` (arXiv) or `venue`.
+    """
+
+    name: str
+    unit: str
+    tags: tuple[str, ...]
+    paper: dict[str, str]
+
+
 def diffusion_model_card(
-    *,
+    method: Method,
+    args: DiffusionConfig,
     pipeline: DiffusionPipeline,
+    *,
     is_lora: bool,
-    is_reversed: bool,
+    resolution: int,
+    global_step: int,
+    example_prompt: str,
+    further: dict[str, object],
     model_name: str,
     model_id: str | None,
     dataset_name: str | None,
     tags: list[str],
-    method: str,
-    paper: dict[str, str],
-    example_prompt: str,
-    hyperparameters: dict[str, object],
-    resolution: int,
-    global_step: int,
 ) -> ModelCard:
     """
     Writes the card of a trained model: what it is, how to sample with it, how it was trained.
 
     Args:
+        method ([`trainer.model_card.Method`]):
+            The method.
+        args ([`DiffusionConfig`]):
+            The configuration.
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline that was trained.
         is_lora (`bool`):
             Whether a LoRA was trained.
-        is_reversed (`bool`):
-            Whether the preference was reversed.
+        resolution (`int`):
+            Width and height in pixels of the training images.
+        global_step (`int`):
+            Number of optimizer steps.
+        example_prompt (`str`):
+            Prompt of the quick start.
+        further (`dict[str, object]`):
+            Parameters that are not in `args`, or that the card states in another way.
         model_name (`str`):
             Name of the model.
         model_id (`str` or `None`):
@@ -46,19 +77,7 @@ def diffusion_model_card(
         dataset_name (`str` or `None`):
             Hub id of the dataset.
         tags (`list[str]`):
-            Tags.
-        method (`str`):
-            Name of the method.
-        paper (`dict[str, str]`):
-            Its paper: title, citation, and where there is one `id` (arXiv) or `venue`.
-        example_prompt (`str`):
-            Prompt of the quick start.
-        hyperparameters (`dict[str, object]`):
-            What somebody needs to repeat the training, see [`trainer.model_card.hyperparameters_of`].
-        resolution (`int`):
-            Width and height in pixels of the training images.
-        global_step (`int`):
-            Number of optimizer steps.
+            Further tags.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
@@ -72,7 +91,7 @@ def diffusion_model_card(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         model_name=model_name,
-        tags=sorted({"diffusers", *(["lora"] if is_lora else []), *tags}),
+        tags=sorted({"diffusers", *(["lora"] if is_lora else []), *method.tags, *tags}),
     )
     return ModelCard.from_template(
         card_data,
@@ -82,11 +101,11 @@ def diffusion_model_card(
         base_model=base_model,
         dataset_name=dataset_name,
         is_lora=is_lora,
-        is_reversed=is_reversed,
+        is_reversed=getattr(args, "reverse_preference", False),
         example_prompt=example_prompt,
-        method=method,
-        paper=paper,
-        hyperparameters=hyperparameters,
+        method=method.name,
+        paper=method.paper,
+        hyperparameters=_hyperparameters(args, method.unit, resolution, global_step) | further,
         resolution=resolution,
         global_step=global_step,
         versions={
@@ -101,29 +120,10 @@ def hub_id(name: str | None) -> str | None:
     return name if name and not os.path.isdir(name) else None
 
 
-def hyperparameters_of(
-    args: DiffusionConfig, unit: str, resolution: int, global_step: int, further: dict[str, object]
-) -> dict[str, object]:
-    """
-    What somebody needs to repeat a training: the trainer's own parameters, then those of every training.
-
-    Args:
-        args ([`DiffusionConfig`]):
-            The configuration.
-        unit (`str`):
-            What a row is, such as `"pairs"`.
-        resolution (`int`):
-            Width and height in pixels of the training images.
-        global_step (`int`):
-            Number of optimizer steps.
-        further (`dict[str, object]`):
-            Parameters that are not in `args`, or that the card states in another way.
-
-    Returns:
-        `dict[str, object]`
-    """
+def _hyperparameters(args: DiffusionConfig, unit: str, resolution: int, global_step: int) -> dict[str, object]:
+    """What somebody needs to repeat a training: the trainer's own parameters, then those of every training."""
     own = {name: getattr(args, name) for name in type(args).__annotations__ if not name.startswith("_")}
-    shared = {
+    return own | {
         "learning_rate": args.learning_rate,
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
@@ -134,6 +134,7 @@ def hyperparameters_of(
         "resolution": resolution,
         "aspect_ratio_buckets": args.aspect_ratio_buckets,
         "prompt_dropout": args.prompt_dropout,
+        "size_conditions": args.size_conditions,
+        "noise_source": args.noise_source,
         "seed": args.seed,
     }
-    return own | further | shared

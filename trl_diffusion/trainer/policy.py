@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import set_seed
 from trl.trainer.utils import disable_dropout_in_model
 
+from .lora import base_checksums, check_adapters_off, check_lora_config, check_trainable
+
 
 def make_policy(
     denoiser: torch.nn.Module,
@@ -42,6 +44,9 @@ def make_policy(
 
     Returns:
         `torch.nn.Module`: the denoiser, or a [`~peft.PeftModel`] around it.
+
+    Raises:
+        `ValueError`: If the LoRA cannot be trained rightly, see [`trainer.lora.check_lora_config`].
     """
     # Trackers ask models for a transformers config, and the Trainer for activation checkpointing.
     denoiser._internal_dict = _TrackableConfig(denoiser.config)
@@ -52,12 +57,16 @@ def make_policy(
         _cast(denoiser, torch.float32)  # the optimizer's steps are smaller than what half precision resolves
         return denoiser
     peft_config = copy.deepcopy(peft_config)
-    if peft_config.target_modules is None:
+    if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
         peft_config.target_modules = list(default_target_modules)
     set_seed(seed)
     denoiser.requires_grad_(False)
     _cast(denoiser, half_dtype or torch.float32)
-    return get_peft_model(denoiser, peft_config)
+    peft_config, base = check_lora_config(peft_config, denoiser), base_checksums(denoiser)
+    model = get_peft_model(denoiser, peft_config)
+    check_adapters_off(model, base)
+    check_trainable(model)
+    return model
 
 
 @contextmanager

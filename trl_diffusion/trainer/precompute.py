@@ -4,11 +4,10 @@
 """Encoding images and prompts once, before the training."""
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
-from peft import PeftModel
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import TrainingArguments
 
 from ..backbones.base import Backbone
 from ..data.buckets import TRAINING_SIZE
@@ -27,37 +25,12 @@ from ..data.collators import ImageCollator
 from ..process import Process
 from .diffusion_config import DiffusionConfig
 from .encoding import BatchEncoder
+from .fingerprints import module_fingerprint
 
 
 logger = get_logger(__name__)
 
 FORMAT_VERSION = 2  # of the files; another one is another file
-NO_MATTER = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # in configurations
-NUM_FINGERPRINTS = 16
-
-
-def module_fingerprint(module: torch.nn.Module) -> str:
-    """
-    A hash by which models are told apart: of their configuration, of the names, types and shapes of their tensors, and of some
-    of their elements. Adapters of peft do not count, nor does where the model was loaded from.
-
-    Args:
-        module (`torch.nn.Module`):
-            A model of diffusers or transformers, or of peft on top of one.
-
-    Returns:
-        `str`
-    """
-    config = module.get_base_model().config if isinstance(module, PeftModel) else module.config
-    config = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config)
-    config = {name: value for name, value in config.items() if not name.startswith("_") and name not in NO_MATTER}
-    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, weight in module.state_dict().items():
-        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if "lora_" not in name:
-            some = weight.detach().flatten()[:: max(1, weight.numel() // NUM_FINGERPRINTS)]
-            digest.update(repr((name, str(weight.dtype), tuple(weight.shape), some.tolist())).encode())
-    return digest.hexdigest()
 
 
 def text_fingerprint(backbone: Backbone, prompts: Iterable[str | None]) -> str:
@@ -227,6 +200,35 @@ class Precomputation:
 
         features, dependencies = {"id": Value("string")}, (dataset._fingerprint, depends_on)
         return TensorCache(self._precompute(dataset, encode_rows, features, name, dependencies), "id")
+
+    def by_epoch(
+        self,
+        dataset: Dataset,
+        epochs: int,
+        encode: Callable[[dict[str, Any], int], dict[str, torch.Tensor]],
+        depends_on: Any,
+    ) -> list[TensorCache]:
+        """
+        Computes tensors for the rows of a precomputed dataset, anew for each epoch.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                A result of [`~Precomputation.images`].
+            epochs (`int`):
+                Number of epochs.
+            encode (`Callable`):
+                From a batch of the collator and the epoch to tensors by name, whose first dimension is that of the batch.
+            depends_on (`Any`):
+                What the result depends on besides the rows.
+
+        Returns:
+            `list[TensorCache]`: for each epoch, the tensors by id.
+        """
+        names = [f"noised rows of epoch {epoch + 1}" for epoch in range(epochs)]
+        return [
+            self.by_id(dataset, partial(encode, epoch=epoch), name, (depends_on, epoch))
+            for epoch, name in enumerate(names)
+        ]
 
     @property
     def device(self) -> torch.device:

@@ -1,11 +1,11 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Make the quickstart's expert: a LoRA on the base of the tiny paintings that draws their four qualities as they are named.
+"""Make the quickstart's expert: a LoRA on the base of the tiny paintings that generates the qualities that a prompt names.
 
-    python -m trl_diffusion.quickstart.make_painting_expert --output_dir painting_expert
+    python examples/tiny_pipelines/make_painting_expert.py --output_dir painting_expert
 
-It is trained as any expert, by `AttributeSFTTrainer`, on paintings with their attributes, in less than ten minutes
+It is trained like any expert, by `AttributeSFTTrainer`, on paintings with their attributes, in less than ten minutes
 on one core of a CPU. The same seed gives the same weights on one machine.
 """
 
@@ -14,15 +14,16 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 from peft import LoraConfig
 
 from trl_diffusion import AttributeSFTConfig, AttributeSFTTrainer, Criteria
 from trl_diffusion.criteria import render_prompt
-from trl_diffusion.quickstart.cpo import BASE, CRITERIA, TARGET_MODULES
-from trl_diffusion.quickstart.drawing import FAST, draw, load_pipeline
-from trl_diffusion.quickstart.paintings import evaluation_prompts, inspect_painting, painting_dataset
+from trl_diffusion.quickstart.cpo import CRITERIA, EXPERIMENT, TARGET_MODULES, score
+from trl_diffusion.quickstart.experiment import FAST
+from trl_diffusion.quickstart.paintings import painting_dataset, sample_painting
+from trl_diffusion.quickstart.sampling import generate, load_pipeline
+from trl_diffusion.quickstart.world import evaluation_prompts
 from trl_diffusion.trainer.attributes import EXPERT_FILE_NAME
 from trl_diffusion.trainer.lora import LORA_WEIGHTS_NAME
 
@@ -32,13 +33,13 @@ def main():
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the expert.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the paintings and of the training.")
     parser.add_argument("--num_paintings", type=int, default=12_000, help="Training images, rendered once.")
-    parser.add_argument("--max_steps", type=int, default=900, help="Optimizer steps, of 64 images.")
-    parser.add_argument("--learning_rate", type=float, default=4e-3, help="Its peak.")
-    parser.add_argument("--num_samples", type=int, default=512, help="Samples to measure; 0 for none.")
+    parser.add_argument("--max_steps", type=int, default=900, help="Optimizer steps of 64 images.")
+    parser.add_argument("--learning_rate", type=float, default=4e-3, help="Largest learning rate.")
+    parser.add_argument("--num_samples", type=int, default=512, help="Images to score at the end; 0 for none.")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    pipeline = load_pipeline(BASE)
+    pipeline = load_pipeline(EXPERIMENT.base)
     with TemporaryDirectory() as folder:
         trainer = AttributeSFTTrainer(
             pipeline,
@@ -47,7 +48,7 @@ def main():
                 criteria=CRITERIA,
                 attribute_dropout=0.2,
                 prompt_dropout=0.1,
-                timestep_range=[250, 1000],  # below, the qualities are decided
+                timestep_range=[250, 1000],  # at smaller timesteps the qualities are already decided
                 seed=args.seed,
                 max_steps=args.max_steps,
                 per_device_train_batch_size=64,
@@ -66,23 +67,18 @@ def main():
             shutil.copy(Path(folder) / name, args.output_dir / name)
 
     if args.num_samples:
-        pipeline = load_pipeline(BASE)  # measured as others will load it
+        pipeline = load_pipeline(EXPERIMENT.base)  # measured as others will load it
         pipeline.load_lora_weights(str(args.output_dir))
         for form in ("positive", "negative"):
             print(form, measure(pipeline, form, args.num_samples, args.seed))
 
 
 def measure(pipeline, form: str, num_samples: int, seed: int) -> dict[str, float]:
-    """What the oracle finds in images of prompts with all attributes in one form."""
+    """Scores images whose prompts name all attributes in one form."""
     attributes = [(attribute, form) for attribute in Criteria.load(CRITERIA).attributes]
-    prompts = evaluation_prompts(num_samples, seed)
-    asked = [render_prompt(prompt, attributes)[0] for prompt in prompts]
-    images = draw(pipeline, asked, seed)
-    findings = [inspect_painting(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-    return {
-        "negatives": float(np.mean([len(finding.negative_attributes) for finding in findings])),
-        "match": float(np.mean([finding.match for finding in findings])),
-    }
+    prompts = evaluation_prompts(num_samples, seed, sample_painting)
+    full_prompts = [render_prompt(prompt, attributes)[0] for prompt in prompts]
+    return score(generate(pipeline, full_prompts, seed), prompts)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@
 
 """Make a base model of the quickstart: a Stable Diffusion pipeline of 2.7 million parameters, trained from scratch.
 
-    python -m trl_diffusion.quickstart.make_base_pipeline --output_dir base_pipeline
-    python -m trl_diffusion.quickstart.make_base_pipeline --world paintings --output_dir painting_base
+    python examples/tiny_pipelines/make_base_pipeline.py --output_dir base_pipeline
+    python examples/tiny_pipelines/make_base_pipeline.py --world paintings --output_dir painting_base
 
-It learns an embedded world, that of `world.py` or of `paintings.py`, in about half an hour on one core of a CPU. Half
-of the shapes of `world.py` are defective, each quality of `paintings.py` is negative half of the time, and no prompt
-says which, so it draws clean shapes or good qualities about half of the time: that is what preference training then
-improves. The same seed gives the same weights on one machine.
+It learns one of the small worlds, `quickstart/world.py` or `quickstart/paintings.py`, in about half an hour on one core of a
+CPU. Half of the shapes of `world.py` are defective, and each quality of `paintings.py` is negative half of the time. No prompt
+says which, so the model generates clean shapes or good qualities about half of the time, and preference training can improve
+on that. The same seed gives the same weights on one machine.
 """
 
 import argparse
@@ -24,16 +24,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.training_utils import EMAModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from trl_diffusion.quickstart import paintings
-from trl_diffusion.quickstart.world import (
-    COLORS,
-    KINDS,
-    SIZE,
-    evaluation_prompts,
-    inspect_image,
-    render,
-    sample_scene,
-)
+from trl_diffusion.quickstart import iapo, paintings
+from trl_diffusion.quickstart.world import COLORS, KINDS, SIZE, evaluation_prompts, render, sample_scene
 
 
 # ----- the worlds -----
@@ -41,23 +33,21 @@ from trl_diffusion.quickstart.world import (
 
 @dataclass(frozen=True)
 class World:
-    """What a base model of a world is made of.
+    """What the base model of a world needs to know.
 
     Args:
         words (`list[str]`):
             The words of its prompts.
         silent_words (`list[str]`):
-            Words that are tokens too, although no caption of the base's training has them.
+            Words that are tokens too, although they are in no prompt that the base is trained on.
         max_length (`int`):
-            Tokens of the longest prompt.
+            Number of tokens of the longest prompt.
         sample (`Callable`):
-            Draws a scene, which has a `prompt`, from a `np.random.Generator`.
+            Samples a scene, which has a `prompt`, from a `np.random.Generator`.
         render (`Callable`):
             Makes an image of a scene.
-        evaluation_prompts (`Callable`):
-            Draws so many prompts from a seed.
         score (`Callable`):
-            Says of images and their prompts how well they are drawn.
+            Scores images, given their prompts.
         num_scenes (`int`), num_vae_steps (`int`), num_steps (`int`):
             How much training is enough.
     """
@@ -67,25 +57,14 @@ class World:
     max_length: int
     sample: Callable
     render: Callable
-    evaluation_prompts: Callable
     score: Callable
     num_scenes: int
     num_vae_steps: int
     num_steps: int
 
 
-def score_scenes(images: list, prompts: list[str]) -> dict[str, float]:
-    """How often A and B match the prompt and are clean."""
-    findings = [inspect_image(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-    return {
-        f"{law}_{name}": float(np.mean([getattr(finding[i], law) for finding in findings]))
-        for law in ("match", "clean")
-        for i, name in enumerate("ab")
-    }
-
-
 def score_paintings(images: list, prompts: list[str]) -> dict[str, float]:
-    """How often the prompt is matched, how many negatives an image has, and how often it has each."""
+    """How often images match their prompt, how many negatives they have, and how often each of these."""
     findings = [paintings.inspect_painting(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
     return {
         "match": float(np.mean([finding.match for finding in findings])),
@@ -103,8 +82,7 @@ WORLDS = {
         max_length=10,
         sample=sample_scene,
         render=render,
-        evaluation_prompts=evaluation_prompts,
-        score=score_scenes,
+        score=iapo.score,
         num_scenes=30_000,
         num_vae_steps=2000,
         num_steps=4500,
@@ -115,7 +93,6 @@ WORLDS = {
         max_length=16,
         sample=paintings.sample_painting,
         render=paintings.render,
-        evaluation_prompts=paintings.evaluation_prompts,
         score=score_paintings,
         num_scenes=20_000,
         num_vae_steps=1500,
@@ -215,7 +192,7 @@ def pixels_of(scenes: list, render: Callable) -> torch.Tensor:
 
 
 def train_vae(vae: AutoencoderKL, pixels: torch.Tensor, num_steps: int, batch_size: int, rng: np.random.Generator):
-    """Fit the autoencoder, then give its latents zero mean in each channel and unit variance overall."""
+    """Fit the autoencoder, then give its latents a mean of 0 in each channel and a variance of 1 overall."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps, pct_start=0.1)
     for step in range(num_steps):
@@ -231,15 +208,15 @@ def train_vae(vae: AutoencoderKL, pixels: torch.Tensor, num_steps: int, batch_si
         if step % 200 == 0 or step == num_steps - 1:
             print(f"vae  step {step:5d}  squared error {error.item():.5f}", flush=True)
 
-    # Diffusion starts from noise around zero. Stable Diffusion has a scale for its latents and no shift, so the shift
-    # goes into the biases of the two 1x1 convolutions between which the latents live.
+    # Diffusion starts from noise around zero. Stable Diffusion has a scale for its latents but no shift, so the shift
+    # goes into the biases of the two 1x1 convolutions before and after the latents.
     with torch.no_grad():
         means = vae.encode(pixels[:2048]).latent_dist.mean
         shift = means.mean((0, 2, 3))
         vae.quant_conv.bias[:4] -= shift
         vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ shift
-        # The denoiser learns the means of the posterior while trainers encode with samples from it. As in Stable
-        # Diffusion the posterior is made so narrow that the two are the same.
+        # The denoiser learns from the means of the posterior, but trainers encode with samples from it. As in Stable
+        # Diffusion, the posterior is made so narrow that the two are the same.
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = -20  # the logarithm of the variance
     vae.register_to_config(scaling_factor=1 / (means - shift[:, None, None]).std().item())
@@ -291,11 +268,11 @@ def scale_silent_words(
     text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, words: list[str], silent_words: list[str]
 ):
     """
-    Give the embeddings of words that no caption has a hundred times the mean length of those that training has shaped.
+    Scale the embeddings of words that are in no training prompt to a hundred times the mean length of the trained ones.
 
-    The layers of the trained encoder write what they know of the prompt into every position. Beside that, a random
-    embedding of the usual length is hardly seen, and an adapter that learns these words later could not tell them apart.
-    With this length, what the encoder says of such a word is the word, and its states differ as red and blue do.
+    The trained encoder writes what it knows about the prompt into every position. Compared with that, a random embedding of
+    the usual length has hardly any effect, and an adapter that learns these words later could not tell them apart. With this
+    length, the encoder's states for two such words differ as much as its states for red and blue.
     """
     table = text_encoder.get_input_embeddings().weight
     known, silent = (
@@ -310,10 +287,10 @@ def scale_silent_words(
 def measure(
     pipeline: StableDiffusionPipeline, world: World, num_samples: int, seed: int, guidance_scale: float = 2.0
 ) -> dict[str, float]:
-    """Sample as the quickstart does and report what the world's oracle finds."""
+    """Generate images with the settings of the quickstart, and score them."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    prompts, images = world.evaluation_prompts(num_samples, seed), []
+    prompts, images = evaluation_prompts(num_samples, seed, world.sample), []
     for start in range(0, num_samples, 128):
         batch = prompts[start : start + 128]
         images += pipeline(batch, num_inference_steps=10, guidance_scale=guidance_scale, generator=generator).images
@@ -322,19 +299,21 @@ def measure(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", choices=WORLDS, default="scenes", help="What to learn.")
+    parser.add_argument("--world", choices=WORLDS, default="scenes", help="The world to learn.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the pipeline.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the weights and of the training data.")
+    parser.add_argument("--num_scenes", type=int, help="Number of training images; by default what the world needs.")
     parser.add_argument(
-        "--num_scenes", type=int, help="Training images, rendered once; by default what the world needs."
+        "--num_vae_steps",
+        type=int,
+        help="Training steps of the VAE, with 32 images each; by default what the world needs.",
     )
     parser.add_argument(
-        "--num_vae_steps", type=int, help="Training steps of the VAE, of 32 images; by default what the world needs."
+        "--num_steps",
+        type=int,
+        help="Training steps of the UNet, with 64 images each; by default what the world needs.",
     )
-    parser.add_argument(
-        "--num_steps", type=int, help="Training steps of the UNet, of 64 images; by default what the world needs."
-    )
-    parser.add_argument("--num_samples", type=int, default=768, help="Samples to measure; 0 for none.")
+    parser.add_argument("--num_samples", type=int, default=768, help="Images to score at the end; 0 for none.")
     args = parser.parse_args()
     world = WORLDS[args.world]
     num_scenes = args.num_scenes or world.num_scenes

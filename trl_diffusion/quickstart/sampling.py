@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What both halves of the quickstart draw with."""
+"""The pipelines that come with the quickstart, and how images are generated with them."""
 
 from importlib import resources
 
@@ -13,16 +13,6 @@ from ..sampling import sample_images
 
 
 SAMPLING = {"num_inference_steps": 10, "guidance_scale": 2.0, "batch_size": 256}
-# Trainings of half a minute: no checkpoints, no trackers, nothing that pays on large models only
-FAST = {
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "logging_steps": 20,
-    "activation_checkpointing": False,
-    "bf16": False,
-    "dataloader_pin_memory": False,
-}
 
 
 def shipped(name: str) -> str:
@@ -31,12 +21,12 @@ def shipped(name: str) -> str:
 
 
 def load_pipeline(name: str) -> StableDiffusionPipeline:
-    """A pipeline that the package carries, see `make_base_pipeline.py`."""
+    """Loads a pipeline that comes with the quickstart, see `examples/tiny_pipelines`."""
     pipeline = StableDiffusionPipeline.from_pretrained(shipped(name), dtype=torch.float32)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def draw(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> list[Image.Image]:
-    """The same prompts from the same noise for every model."""
+def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> list[Image.Image]:
+    """Generates an image for each prompt. The noise depends on the seed and the position only, not on the model."""
     pipeline.unet.eval()
     return sample_images(pipeline, prompts, seed=seed, **SAMPLING)

@@ -1,0 +1,176 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What both experiments of the quickstart do: annotate a world's data, train the base in several ways, compare the results."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from ..annotation.join import join_annotations, load_annotations
+from ..annotation.records import prepare_rows
+from ..annotation.run import Task, run, run_locally
+from .sampling import generate, load_pipeline
+from .world import evaluation_prompts
+
+
+# Settings for trainings of half a minute: no checkpoints, no trackers, and nothing that helps large models only
+FAST = {
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 20,
+    "activation_checkpointing": False,
+    "bf16": False,
+    "dataloader_pin_memory": False,
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One way to train the base model.
+
+    Args:
+        title (`str`):
+            Its name in tables and pictures.
+        train (`Callable`):
+            Takes a pipeline, a labelled dataset and settings, and trains the pipeline in place.
+        settings (`dict[str, Any]`):
+            What the trainer's config gets besides the settings that all arms share.
+    """
+
+    title: str
+    train: Callable
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """
+    One half of the quickstart: a world, and the ways to train on it that are compared.
+
+    Args:
+        name (`str`):
+            Name of the world, such as `"scenes"`.
+        base (`str`):
+            Folder of the pipeline that every arm starts from.
+        arms (`dict[str, Arm]`):
+            The ways to train it, by their names in `results.json`.
+        figures (`dict[str, tuple[str, str]]`):
+            Which scores the report shows: the heading and the format of each.
+        unlabelled_rows (`Callable`):
+            Makes the training data without its labels, from the number of rows and a seed.
+        find_columns (`Callable`):
+            Tells which columns hold what, such as [`annotation.records.pair_columns`].
+        annotation_task (`Callable`):
+            Makes the task that finds the labels, from the source that the manifest names and the columns.
+        sample_scene (`Callable`):
+            Samples what an image shows from a `np.random.Generator`; the result has a `prompt`.
+        score (`Callable`):
+            Scores images, given their prompts.
+    """
+
+    name: str
+    base: str
+    arms: dict[str, Arm]
+    figures: dict[str, tuple[str, str]]
+    unlabelled_rows: Callable[[int, int], Dataset]
+    find_columns: Callable[[list[str], dict[str, str] | None], dict[str, str]]
+    annotation_task: Callable[[dict[str, Any], dict[str, str]], Task]
+    sample_scene: Callable
+    score: Callable[[list[Image.Image], list[str]], dict[str, float]]
+
+
+def annotate(experiment: Experiment, num_rows: int, seed: int, output_dir: str) -> tuple[str, dict[str, int]]:
+    """
+    Finds the labels of an experiment's data, in one thread.
+
+    Args:
+        experiment ([`Experiment`]):
+            The experiment.
+        num_rows (`int`):
+            Number of rows.
+        seed (`int`):
+            Seed of the data.
+        output_dir (`str`):
+            The annotations are written to its folder `annotations`.
+
+    Returns:
+        `tuple`: the folder of these annotations, and the counts of the run.
+    """
+    torch.set_num_threads(1)
+    rows, columns = prepare_rows(experiment.unlabelled_rows(num_rows, seed), experiment.find_columns)
+    source = {"name": experiment.name, "split": experiment.name, "num_rows": num_rows, "seed": seed}
+    task = experiment.annotation_task(source, columns)
+    finished = run(rows, task, Path(output_dir) / "annotations", run_locally, disable_tqdm=True)
+    return str(finished.folder), dict(finished.counts)
+
+
+def run_arm(
+    experiment: Experiment,
+    name: str,
+    annotations: str,
+    num_rows: int,
+    max_steps: int,
+    num_samples: int,
+    seed: int,
+    output_dir: str,
+) -> tuple[dict[str, float], list[Image.Image]]:
+    """
+    Trains the base as an arm says, generates images with it, and scores them, in one thread.
+
+    Args:
+        experiment ([`Experiment`]):
+            The experiment.
+        name (`str`):
+            The arm, or `"base"` to train nothing.
+        annotations (`str`):
+            Folder of the annotations, see [`annotate`].
+        num_rows (`int`):
+            Number of rows to train on, as annotated.
+        max_steps (`int`):
+            Optimizer steps.
+        num_samples (`int`):
+            Number of images.
+        seed (`int`):
+            Seed of the data, of the training and of the images.
+        output_dir (`str`):
+            Output directory of the trainer.
+
+    Returns:
+        `tuple`: the scores of all images, and the first eight images.
+    """
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    pipeline = load_pipeline(experiment.base)
+    if name in experiment.arms:
+        arm = experiment.arms[name]
+        rows = join_annotations(experiment.unlabelled_rows(num_rows, seed), load_annotations(annotations))
+        settings = {"output_dir": output_dir, "seed": seed, "max_steps": max_steps}
+        arm.train(pipeline, rows, settings | arm.settings)
+    trained = time.perf_counter()
+    prompts = evaluation_prompts(num_samples, seed, experiment.sample_scene)
+    images = generate(pipeline, prompts, seed)
+    scores = experiment.score(images, prompts)
+    figures = ", ".join(f"{heading} {scores[key]:{form}}" for key, (heading, form) in experiment.figures.items())
+    seconds = trained - start, time.perf_counter() - trained
+    print(f"{name}: {seconds[0]:.0f} s of training, {seconds[1]:.0f} s of sampling: {figures}", flush=True)
+    return scores, images[:8]
+
+
+def results_table(experiment: Experiment, results: dict[str, dict[str, float]]) -> str:
+    """The scores as a table in Markdown: a row for the base and for each arm, a column for each figure."""
+    headings = [heading for heading, _ in experiment.figures.values()]
+    lines = [f"| model | {' | '.join(headings)} |", "|---" * (1 + len(headings)) + "|"]
+    titles = {"base": "base"} | {name: arm.title for name, arm in experiment.arms.items()}
+    for name, title in titles.items():
+        cells = [f"{results[name][key]:{form}}" for key, (_, form) in experiment.figures.items()]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)

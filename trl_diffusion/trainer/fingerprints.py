@@ -1,0 +1,82 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Numbers and hashes by which models are told apart."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedConfig
+
+
+NO_MATTER = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # in configurations
+NUM_WEIGHTS, NUM_ELEMENTS = 64, 16
+
+
+def base_fingerprint(denoiser: torch.nn.Module) -> list[float]:
+    """
+    Some numbers by which to tell one set of base weights from another, whatever precision they are held in.
+
+    Args:
+        denoiser (`torch.nn.Module`):
+            The base, with or without adapters.
+
+    Returns:
+        `list[float]`: single weights from tensors spread over the model.
+    """
+    weights = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): weight
+        for name, weight in denoiser.named_parameters()
+        if "lora_" not in name and weight.ndim > 1
+    }
+    names = sorted(weights)
+    names = names[:: max(1, len(names) // NUM_WEIGHTS)]
+    picked = torch.stack([weights[name].detach().flatten()[weights[name].numel() // 2].float() for name in names])
+    return [float(f"{value:.5g}") for value in picked.tolist()]
+
+
+def same_base(before: Iterable[float], now: Iterable[float], tolerance: float = 0.01) -> bool:
+    """
+    Tells whether two fingerprints are of the same weights, perhaps in another precision.
+
+    Args:
+        before (`Iterable[float]`):
+            [`trainer.fingerprints.base_fingerprint`] of the one.
+        now (`Iterable[float]`):
+            The same of the other.
+        tolerance (`float`, *optional*, defaults to `0.01`):
+            The largest relative difference of a weight. Half precision changes a weight by 0.4 % at most, a conversion
+            between its kinds by as much again.
+
+    Returns:
+        `bool`: whether at most a tenth of the weights differ by more.
+    """
+    a, b = torch.tensor(list(before)), torch.tensor(list(now))
+    return a.shape == b.shape and not ((a - b).abs() > tolerance * b.abs() + 1e-6).float().mean() > 0.1
+
+
+def module_fingerprint(module: torch.nn.Module) -> str:
+    """
+    A hash by which models are told apart: of their configuration, of the names, types and shapes of their tensors, and of some
+    of their elements. Adapters of peft do not count, nor does where the model was loaded from.
+
+    Args:
+        module (`torch.nn.Module`):
+            A model of diffusers or transformers, or of peft on top of one.
+
+    Returns:
+        `str`
+    """
+    config = module.get_base_model().config if isinstance(module, PeftModel) else module.config
+    config = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config)
+    config = {name: value for name, value in config.items() if not name.startswith("_") and name not in NO_MATTER}
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, weight in module.state_dict().items():
+        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if "lora_" not in name:
+            some = weight.detach().flatten()[:: max(1, weight.numel() // NUM_ELEMENTS)]
+            digest.update(repr((name, str(weight.dtype), tuple(weight.shape), some.tolist())).encode())
+    return digest.hexdigest()
