@@ -39,6 +39,15 @@ class StableDiffusion3Backbone(Backbone):
     text_encoder_names = ("text_encoder", "text_encoder_2")
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
 
+    @staticmethod
+    def check(pipeline) -> None:
+        if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ValueError("The scheduler is that of no rectified flow.")
+
+    def check_reference(self, pipeline) -> None:
+        if pipeline.transformer.config != self.denoiser.config:
+            raise ValueError("The reference has another transformer.")
+
     def make_process(self) -> RectifiedFlow:
         config = self.pipeline.scheduler.config
         return RectifiedFlow(
@@ -120,11 +129,10 @@ def sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
 
 @pytest.fixture(autouse=True)
 def sd3_is_supported(monkeypatch):
-    """The class is among the families, as it would be with a file of its own, and the checks know it."""
+    """The class is among the families, as it would be with a file of its own."""
     monkeypatch.setattr(
         trl_diffusion.backbones, "BACKBONES", (*trl_diffusion.backbones.BACKBONES, StableDiffusion3Backbone)
     )
-    monkeypatch.setattr(trl_diffusion.backbones, "check_pipeline", lambda pipeline: None)
 
 
 @pytest.fixture
