@@ -32,7 +32,7 @@ from .encoding import BatchEncoder
 from .fingerprints import base_fingerprint, module_fingerprint
 from .meters import Meters, Metrics
 from .model_card import Method, diffusion_model_card
-from .noised_batch import NoisedBatch, Noiser, by_image, by_row
+from .noised_batch import NoisedBatch, Noiser, by_row
 from .policy import make_policy
 from .precompute import Precomputation, noising_settings, num_epochs, warn_of_unused_rows
 from .reference import Reference, check_untrained, make_reference
@@ -101,6 +101,7 @@ class DiffusionTrainer(_BaseTrainer):
     config_class: type[DiffusionConfig]
     collator_class: type[ImageCollator]
     uses_reference = False
+    prepared: list[Dataset | IterableDataset] = []  # the datasets that were checked; replaced, not changed
 
     def __init__(
         self,
@@ -115,7 +116,6 @@ class DiffusionTrainer(_BaseTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
         args = args or self.default_args(model)
-        self.prepared: list[Dataset | IterableDataset] = []  # datasets that were checked
         train_dataset = each_dataset(train_dataset, "train_dataset", self._prepare_dataset)
         eval_dataset = each_dataset(eval_dataset, "eval_dataset", self._prepare_dataset)
         check_data_settings(args, data_collator, train_dataset)
@@ -242,7 +242,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _prepare_dataset(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
         dataset = prepare_dataset(dataset, name, self.columns, self.image_columns)
-        self.prepared.append(dataset)
+        self.prepared = [*self.prepared, dataset]
         return dataset
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
@@ -294,7 +294,7 @@ class DiffusionTrainer(_BaseTrainer):
         warn_of_unused_rows(self.train_dataset, args)
         self.train_dataset = each_dataset(self.train_dataset, "train_dataset", files.images)
         self.eval_dataset = each_dataset(self.eval_dataset, "eval_dataset", files.images)
-        self.prepared += files.image_datasets
+        self.prepared = [*self.prepared, *files.image_datasets]
         if self.has_fixed_prompts:
             self.encoder.prompt_cache = files.prompts(self.prompts_of)
         self.backbone.offload(self.backbone.encoder_names if self.has_fixed_prompts else ("vae",))
@@ -309,10 +309,9 @@ class DiffusionTrainer(_BaseTrainer):
 
     @torch.no_grad()
     def _noised_tensors(self, inputs: dict[str, Any], epoch: int) -> dict[str, torch.Tensor]:
-        self.state.epoch, inputs = epoch, self._prepare_inputs(inputs)
-        latents = self.sample_latents(inputs)
+        self.state.epoch = epoch
         with self.accelerator.autocast():
-            noised = next(self.noised_batches(self.model, latents, self.prepare_batch(inputs, latents), inputs))
+            noised = next(self.noised_batches(self.model, self._prepare_inputs(inputs)))
         tensors = {"timesteps": noised.timesteps, "noisy_latents": noised.noisy_latents, **noised.frozen}
         return {name: by_row(value, len(self.image_columns)) for name, value in tensors.items()}
 
@@ -366,10 +365,8 @@ class DiffusionTrainer(_BaseTrainer):
         return f"epoch {self._epoch}" if self.args.is_noised_by_epoch else self.state.global_step
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
-        latents = self.sample_latents(inputs)
-        batch = self.prepare_batch(inputs, latents)
         losses = []
-        for noised in self.noised_batches(model, latents, batch, inputs):
+        for noised in self.noised_batches(model, inputs):
             timestep_losses, metrics = self.objective(model, noised)
             losses.append(timestep_losses)
             self.record(metrics)
@@ -404,26 +401,15 @@ class DiffusionTrainer(_BaseTrainer):
         # Called for whatever is no `datasets.Dataset`: the padded rows, and every stream
         return PaddingCollator(data_collator)
 
-    def sample_latents(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Keyed latents of a batch's images, see [`trainer.encoding.BatchEncoder`]."""
+    def noised_batches(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Iterator[NoisedBatch]:
+        """The noised latents of a batch with the frozen models' predictions: once in training, at 8 timesteps in evaluation."""
         keys = [self.randomness.key(row_id, column) for column in self.image_columns for row_id in inputs["id"]]
-        return self.encoder.sample_latents(inputs, keys)
-
-    def noised_batches(
-        self, model: torch.nn.Module, latents: torch.Tensor, batch: dict[str, Any], inputs: dict[str, Any]
-    ) -> Iterator[NoisedBatch]:
-        """
-        Noises the latents `(n * B, C, h, w)` of a prepared batch and asks the frozen models: once in training, at 8 fixed
-        timesteps in evaluation.
-        """
-        ids, device = inputs["id"], latents.device
+        latents = self.encoder.sample_latents(inputs, keys)
+        batch = self.prepare_batch(inputs, latents)
         if self.model.training and self._epoch < len(self.noised_caches):
-            cached = self.noised_caches[self._epoch][ids]
-            cached = {name: by_image(value).to(device, non_blocking=True) for name, value in cached.items()}
-            timesteps, noisy_latents = cached.pop("timesteps"), cached.pop("noisy_latents")
-            yield self.noiser.explained(batch, latents, noisy_latents, timesteps, cached)
+            yield self.noiser.cached(batch, latents, self.noised_caches[self._epoch][inputs["id"]])
             return
-        for timesteps, keys in self.randomness.timesteps(ids):
+        for timesteps, keys in self.randomness.timesteps(inputs["id"]):
             with self.reference.lend(model) if self.args.reference_inverts else nullcontext(model) as inverter:
                 noised = self.noiser(batch, latents, timesteps, keys, partial(self.backbone.predict, inverter))
             yield noised._replace(frozen=self.frozen_predictions(model, noised))

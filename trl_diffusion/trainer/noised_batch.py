@@ -107,19 +107,28 @@ class Noiser:
             self.args.inversion_eta,
             [(*key, column) for column in self.image_columns for key in keys],
         )
-        return self.explained(batch, latents, noisy_latents, timesteps, {})
-
-    def explained(
-        self,
-        batch: dict[str, Any],
-        latents: torch.Tensor,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        frozen: dict[str, torch.Tensor],
-    ) -> NoisedBatch:
-        """A noised batch whose noise is the one that explains `noisy_latents`. Arguments as in [`NoisedBatch`]."""
         noise = self.process.explaining_noise(latents, noisy_latents, timesteps)
-        return NoisedBatch(batch, latents, noise, noisy_latents, timesteps, frozen)
+        return NoisedBatch(batch, latents, noise, noisy_latents, timesteps, {})
+
+    def cached(self, batch: dict[str, Any], latents: torch.Tensor, tensors: dict[str, torch.Tensor]) -> NoisedBatch:
+        """
+        A noised batch from tensors that were precomputed.
+
+        Args:
+            batch (`dict[str, Any]`):
+                What does not depend on the timestep.
+            latents (`torch.Tensor` of shape `(n * B, C, h, w)`):
+                Clean latents.
+            tensors (`dict[str, torch.Tensor]`):
+                `timesteps` `(B, n)`, `noisy_latents` `(B, n, C, h, w)`, and the predictions of the frozen models.
+
+        Returns:
+            [`trainer.noised_batch.NoisedBatch`]
+        """
+        tensors = {name: by_image(value).to(latents.device, non_blocking=True) for name, value in tensors.items()}
+        timesteps, noisy_latents = tensors.pop("timesteps"), tensors.pop("noisy_latents")
+        noise = self.process.explaining_noise(latents, noisy_latents, timesteps)
+        return NoisedBatch(batch, latents, noise, noisy_latents, timesteps, tensors)
 
 
 def by_row(values: torch.Tensor, num_images: int) -> torch.Tensor:
