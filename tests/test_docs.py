@@ -114,8 +114,8 @@ def paintings(num_rows: int) -> datasets.Dataset:
 @pytest.fixture
 def tiny_hub(tmp_path, monkeypatch):
     """
-    The Hub holds tiny pipelines, pairs, paintings and an expert; a training is one step; everything is written to an empty
-    folder.
+    The Hub holds tiny pipelines, pairs, paintings and an expert; a training is one step, and one more where it resumes;
+    everything is written to an empty folder.
     """
     folder = tmp_path / "pages"
     folder.mkdir()
@@ -143,7 +143,8 @@ def tiny_hub(tmp_path, monkeypatch):
 
         def shortened(config):
             post_init(config)  # with the page's own values, which it checks
-            config.max_steps, config.per_device_train_batch_size, config.gradient_accumulation_steps = 1, 2, 1
+            config.max_steps = 1 + len(list(Path(config.output_dir).glob("checkpoint-*")))
+            config.per_device_train_batch_size, config.gradient_accumulation_steps = 2, 1
             config.report_to, config.disable_tqdm, config.resolution, config.num_inference_steps = [], True, None, 2
 
         monkeypatch.setattr(config_class, "__post_init__", shortened)

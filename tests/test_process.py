@@ -4,6 +4,7 @@
 """A process is its four numbers, and everything else follows from them as diffusers has it."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -384,9 +385,16 @@ def test_nothing_is_float64(kind, dtype):
 
 
 def test_descriptions_differ_where_the_processes_do():
-    """The kind, the schedule and the number of timesteps are in it, as JSON; the range of the timesteps is not."""
-    descriptions = [process.describe() for process in (*PROCESSES.values(), RectifiedFlow(500))]
-    descriptions.append(DiscreteProcess(ALPHAS_CUMPROD[:500], "epsilon").describe())
+    """Kind, schedule, number of timesteps, density and shift are in it, as JSON; the range of the timesteps is not."""
+    others = [
+        RectifiedFlow(500),
+        RectifiedFlow(shift=lambda u: 3 * u / (1 + 2 * u)),
+        RectifiedFlow(density=lambda generator: torch.sigmoid(torch.randn((), generator=generator))),
+        DiscreteProcess(ALPHAS_CUMPROD[:500], "epsilon"),
+    ]
+    descriptions = [process.describe() for process in (*PROCESSES.values(), *others)]
+    assert json.loads(json.dumps(descriptions)) == descriptions
+    assert RectifiedFlow().describe() == PROCESSES["flow"].describe()
     assert all(a != b for index, a in enumerate(descriptions) for b in descriptions[:index])
     restricted = DiscreteProcess(ALPHAS_CUMPROD, "epsilon")
     restricted.restrict([3, 7])

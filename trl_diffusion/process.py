@@ -340,4 +340,7 @@ class RectifiedFlow(Process):
         return [timestep - stride * (steps_before - step) for step in range(steps_before + 1)]
 
     def describe(self) -> dict[str, Any]:
-        return {"process": "rectified flow", "num_timesteps": self.num_timesteps}
+        # Density and shift are functions: what they sample tells them apart
+        generators = [keyed_generator("describe", index) for index in range(8)]
+        sigmas = [float(self.shift(self.density(generator))) for generator in generators]
+        return {"process": "rectified flow", "num_timesteps": self.num_timesteps, "sigmas": sigmas}
