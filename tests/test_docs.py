@@ -114,13 +114,14 @@ def paintings(num_rows: int) -> datasets.Dataset:
 @pytest.fixture
 def tiny_hub(tmp_path, monkeypatch):
     """
-    The Hub holds tiny pipelines, pairs, paintings and an expert; a training is one step; everything is written to an empty
-    folder.
+    The Hub holds tiny pipelines, pairs, paintings and an expert; a training is one step, and one more where it resumes;
+    everything is written to an empty folder.
     """
     folder = tmp_path / "pages"
     folder.mkdir()
     monkeypatch.chdir(folder)
     load_dataset, load_pipeline = datasets.load_dataset, diffusers.DiffusionPipeline.from_pretrained
+    read_config = diffusers.DiffusionPipeline.load_config
     uploads = []
 
     def load_tiny_dataset(path, *args, split, streaming=False, **kwargs):
@@ -134,12 +135,16 @@ def tiny_hub(tmp_path, monkeypatch):
             return load_pipeline(name)
         return tiny.sdxl_pipeline() if "xl" in name else tiny.sd_pipeline()
 
+    def load_config(cls, name, **kwargs):
+        return read_config(name) if Path(name).is_dir() else {}  # no safety checker
+
     def shorten(config_class):
         post_init = config_class.__post_init__
 
         def shortened(config):
             post_init(config)  # with the page's own values, which it checks
-            config.max_steps, config.per_device_train_batch_size, config.gradient_accumulation_steps = 1, 2, 1
+            config.max_steps = 1 + len(list(Path(config.output_dir).glob("checkpoint-*")))
+            config.per_device_train_batch_size, config.gradient_accumulation_steps = 2, 1
             config.report_to, config.disable_tqdm, config.resolution, config.num_inference_steps = [], True, None, 2
 
         monkeypatch.setattr(config_class, "__post_init__", shortened)
@@ -164,6 +169,7 @@ def tiny_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_tiny_dataset)
     for loader in (diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image):
         monkeypatch.setattr(loader, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", classmethod(load_config))
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda pipeline, *args: pipeline)
     monkeypatch.setattr("transformers.trainer.hf_api", Api)
     monkeypatch.setattr("trl_diffusion.trainer.lora.hf_hub_download", download)
@@ -371,7 +377,7 @@ def test_python_of_attribute_sft_trainer(tiny_hub, capsys):
     expert = scope["expert"]
     expert.backbone.fits = lambda prompt: True  # unlike the 12 tokens of the tiny encoders
     row = {"id": ["0"], "prompt": ["a harbor at dusk"], "negative_attributes": [["core_shadow"]]}
-    prompts = expert.prompts_with_attributes({**row, "positive_attributes": [["base_stability", "weight_balance"]]})
+    prompts = expert.prompts({**row, "positive_attributes": [["base_stability", "weight_balance"]]})
     assert f"```\n{prompts[0]}\n```" in page
     trainer = AttributeSFTTrainer(tiny.sd_pipeline(), train_dataset=paintings(4), eval_dataset=paintings(4))
     check_metrics(trainer, "attribute_sft_trainer.md")
@@ -662,7 +668,8 @@ def attribute_errors() -> list[str]:
         messages.append(str(error.value))
     inputs = {"id": ["001"], "prompt": ["a"], "positive_attributes": [[]], "negative_attributes": [[]]}
     with pytest.raises(ValueError) as error:
-        ComplexPOTrainer.prompts(SimpleNamespace(args=None, drop_prompts=lambda prompts, ids: prompts), inputs)
+        randomness = SimpleNamespace(drop_prompts=lambda prompts, ids: prompts)
+        ComplexPOTrainer.expert_prompts(SimpleNamespace(args=None, randomness=randomness), inputs)
     return [*messages, str(error.value)]
 
 

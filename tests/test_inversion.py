@@ -8,12 +8,15 @@ import torch
 from diffusers import DDIMInverseScheduler
 
 from tests import tiny
-from trl_diffusion.inversion import ddim_inverse_step, ddim_inversion, inversion_timesteps
-from trl_diffusion.noising import add_noise, explaining_noise, keyed_noise
+from trl_diffusion.inversion import invert_latents
+from trl_diffusion.process import DiscreteProcess
+from trl_diffusion.randomness import keyed_noise
 
 
 TIMESTEPS = [0, 1, 50, 99, 100, 437, 900, 901, 999]
 ALPHAS_CUMPROD = tiny.scheduler().alphas_cumprod
+PROCESSES = {kind: DiscreteProcess(ALPHAS_CUMPROD, kind) for kind in ("epsilon", "v_prediction")}
+PROCESS = PROCESSES["epsilon"]
 
 
 def clean(batch_size: int) -> torch.Tensor:
@@ -34,8 +37,7 @@ class Model:
 
 
 def invert(model, latents, timesteps, prediction_type="epsilon", num_steps=10, **kwargs) -> torch.Tensor:
-    timesteps = torch.tensor(timesteps)
-    return ddim_inversion(model, latents, timesteps, ALPHAS_CUMPROD, prediction_type, num_steps, **kwargs)
+    return invert_latents(model, latents, torch.tensor(timesteps), PROCESSES[prediction_type], num_steps, **kwargs)
 
 
 # ---- The walk ----
@@ -46,16 +48,16 @@ def test_every_walk_arrives_at_its_timestep_in_time(num_steps):
     """The last timestep is the sampled one, no step is longer than the stride, and no walk takes more than the steps."""
     stride = -(-1000 // num_steps)
     for timestep in range(1000):
-        walk = inversion_timesteps(timestep, num_steps, 1000)
+        walk = PROCESS.inversion_timesteps(timestep, num_steps)
         assert walk[-1] == timestep and len(walk) <= num_steps
         assert 0 <= walk[0] < stride
         assert all(later - earlier == stride for earlier, later in zip(walk, walk[1:]))
-    assert len(inversion_timesteps(999, num_steps, 1000)) == -(-1000 // stride)
+    assert len(PROCESS.inversion_timesteps(999, num_steps)) == -(-1000 // stride)
 
 
 def test_all_timesteps_that_the_model_is_asked_at_exist():
     """No call before the first timestep and none after the last, for any sampled timestep (an earlier script asked at -99)."""
-    asked = {timestep for sampled in range(1000) for timestep in inversion_timesteps(sampled, 10, 1000)}
+    asked = {timestep for sampled in range(1000) for timestep in PROCESS.inversion_timesteps(sampled, 10)}
     assert asked == set(range(1000))
 
 
@@ -87,14 +89,19 @@ def test_a_walk_is_that_of_diffusers(timestep, prediction_type):
 def test_a_step_back_undoes_a_step(prediction_type):
     """With one and the same prediction, from a level to another and back is the identity."""
     latents, model_pred = clean(2), torch.randn(2, 4, 8, 8)
-    low, high = torch.tensor([0.9, 0.5]), torch.tensor([0.4, 0.1])
+    levels = torch.tensor([0.9, 0.5, 0.4, 0.1])  # from the first two to the last two
+    process, low, high = DiscreteProcess(levels, prediction_type), torch.tensor([0, 1]), torch.tensor([2, 3])
+
+    def step(process, x, pred, t_from, t_to):
+        return process.add_noise(*process.split(pred, x, t_from), t_to)
+
+    there = step(process, latents, model_pred, low, high)
     if prediction_type == "v_prediction":  # a velocity means another noise at another level: go by the noise
-        noise = low.sqrt().view(2, 1, 1, 1) * model_pred + (1 - low).sqrt().view(2, 1, 1, 1) * latents
-        there = ddim_inverse_step(latents, model_pred, low, high, prediction_type)
-        back = ddim_inverse_step(there, noise, high, low, "epsilon")
+        a = levels[low].view(2, 1, 1, 1)
+        noise = a.sqrt() * model_pred + (1 - a).sqrt() * latents
+        back = step(DiscreteProcess(levels, "epsilon"), there, noise, high, low)
     else:
-        there = ddim_inverse_step(latents, model_pred, low, high, prediction_type)
-        back = ddim_inverse_step(there, model_pred, high, low, prediction_type)
+        back = step(process, there, model_pred, high, low)
     torch.testing.assert_close(back, latents, atol=1e-5, rtol=1e-5)
 
 
@@ -103,7 +110,7 @@ def test_a_model_that_knows_the_noise_arrives_where_the_forward_process_does():
     noise, timesteps = torch.randn(len(TIMESTEPS), 4, 8, 8), torch.tensor(TIMESTEPS)
     latents = clean(len(TIMESTEPS))
     arrived = invert(lambda x, t, rows: noise[rows], latents, TIMESTEPS)
-    torch.testing.assert_close(arrived, add_noise(latents, noise, timesteps, ALPHAS_CUMPROD), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(arrived, PROCESS.add_noise(latents, noise, timesteps), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -111,8 +118,8 @@ def test_the_noise_explains_the_arrival(prediction_type):
     """Clean latents and that noise give the arrival point again, at the sampled timestep and not at one near it."""
     latents, timesteps = clean(len(TIMESTEPS)), torch.tensor(TIMESTEPS)
     arrived = invert(Model(prediction_type), latents, TIMESTEPS, prediction_type)
-    noise = explaining_noise(latents, arrived, timesteps, ALPHAS_CUMPROD)
-    torch.testing.assert_close(add_noise(latents, noise, timesteps, ALPHAS_CUMPROD), arrived, atol=1e-5, rtol=1e-5)
+    noise = PROCESS.explaining_noise(latents, arrived, timesteps)
+    torch.testing.assert_close(PROCESS.add_noise(latents, noise, timesteps), arrived, atol=1e-5, rtol=1e-5)
     first_step = ALPHAS_CUMPROD[timesteps[2]]
     shorter = invert(Model(prediction_type), latents, [timestep // 2 for timestep in TIMESTEPS], prediction_type)
     assert first_step < 1 and (shorter - arrived)[2:].abs().flatten(1).max(dim=1).values.min() > 1e-3
@@ -196,20 +203,19 @@ def test_no_gradient_no_change_and_float32():
 def test_other_predictions_are_refused():
     """A model that predicts the sample is not silently taken for one that predicts the noise."""
     with pytest.raises(ValueError, match="'epsilon' or 'v_prediction', got 'sample'"):
-        invert(lambda x, t, rows: x, clean(1), [5], "sample")
+        DiscreteProcess(ALPHAS_CUMPROD, "sample")
 
 
 def test_velocity_with_a_terminal_signal_of_zero():
     """With a schedule rescaled to zero signal at its end, arrival there is finite for velocity models."""
     alphas_cumprod = tiny.scheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True).alphas_cumprod.clone()
     alphas_cumprod[-1] = 0
-    arrived = ddim_inversion(
-        lambda x, t, rows: torch.ones_like(x), clean(1), torch.tensor([999]), alphas_cumprod, "v_prediction", 10
-    )
-    noise = explaining_noise(clean(1), arrived, torch.tensor([999]), alphas_cumprod)
+    process, timesteps = DiscreteProcess(alphas_cumprod, "v_prediction"), torch.tensor([999])
+    arrived = invert_latents(lambda x, t, rows: torch.ones_like(x), clean(1), timesteps, process, 10)
+    noise = process.explaining_noise(clean(1), arrived, timesteps)
     assert arrived.isfinite().all() and torch.equal(noise, arrived)
 
 
 def test_the_first_argument_of_inversion_is_a_plain_callable():
     """Backbones are not known here: any function of latents, timesteps and rows will do."""
-    assert list(inspect.signature(ddim_inversion).parameters)[0] == "predict"
+    assert list(inspect.signature(invert_latents).parameters)[0] == "predict"

@@ -6,16 +6,9 @@ import torch
 from diffusers import DDPMScheduler
 
 from trl_diffusion.losses import diffusion_dpo_loss
-from trl_diffusion.noising import (
-    add_noise,
-    fixed_timesteps,
-    keyed_generator,
-    keyed_noise,
-    keyed_timesteps,
-    per_sample_errors,
-    timestep_weights,
-    training_target,
-)
+from trl_diffusion.noising import per_sample_errors, timestep_weights
+from trl_diffusion.process import DiscreteProcess, RectifiedFlow
+from trl_diffusion.randomness import keyed_generator, keyed_noise
 
 
 SHAPE = (4, 8, 8)
@@ -29,6 +22,12 @@ def keys(num: int, seed: int = 0, step: int = 0) -> list[tuple]:
 def scheduler() -> DDPMScheduler:
     """The noise schedule of Stable Diffusion 1.5."""
     return DDPMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+
+
+def process_of(scheduler: DDPMScheduler, prediction_type: str = "epsilon", timestep_range=None) -> DiscreteProcess:
+    process = DiscreteProcess(scheduler.alphas_cumprod, prediction_type)
+    process.restrict(timestep_range)
+    return process
 
 
 @pytest.fixture
@@ -50,13 +49,14 @@ def test_noise_does_not_depend_on_the_batch(shape):
         assert torch.equal(keyed_noise([key], shape)[0], batch[index])
 
 
-def test_timesteps_do_not_depend_on_the_batch():
+def test_timesteps_do_not_depend_on_the_batch(scheduler):
     """A row's timestep is the same alone, in a batch and in another order."""
-    batch = keyed_timesteps(keys(20), 0, 1000)
+    sample_timesteps = process_of(scheduler).sample_timesteps
+    batch = sample_timesteps(keys(20))
     assert batch.shape == (20,)
     assert batch.dtype == torch.int64
-    assert torch.equal(keyed_timesteps(keys(20)[::-1], 0, 1000), batch.flip(0))
-    assert [keyed_timesteps([key], 0, 1000).item() for key in keys(20)] == batch.tolist()
+    assert torch.equal(sample_timesteps(keys(20)[::-1]), batch.flip(0))
+    assert [sample_timesteps([key]).item() for key in keys(20)] == batch.tolist()
 
 
 def test_every_part_of_the_key_matters():
@@ -87,27 +87,28 @@ def test_noise_of_different_keys_is_uncorrelated():
     assert abs(correlation) < 5 * noise[1:].numel() ** -0.5
 
 
-def test_global_generator_is_neither_read_nor_moved():
+def test_global_generator_is_neither_read_nor_moved(scheduler):
     """Draws leave torch's global state as it was, and do not depend on it."""
+    sample_timesteps = process_of(scheduler).sample_timesteps
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first = keyed_noise(keys(2), SHAPE), keyed_timesteps(keys(2), 0, 1000)
+    first = keyed_noise(keys(2), SHAPE), sample_timesteps(keys(2))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
-    second = keyed_noise(keys(2), SHAPE), keyed_timesteps(keys(2), 0, 1000)
+    second = keyed_noise(keys(2), SHAPE), sample_timesteps(keys(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 
 
-def test_timesteps_include_low_and_exclude_high():
+def test_timesteps_include_low_and_exclude_high(scheduler):
     """Timesteps in [3, 7) are 3, 4, 5 and 6, and all of them occur."""
-    assert set(keyed_timesteps(keys(300), 3, 7).tolist()) == {3, 4, 5, 6}
-    assert keyed_timesteps(keys(3), 999, 1000).tolist() == [999] * 3
+    assert set(process_of(scheduler, timestep_range=[3, 7]).sample_timesteps(keys(300)).tolist()) == {3, 4, 5, 6}
+    assert process_of(scheduler, timestep_range=[999, 1000]).sample_timesteps(keys(3)).tolist() == [999] * 3
 
 
-def test_timesteps_are_uniform():
+def test_timesteps_are_uniform(scheduler):
     """Ten equal parts of the range are hit 500 times each by 5000 keys, to five standard deviations."""
-    counts = torch.bincount(keyed_timesteps(keys(5000), 0, 1000) // 100, minlength=10)
+    counts = torch.bincount(process_of(scheduler).sample_timesteps(keys(5000)) // 100, minlength=10)
     assert counts.sum() == 5000
     assert (counts - 500).abs().max() < 5 * (5000 * 0.1 * 0.9) ** 0.5
 
@@ -122,35 +123,33 @@ def test_timesteps_are_uniform():
         (999, 1000, 3, [999, 999, 999]),
     ],
 )
-def test_fixed_timesteps_by_hand(low, high, num, expected):
-    """Fixed timesteps are the middles of equal shares: 62.5, 187.5, ... cut to integers for 8 of 1000."""
-    assert fixed_timesteps(low, high, num) == expected
+def test_evaluation_timesteps_by_hand(scheduler, low, high, num, expected):
+    """Timesteps of an evaluation are the middles of equal shares: 62.5, 187.5, ... cut to integers for 8 of 1000."""
+    assert process_of(scheduler, timestep_range=[low, high]).evaluation_timesteps(num) == expected
 
 
 def test_add_noise_equals_diffusers(scheduler, sample):
     """x_t is that of diffusers' DDPM scheduler on the schedule of Stable Diffusion 1.5."""
     latents, noise, timesteps = sample
     expected = scheduler.add_noise(latents, noise, timesteps)
-    torch.testing.assert_close(
-        add_noise(latents, noise, timesteps, scheduler.alphas_cumprod), expected, atol=1e-6, rtol=0
-    )
+    noisy_latents = process_of(scheduler).add_noise(latents, noise, timesteps)
+    torch.testing.assert_close(noisy_latents, expected, atol=1e-6, rtol=0)
 
 
 def test_velocity_equals_diffusers(scheduler, sample):
     """The v-prediction target is that of diffusers' DDPM scheduler."""
     latents, noise, timesteps = sample
-    target = training_target(latents, noise, timesteps, scheduler.alphas_cumprod, "v_prediction")
+    target = process_of(scheduler, "v_prediction").target(latents, noise, timesteps)
     torch.testing.assert_close(target, scheduler.get_velocity(latents, noise, timesteps), atol=1e-6, rtol=0)
 
 
 def test_clean_latents_follow_from_noised_latents_and_target(scheduler, sample):
     """x_0 = (x_t - s_t eps) / a_t, and x_0 = a_t x_t - s_t v, at every depth."""
     latents, noise, timesteps = sample
-    alphas_cumprod = scheduler.alphas_cumprod
-    signal = alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
-    noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
-    epsilon = training_target(latents, noise, timesteps, alphas_cumprod, "epsilon")
-    velocity = training_target(latents, noise, timesteps, alphas_cumprod, "v_prediction")
+    signal = scheduler.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
+    noisy_latents = process_of(scheduler).add_noise(latents, noise, timesteps)
+    epsilon = process_of(scheduler, "epsilon").target(latents, noise, timesteps)
+    velocity = process_of(scheduler, "v_prediction").target(latents, noise, timesteps)
     # a_t is 0.068 at the deep end, which magnifies the rounding of x_t
     torch.testing.assert_close(
         (noisy_latents - (1 - signal**2).sqrt() * epsilon) / signal, latents, atol=1e-5, rtol=1e-5
@@ -163,27 +162,25 @@ def test_clean_latents_follow_from_noised_latents_and_target(scheduler, sample):
 def test_epsilon_target_is_the_noise(scheduler, sample):
     """The target of noise prediction is the noise itself."""
     latents, noise, timesteps = sample
-    assert torch.equal(training_target(latents, noise, timesteps, scheduler.alphas_cumprod, "epsilon"), noise)
+    assert torch.equal(process_of(scheduler, "epsilon").target(latents, noise, timesteps), noise)
 
 
 def test_forward_process_is_float32_for_bfloat16_latents(scheduler, sample):
     """Latents in bf16 give float32 results equal to those of the same latents in float32, under autocast as well."""
     latents, noise, timesteps = sample
-    latents = latents.bfloat16()
+    latents, process = latents.bfloat16(), process_of(scheduler, "v_prediction")
     with torch.autocast("cpu", torch.bfloat16):
-        noisy_latents = add_noise(latents, noise, timesteps, scheduler.alphas_cumprod)
-        target = training_target(latents, noise, timesteps, scheduler.alphas_cumprod, "v_prediction")
-    assert torch.equal(noisy_latents, add_noise(latents.float(), noise, timesteps, scheduler.alphas_cumprod))
-    assert torch.equal(
-        target, training_target(latents.float(), noise, timesteps, scheduler.alphas_cumprod, "v_prediction")
-    )
+        noisy_latents = process.add_noise(latents, noise, timesteps)
+        target = process.target(latents, noise, timesteps)
+    assert torch.equal(noisy_latents, process.add_noise(latents.float(), noise, timesteps))
+    assert torch.equal(target, process.target(latents.float(), noise, timesteps))
     assert noisy_latents.dtype == target.dtype == torch.float32
 
 
-def test_unknown_prediction_type_is_refused(scheduler, sample):
+def test_unknown_prediction_type_is_refused(scheduler):
     """A prediction type that is not supported is a ValueError that names it and those that are."""
-    with pytest.raises(ValueError, match="'sample'; supported are 'epsilon' and 'v_prediction'"):
-        training_target(*sample, scheduler.alphas_cumprod, "sample")
+    with pytest.raises(ValueError, match="'epsilon' or 'v_prediction', got 'sample'"):
+        DiscreteProcess(scheduler.alphas_cumprod, "sample")
 
 
 def test_errors_by_hand():
@@ -239,14 +236,29 @@ def test_gradient_of_errors_reaches_a_bfloat16_prediction():
 def test_timestep_weights_are_their_formulas_of_the_snr(prediction_type):
     """min(SNR, 5) / SNR and 1 / (1 + SNR) on errors of the noise, times SNR / (1 + SNR) on those of the velocity."""
     alphas_cumprod = DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod
-    timesteps = torch.arange(0, 1000, 37)
+    process, timesteps = DiscreteProcess(alphas_cumprod, prediction_type), torch.arange(0, 1000, 37)
     snr = (alphas_cumprod / (1 - alphas_cumprod))[timesteps].double()
     on_velocity = snr / (1 + snr) if prediction_type == "v_prediction" else 1.0
     for weighting, on_noise in (("min_snr", snr.clamp(max=5) / snr), ("sigmoid", 1 / (1 + snr))):
-        weights = timestep_weights(timesteps, alphas_cumprod, weighting, prediction_type)
+        weights = timestep_weights(timesteps, process, weighting)
         assert weights.dtype == torch.float32 and weights.min() >= 0 and weights.max() <= 1
         torch.testing.assert_close(weights.double(), on_noise * on_velocity, atol=1e-5, rtol=1e-4)
-    assert (timestep_weights(timesteps, alphas_cumprod, "constant", prediction_type) == 1).all()
+    assert (timestep_weights(timesteps, process, "constant") == 1).all()
+
+
+def test_timestep_weights_of_a_flow():
+    """They are those of errors of the noise, with SNR = (1 - sigma)^2 / sigma^2, times (1 - sigma)^2."""
+    timesteps = torch.linspace(1, 1000, 50)
+    sigma = timesteps.double() / 1000
+    snr = ((1 - sigma) / sigma).square()
+    on_flow = (1 - sigma).square()
+    for weighting, expected in (("min_snr", snr.clamp(max=5) * sigma.square()), ("sigmoid", on_flow / (1 + snr))):
+        weights = timestep_weights(timesteps, RectifiedFlow(), weighting)
+        assert weights.dtype == torch.float32
+        torch.testing.assert_close(weights[:-1].double(), expected[:-1], atol=1e-5, rtol=1e-4)
+    assert (timestep_weights(timesteps, RectifiedFlow(), "constant") == 1).all()
+    for weighting in ("constant", "min_snr", "sigmoid"):
+        assert timestep_weights(torch.tensor([1e-3, 1000.0]), RectifiedFlow(), weighting).isfinite().all()
 
 
 def test_timestep_weights_at_zero_terminal_snr():
@@ -254,7 +266,8 @@ def test_timestep_weights_at_zero_terminal_snr():
     alphas_cumprod = torch.tensor([0.9, 0.5, 0.0])
     for weighting in ("constant", "min_snr", "sigmoid"):
         for prediction_type in ("epsilon", "v_prediction"):
-            weights = timestep_weights(torch.arange(3), alphas_cumprod, weighting, prediction_type)
+            process = DiscreteProcess(alphas_cumprod, prediction_type)
+            weights = timestep_weights(torch.arange(3), process, weighting)
             assert weights.isfinite().all()
     with pytest.raises(ValueError, match="'constant', 'min_snr' or 'sigmoid'"):
-        timestep_weights(torch.arange(3), alphas_cumprod, "snr", "epsilon")
+        timestep_weights(torch.arange(3), process, "snr")

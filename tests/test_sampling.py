@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import DiTPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
 from tests import tiny
 from trl_diffusion import negative_preference_guidance, sample_images
-from trl_diffusion.noising import keyed_generator
+from trl_diffusion.randomness import keyed_generator
 
 
 PIPELINES = {
@@ -257,9 +257,15 @@ class TestPredictions:
         with negative_preference_guidance(pipeline, {"aligned": 0.5}, {"reversed": 0.5}):
             torch.testing.assert_close(scaled, draw(pipeline), **CLOSE)
 
-    def test_other_pipelines_of_the_same_denoiser(self, load):
+    @pytest.mark.parametrize("family", ["sd", "sdxl"])
+    def test_other_pipelines_of_the_same_denoiser(self, load, family):
         """Image to image: equal branches give the plain pipeline's images, others do not."""
-        pipeline = StableDiffusionImg2ImgPipeline(**load().components, requires_safety_checker=False)
+        components = load(family).components
+        pipeline = (
+            StableDiffusionImg2ImgPipeline(**components, requires_safety_checker=False)
+            if family == "sd"
+            else StableDiffusionXLImg2ImgPipeline(**components)
+        )
         pipeline.set_progress_bar_config(disable=True)
         start = {"image": tiny.image(0, 32, 32), "strength": 0.7, "num_inference_steps": 5}
         pipeline.set_adapters("aligned")
@@ -483,6 +489,13 @@ class TestRefused:
         """A pipeline without any says so."""
         with pytest.raises(ValueError, match="no adapter 'reversed'; it has none"):
             with negative_preference_guidance(tiny.sd_pipeline(), None, "reversed"):
+                raise AssertionError("nothing is drawn")
+
+    def test_another_family(self, load):
+        """A pipeline whose branches are not known is refused by name, with those that are."""
+        pipeline = DiTPipeline(torch.nn.Module(), torch.nn.Module(), tiny.scheduler())
+        with pytest.raises(ValueError, match="`DiTPipeline`, a family that is not supported yet. Supported are"):
+            with negative_preference_guidance(pipeline, None, {}):
                 raise AssertionError("nothing is drawn")
 
     def test_a_deleted_adapter(self, load):

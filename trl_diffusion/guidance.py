@@ -3,6 +3,7 @@
 
 """Diffusion-NPO (arXiv:2505.11245): another model in the unconditional branch of classifier-free guidance."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -11,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
 
-from .backbones import backbone_class_of
+from .backbones import BACKBONES, Backbone, backbone_class_of
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def negative_preference_guidance(
         image = pipeline("a harbor at dusk").images[0]
     ```
     """
-    backbone_class = backbone_class_of(pipeline)
+    backbone_class = _backbone_class_of(pipeline)
     denoiser = getattr(pipeline, backbone_class.denoiser_name)
     layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
     known = sorted({name for layer in layers for name in layer.lora_A})
@@ -75,15 +76,14 @@ def negative_preference_guidance(
 
     calls = count()
 
-    def guided(sample: torch.Tensor, *args, **kwargs):
+    def guided(*args, **kwargs):
+        num_rows = next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim)
         branches = backbone_class.guidance_branches(pipeline, next(calls))
         predictions = []
         for index, branch in enumerate(branches):
             switch(adapters[branch])
-            sample_rows, args_rows, kwargs_rows = _rows_of_branch(
-                (sample, args, kwargs), index, len(branches), len(sample)
-            )
-            predictions.append(forward(sample_rows, *args_rows, **kwargs_rows))
+            args_rows, kwargs_rows = _rows_of_branch((args, kwargs), index, len(branches), num_rows)
+            predictions.append(forward(*args_rows, **kwargs_rows))
         if isinstance(predictions[0], tuple):
             return tuple(map(torch.cat, zip(*predictions, strict=True)))
         return type(predictions[0])(torch.cat([prediction.sample for prediction in predictions]))
@@ -102,6 +102,15 @@ def negative_preference_guidance(
             layer.scaling.update(scaling)
         for weight, requires_grad in trainable:
             weight.requires_grad_(requires_grad)
+
+
+def _backbone_class_of(pipeline: DiffusionPipeline) -> type[Backbone]:
+    # A pipeline of another task, such as image to image, has all components of the family's text-to-image pipeline
+    components = set(inspect.signature(type(pipeline).__init__).parameters)
+    for backbone_class in BACKBONES:
+        if set(inspect.signature(backbone_class.pipeline_class.__init__).parameters) <= components:
+            return backbone_class
+    return backbone_class_of(pipeline)
 
 
 def _adapter_weights(adapters: str | dict[str, float] | None, known: list[str]) -> dict[str, float]:

@@ -17,6 +17,7 @@ A process mixes clean latents `x_0` with noise `eps`, and its model predicts ano
 Everything below follows from these four numbers. All results are float32.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -224,7 +225,8 @@ class Process(ABC):
             `torch.Tensor` of shape `(B,)`.
         """
         c = self.coefficients(timesteps)
-        return (c.a / c.determinant).square()
+        # Without q the determinant is a p, and a is 0 where no signal is left
+        return torch.where(c.q == 0, 1 / c.p, c.a / c.determinant).square()
 
     def posterior_variance(self, from_timesteps: torch.Tensor, to_timesteps: torch.Tensor) -> torch.Tensor:
         """
@@ -334,8 +336,11 @@ class RectifiedFlow(Process):
 
     def inversion_timesteps(self, timestep: float, num_steps: int) -> list[float]:
         stride = self.num_timesteps / num_steps
-        steps_before = -int(-timestep // stride) - 1
+        steps_before = math.ceil(timestep * num_steps / self.num_timesteps) - 1
         return [timestep - stride * (steps_before - step) for step in range(steps_before + 1)]
 
     def describe(self) -> dict[str, Any]:
-        return {"process": "rectified flow", "num_timesteps": self.num_timesteps}
+        # Density and shift are functions: what they sample tells them apart
+        generators = [keyed_generator("describe", index) for index in range(8)]
+        sigmas = [float(self.shift(self.density(generator))) for generator in generators]
+        return {"process": "rectified flow", "num_timesteps": self.num_timesteps, "sigmas": sigmas}

@@ -19,7 +19,8 @@ from tests.benchmark.models import PROMPTS, build_pipeline, image_pairs
 from tests.benchmark.steps import Given, PixelPairs, Script, cast, floor_step, yardstick_step
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
 from trl_diffusion.backbones import load_backbone
-from trl_diffusion.noising import fixed_timesteps
+from trl_diffusion.process import Process
+from trl_diffusion.trainer.row_randomness import RowRandomness
 
 
 INVERSION = {"noise_source": "inversion", "inversion_steps": 10}
@@ -47,11 +48,17 @@ LEARNING_RATE = 1e-8
 ARMS = [*FLOOR_ARMS, *TRAINER_ARMS, *SCRIPT_ARMS]
 
 
-class TimedTrainer(InstanceDPOTrainer):
+class TimedRandomness(RowRandomness):
     """Takes each row's timestep from its id, `NUMBER-TIMESTEP`, so that every arm trains on the same timesteps."""
 
-    def timestep_draws(self, ids):
-        yield torch.tensor([int(row_id.split("-")[1]) for row_id in ids]), [self._key(row_id) for row_id in ids]
+    def timesteps(self, ids):
+        yield torch.tensor([int(row_id.split("-")[1]) for row_id in ids]), [self.key(row_id) for row_id in ids]
+
+
+class TimedTrainer(InstanceDPOTrainer):
+    def finish_init(self):
+        super().finish_init()
+        self.randomness = TimedRandomness(self.args.seed, self.process, self.args.prompt_dropout, self._moment)
 
 
 class Benchmark:
@@ -71,16 +78,16 @@ class Benchmark:
         backbone = load_backbone(pipeline)
         backbone.to(torch.device(args.device))
         self.resolution = args.resolution or backbone.default_resolution
-        self.timesteps = self.batch_timesteps(len(backbone.alphas_cumprod))
+        self.timesteps = self.batch_timesteps(backbone.process)
         self.given = self.given_batch(backbone)
         # What the yardstick is, and the reference of the floor
         self.frozen = cast(pipeline.unet.requires_grad_(False).train(), self.dtype)
         self.counter.watch(self.frozen)
 
-    def batch_timesteps(self, num_timesteps: int) -> list[int]:
+    def batch_timesteps(self, process: Process) -> list[int]:
         """A timestep for each micro batch of the run. Those of the measured rounds are spread evenly, within rounds too."""
         args, micro_batches = self.args, self.args.gradient_accumulation_steps
-        spread = fixed_timesteps(0, num_timesteps, args.steps * micro_batches)
+        spread = process.evaluation_timesteps(args.steps * micro_batches)
         rounds = [spread[index :: args.steps] for index in range(args.steps)]
         warm_up = [rounds[index % args.steps] for index in range(args.warmup)]
         return [timestep for micro_batches in (*warm_up, *rounds) for timestep in micro_batches]
@@ -98,7 +105,7 @@ class Benchmark:
         conditions |= backbone.image_conditions(sizes, torch.zeros_like(sizes), (self.resolution, self.resolution))
         generator = torch.Generator().manual_seed(0)
         noisy_latents, noise = torch.randn(2, rows, 4, side, side, generator=generator).to(device, self.dtype)
-        timesteps = torch.full((rows,), len(backbone.alphas_cumprod) // 2, device=device)
+        timesteps = torch.full((rows,), backbone.process.num_timesteps // 2, device=device)
         conditions = {name: value.to(self.dtype) for name, value in conditions.items()}
         return Given(noisy_latents, timesteps, noise, conditions)
 

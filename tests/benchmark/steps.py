@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from trl_diffusion.inversion import ddim_inverse_step
-from trl_diffusion.noising import add_noise
+from trl_diffusion.process import DiscreteProcess
 
 
 BETA = 2000.0
@@ -122,7 +121,7 @@ class Script:
             cast(frozen.requires_grad_(False), dtype)
         policy = pipeline.unet.requires_grad_(True).train()
         self.policy, self.optimizer = accelerator.prepare(policy, make_optimizer(policy.parameters()))
-        self.alphas_cumprod = pipeline.scheduler.alphas_cumprod.to(accelerator.device)
+        self.process = DiscreteProcess(pipeline.scheduler.alphas_cumprod, "epsilon")
 
     @torch.no_grad()
     def encode(self, pairs: PixelPairs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -150,7 +149,7 @@ class Script:
         """Noised latents and their noise, which the pair shares."""
         noise = torch.randn_like(latents).chunk(2)[0].repeat(2, 1, 1, 1)
         timesteps = torch.full((len(latents),), timestep, device=latents.device)
-        return add_noise(latents, noise, timesteps, self.alphas_cumprod).to(self.dtype), noise
+        return self.process.add_noise(latents, noise, timesteps).to(self.dtype), noise
 
     @torch.no_grad()
     def inversion(
@@ -158,17 +157,14 @@ class Script:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Noised latents by DDIM inversion with the policy as it is, and the noise that explains them."""
         walk = [max(step, 0) for step in INPO_INVERSION_TIMESTEPS if step < timestep]
-        noisy_latents = latents
-        for here, there in zip(walk, [*walk[1:], timestep], strict=True):
-            timesteps = torch.full((len(latents),), here, device=latents.device)
-            prediction = predict(self.policy, noisy_latents, timesteps, conditions)
-            alpha_here, alpha_there = self.alphas_cumprod[here], self.alphas_cumprod[there]
-            alphas = (alpha_here.expand(len(latents)), alpha_there.expand(len(latents)))
-            noisy_latents = ddim_inverse_step(noisy_latents, prediction, *alphas, "epsilon").to(self.dtype)
-            variance = (1 - alpha_here) / (1 - alpha_there) * (1 - alpha_there / alpha_here)
-            noisy_latents += INPO_INVERSION_ETA * variance.sqrt() * torch.randn_like(noisy_latents)
-        alpha = self.alphas_cumprod[timestep]
-        return noisy_latents, (noisy_latents - alpha.sqrt() * latents) / (1 - alpha).sqrt()
+        process, noisy_latents = self.process, latents
+        for step in zip(walk, [*walk[1:], timestep], strict=True):
+            here, there = (torch.full((len(latents),), timestep, device=latents.device) for timestep in step)
+            prediction = predict(self.policy, noisy_latents, here, conditions)
+            noisy_latents = process.add_noise(*process.split(prediction, noisy_latents, here), there).to(self.dtype)
+            deviation = process.posterior_variance(here[:1], there[:1]).sqrt()
+            noisy_latents += INPO_INVERSION_ETA * deviation * torch.randn_like(noisy_latents)
+        return noisy_latents, process.explaining_noise(latents, noisy_latents, there)
 
     def micro_step(self, pairs: PixelPairs, timestep: int, noised: Callable) -> None:
         """One batch, at one timestep, with noise from `random_noise` or `inversion`."""

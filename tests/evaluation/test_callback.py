@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from trl_diffusion import EvaluationCallback, InstanceDPOConfig, InstanceDPOTrainer, sample_images
+from trl_diffusion import (
+    AttributeSFTConfig,
+    AttributeSFTTrainer,
+    EvaluationCallback,
+    InstanceDPOConfig,
+    InstanceDPOTrainer,
+    sample_images,
+)
 from trl_diffusion.metrics.scorer import Scorer, ScoringError
 
 
@@ -57,13 +64,36 @@ def test_what_is_logged_are_the_scores_of_what_is_drawn(tmp_path, peft_config):
     assert [entry["step"] for entry in entries] == [0, 2, 3]
     assert entries[0]["eval_brightness"] == pytest.approx(np.mean(base))
     assert entries[0]["eval_brightness_win_rate"] == 0.5  # the base against itself: ties
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    trained = [np.asarray(image).mean() for image in trainer.draw(policy, PROMPTS)]
+    trained = [np.asarray(image).mean() for image in trainer.sample(PROMPTS)]
     assert entries[-1]["eval_brightness"] == pytest.approx(np.mean(trained))
     wins = np.mean([(1 + np.sign(own - other)) / 2 for own, other in zip(trained, base, strict=True)])
     assert entries[-1]["eval_brightness_win_rate"] == pytest.approx(wins)
     assert entries[-1]["eval_darkness_win_rate"] == pytest.approx(1 - wins)
     assert wins != 0.5
+
+
+@pytest.mark.parametrize("peft_config", [None, tiny.lora()], ids=["full", "lora"])
+def test_a_method_without_a_reference_is_compared_to_the_model_before(tmp_path, peft_config):
+    """Fine-tuning has no reference; its base is the model before training, at every evaluation."""
+    (tmp_path / "tree.yaml").write_text(tiny.CRITERIA)
+    args = AttributeSFTConfig(
+        str(tmp_path),
+        criteria=str(tmp_path / "tree.yaml"),
+        num_inference_steps=2,
+        **tiny.FAST | {"learning_rate": 0.05},
+    )
+    trainer = AttributeSFTTrainer(
+        tiny.sd_pipeline(), args=args, train_dataset=tiny.paintings(), peft_config=peft_config
+    )
+    base = [np.asarray(image).mean() for image in trainer.sample(PROMPTS)]
+    trainer.add_callback(EvaluationCallback(trainer, PROMPTS, [Brightness()], steps=10))
+    trainer.train()
+    first, last = (entry for entry in trainer.state.log_history if "eval_brightness" in entry)
+    assert first["eval_brightness"] == pytest.approx(np.mean(base))
+    trained = [np.asarray(image).mean() for image in trainer.sample(PROMPTS)]
+    wins = np.mean([(1 + np.sign(own - other)) / 2 for own, other in zip(trained, base, strict=True)])
+    assert first["eval_brightness_win_rate"] == 0.5 and last["eval_brightness_win_rate"] == pytest.approx(wins)
+    assert trained != base
 
 
 def test_training_is_as_without(tmp_path):
@@ -92,6 +122,34 @@ def test_a_judge_without_answers_does_not_stop_a_training(tmp_path, caplog):
     assert not any("eval_silent" in entry for entry in trainer.state.log_history)
     assert sum("eval_brightness" in entry for entry in trainer.state.log_history) == 2
     assert "`silent` at step 3: 3 of 3 pictures have no score; the first because of this: no answer" in caplog.text
+
+
+@pytest.mark.parametrize("was_training", [True, False])
+def test_the_mode_of_the_model_survives_an_error(tmp_path, monkeypatch, was_training):
+    """Where scoring or logging fails, the model is in the mode that it came in."""
+
+    class Broken(Brightness):
+        def score(self, images, prompts, batch_size):
+            raise ConnectionError("no judge")
+
+    trainer = make_trainer(tmp_path)
+    trainer.model.train(was_training)
+    callback = EvaluationCallback(trainer, PROMPTS, [Broken()])
+    with pytest.raises(ConnectionError):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert trainer.model.training == was_training
+
+    modes = []
+
+    def log(logs):
+        modes.append(trainer.model.training)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(trainer, "log", log)
+    callback = EvaluationCallback(trainer, PROMPTS, [Brightness()])
+    with pytest.raises(OSError, match="disk full"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert modes == [False] and trainer.model.training == was_training
 
 
 def test_nothing_is_logged_where_there_is_nothing(tmp_path):

@@ -19,7 +19,7 @@ from trl_diffusion.evaluation.generate import generate, match_images, set_schedu
 from trl_diffusion.evaluation.models import ModelSpec, guidance_of, load_pipeline, resolve_model
 from trl_diffusion.evaluation.prompts import Prompt, PromptSet
 from trl_diffusion.evaluation.protocols import Protocol
-from trl_diffusion.noising import keyed_generator
+from trl_diffusion.randomness import keyed_generator
 
 
 TEXTS = ["a red circle", "a blue square", "a cat", "a dog", "a cat and a dog"]

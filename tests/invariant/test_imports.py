@@ -15,7 +15,8 @@ import trl_diffusion
 
 
 PACKAGE = Path(trl_diffusion.__file__).parent
-MATHEMATICS = ["boxes", "masks", "noising", "inversion", "losses", "criteria"]  # each may import those before it
+# Each may import those before it
+MATHEMATICS = ["boxes", "masks", "randomness", "process", "noising", "inversion", "losses", "criteria"]
 OPTIONAL = {
     *("ray", "vllm", "gradio", "wandb", "trackio", "bitsandbytes", "deepspeed", "tensorboard"),
     *("matplotlib", "torchmetrics"),
@@ -137,6 +138,54 @@ def test_mathematics_imports_torch_and_itself_downwards(module):
     assert internal_rooms(module) <= set(MATHEMATICS[: MATHEMATICS.index(room(module))])
 
 
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """The circles of a graph: its strongly connected components of more than one node, or of one that leads to itself."""
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    open_nodes: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        order[node] = lowest[node] = len(order)
+        open_nodes.append(node)
+        for other in sorted(graph[node]):
+            if other not in order:
+                visit(other)
+                lowest[node] = min(lowest[node], lowest[other])
+            elif other in open_nodes:
+                lowest[node] = min(lowest[node], order[other])
+        if lowest[node] == order[node]:
+            component = set()
+            while node not in component:
+                component.add(open_nodes.pop())
+            if len(component) > 1 or node in graph[node]:
+                found.append(component)
+
+    for node in graph:
+        if node not in order:
+            visit(node)
+    return found
+
+
+def test_circles_are_found():
+    """Of a made-up graph: a circle of three, one of two behind it, one of one, and none in a diamond and a chain."""
+    graph = {
+        "a": {"b", "chain"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": {"d"}, "self": {"self"},
+        "top": {"left", "right"}, "left": {"bottom"}, "right": {"bottom", "a"}, "bottom": set(), "chain": {"bottom"},
+    }  # fmt: skip
+    assert sorted(map(sorted, circles(graph))) == [["a", "b", "c"], ["d", "e"], ["self"]]
+    graph["c"].remove("a")
+    graph["self"].clear()
+    assert circles(graph) == [{"d", "e"}]
+
+
+def test_the_package_has_no_import_circle():
+    """No module leads back to itself, by imports inside of functions and for type checkers too; a package is its `__init__`."""
+    graph = {module: {name for name, _ in imports_of(module) if name in MODULES} for module in MODULES}
+    assert sum(map(len, graph.values())) > 200
+    assert circles(graph) == []
+
+
 @pytest.mark.parametrize("module", modules_of("backbones", "data"))
 def test_backbones_and_data_import_the_mathematics(module):
     """Of this package, backbones and data import the mathematics and themselves."""
@@ -161,6 +210,70 @@ def test_optional_packages_are_imported_where_they_are_used(module):
     at_import = {name.split(".")[0] for name, at_import in imports_of(module) if at_import}
     assert not at_import & OPTIONAL
     assert "torchvision" not in {name.split(".")[0] for name, _ in imports_of(module)}
+
+
+WORDS_OF_PROCESSES = {"epsilon", "v_prediction", "prediction_type", "alphas_cumprod"}
+
+
+def words_of_processes(source: str) -> set[str]:
+    """The words of one kind of process that code uses: as names, attributes, arguments or strings, but not in docstrings."""
+    used = set()
+    for node in ast.walk(ast.parse(source)):
+        used |= {
+            value for field in ("id", "attr", "arg", "value") if isinstance(value := getattr(node, field, None), str)
+        }
+    return used & WORDS_OF_PROCESSES
+
+
+def test_words_of_processes_are_found():
+    """In a comparison, an argument, an attribute and a key, and not in a docstring or a comment."""
+    source = '''
+def f(pipeline, prediction_type):
+    """Says epsilon."""
+    if pipeline["kind"] == "epsilon":  # or "v_prediction"
+        return pipeline.alphas_cumprod
+'''
+    assert words_of_processes(source) == {"prediction_type", "epsilon", "alphas_cumprod"}
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if m not in ("trl_diffusion.process", "trl_diffusion.backbones.checks")]
+)
+def test_only_the_process_knows_what_a_model_predicts(module):
+    """No code beside the process and the checks of a pipeline asks for a prediction type or a schedule."""
+    assert not words_of_processes(MODULES[module].read_text(encoding="utf-8"))
+
+
+def lines_of_code(source: str) -> int:
+    """Lines that are neither blank nor comments nor in docstrings."""
+    tree, docstrings = ast.parse(source), set()
+    for node in ast.walk(tree):
+        is_text = (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        )
+        if is_text:
+            docstrings |= set(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(source.splitlines(), start=1)
+    return sum(bool(line.strip()) and line.strip()[0] != "#" and at not in docstrings for at, line in lines)
+
+
+FAMILIES = [
+    module
+    for module in modules_of("backbones")
+    if module.count(".") == 2 and module.split(".")[2] not in ("base", "checks")
+]
+
+
+@pytest.mark.parametrize("module", FAMILIES)
+def test_a_family_is_a_short_file(module):
+    """A new family of models costs at most 90 lines of code."""
+    assert 10 < lines_of_code(MODULES[module].read_text(encoding="utf-8")) <= 90
+
+
+def test_the_shared_loop_is_a_short_file():
+    """What all trainers share has at most 450 lines."""
+    source = MODULES["trl_diffusion.trainer.diffusion_trainer"].read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 450
 
 
 def test_importing_the_package_loads_nothing_heavy():

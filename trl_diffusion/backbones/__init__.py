@@ -3,10 +3,10 @@
 
 """One file for each pipeline family."""
 
+import logging
 from pathlib import Path
 
 import torch
-from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 
 from .base import Backbone
@@ -14,7 +14,7 @@ from .stable_diffusion import StableDiffusionBackbone
 from .stable_diffusion_xl import StableDiffusionXLBackbone
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 BACKBONES = (StableDiffusionBackbone, StableDiffusionXLBackbone)
 

@@ -51,6 +51,8 @@ class EvaluationCallback(TrainerCallback):
             raise ValueError("An `EvaluationCallback` needs at least one prompt and one scorer.")
         if steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {steps}.")
+        if trainer.reference is None:
+            trainer.set_reference(None)  # of a method that needs none: the model before training
         self.trainer = trainer
         self.prompts = prompts
         self.scorers = scorers
@@ -67,13 +69,10 @@ class EvaluationCallback(TrainerCallback):
     def _evaluate(self, state, control):
         if not state.is_world_process_zero:
             return
-        trainer, model = self.trainer, self.trainer.model
-        policy = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
         if not self.base_scores:
-            with trainer.reference(policy) as base:
-                images = trainer.draw(base, self.prompts)
+            images = self.trainer.sample(self.prompts, with_reference=True)
             self.base_scores = {scorer.name: self._score(scorer, images).values for scorer in self.scorers}
-        images, logs = trainer.draw(policy, self.prompts), {}
+        images, logs = self.trainer.sample(self.prompts), {}
         for scorer in self.scorers:
             scores, base_scores = self._score(scorer, images), self.base_scores[scorer.name]
             if scores.errors:
@@ -89,10 +88,13 @@ class EvaluationCallback(TrainerCallback):
                 logs[f"eval_{scorer.name}_win_rate"] = compared["win_rate"]
         if not logs:
             return
-        was_training, should_log = model.training, control.should_log
+        model, should_log = self.trainer.model, control.should_log
+        was_training = model.training
         model.eval()  # as the Trainer evaluates: what training has recorded since its last log stays there
-        trainer.log(logs)
-        model.train(was_training)
+        try:
+            self.trainer.log(logs)
+        finally:
+            model.train(was_training)
         control.should_log = should_log  # which a log takes back: the step's own is still to come
 
     def _score(self, scorer: Scorer, images: list[PIL.Image.Image]) -> Scores:
