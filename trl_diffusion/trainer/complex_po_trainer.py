@@ -113,6 +113,7 @@ class ComplexPOTrainer(DiffusionTrainer):
         is_trainer = isinstance(expert, AttributeSFTTrainer)
         self.expert = expert.read_expert() if is_trainer else read_expert(expert)
         if is_trainer and expert.backbone.pipeline is model:
+            self.prepared = []
             if train_dataset is not None:
                 self._prepare_dataset(train_dataset, "train_dataset")  # a mistake here must not cost the expert
             expert.take_adapter()
