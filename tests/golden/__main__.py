@@ -31,9 +31,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="Write what is logged to this file.")
     parser.add_argument("--compare", type=Path, help="Compare what is logged with this file.")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), help="Which arms; all of them by default.")
-    parser.add_argument(
-        "--settings", type=json.loads, default={}, help="JSON: settings to train with besides the arm's."
-    )
+    parser.add_argument("--settings", type=json.loads, default={}, help="JSON: settings to train with besides the arm's.")
     parser.add_argument("--tolerance", type=float, default=1e-6)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -44,10 +42,7 @@ def main() -> None:
         if args.compare:
             before = golden[name]
             largest = {key: difference(before.get(key, []), recorded[name].get(key, [])) for key in before}
-            for key in (
-                "rewards/accuracies",
-                "eval_rewards/accuracies",
-            ):  # the sign of a margin, which may be rounding
+            for key in ("rewards/accuracies", "eval_rewards/accuracies"):  # the sign of a margin, which may be rounding
                 largest.pop(key, None)
             worst = max(largest, key=largest.get)
             moved += [name] if largest["loss"] > args.tolerance else []
