@@ -318,6 +318,7 @@ class DiffusionTrainer(_BaseTrainer):
                 caches.append(files.by_id(self.train_dataset, self._noised_tensors, name, depends_on))
             self.state.epoch, self.noised_caches = 0, caches
             self.meters["train"].averages()  # none of these was a step
+            self.model.train(self.denoiser_was_training)
 
     @torch.no_grad()
     def _noised_tensors(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
