@@ -384,7 +384,7 @@ def test_losses_errors_and_masks_are_float32_under_bf16(tmp_path, monkeypatch, e
     monkeypatch.setattr(trainer, "record", lambda metrics: (recorded.update(metrics), record(metrics))[1])
     batch = trainer.data_collator([trainer.train_dataset[row] for row in (0, 3)])
     trainer.model.train()
-    with trainer.compute_loss_context_manager():
+    with trainer.accelerator.autocast():  # as the Trainer wraps the policy
         loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     assert loss.dtype == outputs["losses"].dtype == torch.float32
     values = {name: value[0] if isinstance(value, tuple) else value for name, value in recorded.items()}
@@ -439,3 +439,19 @@ def test_samples_have_the_size_that_is_trained_at(tmp_path, family, resolution):
     for with_reference in (False, True):
         (image,) = trainer.sample(["a cat"], with_reference=with_reference)
         assert image.size == (resolution or 32,) * 2
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "cpo"])
+def test_an_evaluation_before_training_runs_in_the_precision_of_training(tmp_path, expert, criteria, kind):
+    """Under bf16 an untrained policy is its reference to bf16's rounding, whether or not it was prepared for training."""
+    if kind == "cpo":
+        trainer = cpo(tmp_path, expert, criteria, bf16=True)
+    else:
+        trainer = iapo(tmp_path, peft_config=lora() if kind == "lora" else None, bf16=True)
+    metrics = trainer.evaluate(tiny.paintings(2) if kind == "cpo" else tiny.pairs(2))
+    if kind == "cpo":
+        assert metrics["eval_drift"] < 1e-4
+    else:
+        assert (
+            metrics["eval_rewards/margins"] == 0 and metrics["eval_errors/chosen"] == metrics["eval_errors/ref_chosen"]
+        )

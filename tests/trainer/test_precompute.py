@@ -252,7 +252,20 @@ def test_cpo_trains_the_same_live_and_precomputed(tmp_path, experts, criteria, s
         path = expert / EXPERT_FILE_NAME
         described = {"attribute_order": "given", "attribute_separator": " and "}
         path.write_text(json.dumps(json.loads(path.read_text()) | described))
-    runs = [cpo(tmp_path, str(expert), criteria, PIPELINES[family](), precompute=on, **settings) for on in (0, 1)]
+    by_epoch = settings.pop("precompute_ref_preds", False)
+    runs = [
+        cpo(
+            tmp_path,
+            str(expert),
+            criteria,
+            PIPELINES[family](),
+            precompute=on,
+            precompute_ref_preds=on and by_epoch,
+            **settings,
+        )
+        for on in (False, True)
+    ]
+    runs[0].args.precompute_ref_preds = by_epoch  # a row is noised once in an epoch where predictions are precomputed
     calls = encoder_calls(runs[1].backbone.pipeline)
     evaluations = []
     for trainer in runs:
@@ -764,7 +777,7 @@ def test_a_dataset_that_was_not_precomputed_is_evaluated_like_any_other(tmp_path
     assert not calls
 
 
-TIMES = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}
+TIMES = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time", "epoch"}
 
 
 @pytest.mark.parametrize("train", ["memory", "stream"])

@@ -304,7 +304,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.train_dataset = each_dataset(self.train_dataset, "train_dataset", files.images)
         self.eval_dataset = each_dataset(self.eval_dataset, "eval_dataset", files.images)
         self.prepared += files.image_datasets
-        if self.has_fixed_prompts:
+        if self.has_fixed_prompts and files.image_datasets:
             self.encoder.prompt_cache = files.prompts(self.prompts_of)
         self.backbone.offload(self.backbone.encoder_names if self.has_fixed_prompts else ("vae",))
         if self.train_dataset is not None and (self._reference_inverts or args.precompute_ref_preds):
