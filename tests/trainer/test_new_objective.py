@@ -67,13 +67,7 @@ def test_a_new_objective_trains(tmp_path, settings, peft_config):
     """It starts at its closed form, 1 / (2 beta)^2 and margin 0, moves, evaluates, saves and has a card."""
     args = DiffusionIPOConfig(
         str(tmp_path / "out"),
-        **tiny.FAST
-        | {
-            "max_steps": 40,
-            "learning_rate": 5e-3 if peft_config else 2e-4,
-            "timestep_range": [200, 202],
-            "per_device_train_batch_size": 4,
-        },
+        **tiny.FAST,
         **settings,
         precompute_dir=str(tmp_path / "cache"),
     )

@@ -295,7 +295,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.train_dataset = each_dataset(self.train_dataset, "train_dataset", files.images)
         self.eval_dataset = each_dataset(self.eval_dataset, "eval_dataset", files.images)
         self.prepared = [*self.prepared, *files.image_datasets]
-        if self.has_fixed_prompts:
+        if self.has_fixed_prompts and files.image_datasets:
             self.encoder.prompt_cache = files.prompts(self.prompts_of)
         self.backbone.offload(self.backbone.encoder_names if self.has_fixed_prompts else ("vae",))
         if self.train_dataset is not None and (args.reference_inverts or args.precompute_ref_preds):
@@ -306,6 +306,7 @@ class DiffusionTrainer(_BaseTrainer):
             caches = files.by_epoch(self.train_dataset, epochs, self._noised_tensors, depends_on)
             self.state.epoch, self.noised_caches = 0, caches
             self.meters.averages("train")  # none of these was a step
+            self.model.train(self.denoiser_was_training)
 
     @torch.no_grad()
     def _noised_tensors(self, inputs: dict[str, Any], epoch: int) -> dict[str, torch.Tensor]:

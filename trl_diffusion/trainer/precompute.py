@@ -49,7 +49,9 @@ def text_fingerprint(backbone: Backbone, prompts: Iterable[str | None]) -> str:
     prompts = _in_order(prompts)
     pipeline = backbone.pipeline
     tokens = [
-        getattr(pipeline, name)([prompt or "" for prompt in prompts], truncation=True, max_length=limit).input_ids
+        getattr(pipeline, name)(
+            [prompt or "" for prompt in prompts], padding="max_length", truncation=True, max_length=limit
+        ).input_ids
         for name, limit in backbone.prompt_limits.items()
     ]
     encoders = [module_fingerprint(getattr(pipeline, name)) for name in backbone.text_encoder_names]
