@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import IterableDataset
 
@@ -180,18 +181,23 @@ def as_padding(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, IS_PADDING: torch.ones(len(batch["id"]), dtype=torch.bool, device=device)}
 
 
-def count_rows(batches: list[dict[str, Any]]) -> torch.Tensor | int:
+def count_rows(batches: list[dict[str, Any]], accelerator: Accelerator | None = None) -> torch.Tensor | int:
     """
-    How many rows of some batches are not padding.
+    Counts the rows of batches that are not padding.
 
     Args:
         batches (`list[dict]`):
             Batches, each with the `id` of its rows and, where some may be padding, `is_padding`.
+        accelerator ([`~accelerate.Accelerator`], *optional*):
+            Adds the rows of the other processes.
 
     Returns:
         `int`, or a `torch.Tensor` without dimensions where a batch has `is_padding`, so that no device is waited for.
     """
-    return sum((~batch[IS_PADDING]).sum() if IS_PADDING in batch else len(batch["id"]) for batch in batches)
+    rows = sum((~batch[IS_PADDING]).sum() if IS_PADDING in batch else len(batch["id"]) for batch in batches)
+    if accelerator is None or accelerator.num_processes == 1 or not batches:
+        return rows
+    return accelerator.reduce(torch.as_tensor(rows, device=accelerator.device))
 
 
 def mean_over_rows(
@@ -213,7 +219,7 @@ def mean_over_rows(
             Rows of the optimizer step in all micro-batches and processes, without the padding. If left out, the rows of this
             micro-batch, whose mean this then is.
         num_processes (`int`, *optional*, defaults to `1`):
-            How many processes the gradients are averaged over.
+            Number of processes that gradients are averaged over, where `num_rows` is given.
 
     Returns:
         `torch.Tensor` without dimensions: exactly 0, with a gradient of 0, where all rows are padding.
@@ -221,6 +227,7 @@ def mean_over_rows(
     if is_padding is not None:
         losses = losses.masked_fill(is_padding, 0)
     if num_rows is None:
+        num_processes = 1
         num_rows = len(losses) if is_padding is None else (~is_padding).sum().clamp(min=1)
     return losses.sum() * num_processes / num_rows
 
