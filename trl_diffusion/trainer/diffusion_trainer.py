@@ -33,8 +33,8 @@ from .fingerprints import base_fingerprint, module_fingerprint
 from .meters import Meters, Metrics
 from .model_card import Method, diffusion_model_card
 from .noised_batch import NoisedBatch, Noiser, by_row
-from .policy import make_policy
-from .precompute import Precomputation, noising_settings, num_epochs, text_fingerprint, warn_of_unused_rows
+from .policy import evaluation_mode, make_policy
+from .precompute import Precomputation, noising_settings, num_epochs, warn_of_unused_rows
 from .reference import Reference, check_untrained, make_reference
 from .row_randomness import RowRandomness
 from .run_record import describe_run, write_run_record
@@ -243,8 +243,10 @@ class DiffusionTrainer(_BaseTrainer):
         if self.train_dataset is not None and (args.reference_inverts or args.precompute_ref_preds):
             self.model.train()  # as in a step
             rows = self._bucket_sampler(self.train_dataset) if args.aspect_ratio_buckets else self.train_dataset
-            text = text_fingerprint(self.backbone, [None, *self.train_dataset["prompt"]])
-            depends_on = (self._frozen_fingerprints(), text, noising_settings(args, self.process))
+            depends_on = (
+                noising_settings(args, self.backbone, self.train_dataset["prompt"]),
+                self._frozen_fingerprints(),
+            )
             epochs = num_epochs(len(rows), args)
             self.noised_caches = files.by_epoch(self.train_dataset, epochs, self._noised_tensors, depends_on)
             self.state.epoch = 0
@@ -365,12 +367,9 @@ class DiffusionTrainer(_BaseTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        was_training = self.model.training
         self.meters.averages("evaluation")  # of an evaluation that was stopped
-        try:
+        with evaluation_mode(self.model):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        finally:
-            self.model.train(was_training)
         for name, value in self.meters.averages("evaluation").items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
@@ -413,7 +412,7 @@ class DiffusionTrainer(_BaseTrainer):
         return {}
 
     def _save_checkpoint(self, model, trial) -> None:
-        self.create_model_card(model_name=self._model_name())
+        self.create_model_card()
         if self.args.should_save:  # first, so that no checkpoint is without it
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             write_run_record(folder, self.run_record)
@@ -422,9 +421,6 @@ class DiffusionTrainer(_BaseTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._save(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
-
-    def _model_name(self) -> str:
-        return (self.args.hub_model_id or Path(self.args.output_dir).absolute().name).split("/")[-1]
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
         """Writes the model card, `README.md` in the output directory, by default named after it or after `hub_model_id`."""
@@ -439,7 +435,8 @@ class DiffusionTrainer(_BaseTrainer):
             global_step=self.state.global_step,
             example_prompt=self._example_prompt,
             further=self._card_parameters,
-            model_name=model_name or self._model_name(),
+            model_name=model_name
+            or (self.args.hub_model_id or Path(self.args.output_dir).absolute().name).split("/")[-1],
             model_id=self.hub_model_id,
             dataset_name=dataset_name,
             tags=[tags] if isinstance(tags, str) else tags or [],
