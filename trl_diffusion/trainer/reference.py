@@ -18,9 +18,9 @@ from ..backbones import Backbone, load_backbone
 from .diffusion_config import DiffusionConfig
 
 
-# Largest distance of two predictions that are equal but for rounding, as a share of their size. In half precision the kernels
-# of a LoRA's forward, or of another batch size, round differently.
-MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Largest distance of two predictions that are equal but for rounding, as a share of their size. With TF32 or in half precision,
+# the kernels of another batch size round differently.
+MAX_DIFFERENCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 class Reference:
