@@ -303,7 +303,7 @@ def make_card(
         name=name,
         is_on_hub="/" in name,
         has_images=len(infos) > 1,
-        citation=builder.TRAINER._paper["citation"],
+        citation=builder.TRAINER.method.paper["citation"],
         share=share,
         source=public(config.source),
         arguments=", ".join(arguments),

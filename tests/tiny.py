@@ -227,3 +227,16 @@ def max_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> fl
     """The largest difference between two copies of a module's weights."""
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def latents(trainer, batch: dict) -> torch.Tensor:
+    """The latents of a batch as a trainer samples them."""
+    keys = [trainer.randomness.key(row_id, column) for column in trainer.image_columns for row_id in batch["id"]]
+    return trainer.encoder.sample_latents(batch, keys)
+
+
+def other_unet():
+    """A pipeline that differs from `sd_pipeline()` in its UNet alone."""
+    pipeline = sd_pipeline()
+    pipeline.unet = sd_pipeline(seed=1).unet
+    return pipeline

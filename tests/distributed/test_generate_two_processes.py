@@ -65,4 +65,4 @@ def test_two_processes_draw_what_one_does(tmp_path):
     assert {returned for _, returned in ends} == {" ".join(row.path.name for row in rows)}
     files = [{path.name: path.read_bytes() for path in (tmp_path / run).rglob("*.png")} for run in ("one", "two")]
     assert files[0] == files[1] and len(files[0]) == 6
-    assert result.stderr.count("Drawing with m:   0%") == 1  # one bar
+    assert result.stderr.count("Sampling with m:   0%") == 1  # one bar

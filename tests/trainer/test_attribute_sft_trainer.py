@@ -92,7 +92,7 @@ def test_a_pipeline_that_carries_adapters_is_refused(tmp_path, criteria):
     """A second LoRA on top of the first would train what nobody asked for."""
     pipeline = tiny.sd_pipeline()
     make_trainer(tmp_path, pipeline, criteria)
-    with pytest.raises(ValueError, match="carries LoRA adapters already"):
+    with pytest.raises(ValueError, match="`unet` carries LoRA adapters"):
         make_trainer(tmp_path, pipeline, criteria)
 
 

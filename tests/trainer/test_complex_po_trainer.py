@@ -201,7 +201,7 @@ def test_a_row_of_one_kind_trains_on_the_term_it_has(tmp_path, experts, criteria
     rows = tiny.paintings(4)
     batch = trainer.data_collator([rows[1], rows[2]])  # positive only, negative only
     _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
-    metrics = trainer.meters["train"].averages()
+    metrics = trainer.meters.averages("train")
     margins = torch.tensor([metrics["rewards/chosen"], -metrics["rewards/rejected"]])
     assert margins.abs().min() > 1e-3
     assert metrics["rewards/margins"] == pytest.approx(margins.mean().item(), rel=1e-5)
@@ -236,7 +236,7 @@ def test_logged_gradient_norms_are_those_of_autograd(tmp_path, loss_type, expert
         _, outputs = trainer.compute_loss(trainer.model, trainer.data_collator([row]), return_outputs=True)
         gradient = torch.autograd.grad(outputs["losses"].sum(), predictions[-1])[0]
         terms[kind] = gradient.norm().item()
-    metrics = trainer.meters["train"].averages()
+    metrics = trainer.meters.averages("train")
     for kind, norm in terms.items():
         assert metrics[f"grad_norms/{kind}"] == pytest.approx(norm, rel=1e-4)
 

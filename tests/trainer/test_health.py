@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -129,7 +130,7 @@ def test_a_loss_that_is_not_finite_names_its_rows(tmp_path):
 
 
 def step_with(callback: HealthCallback, gradient_norm: float, loss: float = 0.7, fp16: bool = True) -> None:
-    callback.losses.append((["row-a", "row-b"], torch.tensor([0.7, loss])))
+    callback.losses.append((["row-a", "row-b"], torch.tensor([0.7, loss]), None))
     callback.gradient_norm = gradient_norm
     callback.on_pre_optimizer_step(SimpleNamespace(fp16=fp16), SimpleNamespace(global_step=4), None)
 
@@ -353,15 +354,14 @@ def test_nothing_on_the_device_is_float64(tmp_path, monkeypatch, expert, criteri
     batch = trainer.data_collator([trainer.train_dataset[row] for row in (0, 1)])
     averages, doubles, reduced = Meters.averages, Doubles(), []
 
-    def unwatched(self):
+    def unwatched(self, mode):
         doubles.is_watching = False
-        result = averages(self)
+        result = averages(self, mode)
         doubles.is_watching = True
         return result
 
     monkeypatch.setattr(Meters, "averages", unwatched)
-    for meter in trainer.meters.values():
-        meter.reduce = lambda sums: reduced.append(sums.dtype) or sums
+    monkeypatch.setattr(Accelerator, "reduce", lambda self, sums: reduced.append(sums.dtype) or sums)
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # as the Trainer sets it before a step
     with doubles:
@@ -371,7 +371,7 @@ def test_nothing_on_the_device_is_float64(tmp_path, monkeypatch, expert, criteri
         trainer.log({})
         trainer.model.eval()
         trainer.prediction_step(trainer.model, dict(batch), prediction_loss_only=True)
-        metrics = trainer.meters["evaluation"].averages()
+        metrics = trainer.meters.averages("evaluation")
     assert doubles.found == [] and reduced == [torch.float32] * 2
     assert metrics["loss"] > 0
 

@@ -42,8 +42,7 @@ def noise(trainer, rows=(0, 1, 2)) -> NoisedBatch:
     trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
     with torch.no_grad():
-        latents = trainer.sample_latents(batch)
-        return next(trainer.noised_batches(trainer.model, latents, trainer.prepare_batch(batch, latents), batch))
+        return next(trainer.noised_batches(trainer.model, batch))
 
 
 @pytest.mark.parametrize("inversion_model", ["reference", "policy"])
@@ -136,8 +135,7 @@ def test_no_gradient_flows_through_the_walk(tmp_path, inversion_model):
     trainer = make_trainer(tmp_path, inversion_model=inversion_model)
     trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[row] for row in (0, 1)])
-    latents = trainer.sample_latents(batch)
-    pairs = next(trainer.noised_batches(trainer.model, latents, trainer.prepare_batch(batch, latents), batch))
+    pairs = next(trainer.noised_batches(trainer.model, batch))
     tensors = [pairs.latents, pairs.noise, pairs.noisy_latents, pairs.frozen["ref_pred"]]
     tensors += [*pairs.batch["conditions"].values(), pairs.batch["masks"]]
     assert not any(tensor.requires_grad for tensor in tensors)
@@ -166,8 +164,8 @@ def test_training_meets_each_epochs_noise(tmp_path, monkeypatch):
     )
     seen, noised_batches = [], trainer.noised_batches
 
-    def noted(model, latents, batch, inputs):
-        for pairs in noised_batches(model, latents, batch, inputs):
+    def noted(model, inputs):
+        for pairs in noised_batches(model, inputs):
             seen.extend(zip(inputs["id"], pairs.timesteps.tolist()[: len(inputs["id"])], strict=True))
             yield pairs
 
