@@ -10,12 +10,12 @@ from typing import Any
 from datasets import Dataset
 from diffusers import StableDiffusionPipeline
 
+from trl_diffusion.guidance import negative_preference_guidance
 from trl_diffusion.quickstart import cpo, iapo
 from trl_diffusion.quickstart.experiment import FAST
 from trl_diffusion.quickstart.paintings import painting_dataset, sample_painting
 from trl_diffusion.quickstart.sampling import generate, load_pipeline
 from trl_diffusion.quickstart.world import evaluation_prompts, preference_dataset
-from trl_diffusion.sampling import negative_preference_guidance
 from trl_diffusion.trainer.attribute_sft_config import AttributeSFTConfig
 from trl_diffusion.trainer.attribute_sft_trainer import AttributeSFTTrainer
 from trl_diffusion.trainer.diffusion_trainer import DiffusionTrainer

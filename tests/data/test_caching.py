@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 
 from trl_diffusion.data import caching
-from trl_diffusion.data.caching import TensorTable, is_precomputed, precompute_dataset, read_example, write_example
+from trl_diffusion.data.caching import TensorCache, is_precomputed, precompute_dataset, read_example, write_example
 
 
 ROOT = Path(__file__).parents[2]
@@ -320,13 +320,13 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
 # ---- Looking up ----
 
 
-def test_a_table_gives_the_tensors_of_its_keys(tmp_path):
+def test_a_cache_gives_the_tensors_of_its_keys(tmp_path):
     """In any order, and as often as they are asked for."""
-    table = TensorTable(precompute(tmp_path, encoded), "id")
-    asked = table[["row-9", "row-0", "row-9", "row-4"]]
+    cache = TensorCache(precompute(tmp_path, encoded), "id")
+    asked = cache[["row-9", "row-0", "row-9", "row-4"]]
     assert asked.keys() == {"x"} and asked["x"].tolist() == [[9.0, 18.0], [0.0, 0.0], [9.0, 18.0], [4.0, 8.0]]
     with pytest.raises(KeyError):
-        table[["row-0", "row-10"]]
+        cache[["row-0", "row-10"]]
 
 
 def encoded(rows: list[dict]) -> list[dict]:

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from diffusers import DDPMScheduler
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -20,7 +21,9 @@ from trl_diffusion import (
     ComplexPOTrainer,
     attribute_features,
 )
-from trl_diffusion.noising import keyed_noise, keyed_timesteps, timestep_weights
+from trl_diffusion.noising import timestep_weights
+from trl_diffusion.randomness import keyed_noise
+from trl_diffusion.trainer.noised_batch import NoisedBatch
 
 
 FAST = {
@@ -80,6 +83,7 @@ def move(trainer: ComplexPOTrainer) -> None:
         for name, parameter in trainer.model.named_parameters():
             if "lora_B.default" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    trainer.reference_is_initial_policy = False  # it was moved before its first step
 
 
 def logged(trainer: ComplexPOTrainer, name: str) -> list[float]:
@@ -144,18 +148,18 @@ def test_adapters_on_one_base_equal_three_separate_models(tmp_path, family, case
 
     ids = batch["id"]
     keys = [(42, 0, row_id, "") for row_id in ids]
-    timesteps, noise = keyed_timesteps(keys, 0, 1000), keyed_noise(keys, (4, 8, 8))
+    timesteps, noise = trainer.process.sample_timesteps(keys), keyed_noise(keys, (4, 8, 8))
     posterior = reference.vae.encode(batch["image_pixel_values"]).latent_dist
     sampled = keyed_noise([(42, 0, row_id, "image") for row_id in ids], (4, 8, 8))
     latents = (posterior.mean + posterior.std * sampled) * reference.vae.config.scaling_factor
-    noisy = trainer.backbone.noise_scheduler.add_noise(latents, noise, timesteps)
+    noisy = DDPMScheduler.from_config(reference.scheduler.config).add_noise(latents, noise, timesteps)
 
     @torch.no_grad()
     def predict(pipeline, prompts):
         added = {}
         if family == "sdxl":
             embeds, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
-            time_ids = torch.tensor([[32, 40, 0, 4, 32, 32], [32, 40, 0, 4, 32, 32]]).float()
+            time_ids = torch.tensor([[32, 32, 0, 0, 32, 32]] * 2).float()
             added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
         else:
             embeds, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
@@ -166,10 +170,10 @@ def test_adapters_on_one_base_equal_three_separate_models(tmp_path, family, case
     z_w, z_l = (e_plain + strength * (predict(expert, prompts) - e_plain) for prompts in (positive, negative))
     e, e_ref = predict(policy, condition), predict(reference, condition)
 
-    frozen, _ = trainer._conditions(trainer.prompts(batch), batch, noisy)
-    for ours, separate in zip(
-        trainer.frozen_predictions(trainer.model, noisy, timesteps, frozen), (z_w, z_l, e_ref), strict=True
-    ):
+    noised = NoisedBatch(trainer.prepare_batch(batch, latents), latents, noise, noisy, timesteps, {})
+    frozen = trainer.frozen_predictions(trainer.model, noised)
+    assert frozen.keys() == {"chosen_target", "rejected_target", "ref_pred"}
+    for ours, separate in zip(frozen.values(), (z_w, z_l, e_ref), strict=True):
         assert (ours - separate).abs().max() <= 1e-5
         assert not ours.requires_grad
     assert (z_w - z_l).abs().max() > 1e-2 and (z_w - e_ref).abs().max() > 1e-2
@@ -177,12 +181,7 @@ def test_adapters_on_one_base_equal_three_separate_models(tmp_path, family, case
     def squared(target, prediction):
         return (target - prediction).pow(2).mean(dim=[1, 2, 3])
 
-    omega = timestep_weights(
-        timesteps,
-        trainer.backbone.alphas_cumprod,
-        case.get("timestep_weighting", "constant"),
-        "v_prediction" if family == "sd_v" else "epsilon",
-    )
+    omega = timestep_weights(timesteps, trainer.process, case.get("timestep_weighting", "constant"))
     win = squared(z_w, e) - squared(z_w, e_ref)
     if case.get("loss_type") == "unstabilized":
         lose = -(squared(z_l, e) - squared(z_l, e_ref))
@@ -202,7 +201,7 @@ def test_a_row_of_one_kind_trains_on_the_term_it_has(tmp_path, experts, criteria
     rows = tiny.paintings(4)
     batch = trainer.data_collator([rows[1], rows[2]])  # positive only, negative only
     _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
-    metrics = trainer._averaged_metrics("train")
+    metrics = trainer.meters["train"].averages()
     margins = torch.tensor([metrics["rewards/chosen"], -metrics["rewards/rejected"]])
     assert margins.abs().min() > 1e-3
     assert metrics["rewards/margins"] == pytest.approx(margins.mean().item(), rel=1e-5)
@@ -237,7 +236,7 @@ def test_logged_gradient_norms_are_those_of_autograd(tmp_path, loss_type, expert
         _, outputs = trainer.compute_loss(trainer.model, trainer.data_collator([row]), return_outputs=True)
         gradient = torch.autograd.grad(outputs["losses"].sum(), predictions[-1])[0]
         terms[kind] = gradient.norm().item()
-    metrics = trainer._averaged_metrics("train")
+    metrics = trainer.meters["train"].averages()
     for kind, norm in terms.items():
         assert metrics[f"grad_norms/{kind}"] == pytest.approx(norm, rel=1e-4)
 
@@ -263,8 +262,8 @@ def test_the_unstabilised_loss_drifts_and_the_trainer_says_so(tmp_path, experts,
         with caplog.at_level(logging.WARNING):
             trainer.train()
         drifts[loss_type] = logged(trainer, "drift")
-        assert ("has left the region" in caplog.text) == (loss_type == "unstabilized")
-    assert caplog.text.count("has left the region") == 1
+        assert ("times as far from the reference" in caplog.text) == (loss_type == "unstabilized")
+    assert caplog.text.count("times as far from the reference") == 1
     assert max(drifts["stabilized"]) < 0.1 and drifts["unstabilized"][-1] > 1
     assert logged(trainer, "rewards/accuracies")[-1] >= 0.7
 
@@ -290,7 +289,7 @@ def test_a_step_is_two_forwards_on_one_base(tmp_path, strength, rows, experts, c
         name: sum(parameter.numel() for key, parameter in trainer.model.named_parameters() if f".{name}." in key)
         for name in ("default", "expert")
     }
-    assert trainer.ref_model is None and size == base_size + adapters["default"] + adapters["expert"]
+    assert trainer.reference.denoiser is None and size == base_size + adapters["default"] + adapters["expert"]
     assert adapters["expert"] == 2 * adapters["default"] > 0  # ranks 8 and 4
 
 
@@ -432,10 +431,10 @@ def test_prompts_of_the_expert(tmp_path, experts, criteria):
         )
         batch = trainer.data_collator([row])
         trainer.model.eval()
-        asked = trainer.prompts(batch)
+        asked = trainer.expert_prompts(batch)
         assert (asked.plain, asked.chosen, asked.rejected) == (["a"], [prompts[0]], [prompts[1]])
     trainer.model.train()
-    seen = {trainer.prompts({**batch, "id": [f"row-{index}"]}).chosen[0] for index in range(20)}
+    seen = {trainer.expert_prompts({**batch, "id": [f"row-{index}"]}).chosen[0] for index in range(20)}
     assert seen == {"a, blue, square, dog", "blue, square, dog"}
 
 
@@ -444,12 +443,12 @@ def test_sides_of_a_row(tmp_path, index, sides, experts, criteria):
     """Present targets have the sides that the row has, paired ones both."""
     for targets, expected in (("present", sides), ("paired", (1, 1))):
         trainer = make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, attribute_targets=targets)
-        asked = trainer.prompts(trainer.data_collator([tiny.paintings(4)[index]]))
+        asked = trainer.expert_prompts(trainer.data_collator([tiny.paintings(4)[index]]))
         assert (asked.has_chosen.item(), asked.has_rejected.item()) == expected
         trainer = make_trainer(
             tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, attribute_targets=targets, reverse_preference=True
         )
-        asked = trainer.prompts(trainer.data_collator([tiny.paintings(4)[index]]))
+        asked = trainer.expert_prompts(trainer.data_collator([tiny.paintings(4)[index]]))
         assert (asked.has_rejected.item(), asked.has_chosen.item()) == expected
 
 

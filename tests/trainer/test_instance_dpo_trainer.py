@@ -12,7 +12,7 @@ from peft import LoHaConfig, LoraConfig
 from tests import tiny
 from tests.tiny import FAST, PIPELINES, lora, losses, max_difference, weights
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
-from trl_diffusion.noising import keyed_noise, keyed_timesteps
+from trl_diffusion.randomness import keyed_noise
 
 
 def make_trainer(tmp_path, pipeline, dataset=None, peft_config=None, **kwargs) -> InstanceDPOTrainer:
@@ -51,21 +51,26 @@ def test_before_the_first_step_the_loss_is_ln_2_and_the_margins_are_0(tmp_path, 
     assert second["rewards/margins"] != 0
 
 
-@pytest.mark.parametrize("family", PIPELINES)
-def test_the_loss_is_the_published_formula_on_the_keyed_draws(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "size_conditions"), [*((family, "target") for family in PIPELINES), ("sdxl", "original")]
+)
+def test_the_loss_is_the_published_formula_on_keyed_noise(tmp_path, family, size_conditions):
     """Loss of a batch = Diffusion-DPO by diffusers' scheduler, on noise and timestep that the pair shares."""
-    trainer = make_trainer(tmp_path, PIPELINES[family](), dataset=tiny.pairs(2), w_neg=1.0, beta=500.0)
+    settings = {"w_neg": 1.0, "beta": 500.0, "size_conditions": size_conditions}
+    trainer = make_trainer(tmp_path, PIPELINES[family](), dataset=tiny.pairs(2), **settings)
     with torch.no_grad():  # let the policy differ from the reference
         for parameter in trainer.model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     trainer.model.train()
+    trainer.reference_is_initial_policy = False  # the policy was moved before its first step
     batch = next(iter(trainer.get_train_dataloader()))
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
 
     ids, pipeline = batch["id"], trainer.backbone.pipeline
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     keys = [(42, 0, row_id, "") for row_id in ids]
-    timesteps, noise = keyed_timesteps(keys, 0, 1000), keyed_noise(keys, (4, 8, 8))
+    timesteps, noise = trainer.process.sample_timesteps(keys), keyed_noise(keys, (4, 8, 8))
+    assert len(set(timesteps.tolist())) == len(ids)
     squared = {"policy": [], "reference": []}
     for column in ("chosen", "rejected"):
         posterior = pipeline.vae.encode(batch[f"{column}_pixel_values"]).latent_dist
@@ -76,12 +81,15 @@ def test_the_loss_is_the_published_formula_on_the_keyed_draws(tmp_path, family):
         added = {}
         if family == "sdxl":
             embeds, _, pooled, _ = pipeline.encode_prompt(batch["prompt"], do_classifier_free_guidance=False)
-            sizes = [batch[f"{column}_original_sizes"], batch[f"{column}_crop_top_lefts"]]
-            time_ids = torch.cat([*sizes, torch.full((len(ids), 2), 32)], dim=1)
+            if size_conditions == "original":
+                sizes = [batch[f"{column}_original_sizes"], batch[f"{column}_crop_top_lefts"]]
+                time_ids = torch.cat([*sizes, torch.full((len(ids), 2), 32)], dim=1)
+            else:
+                time_ids = torch.tensor([[32, 32, 0, 0, 32, 32]] * len(ids))
             added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids.float()}}
         else:
             embeds, _ = pipeline.encode_prompt(batch["prompt"], "cpu", 1, False)
-        for name, unet in (("policy", trainer.model), ("reference", trainer.ref_model)):
+        for name, unet in (("policy", trainer.model), ("reference", trainer.reference.denoiser)):
             prediction = unet(noisy, timesteps, embeds, **added).sample
             squared[name].append((prediction - target).pow(2).mean(dim=[1, 2, 3]))
     model_diff = squared["policy"][0] - squared["policy"][1]
@@ -112,8 +120,11 @@ def test_masks_reach_each_image_of_the_pair(tmp_path):
     trainer = make_trainer(tmp_path, tiny.sd_pipeline(), dataset=tiny.pairs(2), mask_overlap="covering")
     row = tiny.pairs(2)[1]  # 32x48 and 48x32 pixels: the centre crop moves both boxes, each its own way
     batch = trainer.data_collator([row])
+    masks = dict(
+        zip(trainer.image_columns, trainer.prepare_batch(batch, torch.empty(2, 4, 8, 8))["masks"], strict=True)
+    )
     for column, box in (("chosen", [14, 0, 30, 22]), ("rejected", [2, 14, 23, 31])):
-        mask = trainer.masks(batch, column, (8, 8))[0]
+        mask = masks[column]
         inside = torch.zeros(32, 32)
         inside[box[1] : box[3], box[0] : box[2]] = 1
         covered = inside.reshape(8, 4, 8, 4).mean(dim=(1, 3)) == 1
@@ -121,11 +132,20 @@ def test_masks_reach_each_image_of_the_pair(tmp_path):
         assert mask[covered].min() == 0 and mask.mean().item() == pytest.approx(1, abs=1e-6)
 
 
-def test_sdxl_is_told_each_images_own_size_and_crop(tmp_path):
-    """time_ids = (original size, crop top left, target size), each (height, width) and each image's own."""
+def test_sdxl_is_told_the_size_that_is_trained_at(tmp_path):
+    """time_ids = (h, w, 0, 0, h, w), as a pipeline is told where it samples, whatever size an image had."""
     trainer = make_trainer(tmp_path, tiny.sdxl_pipeline())
     batch = trainer.data_collator([tiny.pairs()[0], tiny.pairs()[1]])
-    conditions = trainer._conditions(batch, torch.empty(4, 4, 8, 8))
+    for height, width in ((8, 8), (6, 10)):
+        conditions = trainer.prepare_batch(batch, torch.empty(4, 4, height, width))["conditions"]
+        assert conditions["time_ids"].tolist() == [[4 * height, 4 * width, 0, 0, 4 * height, 4 * width]] * 4
+
+
+def test_sdxl_can_be_told_each_images_own_size_and_crop(tmp_path):
+    """With `size_conditions="original"`, time_ids = (original size, crop top left, target size), each (height, width)."""
+    trainer = make_trainer(tmp_path, tiny.sdxl_pipeline(), size_conditions="original")
+    batch = trainer.data_collator([tiny.pairs()[0], tiny.pairs()[1]])
+    conditions = trainer.prepare_batch(batch, torch.empty(4, 4, 8, 8))["conditions"]
     assert conditions["time_ids"].tolist() == [
         [32, 40, 0, 4, 32, 32],
         [48, 32, 8, 0, 32, 32],
@@ -141,7 +161,7 @@ def test_full_training_moves_the_policy_and_never_the_reference(tmp_path):
     """The frozen copy, the VAE and the text encoder stay as they were."""
     trainer = make_trainer(tmp_path, tiny.sd_pipeline())
     pipeline = trainer.backbone.pipeline
-    frozen = [trainer.ref_model, pipeline.vae, pipeline.text_encoder]
+    frozen = [trainer.reference.denoiser, pipeline.vae, pipeline.text_encoder]
     before, policy = [weights(module) for module in frozen], weights(trainer.model)
     trainer.train()
     assert [max_difference(weights(module), start) for module, start in zip(frozen, before, strict=True)] == [0, 0, 0]
@@ -151,7 +171,7 @@ def test_full_training_moves_the_policy_and_never_the_reference(tmp_path):
 def test_lora_training_moves_the_adapters_only_and_keeps_no_second_model(tmp_path):
     """The base under a LoRA stays as it was, and the reference costs no parameter."""
     trainer = make_trainer(tmp_path, tiny.sd_pipeline(), peft_config=lora())
-    assert trainer.ref_model is None
+    assert trainer.reference.denoiser is None
     before = weights(trainer.model)
     trainer.train()
     moved = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
@@ -356,11 +376,11 @@ def test_bf16_keeps_errors_in_float32_and_the_first_margin_at_0(tmp_path, peft_c
     """Under bf16 autocast the errors are float32, and policy and reference still agree to the last bit."""
     trainer = make_trainer(tmp_path, tiny.sd_pipeline(), peft_config=peft_config, bf16=True, use_cpu=True, beta=5000)
     recorded = []
-    trainer.record = lambda **values: recorded.append(values) or InstanceDPOTrainer.record(trainer, **values)
+    trainer.record = lambda metrics: recorded.append(metrics) or InstanceDPOTrainer.record(trainer, metrics)
     trainer.train()
     assert trainer.state.log_history[0]["rewards/margins"] == 0
     assert trainer.state.log_history[2]["rewards/margins"] != 0
-    errors = recorded[0]["errors/chosen"]
+    errors = next(metrics["errors/chosen"] for metrics in recorded if "errors/chosen" in metrics)
     assert errors.dtype == torch.float32 and not torch.equal(errors, errors.bfloat16().float())
     trainable = [parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad]
     assert set(trainable) == {torch.float32}
@@ -401,16 +421,32 @@ def test_a_folder_of_parquet_and_a_folder_of_weights_train(tmp_path):
     assert losses(trainer) == losses(in_memory)
 
 
-def test_prompt_dropout_replaces_prompts_by_the_empty_one(tmp_path):
-    """Each prompt is dropped with the given probability, in training only."""
+def test_prompt_dropout_replaces_prompts_by_the_unconditional_branch(tmp_path):
+    """Each prompt is dropped with the given probability, in training only; `None` stands for the unconditional branch."""
     trainer = make_trainer(tmp_path, tiny.sd_pipeline(), prompt_dropout=0.25)
     ids = [f"row-{index}" for index in range(2000)]
     trainer.model.train()
-    seen = trainer.drop_prompts(["a cat"] * 2000, ids)
-    assert seen.count("") + seen.count("a cat") == 2000
-    assert 0.2 < seen.count("") / 2000 < 0.3
+    seen = trainer.randomness.drop_prompts(["a cat"] * 2000, ids)
+    assert seen.count(None) + seen.count("a cat") == 2000
+    assert 0.2 < seen.count(None) / 2000 < 0.3
     trainer.model.eval()
-    assert trainer.drop_prompts(["a cat"] * 2000, ids) == ["a cat"] * 2000
+    assert trainer.randomness.drop_prompts(["a cat"] * 2000, ids) == ["a cat"] * 2000
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_dropped_prompt_is_what_guidance_subtracts(tmp_path, family):
+    """Its conditions are the negative ones that the pipeline makes itself: zeros for SDXL, the empty prompt's else."""
+    trainer = make_trainer(tmp_path, PIPELINES[family](), prompt_dropout=1.0)
+    batch = trainer.data_collator([tiny.pairs()[0], tiny.pairs()[1]])
+    trainer.model.train()
+    conditions = trainer.prepare_batch(batch, torch.empty(4, 4, 8, 8))["conditions"]
+    encoded = trainer.backbone.pipeline.encode_prompt(
+        "a cat", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
+    names = ("prompt_embeds", "text_embeds") if family == "sdxl" else ("prompt_embeds",)
+    for name, unconditional in zip(names, encoded[1::2], strict=True):
+        assert torch.equal(conditions[name], unconditional.expand_as(conditions[name]))
+        assert (unconditional.abs().max() == 0) == (family == "sdxl")
 
 
 def test_reversed_preference_negates_the_margin(tmp_path):
@@ -425,6 +461,7 @@ def test_reversed_preference_negates_the_margin(tmp_path):
                 if "lora_B" in name:
                     parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
         trainer.model.train()
+        trainer.reference_is_initial_policy = False  # the policy was moved before its first step
     loss, reversed_outputs = reversed_trainer.compute_loss(reversed_trainer.model, batch, return_outputs=True)
     loss, plain_outputs = plain_trainer.compute_loss(plain_trainer.model, batch, return_outputs=True)
     # sigma(m) + sigma(-m) = 1
@@ -467,8 +504,9 @@ def test_degenerate_instances_train_without_nan(tmp_path, mask_overlap, w_neg):
     trainer.train()
     assert all(math.isfinite(loss) for loss in losses(trainer))
     assert all(value.isfinite().all() for value in weights(trainer.model).values())
-    masks = trainer.masks(trainer.data_collator([{"id": "2", **dataset[2]}]), "chosen", (8, 8))
-    assert masks.unique().tolist() == ([0.0] if w_neg == 0 else [-1.0])
+    batch = trainer.data_collator([{"id": "2", **dataset[2]}])
+    masks = trainer.prepare_batch(batch, torch.empty(2, 4, 8, 8))["masks"]
+    assert masks[0].unique().tolist() == ([0.0] if w_neg == 0 else [-1.0])
 
 
 # ---- Mistakes ----
@@ -487,7 +525,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_the_rows
 
     trainer.data_collator = poisoned
     before = weights(trainer.model)
-    with pytest.raises(ValueError, match="step 1, for the rows with id row-5. The optimizer has not stepped"):
+    with pytest.raises(ValueError, match="step 1, for the rows with id row-5. The optimizer has not made this step"):
         trainer.train()
     assert max_difference(weights(trainer.model), before) == 0
 
@@ -501,7 +539,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_the_rows
         ({"mask_overlap": "max"}, "`mask_overlap` must be 'mean' or 'covering'"),
         ({"prompt_dropout": 1.5}, "`prompt_dropout` is a probability"),
         ({"timestep_range": [500, 100]}, "`timestep_range` must be two numbers"),
-        ({"timestep_range": [0, 2000]}, "this model has 1000 timesteps only"),
+        ({"timestep_range": [0, 2000]}, "this model has the timesteps 0 to 999 only"),
         ({"resolution": 30}, "`resolution` is 30, which is no multiple of 4"),
         ({"resolution": 0}, "`resolution` must be a positive number"),
         ({"sample_steps": 0}, "`sample_steps` must be at least 1"),

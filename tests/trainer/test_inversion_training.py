@@ -9,8 +9,8 @@ import torch
 from tests import tiny
 from tests.tiny import FAST, PIPELINES, lora, max_difference, weights
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
-from trl_diffusion.inversion import ddim_inversion, inversion_timesteps
-from trl_diffusion.noising import add_noise
+from trl_diffusion.inversion import invert_latents
+from trl_diffusion.trainer.noised_batch import NoisedBatch
 
 
 def make_trainer(folder, pipeline=None, dataset=None, peft_config=None, **kwargs) -> InstanceDPOTrainer:
@@ -37,14 +37,13 @@ def move_policy(trainer, scale: float = 0.05) -> None:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def draw(trainer, rows=(0, 1, 2)):
-    """Latents, conditions and noised pairs of some rows, as the next training step has them."""
+def noise(trainer, rows=(0, 1, 2)) -> NoisedBatch:
+    """Some rows as the next training step has them."""
     trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
     with torch.no_grad():
         latents = trainer.sample_latents(batch)
-        conditions = trainer._conditions(batch, latents)
-        return latents, conditions, next(trainer.noised_pairs(trainer.model, latents, conditions, batch["id"]))
+        return next(trainer.noised_batches(trainer.model, latents, trainer.prepare_batch(batch, latents), batch))
 
 
 @pytest.mark.parametrize("inversion_model", ["reference", "policy"])
@@ -69,29 +68,29 @@ def test_inversion_moves_with_the_policy_where_the_policy_inverts_and_only_there
     """By the reference the same noised latents after the policy has moved, bit for bit; by the policy others."""
     for inversion_model in ("reference", "policy"):
         trainer = make_trainer(tmp_path, peft_config=peft_config, inversion_model=inversion_model)
-        before = draw(trainer)[2]
+        before = noise(trainer)
         move_policy(trainer)
-        after = draw(trainer)[2]
+        after = noise(trainer)
         assert torch.equal(before.timesteps, after.timesteps)
         moved = (before.noisy_latents - after.noisy_latents).abs().amax(dim=(1, 2, 3))
         assert moved.max() == 0 if inversion_model == "reference" else moved.min() > 1e-4
         if inversion_model == "reference":
-            assert torch.equal(before.ref_pred, after.ref_pred)
+            assert torch.equal(before.frozen["ref_pred"], after.frozen["ref_pred"])
 
 
 @pytest.mark.parametrize("family", PIPELINES)
 def test_a_pair_shares_its_timestep_and_each_image_has_its_noise(tmp_path, family):
     """The noise explains the noised latents, and is another for chosen and rejected; random noise is one for both."""
     trainer = make_trainer(tmp_path, PIPELINES[family]())
-    latents, _, pairs = draw(trainer)
+    pairs = noise(trainer)
     chosen, rejected = pairs.timesteps.chunk(2)
     assert torch.equal(chosen, rejected) and len(set(chosen.tolist())) == 3
-    noise = pairs.noise.chunk(2)
-    assert (noise[0] - noise[1]).abs().amax(dim=(1, 2, 3)).min() > 1e-2
-    again = add_noise(latents, pairs.noise, pairs.timesteps, trainer.backbone.alphas_cumprod)
+    explained = pairs.noise.chunk(2)
+    assert (explained[0] - explained[1]).abs().amax(dim=(1, 2, 3)).min() > 1e-2
+    again = trainer.process.add_noise(pairs.latents, pairs.noise, pairs.timesteps)
     torch.testing.assert_close(again, pairs.noisy_latents, atol=1e-5, rtol=0)
-    _, _, drawn = draw(make_trainer(tmp_path, PIPELINES[family](), noise_source="random"))
-    assert torch.equal(*drawn.noise.chunk(2))
+    random = noise(make_trainer(tmp_path, PIPELINES[family](), noise_source="random"))
+    assert torch.equal(*random.noise.chunk(2))
 
 
 @pytest.mark.parametrize("family", PIPELINES)
@@ -99,22 +98,21 @@ def test_each_image_is_inverted_with_its_own_prompt_and_size(tmp_path, family):
     """A batch's inversion is each image's own walk with its own conditions, by the reference's denoiser."""
     trainer = make_trainer(tmp_path, PIPELINES[family]())
     move_policy(trainer)
-    latents, conditions, pairs = draw(trainer)
-    backbone = trainer.backbone
+    pairs = noise(trainer)
+    conditions, backbone, reference = pairs.batch["conditions"], trainer.backbone, trainer.reference.denoiser
     for row in range(6):
         own = {name: value[row : row + 1] for name, value in conditions.items()}
         with torch.no_grad():
-            alone = ddim_inversion(
-                lambda x, t, _, own=own: backbone.predict(trainer.ref_model, x, t, own),
-                latents[row : row + 1],
+            alone = invert_latents(
+                lambda x, t, _, own=own: backbone.predict(reference, x, t, own),
+                pairs.latents[row : row + 1],
                 pairs.timesteps[row : row + 1],
-                backbone.alphas_cumprod,
-                backbone.prediction_type,
+                trainer.process,
                 4,
             )
-            ref_pred = backbone.predict(trainer.ref_model, alone, pairs.timesteps[row : row + 1], own)
+            ref_pred = backbone.predict(reference, alone, pairs.timesteps[row : row + 1], own)
         torch.testing.assert_close(alone[0], pairs.noisy_latents[row], atol=1e-5, rtol=0)
-        torch.testing.assert_close(ref_pred[0], pairs.ref_pred[row], atol=1e-4, rtol=0)
+        torch.testing.assert_close(ref_pred[0], pairs.frozen["ref_pred"][row], atol=1e-4, rtol=0)
 
 
 def test_masks_still_apply(tmp_path):
@@ -139,45 +137,47 @@ def test_no_gradient_flows_through_the_walk(tmp_path, inversion_model):
     trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[row] for row in (0, 1)])
     latents = trainer.sample_latents(batch)
-    pairs = next(trainer.noised_pairs(trainer.model, latents, trainer._conditions(batch, latents), batch["id"]))
-    assert not any(tensor.requires_grad for tensor in pairs)
+    pairs = next(trainer.noised_batches(trainer.model, latents, trainer.prepare_batch(batch, latents), batch))
+    tensors = [pairs.latents, pairs.noise, pairs.noisy_latents, pairs.frozen["ref_pred"]]
+    tensors += [*pairs.batch["conditions"].values(), pairs.batch["masks"]]
+    assert not any(tensor.requires_grad for tensor in tensors)
     trainer.compute_loss(trainer.model, batch).backward()
     assert trainer.model.conv_out.weight.grad.abs().max() > 0
-    assert all(parameter.grad is None for parameter in trainer.ref_model.parameters())
+    assert all(parameter.grad is None for parameter in trainer.reference.denoiser.parameters())
 
 
-def test_a_row_is_drawn_anew_in_each_epoch_and_once_in_it(tmp_path):
+def test_a_row_is_noised_anew_in_each_epoch_and_once_in_it(tmp_path):
     """Its timestep and noise follow from seed, epoch and id, not from the step."""
     trainer = make_trainer(tmp_path, inversion_eta=0.1)
     found = []
     for epoch, step in ((0, 0), (0.5, 3), (1.0, 4), (1.75, 7), (2.0, 8)):
         trainer.state.epoch, trainer.state.global_step = epoch, step
-        found.append(draw(trainer)[2])
+        found.append(noise(trainer))
     same = [torch.equal(found[0].noisy_latents, other.noisy_latents) for other in found]
     assert same == [True, True, False, False, False]
     assert torch.equal(found[2].noisy_latents, found[3].noisy_latents)
     assert not torch.equal(found[2].timesteps, found[4].timesteps)
 
 
-def test_training_meets_each_epochs_draws(tmp_path, monkeypatch):
+def test_training_meets_each_epochs_noise(tmp_path, monkeypatch):
     """In two epochs a row is noised at two timesteps, which are those of the epochs' keys, also with accumulation."""
     trainer = make_trainer(
         tmp_path, dataset=tiny.pairs(5), max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2
     )
-    seen, noised_pairs = [], trainer.noised_pairs
+    seen, noised_batches = [], trainer.noised_batches
 
-    def noted(model, latents, conditions, ids):
-        for pairs in noised_pairs(model, latents, conditions, ids):
-            seen.extend(zip(ids, pairs.timesteps.tolist()[: len(ids)], strict=True))
+    def noted(model, latents, batch, inputs):
+        for pairs in noised_batches(model, latents, batch, inputs):
+            seen.extend(zip(inputs["id"], pairs.timesteps.tolist()[: len(inputs["id"])], strict=True))
             yield pairs
 
-    monkeypatch.setattr(trainer, "noised_pairs", noted)
+    monkeypatch.setattr(trainer, "noised_batches", noted)
     trainer.train()
     monkeypatch.undo()
     assert len(seen) == 10
     for epoch in (0, 1):
         trainer.state.epoch = epoch
-        expected = draw(trainer, range(5))[2].timesteps[:5].tolist()
+        expected = noise(trainer, range(5)).timesteps[:5].tolist()
         assert dict(seen[5 * epoch :][:5]) == {f"row-{row}": expected[row] for row in range(5)}
 
 
@@ -185,26 +185,28 @@ def test_eta_adds_randomness_that_is_each_images_own(tmp_path):
     """Another seed gives another walk only with `inversion_eta`, and the two images of a pair get other noise."""
     trainer = make_trainer(tmp_path, inversion_eta=0.1)
     plain = make_trainer(tmp_path)
-    pairs, without = draw(trainer)[2], draw(plain)[2]
+    pairs, without = noise(trainer), noise(plain)
     difference = (pairs.noisy_latents - without.noisy_latents).chunk(2)
     assert difference[0].abs().amax(dim=(1, 2, 3)).min() > 1e-4
     assert not torch.allclose(*difference, atol=1e-4)
-    assert torch.equal(draw(trainer)[2].noisy_latents, pairs.noisy_latents)
+    assert torch.equal(noise(trainer).noisy_latents, pairs.noisy_latents)
 
 
 def test_a_walk_asks_the_denoiser_as_often_as_it_has_steps(tmp_path, monkeypatch):
     """Of a batch, only those that are on their way; then reference and policy once each."""
     trainer = make_trainer(tmp_path, timestep_range=[600, 1000])
-    latents, conditions, pairs = draw(trainer)
+    pairs = noise(trainer)
     calls, predict = [], trainer.backbone.predict
     monkeypatch.setattr(
         trainer.backbone,
         "predict",
-        lambda model, x, t, c: (calls.append((model is trainer.ref_model, len(x))), predict(model, x, t, c))[1],
+        lambda model, x, t, c: (calls.append((model is trainer.reference.denoiser, len(x))), predict(model, x, t, c))[
+            1
+        ],
     )
     batch = trainer.data_collator([trainer.train_dataset[row] for row in (0, 1, 2)])
     trainer.compute_loss(trainer.model, batch)
-    lengths = [len(inversion_timesteps(timestep, 4, 1000)) for timestep in pairs.timesteps.tolist()]
+    lengths = [len(trainer.process.inversion_timesteps(timestep, 4)) for timestep in pairs.timesteps.tolist()]
     expected = [(True, sum(step < length for length in lengths)) for step in range(max(lengths))]
     assert calls == [*expected, (True, 6), (False, 6)]
 

@@ -30,6 +30,7 @@ from trl_diffusion import (
 from trl_diffusion.data import caching
 from trl_diffusion.data.collators import InstancePairCollator
 from trl_diffusion.trainer.attributes import EXPERT_FILE_NAME
+from trl_diffusion.trainer.noised_batch import Noiser
 
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +124,7 @@ def computed(capsys) -> set[str]:
     return {name for name, was_missing in work(capsys).items() if was_missing}
 
 
-IMAGES, PROMPTS, INVERSIONS = "images of train_dataset", "prompts", "noised pairs of epoch 1"
+IMAGES, PROMPTS, INVERSIONS = "images of train_dataset", "prompts", "noised rows of epoch 1"
 
 
 # ---- Precomputed equals live ----
@@ -140,11 +141,11 @@ def assert_same_batches(live, precomputed, epochs=(0, 1), tolerance: float = 5e-
             batch = trainer.data_collator([trainer.train_dataset[row] for row in (3, 0, 1)])
             with torch.no_grad():
                 latents = trainer.sample_latents(batch)
-                conditions = trainer._conditions(batch, latents)
+                prepared = trainer.prepare_batch(batch, latents)
                 with trainer.accelerator.autocast():
-                    pairs = next(trainer.noised_pairs(trainer.model, latents, conditions, batch["id"]))
-            masks = [trainer.masks(batch, column, latents.shape[2:]) for column in trainer.image_columns]
-            found.append({"latents": latents, "masks": torch.stack(masks), **conditions, **pairs._asdict()})
+                    noised = next(trainer.noised_batches(trainer.model, latents, prepared, batch))._asdict()
+            conditions, masks = noised.pop("batch").values()
+            found.append({"masks": masks, **conditions, **noised.pop("frozen"), **noised})
         one, other = found
         assert one.keys() == other.keys()
         assert torch.equal(one["timesteps"], other["timesteps"]) and torch.equal(one["masks"], other["masks"])
@@ -178,7 +179,7 @@ def test_a_step_gets_the_same_live_and_precomputed(tmp_path, family, kind, sourc
     settings = AUGMENTED | {"peft_config": lora() if kind == "lora" else None, "max_steps": 6, "inversion_steps": 4}
     settings |= {"noise_source": source.split("_")[0], "inversion_eta": 0.1 if source.endswith("eta") else 0.0}
     live, precomputed = (iapo(tmp_path, PIPELINES[family](), precompute=on, **settings) for on in (False, True))
-    assert len(precomputed.draw_tables) == (0 if source == "random" else 2)
+    assert len(precomputed.noised_caches) == (0 if source == "random" else 2)
     assert_same_batches(live, precomputed)
 
 
@@ -222,7 +223,7 @@ def test_training_for_two_epochs_is_the_same_live_and_precomputed(tmp_path, fami
     losses = torch.tensor(logs(runs[0], "loss"))
     assert (losses[1:] - math.log(2)).abs().max() > 1e-3
     errors = torch.tensor(logs(runs[0], "errors/ref_rejected"))
-    assert (errors - errors.roll(3)).abs().min() > 1e-3  # other draws in the second epoch
+    assert (errors - errors.roll(3)).abs().min() > 1e-3  # other noise in the second epoch
 
 
 CPO_SETTINGS = {
@@ -231,6 +232,8 @@ CPO_SETTINGS = {
     "positive": {"policy_condition": "positive", "target_strength": 1.5},
     "reversed": {"reverse_preference": True, "policy_condition": "positive"},
     "dropout": {"prompt_dropout": 0.5, "target_strength": 1.5},
+    "inversion": {"noise_source": "inversion", "inversion_steps": 3},
+    "ref_preds": {"precompute_ref_preds": True, "target_strength": 1.5, "prompt_dropout": 0.5},
     "paired": {"attribute_targets": "paired", "prompt_dropout": 0.5, "reverse_preference": True},
     "few": {"max_attributes": 1, "attribute_order": "given", "attribute_separator": " and "},
 }
@@ -238,7 +241,7 @@ CPO_SETTINGS = {
 
 @pytest.mark.parametrize("setting", CPO_SETTINGS)
 def test_cpo_trains_the_same_live_and_precomputed(tmp_path, experts, criteria, setting):
-    """Every prompt that training and evaluation ask for is in the table, and the losses are the same."""
+    """Every prompt that training and evaluation ask for is in the cache, and the losses are the same."""
     family = "sdxl" if setting in ("strength", "dropout") else "sd"
     settings = {"random_flip": True, "center_crop": False, "max_steps": -1, "num_train_epochs": 2}
     settings |= {"eval_dataset": tiny.paintings(8).select([6, 7]), **CPO_SETTINGS[setting]}
@@ -249,7 +252,20 @@ def test_cpo_trains_the_same_live_and_precomputed(tmp_path, experts, criteria, s
         path = expert / EXPERT_FILE_NAME
         described = {"attribute_order": "given", "attribute_separator": " and "}
         path.write_text(json.dumps(json.loads(path.read_text()) | described))
-    runs = [cpo(tmp_path, str(expert), criteria, PIPELINES[family](), precompute=on, **settings) for on in (0, 1)]
+    by_epoch = settings.pop("precompute_ref_preds", False)
+    runs = [
+        cpo(
+            tmp_path,
+            str(expert),
+            criteria,
+            PIPELINES[family](),
+            precompute=on,
+            precompute_ref_preds=on and by_epoch,
+            **settings,
+        )
+        for on in (False, True)
+    ]
+    runs[0].args.precompute_ref_preds = by_epoch  # a row is noised once in an epoch where predictions are precomputed
     calls = encoder_calls(runs[1].backbone.pipeline)
     evaluations = []
     for trainer in runs:
@@ -274,7 +290,7 @@ def test_the_expert_trains_the_same_live_and_precomputed(tmp_path, criteria, att
     one, other = (torch.tensor(logs(trainer, "loss", "attributes/left_out")) for trainer in runs)
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     assert calls["vae"] == 0 and (calls["text_encoder"] > 0) == (attribute_dropout > 0)
-    assert (runs[1].prompt_table is None) == (attribute_dropout > 0)
+    assert (runs[1].encoder.prompt_cache is None) == (attribute_dropout > 0)
 
 
 def test_gradient_accumulation_with_inversion_equals_a_larger_batch(tmp_path):
@@ -302,12 +318,12 @@ def test_gradient_accumulation_with_inversion_equals_a_larger_batch(tmp_path):
     assert max_difference(ends[0], start) > 1e-2
 
 
-def test_accumulation_over_the_end_of_an_epoch_uses_each_epochs_own_draws(tmp_path):
+def test_accumulation_over_the_end_of_an_epoch_uses_each_epochs_own_noise(tmp_path):
     """5 rows in batches of 2 with 2 accumulations leave a half step at the end of each epoch."""
     settings = {"dataset": tiny.pairs(5), "noise_source": "inversion", "gradient_accumulation_steps": 2}
     settings |= {"max_steps": 6}
     runs = [iapo(tmp_path, precompute=on, **settings) for on in (False, True)]
-    assert len(runs[1].draw_tables) == 3
+    assert len(runs[1].noised_caches) == 3
     for trainer in runs:
         trainer.train()
     one, other = (torch.tensor(logs(trainer, "loss", "errors/ref_chosen")) for trainer in runs)
@@ -355,18 +371,18 @@ def test_a_prompt_of_many_rows_is_encoded_once_in_a_live_batch(tmp_path):
     trainer = iapo(tmp_path, precompute=False)
     calls = encoder_calls(trainer.backbone.pipeline)
     prompts = ["a cat", "a dog", "a cat", "", "a dog", "a cat"]
-    together = trainer.encode_prompts(prompts)["prompt_embeds"]
+    together = trainer.encoder.encode_prompts(prompts)["prompt_embeds"]
     assert calls == {"text_encoder": 3}
     for prompt, embedding in zip(prompts, together, strict=True):
-        alone = trainer.encode_prompts([prompt])["prompt_embeds"][0]
+        alone = trainer.encoder.encode_prompts([prompt])["prompt_embeds"][0]
         torch.testing.assert_close(embedding, alone, atol=1e-6, rtol=0)
     calls.clear()
-    trainer.encode_prompts(["a cat"] * 4)
+    trainer.encoder.encode_prompts(["a cat"] * 4)
     assert calls == {"text_encoder": 1}
 
 
-def test_samples_are_drawn_with_precomputed_data(tmp_path):
-    """The pictures are those of a live run: the encoders come back for drawing."""
+def test_samples_are_made_with_precomputed_data(tmp_path):
+    """The pictures are those of a live run: the encoders come back for sampling."""
     pictures = []
     for precompute in (False, True):
         output_dir = tmp_path / f"run-{precompute}"
@@ -427,18 +443,18 @@ def test_an_interrupted_inversion_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(caching, "ROWS_PER_FILE", 2)
     settings = {"noise_source": "inversion", "per_device_eval_batch_size": 1, "dataset": tiny.pairs(5)}
     iapo(tmp_path / "whole", **settings)
-    invert, calls = InstanceDPOTrainer.invert, []
+    noise, calls = Noiser.__call__, []
 
     def failing(self, *args):
         if len(calls) == 4:
             raise RuntimeError("the power fails")
         calls.append(None)
-        return invert(self, *args)
+        return noise(self, *args)
 
-    monkeypatch.setattr(InstanceDPOTrainer, "invert", failing)
+    monkeypatch.setattr(Noiser, "__call__", failing)
     with pytest.raises(RuntimeError, match="the power fails"):
         iapo(tmp_path, **settings)
-    assert len([name for name in all_files(tmp_path) if name.startswith("noised-pairs")]) == 1
+    assert len([name for name in all_files(tmp_path) if name.startswith("noised-rows")]) == 1
     calls = [None] * 10
     pipeline = tiny.sd_pipeline()
     encoded = encoder_calls(pipeline)
@@ -451,7 +467,7 @@ def test_a_second_trainer_encodes_nothing(tmp_path, capsys):
     """Also one that trains another way: a LoRA, another learning rate, beta, masks, batch."""
     settings = {"noise_source": "inversion", "eval_dataset": tiny.pairs(2), "max_steps": 6}
     iapo(tmp_path, **settings)
-    assert computed(capsys) == {IMAGES, "images of eval_dataset", PROMPTS, INVERSIONS, "noised pairs of epoch 2"}
+    assert computed(capsys) == {IMAGES, "images of eval_dataset", PROMPTS, INVERSIONS, "noised rows of epoch 2"}
     pipeline = tiny.sd_pipeline()
     calls = encoder_calls(pipeline)
     iapo(tmp_path, pipeline, **settings)
@@ -508,6 +524,7 @@ CHANGES = {
     "inversion_steps": ({"inversion_steps": 3}, {INVERSIONS}, set()),
     "inversion_eta": ({"inversion_eta": 0.2}, {INVERSIONS}, set()),
     "reference": ({"ref_model": "another"}, {INVERSIONS}, set()),
+    "size_conditions": ({"size_conditions": "original"}, set(), {INVERSIONS}),
     "bf16": ({"bf16": True, "use_cpu": True}, ALL, set()),
     "prompts": ({"dataset": "other prompts"}, ALL, set()),
     "instances": ({"dataset": "other instances"}, {IMAGES}, {INVERSIONS}),
@@ -569,8 +586,8 @@ def test_more_epochs_add_their_own_inversions_only(tmp_path, capsys):
     iapo(tmp_path, noise_source="inversion", max_steps=6)
     computed(capsys)
     trainer = iapo(tmp_path, noise_source="inversion", max_steps=-1, num_train_epochs=2.5)
-    assert computed(capsys) == {"noised pairs of epoch 3"} and len(trainer.draw_tables) == 3
-    first, third = (trainer.draw_tables[epoch][["row-0", "row-1"]]["timesteps"] for epoch in (0, 2))
+    assert computed(capsys) == {"noised rows of epoch 3"} and len(trainer.noised_caches) == 3
+    first, third = (trainer.noised_caches[epoch][["row-0", "row-1"]]["timesteps"] for epoch in (0, 2))
     assert not torch.equal(first, third)
     trainer.train()
     assert trainer.state.global_step == 8
@@ -709,7 +726,7 @@ def test_workers_read_what_is_precomputed(tmp_path):
 def test_one_row_trains(tmp_path):
     """The smallest dataset, for several epochs."""
     trainer = iapo(tmp_path, dataset=tiny.pairs(1), noise_source="inversion", max_steps=3)
-    assert len(trainer.draw_tables) == 3
+    assert len(trainer.noised_caches) == 3
     trainer.train()
     assert all(math.isfinite(loss) for (loss,) in logs(trainer, "loss"))
 
@@ -740,16 +757,51 @@ def test_only_an_evaluation_can_be_precomputed(tmp_path):
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
 
 
-def test_a_dataset_that_was_not_precomputed_is_evaluated_or_refused_with_a_reason(tmp_path):
-    """`evaluate` of another dataset than those given before, whose prompts no table holds."""
-    other = tiny.pairs(2).map(lambda row: {"prompt": "a blue dog"})
-    expected = iapo(tmp_path, precompute=False).evaluate(other)["eval_errors/chosen"]
-    try:
-        metrics = iapo(tmp_path).evaluate(other)
-    except ValueError as error:
-        assert "precompute" in str(error)
-    else:
-        assert metrics["eval_errors/chosen"] == pytest.approx(expected, abs=1e-6)
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_dataset_that_was_not_precomputed_is_evaluated_like_any_other(tmp_path, family):
+    """`evaluate` of another dataset, whose prompts no cache holds, gives what it gives without `precompute`."""
+    other = tiny.pairs(3).map(
+        lambda row, index: {"prompt": ["a blue dog", row["prompt"]][index % 2]}, with_indices=True
+    )
+    live = iapo(tmp_path, PIPELINES[family](), precompute=False).evaluate(other)
+    trainer = iapo(tmp_path, PIPELINES[family]())
+    calls = encoder_calls(trainer.backbone.pipeline)
+    metrics = trainer.evaluate(other)
+    assert metrics.keys() == live.keys()
+    for name in set(live) - TIMES:
+        assert metrics[name] == pytest.approx(live[name], abs=1e-6), name
+    assert calls["vae"] == 6 and calls["text_encoder"] > 0
+    assert set(trainer.backbone.offloaded) == set(trainer.backbone.encoder_names)
+    calls.clear()
+    trainer.train()
+    assert not calls
+
+
+TIMES = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time", "epoch"}
+
+
+@pytest.mark.parametrize("train", ["memory", "stream"])
+@pytest.mark.parametrize("evaluation", ["memory", "stream"])
+def test_streams_and_rows_in_memory_mix(tmp_path, train, evaluation):
+    """Train on one and evaluate on the other: the weights and metrics are those of rows in memory."""
+
+    def given(dataset, kind):
+        return dataset.to_iterable_dataset() if kind == "stream" else dataset
+
+    settings = {"precompute": False, "train_sampling_strategy": "sequential", "max_steps": 2}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
+    found = []
+    for kinds in (("memory", "memory"), (train, evaluation)):
+        dataset, eval_dataset = given(tiny.pairs(6), kinds[0]), given(tiny.pairs(3), kinds[1])
+        trainer = iapo(tmp_path, dataset=dataset, eval_dataset=eval_dataset, **settings)
+        trainer.train()
+        metrics = {name: value for name, value in trainer.evaluate().items() if name not in TIMES}
+        evaluations = torch.tensor(logs(trainer, "eval_loss", "eval_errors/chosen", "eval_rewards/margins"))
+        found.append((logs(trainer, "loss"), evaluations, metrics, weights(trainer.model)))
+    one, other = found
+    assert one[0] == other[0] and len(one[0]) == 2 and max_difference(one[3], other[3]) == 0
+    assert torch.equal(one[1], other[1]) and len(one[1]) == 3
+    assert one[2] == other[2]
 
 
 def test_the_size_that_is_expected_is_what_a_dataset_takes(tmp_path, monkeypatch, capsys):
@@ -845,7 +897,7 @@ def test_an_epoch_beyond_those_that_were_precomputed_is_inverted_live(tmp_path):
 def test_a_step_with_precomputed_predictions_asks_the_policy_alone(tmp_path, peft_config, monkeypatch):
     """Over two epochs, loss and margins are those that the reference gives when asked, and it is not asked."""
     trainer = iapo(tmp_path, precompute_ref_preds=True, max_steps=6, logging_steps=1, peft_config=peft_config)
-    assert len(trainer.draw_tables) == 2
+    assert len(trainer.noised_caches) == 2
     calls, predict = [], trainer.backbone.predict
 
     def counted(*args):
@@ -861,12 +913,12 @@ def test_a_step_with_precomputed_predictions_asks_the_policy_alone(tmp_path, pef
     )
 
     asked = iapo(tmp_path, precompute_ref_preds=True, max_steps=6, logging_steps=1, peft_config=peft_config)
-    asked.draw_tables = []
+    asked.noised_caches = []
     asked.train()
     for entry, other in zip(rest, asked.state.log_history[1:6], strict=True):
         for name in ("loss", "rewards/margins", "errors/ref_chosen", "masks/area"):
             assert entry[name] == pytest.approx(other[name], abs=1e-3)
-    assert len({entry["errors/ref_chosen"] for entry in (first, *rest)}) == 6  # epochs have other draws
+    assert len({entry["errors/ref_chosen"] for entry in (first, *rest)}) == 6  # epochs have other noise
 
 
 def test_predictions_that_cannot_be_precomputed_are_refused(tmp_path):

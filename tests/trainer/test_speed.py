@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig
 
 from tests import tiny
@@ -49,7 +50,9 @@ def test_one_encoding_and_two_forwards_a_step(tmp_path, monkeypatch):
     vae, text = (getattr(trainer.backbone.pipeline, name) for name in ("vae", "text_encoder"))
     images = count_rows(vae, "encode", monkeypatch)
     prompts = count_rows(text, "forward", monkeypatch)
-    policy, reference = (count_rows(model, "forward", monkeypatch) for model in (trainer.model, trainer.ref_model))
+    policy, reference = (
+        count_rows(model, "forward", monkeypatch) for model in (trainer.model, trainer.reference.denoiser)
+    )
     batch = trainer.data_collator([trainer.train_dataset[index] for index in (0, 2, 4)])
     assert len(set(batch["prompt"])) == 1
     trainer.compute_loss(trainer.model, batch)
@@ -59,25 +62,25 @@ def test_one_encoding_and_two_forwards_a_step(tmp_path, monkeypatch):
 def test_a_repeated_prompt_has_the_embedding_that_it_has_alone(tmp_path):
     """Encoding each prompt once and spreading the result is encoding all of them."""
     trainer = make_trainer(tmp_path)
-    prompts = ["a cat", "a dog", "a cat", "", "a dog"]
-    together = trainer.encode_prompts(prompts)["prompt_embeds"]
-    for prompt, embedding in zip(prompts, together):
-        alone = trainer.encode_prompts([prompt])["prompt_embeds"][0]
+    prompts = ["a cat", None, "a dog", "a cat", "", "a dog", None]
+    together = trainer.encoder.encode_prompts(prompts)["prompt_embeds"]
+    for prompt, embedding in zip(prompts, together, strict=True):
+        alone = trainer.encoder.encode_prompts([prompt])["prompt_embeds"][0]
         torch.testing.assert_close(embedding, alone, atol=1e-6, rtol=1e-6)
 
 
 def test_nothing_is_gathered_between_two_logs(tmp_path, monkeypatch):
     """Metrics of two micro-batches a step and three steps a log cross processes when they are logged, and only then."""
-    trainer = make_trainer(tmp_path, max_steps=6, logging_steps=3, gradient_accumulation_steps=2)
     steps = []
     for name in ("reduce", "gather", "gather_for_metrics", "pad_across_processes"):
-        method = getattr(trainer.accelerator, name)
+        method = getattr(Accelerator, name)
 
         def counted(*args, method=method, **kwargs):
             steps.append(trainer.state.global_step)
             return method(*args, **kwargs)
 
-        monkeypatch.setattr(trainer.accelerator, name, counted)
+        monkeypatch.setattr(Accelerator, name, counted)
+    trainer = make_trainer(tmp_path, max_steps=6, logging_steps=3, gradient_accumulation_steps=2)
     trainer.train()
     assert set(steps) == {3, 6}
 
@@ -94,7 +97,7 @@ def test_the_reference_of_a_lora_is_peft_with_its_adapters_off(tmp_path):
     on = model(*inputs).sample
     with torch.no_grad(), model.disable_adapter():
         off = model(*inputs).sample
-    with pytest.raises(RuntimeError, match="in between"), trainer.reference(model) as reference:
+    with pytest.raises(RuntimeError, match="in between"), trainer.reference.lend(model) as reference:
         assert torch.equal(reference(*inputs).sample, off)
         assert not torch.is_grad_enabled()
         raise RuntimeError("in between")
@@ -107,7 +110,7 @@ def test_the_frozen_copy_holds_its_matrices_in_the_precision_of_autocast(tmp_pat
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     for bf16, expected in ((True, torch.bfloat16), (False, torch.float32)):
         trainer = make_trainer(tmp_path, bf16=bf16)
-        modules = [module for module in trainer.ref_model.modules() if not list(module.children())]
+        modules = [module for module in trainer.reference.denoiser.modules() if not list(module.children())]
         for module in modules:
             for parameter in module.parameters():
                 assert parameter.dtype == (expected if isinstance(module, kinds) else torch.float32)

@@ -188,10 +188,13 @@ class Backbone(ABC):
             )
         return resolution
 
-    def to(self, device: torch.device) -> None:
-        """Moves the encoders to a device; the Trainer moves the denoiser."""
+    def to(self, device: torch.device, channels_last: bool = False) -> None:
+        """Moves the encoders to a device (the Trainer moves the denoiser), and lays out VAE and denoiser as asked."""
         for name in self.encoder_names:
             getattr(self.pipeline, name).to(device)
+        if channels_last:
+            for module in (self.denoiser, self.pipeline.vae):
+                module.to(memory_format=torch.channels_last)
         self.device = device
 
     def offload(self, names: tuple[str, ...]) -> None:

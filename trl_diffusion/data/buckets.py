@@ -113,13 +113,14 @@ class BucketSampler(torch.utils.data.Sampler):
         self.seed = seed
         self.epoch = epoch
 
-    def check(self, num_rows: int) -> None:
+    def check(self) -> None:
         """Warns about rows that are left out, or raises a `ValueError` if no bucket fills a batch."""
         if len(self) == 0:
             raise ValueError(
                 f"No size has the {self.batch_size} rows of a batch. Lower `per_device_train_batch_size`, or train without "
                 "`aspect_ratio_buckets`."
             )
+        num_rows = sum(map(len, self.rows.values()))
         if left_out := num_rows - len(self):
             logger.warning(
                 f"{left_out} of {num_rows} rows are left out of each epoch, different ones each time: there are not enough rows of "

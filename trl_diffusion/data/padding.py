@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import IterableDataset
 
@@ -178,18 +179,23 @@ def as_padding(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, IS_PADDING: torch.ones(len(batch["id"]), dtype=torch.bool, device=device)}
 
 
-def count_rows(batches: list[dict[str, Any]]) -> torch.Tensor | int:
+def count_rows(batches: list[dict[str, Any]], accelerator: Accelerator | None = None) -> torch.Tensor | int:
     """
     Number of rows in several batches without padding.
 
     Args:
         batches (`list[dict]`):
             Batches with the `id` of their rows and, if there may be padding, `is_padding`.
+        accelerator ([`~accelerate.Accelerator`], *optional*):
+            Adds the rows of the other processes.
 
     Returns:
         `int`, or a scalar `torch.Tensor` if a batch has `is_padding`, to avoid waiting for the device.
     """
-    return sum((~batch[IS_PADDING]).sum() if IS_PADDING in batch else len(batch["id"]) for batch in batches)
+    rows = sum((~batch[IS_PADDING]).sum() if IS_PADDING in batch else len(batch["id"]) for batch in batches)
+    if accelerator is None or accelerator.num_processes == 1 or not batches:
+        return rows
+    return accelerator.reduce(torch.as_tensor(rows, device=accelerator.device))
 
 
 def mean_over_rows(
@@ -211,7 +217,7 @@ def mean_over_rows(
             Number of rows of the optimizer step in all micro-batches and processes, without padding. By default that of this
             micro-batch, so the result is its mean.
         num_processes (`int`, *optional*, defaults to `1`):
-            Number of processes that the gradients are averaged over.
+            Number of processes that the gradients are averaged over, if `num_rows` is given.
 
     Returns:
         `torch.Tensor`, a scalar: exactly 0, with a gradient of 0, if all rows are padding.
@@ -219,6 +225,7 @@ def mean_over_rows(
     if is_padding is not None:
         losses = losses.masked_fill(is_padding, 0)
     if num_rows is None:
+        num_processes = 1
         num_rows = len(losses) if is_padding is None else (~is_padding).sum().clamp(min=1)
     return losses.sum() * num_processes / num_rows
 

@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,11 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
+from .. import backbones
 from ..guidance import negative_preference_guidance
 from ..revisions import commit_of, digest_of_file, pinned, resolve_revision
 from .prompts import SAFE_NAME
 
-
-logger = logging.getLogger(__name__)
 
 PIPELINE_FILE = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -165,13 +163,7 @@ def load_pipeline(spec: ModelSpec, dtype: torch.dtype, device: torch.device | st
     """
     is_lora = spec.kind == "lora"
     source, revision = (spec.base, spec.base_revision) if is_lora else (spec.path, spec.revision)
-    checker = {}
-    if DiffusionPipeline.load_config(source, **pinned(revision)).get("safety_checker", [None])[0] is not None:
-        logger.warning(
-            f"The safety checker of {source} is not loaded, because it would replace some images by black ones."
-        )
-        checker = {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, **pinned(revision), **checker).to(device)
+    pipeline = backbones.load_pipeline(source, dtype=dtype, **pinned(revision)).to(device)
     if is_lora:
         pipeline.load_lora_weights(spec.path, weight_name=LORA_FILE, adapter_name=ADAPTER, **pinned(spec.revision))
     if spec.negative_lora is not None:

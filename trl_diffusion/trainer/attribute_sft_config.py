@@ -57,6 +57,10 @@ class AttributeSFTConfig(DiffusionConfig):
     def __post_init__(self):
         super().__post_init__()
         check_attribute_prompts(self)
+        if self.precompute_ref_preds:
+            raise ValueError(
+                "`precompute_ref_preds=True` is not possible here: attribute SFT compares with no reference."
+            )
         if not 0 <= self.attribute_dropout <= 1:
             raise ValueError(f"`attribute_dropout` must be between 0 and 1, got {self.attribute_dropout}.")
 

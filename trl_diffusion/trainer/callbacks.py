@@ -89,7 +89,7 @@ class HealthCallback(TrainerCallback):
     def __init__(self, scaler: torch.amp.GradScaler | None = None):
         self.scaler = scaler
         self.warned: set[str] = set()
-        self.losses: list[tuple[list[str], torch.Tensor]] = []  # since the last optimizer step
+        self.losses: list[tuple[list[str], torch.Tensor, torch.Tensor | None]] = []  # since the last optimizer step
         self.gradient_norm: torch.Tensor | float | None = None
 
     def warn_once(self, warnings: dict[str, str]) -> None:
@@ -107,8 +107,11 @@ class HealthCallback(TrainerCallback):
             )
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        ids, losses = zip(*self.losses, strict=True)
+        ids, losses, paddings = zip(*self.losses, strict=True)
         self.losses.clear()
+        losses = [
+            x if padding is None else x.masked_fill(padding, 0) for x, padding in zip(losses, paddings, strict=True)
+        ]
         losses_are_finite = torch.cat(losses).isfinite()
         gradient_is_finite = torch.as_tensor(self.gradient_norm).isfinite().to(losses_are_finite.device)
         if torch.stack([losses_are_finite.all(), gradient_is_finite]).all():

@@ -10,6 +10,9 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
+from ..backbones import Backbone
+from ..data.buckets import bucket_sizes
+
 
 logger = get_logger(__name__)
 
@@ -316,3 +319,23 @@ def check_data_settings(args: DiffusionConfig, data_collator, train_dataset: Dat
             "`train_dataset` is a stream, whose rows cannot be sorted by size. Load it without `streaming=True`, or train "
             "without `aspect_ratio_buckets`."
         )
+
+
+def check_not_sharded(is_sharded: bool) -> None:
+    """Raises a `ValueError` for a training whose weights are cut over devices."""
+    if is_sharded:
+        raise ValueError(
+            "Sharded training (FSDP, DeepSpeed) is not supported yet: what is saved would not be what diffusers "
+            "loads. Train on several GPUs with `accelerate launch --multi_gpu`, or a LoRA by `peft_config`."
+        )
+
+
+def collator_settings(args: DiffusionConfig, resolution: int, backbone: Backbone) -> dict[str, Any]:
+    """The arguments of [`data.collators.ImageCollator`] that a configuration gives."""
+    return {
+        "resolution": resolution,
+        "center_crop": args.center_crop,
+        "random_flip": args.random_flip,
+        "seed": args.seed,
+        "buckets": bucket_sizes(resolution, backbone.size_multiple) if args.aspect_ratio_buckets else None,
+    }

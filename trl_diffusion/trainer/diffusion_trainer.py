@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from trl.trainer.base_trainer import _BaseTrainer
 
 from ..backbones import load_backbone
-from ..data.buckets import BucketSampler, bucket_sizes, training_sizes
+from ..data.buckets import BucketSampler, training_sizes
 from ..data.caching import TensorCache
 from ..data.collators import ImageCollator
 from ..data.formats import each_dataset, prepare_dataset
@@ -27,13 +27,13 @@ from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, 
 from ..sampling import sample_images
 from .callbacks import HealthCallback, SampleImagesCallback
 from .checkpoints import load_weights, save_weights
-from .diffusion_config import DiffusionConfig, check_data_settings
+from .diffusion_config import DiffusionConfig, check_data_settings, check_not_sharded, collator_settings
 from .encoding import BatchEncoder
 from .fingerprints import base_fingerprint, module_fingerprint
 from .meters import Meters, Metrics
 from .model_card import Method, diffusion_model_card
 from .noised_batch import NoisedBatch, Noiser, by_row
-from .policy import make_policy
+from .policy import evaluation_mode, make_policy
 from .precompute import Precomputation, noising_settings, num_epochs, warn_of_unused_rows
 from .reference import Reference, check_untrained, make_reference
 from .row_randomness import RowRandomness
@@ -47,10 +47,9 @@ class DiffusionTrainer(_BaseTrainer):
     """
     Base class of the trainers of this library: TRL's base trainer, made to work with the models of diffusers.
 
-    It makes latents, noises them (by random noise or by inversion), asks the frozen models, evaluates at fixed timesteps,
-    averages metrics, precomputes, samples and saves. A trainer sets the class attributes below and implements
-    [`~DiffusionTrainer.objective`]; it overrides `prompts`, `prepare_batch` or `frozen_predictions` where its objective needs
-    more than the prompt and the reference's prediction.
+    It noises latents (by random noise or by inversion), asks the frozen models, evaluates at fixed timesteps, averages metrics,
+    precomputes, samples and saves. A trainer sets the class attributes below and implements [`~DiffusionTrainer.objective`].
+    A pipeline, a LoRA or a dataset that cannot be trained rightly raises a `ValueError` that says why.
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
@@ -64,30 +63,14 @@ class DiffusionTrainer(_BaseTrainer):
         data_collator (`Callable`, *optional*):
             From rows to a batch. Defaults to the trainer's own collator.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
-            Dataset to train on, with the trainer's columns. `id` may be missing, except in a stream; further columns are
-            ignored.
+            Dataset to train on, with the trainer's columns; `id` may be missing, except in a stream.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
             Dataset to evaluate on, or several by name.
         peft_config ([`~peft.LoraConfig`], *optional*):
             The LoRA to train; `target_modules` defaults to the attention projections. If left out, all weights of the denoiser
             are trained.
-        callbacks (`list[~transformers.TrainerCallback]`, *optional*):
-            Further callbacks.
-        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and learning rate scheduler to use instead of those that `args` names.
-
-    Attributes:
-        columns (`tuple[str, ...]`):
-            The columns that a dataset must have.
-        image_columns (`tuple[str, ...]`):
-            Those of them that hold images, `n` for each row. A batch of `B` rows has `n * B` latents, one column after the other.
-        config_class, collator_class (`type`):
-            The configuration and the collator.
-        uses_reference (`bool`):
-            Whether the objective compares the policy to a reference.
-
-    Raises:
-        `ValueError`: If the pipeline, the LoRA or a dataset cannot be trained rightly; the message says why.
+        callbacks (`list[~transformers.TrainerCallback]`, *optional*), optimizers (`tuple`, *optional*):
+            As in [`~transformers.Trainer`].
     """
 
     loss_is_scaled_for_ga = True  # a loss here is its rows' share in the mean over all rows of the optimizer step
@@ -96,11 +79,11 @@ class DiffusionTrainer(_BaseTrainer):
     _output_suffix: str  # of the default output directory
 
     method: Method
-    columns: tuple[str, ...]
-    image_columns: tuple[str, ...]
+    columns: tuple[str, ...]  # that a dataset must have
+    image_columns: tuple[str, ...]  # n for each row: a batch of B rows has n * B latents, one column after the other
     config_class: type[DiffusionConfig]
     collator_class: type[ImageCollator]
-    uses_reference = False
+    uses_reference = False  # whether the objective compares the policy to a reference
     prepared: list[Dataset | IterableDataset] = []  # the datasets that were checked; replaced, not changed
 
     def __init__(
@@ -136,25 +119,10 @@ class DiffusionTrainer(_BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "Sharded training (FSDP, DeepSpeed) is not supported yet: what is saved would not be what diffusers "
-                "loads. Train on several GPUs with `accelerate launch --multi_gpu`, or a LoRA by `peft_config`."
-            )
+        check_not_sharded(self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if data_collator is None:
-            self.data_collator = self.make_collator(
-                resolution=self.resolution,
-                center_crop=args.center_crop,
-                random_flip=args.random_flip,
-                seed=args.seed,
-                buckets=bucket_sizes(self.resolution, self.backbone.size_multiple)
-                if args.aspect_ratio_buckets
-                else None,
-            )
-        self.backbone.to(self.accelerator.device)
-        if args.channels_last:
-            for module in (self.policy, self.backbone.pipeline.vae):
-                module.to(memory_format=torch.channels_last)
+            self.data_collator = self.make_collator(**collator_settings(args, self.resolution, self.backbone))
+        self.backbone.to(self.accelerator.device, args.channels_last)
         self.base, self.rows = base_fingerprint(self.policy), train_dataset  # as they are before the training
         self.encoder = BatchEncoder(self.backbone, self.accelerator, self.image_columns, args.size_conditions)
         self.randomness = RowRandomness(args.seed, self.process, args.prompt_dropout, self._moment)
@@ -173,11 +141,8 @@ class DiffusionTrainer(_BaseTrainer):
         if args.precompute:
             self.precompute()
 
-    # ---- What a trainer says of itself ----
-
     @classmethod
     def default_args(cls, model: str | DiffusionPipeline) -> DiffusionConfig:
-        """A default configuration, whose output directory is named after the model."""
         name = model if isinstance(model, str) else type(model).__name__
         return cls.config_class(f"{Path(name).name}-{cls._output_suffix}")
 
@@ -202,17 +167,11 @@ class DiffusionTrainer(_BaseTrainer):
         return True
 
     def prepare_batch(self, inputs: dict[str, Any], latents: torch.Tensor) -> dict[str, Any]:
-        """
-        Everything about a batch that does not depend on the timestep: `"conditions"`, a dictionary of tensors of first dimension
-        `n * B` for policy and reference, and whatever else the objective needs.
-        """
+        """What does not depend on the timestep: `"conditions"` of the `n * B` images, and whatever else the objective needs."""
         return {"conditions": self.encoder.conditions(self.prompts(inputs), inputs, latents)}
 
     def frozen_predictions(self, model: torch.nn.Module, noised: NoisedBatch) -> dict[str, torch.Tensor]:
-        """
-        Predictions of the frozen models for a noised batch, each `(n * B, C, h, w)` and without gradient: `"ref_pred"` is the
-        reference's. `model` is the policy, wrapped or not.
-        """
+        """The frozen models' predictions by name, each `(n * B, C, h, w)`, without gradient: `"ref_pred"` is the reference's."""
         if not self.uses_reference:
             return {}
         with self.reference.lend(model) as reference:
@@ -220,25 +179,14 @@ class DiffusionTrainer(_BaseTrainer):
 
     def objective(self, model: torch.nn.Module, noised: NoisedBatch) -> tuple[torch.Tensor, Metrics]:
         """
-        The objective.
-
-        Args:
-            model (`torch.nn.Module`):
-                The policy, wrapped or not.
-            noised ([`trainer.noised_batch.NoisedBatch`]):
-                A noised batch with the predictions of the frozen models.
-
-        Returns:
-            `tuple[torch.Tensor, dict]`: the losses `(B,)`, and metrics by name, each `(B,)`, or a tuple of values `(B,)` and
-            of which samples have them, bool `(B,)`.
+        The losses `(B,)` of a noised batch, and metrics by name: values `(B,)`, or a tuple of values and of which samples have
+        them, bool `(B,)`. `model` is the policy, wrapped or not.
         """
         raise NotImplementedError
 
     def health_warnings(self, logs: dict[str, float]) -> dict[str, str]:
         """Warnings about what was logged, by a name; each is said once."""
         return {}
-
-    # ---- Data ----
 
     def _prepare_dataset(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
         dataset = prepare_dataset(dataset, name, self.columns, self.image_columns)
@@ -268,9 +216,8 @@ class DiffusionTrainer(_BaseTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         if not self.args.aspect_ratio_buckets:
             return super()._get_train_sampler(train_dataset)
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        sampler = self._bucket_sampler(dataset)
-        sampler.check(len(dataset))
+        sampler = self._bucket_sampler(train_dataset or self.train_dataset)
+        sampler.check()
         return sampler
 
     def _bucket_sampler(self, dataset: Dataset) -> BucketSampler:
@@ -278,16 +225,11 @@ class DiffusionTrainer(_BaseTrainer):
         # The epoch is a function: a run that resumes within an epoch wraps its sampler so that it cannot be set
         return BucketSampler(sizes, self._train_batch_size, self.args.seed, lambda: self._epoch)
 
-    # ---- Before the training ----
-
     def precompute(self) -> None:
         """
-        Encodes the images and prompts of the datasets once, into Arrow files, or finds them there; the encoders then leave the
-        device. Where the reference inverts, or `args.precompute_ref_preds` is set, also noises each row for each epoch and
-        keeps the predictions of the frozen models, so that a training step only runs the policy.
-
-        Raises:
-            `ValueError`: If a dataset is a stream or has an id twice, or if the disk has too little space.
+        Encodes images and prompts once, into Arrow files, and takes the encoders off the device; where the reference inverts, or
+        `args.precompute_ref_preds` is set, also noises each row for each epoch. Raises a `ValueError` for a stream or a repeated
+        id.
         """
         args = self.args
         files = Precomputation(self.encoder, self.data_collator, args.per_device_eval_batch_size, args.precompute_dir)
@@ -295,17 +237,21 @@ class DiffusionTrainer(_BaseTrainer):
         self.train_dataset = each_dataset(self.train_dataset, "train_dataset", files.images)
         self.eval_dataset = each_dataset(self.eval_dataset, "eval_dataset", files.images)
         self.prepared = [*self.prepared, *files.image_datasets]
-        if self.has_fixed_prompts:
+        if self.has_fixed_prompts and files.image_datasets:
             self.encoder.prompt_cache = files.prompts(self.prompts_of)
         self.backbone.offload(self.backbone.encoder_names if self.has_fixed_prompts else ("vae",))
         if self.train_dataset is not None and (args.reference_inverts or args.precompute_ref_preds):
             self.model.train()  # as in a step
             rows = self._bucket_sampler(self.train_dataset) if args.aspect_ratio_buckets else self.train_dataset
-            depends_on = (self._frozen_fingerprints(), noising_settings(args, self.process))
+            depends_on = (
+                noising_settings(args, self.backbone, self.train_dataset["prompt"]),
+                self._frozen_fingerprints(),
+            )
             epochs = num_epochs(len(rows), args)
-            caches = files.by_epoch(self.train_dataset, epochs, self._noised_tensors, depends_on)
-            self.state.epoch, self.noised_caches = 0, caches
+            self.noised_caches = files.by_epoch(self.train_dataset, epochs, self._noised_tensors, depends_on)
+            self.state.epoch = 0
             self.meters.averages("train")  # none of these was a step
+            self.model.train(self.denoiser_was_training)
 
     @torch.no_grad()
     def _noised_tensors(self, inputs: dict[str, Any], epoch: int) -> dict[str, torch.Tensor]:
@@ -317,42 +263,16 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _frozen_fingerprints(self) -> list[Any]:
         """What the predictions of the frozen models depend on besides the rows and how they are noised."""
-        lent = (
-            self.policy if self.reference.denoiser is None else self.accelerator.unwrap_model(self.reference.denoiser)
-        )
-        encoders = [getattr(self.backbone.pipeline, name) for name in self.backbone.text_encoder_names]
-        return [module_fingerprint(module) for module in (lent, *encoders)]
-
-    # ---- The reference ----
+        return [module_fingerprint(self.reference.denoiser or self.policy)]
 
     def set_reference(self, ref_model: str | DiffusionPipeline | None) -> None:
-        """
-        Sets the frozen model that the policy is compared to; `None` is the policy as it is now. Raises a `ValueError` if
-        `ref_model` does not fit the policy.
-        """
-        denoiser = None
-        if ref_model is not None:
-            if ref_model is self.backbone.pipeline:
-                raise ValueError(
-                    "`ref_model` is the pipeline that is trained, and would change with it. Leave `ref_model` out: the "
-                    "reference is then the model before training."
-                )
-            backbone = load_backbone(ref_model, **(self.args.model_init_kwargs or {}))
-            self.backbone.check_reference(backbone.pipeline)
-            denoiser = backbone.denoiser
-        self.reference = make_reference(
-            denoiser,
-            self.policy,
-            self.args.half_dtype,
-            lambda module: self.accelerator.prepare_model(module, evaluation_mode=True),
-        )
+        """Sets the model that the policy is compared to, `None` for the policy as it is now; see [`trainer.reference`]."""
+        self.reference = make_reference(ref_model, self.backbone, self.policy, self.args, self.accelerator)
 
     @property
     def policy(self) -> torch.nn.Module:
         """The policy, not wrapped."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-    # ---- A step ----
 
     @property
     def _epoch(self) -> int:
@@ -373,11 +293,8 @@ class DiffusionTrainer(_BaseTrainer):
         losses, is_padding = torch.stack(losses).mean(dim=0), self.meters.is_padding
         self.record({"loss": losses})
         if self.model.training:
-            self.health.losses.append(
-                (inputs["id"], losses.detach() if is_padding is None else losses.detach().masked_fill(is_padding, 0))
-            )
-        num_processes = 1 if num_items_in_batch is None else self.args.world_size
-        loss = mean_over_rows(losses, is_padding, num_items_in_batch, num_processes)
+            self.health.losses.append((inputs["id"], losses.detach(), is_padding))
+        loss = mean_over_rows(losses, is_padding, num_items_in_batch, self.args.world_size)
         return (loss, {"losses": losses}) if return_outputs else loss
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -386,10 +303,7 @@ class DiffusionTrainer(_BaseTrainer):
         return inputs
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        num_rows = count_rows(batch_samples)
-        if self.args.world_size > 1 and batch_samples:
-            num_rows = self.accelerator.reduce(torch.as_tensor(num_rows, device=device))
-        return num_rows
+        return count_rows(batch_samples, self.accelerator)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_rows = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -415,10 +329,7 @@ class DiffusionTrainer(_BaseTrainer):
             yield noised._replace(frozen=self.frozen_predictions(model, noised))
 
     def predict_with_policy(self, model: torch.nn.Module, noised: NoisedBatch) -> torch.Tensor:
-        """
-        The policy's prediction `(n * B, C, h, w)`, with gradient. In the first step, where nothing was trained yet, a
-        `ValueError` is raised if it is not the reference's.
-        """
+        """The policy's prediction `(n * B, C, h, w)`; in the first step it must be the reference's, if both are one model."""
         model_pred = self._predict(model, noised)
         is_untrained = self.model.training and self.state.global_step == 0 and self.reference_is_initial_policy
         if is_untrained and "ref_pred" in noised.frozen:
@@ -427,8 +338,6 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _predict(self, model: torch.nn.Module, noised: NoisedBatch) -> torch.Tensor:
         return self.backbone.predict(model, noised.noisy_latents, noised.timesteps, noised.batch["conditions"])
-
-    # ---- Training, metrics ----
 
     def train(self, *args, **kwargs):
         try:
@@ -441,7 +350,7 @@ class DiffusionTrainer(_BaseTrainer):
         return self.health.gradient_norm
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
     def record(self, metrics: Metrics) -> None:
@@ -451,44 +360,28 @@ class DiffusionTrainer(_BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
             metrics = self.meters.averages("train")
-            loss = metrics.pop("loss", None)
-            if "loss" in logs and loss is not None:
-                logs["loss"] = loss  # over rows; the Trainer's is over steps, which may have other numbers of rows
-            logs.update(metrics)
+            if "loss" not in logs:
+                metrics.pop("loss", None)
+            logs.update(metrics)  # the loss over rows: the Trainer's is over steps, which may differ in their rows
             self.health.warn_once(self.health_warnings(logs))
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        was_training = self.model.training
         self.meters.averages("evaluation")  # of an evaluation that was stopped
-        try:
+        with evaluation_mode(self.model):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        finally:
-            self.model.train(was_training)
         for name, value in self.meters.averages("evaluation").items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
     def sample(self, prompts: list[str], with_reference: bool = False) -> list[PIL.Image.Image]:
-        """
-        Samples one image for each prompt, with the policy or the reference, at the size that is trained at, always from the same
-        noise, as `args.num_inference_steps` and `args.guidance_scale` say.
-        """
+        """One image for each prompt, by policy or reference, at the size that is trained at and always from the same noise."""
         args, policy = self.args, self.policy
+        settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+        settings |= {"height": self.resolution, "width": self.resolution}
         lent = self.reference.lend(policy) if with_reference else nullcontext(policy)
         with lent as denoiser, self.backbone.sampling_with(self.accelerator.unwrap_model(denoiser)) as pipeline:
-            return sample_images(
-                pipeline,
-                prompts,
-                seed=args.seed,
-                batch_size=args.per_device_eval_batch_size,
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-                height=self.resolution,
-                width=self.resolution,
-            )
-
-    # ---- Saving and loading: what diffusers reads ----
+            return sample_images(pipeline, prompts, args.seed, args.per_device_eval_batch_size, **settings)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
@@ -504,17 +397,13 @@ class DiffusionTrainer(_BaseTrainer):
     @cached_property
     def run_record(self) -> dict[str, Any]:
         """What this run is, to compare a resumed run with."""
-        own_reference = self.reference is None or self.reference_is_initial_policy
+        reference = None if self.reference_is_initial_policy else base_fingerprint(self.reference.denoiser)
+        lora = self.policy.peft_config["default"] if isinstance(self.policy, PeftModel) else None
+        process, timestep_range = self.process.describe(), list(self.process.timestep_range)
         return describe_run(
-            self.args,
-            type(self).__name__,
-            self.base,
-            self.process.describe(),
-            self.policy.peft_config["default"] if isinstance(self.policy, PeftModel) else None,
-            self.rows,
-            (*self.columns, "id", "instances"),
-            None if own_reference else base_fingerprint(self.reference.denoiser),
-            resolved={"resolution": self.resolution, "timestep_range": list(self.process.timestep_range)},
+            *(self.args, type(self).__name__, self.base, process, lora),
+            *(self.rows, (*self.columns, "id", "instances"), reference),
+            resolved={"resolution": self.resolution, "timestep_range": timestep_range},
             **self.record_details(),
         )
 
@@ -523,7 +412,7 @@ class DiffusionTrainer(_BaseTrainer):
         return {}
 
     def _save_checkpoint(self, model, trial) -> None:
-        self.create_model_card(model_name=self._model_name())
+        self.create_model_card()
         if self.args.should_save:  # first, so that no checkpoint is without it
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             write_run_record(folder, self.run_record)
@@ -533,19 +422,8 @@ class DiffusionTrainer(_BaseTrainer):
         self._save(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _model_name(self) -> str:
-        return (self.args.hub_model_id or Path(self.args.output_dir).absolute().name).split("/")[-1]
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """
-        Writes the model card, `README.md` in the output directory. The name defaults to the last part of `args.hub_model_id` or
-        of the output directory.
-        """
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
+        """Writes the model card, `README.md` in the output directory, by default named after it or after `hub_model_id`."""
         if not self.is_world_process_zero():
             return
         card = diffusion_model_card(
@@ -557,7 +435,8 @@ class DiffusionTrainer(_BaseTrainer):
             global_step=self.state.global_step,
             example_prompt=self._example_prompt,
             further=self._card_parameters,
-            model_name=model_name or self._model_name(),
+            model_name=model_name
+            or (self.args.hub_model_id or Path(self.args.output_dir).absolute().name).split("/")[-1],
             model_id=self.hub_model_id,
             dataset_name=dataset_name,
             tags=[tags] if isinstance(tags, str) else tags or [],

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from transformers import PreTrainedConfig
 
@@ -70,6 +71,7 @@ def module_fingerprint(module: torch.nn.Module) -> str:
     Returns:
         `str`
     """
+    module = extract_model_from_parallel(module, keep_torch_compile=False)
     config = module.get_base_model().config if isinstance(module, PeftModel) else module.config
     config = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config)
     config = {name: value for name, value in config.items() if not name.startswith("_") and name not in NO_MATTER}

@@ -22,7 +22,6 @@ from ..backbones.base import Backbone
 from ..data.buckets import TRAINING_SIZE
 from ..data.caching import TensorCache, precompute_dataset
 from ..data.collators import ImageCollator
-from ..process import Process
 from .diffusion_config import DiffusionConfig
 from .encoding import BatchEncoder
 from .fingerprints import module_fingerprint
@@ -49,7 +48,9 @@ def text_fingerprint(backbone: Backbone, prompts: Iterable[str | None]) -> str:
     prompts = _in_order(prompts)
     pipeline = backbone.pipeline
     tokens = [
-        getattr(pipeline, name)([prompt or "" for prompt in prompts], truncation=True, max_length=limit).input_ids
+        getattr(pipeline, name)(
+            [prompt or "" for prompt in prompts], padding="max_length", truncation=True, max_length=limit
+        ).input_ids
         for name, limit in backbone.prompt_limits.items()
     ]
     encoders = [module_fingerprint(getattr(pipeline, name)) for name in backbone.text_encoder_names]
@@ -265,11 +266,12 @@ def num_epochs(rows: int, args: TrainingArguments) -> int:
     return math.ceil(args.max_steps / max(1, steps)) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
 
 
-def noising_settings(args: DiffusionConfig, process: Process) -> tuple:
-    """What noised rows depend on besides the rows and the models."""
+def noising_settings(args: DiffusionConfig, backbone: Backbone, prompts: Iterable[str]) -> tuple:
+    """What noised rows depend on besides the rows, the epoch and the denoisers."""
+    process = backbone.process
     return (
         *(process.describe(), process.timestep_range, args.seed, args.prompt_dropout, args.size_conditions),
-        *(args.noise_source, args.inversion_steps, args.inversion_eta),
+        *(args.noise_source, args.inversion_steps, args.inversion_eta, text_fingerprint(backbone, {None, *prompts})),
     )
 
 
