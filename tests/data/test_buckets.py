@@ -109,10 +109,10 @@ def make_trainer(folder, pipeline=None, dataset=None, peft_config=None, **kwargs
 
 def watch(trainer, monkeypatch) -> list:
     """(ids, latent grid) of each batch whose loss is computed."""
-    seen, compute_loss, sample_latents = [], trainer.compute_loss, trainer.sample_latents
+    seen, compute_loss, sample_latents = [], trainer.compute_loss, trainer.encoder.sample_latents
 
-    def noted_latents(inputs):
-        latents = sample_latents(inputs)
+    def noted_latents(inputs, keys):
+        latents = sample_latents(inputs, keys)
         seen[-1].append(tuple(latents.shape[2:]))
         return latents
 
@@ -121,7 +121,7 @@ def watch(trainer, monkeypatch) -> list:
         return compute_loss(model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(trainer, "compute_loss", noted_loss)
-    monkeypatch.setattr(trainer, "sample_latents", noted_latents)
+    monkeypatch.setattr(trainer.encoder, "sample_latents", noted_latents)
     return seen
 
 
@@ -355,7 +355,7 @@ def test_a_mask_covers_the_box_on_a_grid_that_is_not_square(tmp_path):
     trainer = make_trainer(tmp_path)
     row = pairs_of([(40, 24)])[0] | {"id": "0", "instances": [instance]}
     batch = trainer.data_collator([row])
-    latents = trainer.sample_latents(batch)
+    latents = trainer.encoder.sample_latents(batch, [("chosen",), ("rejected",)])
     assert latents.shape == (2, 4, 6, 10)
     chosen, rejected = trainer.prepare_batch(batch, latents)["masks"]
     assert chosen[:, :5].eq(0).all() and chosen[:, 5:].gt(0).all()
@@ -427,7 +427,7 @@ def test_two_batches_of_two_sizes_are_accumulated_as_their_mean(tmp_path, monkey
     errors = []
     for ids, _ in seen[6:]:
         trainer.compute_loss(trainer.model, trainer.data_collator([rows[row_id] for row_id in ids]))
-        errors.append(trainer.meters["train"].averages()["errors/chosen"])
+        errors.append(trainer.meters.averages("train")["errors/chosen"])
     logged = [entry["errors/chosen"] for entry in trainer.state.log_history if "errors/chosen" in entry]
     assert logged[3] == pytest.approx(sum(errors) / 2, rel=1e-5)
 
