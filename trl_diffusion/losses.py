@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""One pure function per objective: per-sample errors in, per-sample loss and rewards out."""
+"""The objectives as pure functions, from errors of samples to losses and rewards of samples."""
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,15 @@ def diffusion_dpo_loss(
     beta: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    The Diffusion-DPO loss (arXiv:2311.12908, equation 14); with errors under instance masks, the IAPO loss.
+    The Diffusion-DPO loss (arXiv:2311.12908, equation 14), or the IAPO loss if the errors are weighted by instance masks.
 
         L = -log sigma( -0.5 beta [ (d^w - d^w_ref) - (d^l - d^l_ref) ] )
 
-    where `d` is the mean squared error on a sample, `w` the chosen and `l` the rejected image.
+    where `d` is the mean squared error of a sample, `w` the chosen and `l` the rejected image.
 
-    `beta` means here, and everywhere in this library, what it means in the papers and in the training scripts published
-    with Diffusion-DPO, InPO and SmPO: half of it multiplies the difference of mean squared errors. The `beta` of
-    diffusers' Stable Diffusion DPO script is half of it (2500 there is 5000 here), that of its SDXL script is the same.
+    In this library, `beta` is defined as in the papers and in the published training scripts of Diffusion-DPO, InPO and SmPO:
+    half of it multiplies the difference of mean squared errors. The `beta` of diffusers' DPO script for Stable Diffusion is half
+    of this one (2500 there is 5000 here), that of its script for SDXL is the same.
 
     Args:
         chosen_errors (`torch.Tensor` of shape `(B,)`):
@@ -37,11 +37,11 @@ def diffusion_dpo_loss(
         ref_rejected_errors (`torch.Tensor` of shape `(B,)`):
             Errors of the reference on the rejected images, float32.
         beta (`float`):
-            How strongly the policy is held to the reference.
+            How strongly the policy is kept near the reference.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`, each of shape `(B,)`: the losses, the rewards of the chosen
-        images `-0.5 beta (d^w - d^w_ref)`, and the rewards of the rejected images. The rewards carry no gradient.
+        images `-0.5 beta (d^w - d^w_ref)`, and the rewards of the rejected images. The rewards have no gradient.
     """
     chosen_rewards = -0.5 * beta * (chosen_errors - ref_chosen_errors)
     rejected_rewards = -0.5 * beta * (rejected_errors - ref_rejected_errors)
@@ -51,8 +51,8 @@ def diffusion_dpo_loss(
 
 def strengthened_target(conditioned: torch.Tensor, plain: torch.Tensor, strength: float) -> torch.Tensor:
     """
-    The expert's target at another strength, `e(y) + s (e(y + A) - e(y))` (ours): like classifier-free guidance with the
-    prompt in place of the empty one.
+    The target of the expert at another strength, `e(y) + s (e(y + A) - e(y))` (ours). This is like classifier-free guidance with
+    the plain prompt instead of the empty one.
 
     Args:
         conditioned (`torch.Tensor` of shape `(B, C, h, w)`):
@@ -60,7 +60,7 @@ def strengthened_target(conditioned: torch.Tensor, plain: torch.Tensor, strength
         plain (`torch.Tensor` of shape `(B, C, h, w)`):
             The expert's prediction for the prompt alone.
         strength (`float`):
-            The strength `s`; 1 is `conditioned`.
+            The strength `s`. With 1, the result is `conditioned`.
 
     Returns:
         `torch.Tensor` of shape `(B, C, h, w)`: float32.
@@ -70,9 +70,9 @@ def strengthened_target(conditioned: torch.Tensor, plain: torch.Tensor, strength
 
 def reflected_target(ref_pred: torch.Tensor, rejected_target: torch.Tensor, weight: float) -> torch.Tensor:
     """
-    What the stabilised CPO loss pulls towards in place of pushing away from `z_l`: its reflection through the reference,
-    `sg(e_ref + w (e_ref - z_l))`. The paper does not give its form; this one is ours. With `w = 1` its gradient where the
-    policy is the reference equals that of the term it replaces.
+    The reflection of `z_l` through the reference, `sg(e_ref + w (e_ref - z_l))`. The stabilised CPO loss pulls towards it instead
+    of pushing away from `z_l`. We do not know the target of the paper; this one is ours. With `w = 1`, the gradient equals that of
+    the unstabilised term if the policy equals the reference.
 
     Args:
         ref_pred (`torch.Tensor` of shape `(B, C, h, w)`):
@@ -99,12 +99,12 @@ def complex_po_loss(
     stabilized: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    The loss of complex preference optimisation (CPO, arXiv 2601.04300). Plain, it moves the prediction `e` towards the
-    expert's positive target and away from its negative one,
+    The loss of complex preference optimisation (CPO, arXiv 2601.04300). The unstabilised loss moves the prediction `e` towards the
+    positive target of the expert and away from the negative one,
 
         L = -log sigma( -0.5 beta omega [ (|z_w - e|^2 - |z_w - e_ref|^2) - (|z_l - e|^2 - |z_l - e_ref|^2) ] )
 
-    whose last term is concave in `e` and without bound. Stabilised, a convex term takes its place,
+    Its last term is concave in `e` and unbounded. The stabilised loss replaces it by a convex term,
 
         L = -log sigma( -0.5 beta omega [ (|z_w - e|^2 - |z_w - e_ref|^2) + (|z_t - e|^2 - |z_t - e_ref|^2) ] )
 
@@ -120,17 +120,18 @@ def complex_po_loss(
         ref_rejected_errors (`torch.Tensor` of shape `(B,)`):
             `|z_l - e_ref|^2` of the reference; `|z_t - e_ref|^2` if stabilised.
         beta (`float`):
-            How strongly the policy is held to the reference; half of it multiplies the errors, as in
+            How strongly the policy is kept near the reference. Half of it multiplies the errors, as in
             [`losses.diffusion_dpo_loss`].
         weights (`torch.Tensor` of shape `(B,)`):
-            The weights `omega`. A term that a sample lacks has errors 0, and so no part in the loss.
+            The weights `omega`. If a sample does not have one of the terms, its errors are 0, so it does not contribute.
         stabilized (`bool`):
-            Which of the two.
+            Whether to use the stabilised loss.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`, each of shape `(B,)`: the losses, the chosen rewards (positive:
-        closer to `z_w` than the reference) and the rejected rewards (negative: further from `z_l`, or closer to its
-        reflection, than the reference). Their difference is the argument of the sigmoid. The rewards carry no gradient.
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`, each of shape `(B,)`: the losses, the chosen rewards (positive if the
+        policy is closer to `z_w` than the reference) and the rejected rewards (negative if the policy is further from `z_l`, or
+        closer to its reflection, than the reference). Their difference is the argument of the sigmoid. The rewards have no
+        gradient.
     """
     scale = -0.5 * beta * weights
     chosen_rewards = scale * (chosen_errors - ref_chosen_errors)
@@ -151,13 +152,13 @@ def complex_po_diagnostics(
     weights: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    How CPO moves the policy: the size of each term's gradient, and how far the policy has moved.
+    Diagnostics of CPO: the size of the gradient of each term, and how far the policy has moved.
 
     Args:
         losses (`torch.Tensor` of shape `(B,)`):
             The losses of [`losses.complex_po_loss`].
         chosen_errors, second_errors, ref_chosen_errors, ref_second_errors (`torch.Tensor` of shape `(B,)`):
-            The errors that it was given, the second term's being those of `z_l` or of its reflection.
+            The errors that the loss was computed from. Those of the second term are of `z_l` or of its reflection.
         model_pred (`torch.Tensor` of shape `(B, C, h, w)`):
             The policy's prediction.
         ref_pred (`torch.Tensor` of shape `(B, C, h, w)`):
@@ -168,10 +169,10 @@ def complex_po_diagnostics(
             As in the loss.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`, each of shape `(B,)`, without gradient: the norm of the gradient of
-        each of the two terms with respect to the prediction, and the drift: the policy's squared distance from the reference
-        over that of its targets. At the minimum of the stabilised loss the drift is at most 1, and at most 1/2 where a sample
-        has both terms.
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`, each of shape `(B,)`, without gradient: the norms of the gradients of
+        the two terms with respect to the prediction, and the drift, which is the squared distance of the policy from the
+        reference, divided by that of its targets. At the minimum of the stabilised loss, the drift is at most 1, and at most 1/2
+        for a sample with both terms.
     """
     with torch.no_grad():
         slope = beta * weights * (1 - (-losses).exp()) / model_pred[0].numel() ** 0.5

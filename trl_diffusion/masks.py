@@ -1,11 +1,10 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The weight mask of IAPO (Instance-Aware Preference Optimization, CVPR 2026), made on the latent grid.
+"""The weight masks of IAPO (Instance-Aware Preference Optimization, CVPR 2026) on the latent grid.
 
-A mask is piecewise constant, with its steps at the edges of boxes. Its mean over a latent cell is therefore known exactly
-from the boxes alone: it equals what area-resizing the mask from infinitely fine pixels would give, and no mask of the
-size of the image is ever made.
+A mask is piecewise constant, with steps at the edges of boxes. So its mean over a latent cell is computed exactly from the boxes.
+This equals resizing the mask by area from infinitely small pixels, without creating a mask of the size of the image.
 """
 
 import torch
@@ -21,29 +20,29 @@ def instance_masks(
     mask_overlap: str = "mean",
 ) -> torch.Tensor:
     """
-    Computes the weight mask of each image from its instances (IAPO, instance-aware mask).
+    Computes the weight mask of each image from its instances (instance-aware mask of IAPO).
 
-    An instance whose label contradicts the image's label (`rho_n = 1`) weighs `w_neg` inside its box and 1 outside; any
-    other instance weighs 1 everywhere. The instances' weights are combined at each position, averaged over each latent
-    cell, and divided by the mean of their absolute value over the grid (the plain mean for `w_neg >= 0`). A mask that is
-    zero everywhere stays zero.
+    An instance that contradicts the label of the image (`rho_n = 1`) has the weight `w_neg` inside its box and 1 outside. All
+    other instances have the weight 1 everywhere. The weights of the instances are combined at each position, averaged over each
+    latent cell, and divided by the mean of their absolute value over the grid (the mean itself for `w_neg >= 0`). A mask that
+    is zero everywhere stays zero.
 
     Args:
         boxes (`torch.Tensor` of shape `(B, N, 4)`):
-            Unit boxes. A box of area 0 (cut away by the crop) covers nothing, and its instance still counts.
+            Unit boxes. A box of area 0 (outside the crop) covers nothing, but its instance still counts.
         judged (`torch.Tensor` of shape `(B, N)`, bool):
-            Which instances count: `False` for padding and for ties.
+            Which instances count: `False` for padding and ties.
         conflicts (`torch.Tensor` of shape `(B, N)`, bool):
-            Which instances contradict the image's label. Ignored where `judged` is `False`.
+            Which instances contradict the label of the image. Ignored if `judged` is `False`.
         height (`int`):
             Height of the latent grid.
         width (`int`):
             Width of the latent grid.
         w_neg (`float`, *optional*, defaults to `0.0`):
-            Weight inside the box of a conflicting instance, at most 1. Negative values turn the preference round there.
+            Weight inside the box of a conflicting instance, at most 1. Negative values reverse the preference there.
         mask_overlap (`str`, *optional*, defaults to `"mean"`):
-            `"mean"` averages over all judged instances of the image, as in the paper; `"covering"` averages over the
-            instances that cover the position only.
+            `"mean"` averages over all judged instances of the image, as in the paper; `"covering"` averages only over the
+            instances that cover the position.
 
     Returns:
         `torch.Tensor` of shape `(B, height, width)`: float32 masks.
@@ -62,29 +61,29 @@ def instance_masks(
 
 def normalize_masks(masks: torch.Tensor) -> torch.Tensor:
     """
-    Divides each mask by the mean of its absolute value, so that the losses of both images of a pair keep one scale.
+    Divides each mask by the mean of its absolute value, so that the losses of both images of a pair have the same scale.
 
     Args:
         masks (`torch.Tensor` of shape `(B, h, w)`):
             Masks before normalisation.
 
     Returns:
-        `torch.Tensor` of shape `(B, h, w)`: masks of unit mean absolute value; a mask of zeros stays zero.
+        `torch.Tensor` of shape `(B, h, w)`: masks with a mean absolute value of 1. A mask of zeros stays zero.
     """
     scale = torch.linalg.vector_norm(masks, ord=1, dim=(1, 2), keepdim=True) / masks[0].numel()
-    return masks * torch.where(scale > 1e-6, 1 / scale, 0.0)  # not what rounding leaves of a mask of zeros
+    return masks * torch.where(scale > 1e-6, 1 / scale, 0.0)  # a mask of zeros may have a rounding error
 
 
 def masked_area(masks: torch.Tensor) -> torch.Tensor:
     """
-    Share of the positions that weigh less than the heaviest of their mask, or nothing at all.
+    Share of the positions with a lower weight than the highest of their mask, or with no weight.
 
     Args:
         masks (`torch.Tensor` of shape `(B, h, w)`):
             Masks, normalised or not.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: shares in [0, 1]; 1 where the whole mask is zero or negative.
+        `torch.Tensor` of shape `(B,)`: shares in [0, 1]; 1 if the whole mask is zero or negative.
     """
     heaviest = masks.amax(dim=(1, 2), keepdim=True)
     return ((masks < 0.999 * heaviest) | (masks <= 0)).float().mean(dim=(1, 2))
@@ -99,8 +98,8 @@ def _mean_over_instances(boxes, judged, conflicts, height, width, w_neg):
 
 
 def _mean_over_covering_instances(boxes, judged, conflicts, height, width, w_neg):
-    # Not linear in the coverage of the boxes, but in that of the pieces that all boxes' edges together cut the image into:
-    # the same instances cover a piece throughout.
+    # This is not linear in the coverage of the boxes. It is linear in the coverage of the pieces into which the edges of all
+    # boxes cut the image, because the same instances cover a whole piece.
     x_min, y_min, x_max, y_max = _in_cells(boxes, height, width)
     inside_y, covered_y = _pieces(y_min, y_max, height)  # (B, N, Q), (B, Q, h)
     inside_x, covered_x = _pieces(x_min, x_max, width)  # (B, N, P), (B, P, w)
@@ -111,7 +110,7 @@ def _mean_over_covering_instances(boxes, judged, conflicts, height, width, w_neg
 
 
 def _coverage(low: torch.Tensor, high: torch.Tensor, num_cells: int) -> torch.Tensor:
-    """Share of each cell that lies between `low` and `high`, in cells: `(B, N)` to `(B, N, cells)`."""
+    """The share of each cell between `low` and `high`, which are in cells: `(B, N)` -> `(B, N, cells)`."""
     cells = torch.arange(num_cells, device=low.device)
     overlap = torch.minimum(high[..., None], cells + 1) - torch.maximum(low[..., None], cells)
     return overlap.clamp(min=0)
@@ -119,8 +118,8 @@ def _coverage(low: torch.Tensor, high: torch.Tensor, num_cells: int) -> torch.Te
 
 def _pieces(low: torch.Tensor, high: torch.Tensor, num_cells: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Cuts the range of the cells at every `low` and `high` of a row `(B, N)`. Returns which intervals hold which pieces,
-    `(B, N, pieces)`, and each piece's share of each cell, `(B, pieces, cells)`.
+    Cuts the range of the cells at every `low` and `high` of a row `(B, N)`. Returns which intervals contain which pieces,
+    `(B, N, pieces)`, and the share of each cell that a piece covers, `(B, pieces, cells)`.
     """
     ends = low.new_tensor([0, num_cells]).expand(len(low), 2)
     cuts = torch.cat([ends, low, high], dim=1).sort(dim=1).values
@@ -130,7 +129,7 @@ def _pieces(low: torch.Tensor, high: torch.Tensor, num_cells: int) -> tuple[torc
 
 
 def _in_cells(boxes: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, ...]:
-    # Snapped to 1/4096 of a cell, so that a box of the whole image covers it wholly whatever the rounding before: a rest
-    # of 1e-7 would else be normalised to the mask's whole weight.
+    # Rounded to 1/4096 of a cell, so that a box of the whole image covers it completely despite earlier rounding errors.
+    # Otherwise an uncovered rest of 1e-7 would get the whole weight of the mask by normalisation.
     sizes = boxes.new_tensor([width, height, width, height])
     return ((boxes.clamp(0, 1) * sizes * 4096).round() / 4096).unbind(dim=-1)

@@ -140,7 +140,7 @@ def test_what_the_text_encoder_does_not_take_is_said_and_counted(tmp_path, crite
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert trainer.prompts(trainer.data_collator([row])) == ["a red circle and a blue square red square dog"]
-    assert "do not take all attributes" not in caplog.text
+    assert "do not all fit into the text encoders" not in caplog.text
     row["prompt"] += " and"
     assert (
         trainer.prompts(trainer.data_collator([row, row]))
@@ -164,7 +164,7 @@ def test_the_warning_on_length_is_given_once(tmp_path, criteria, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             trainer.prompts(trainer.data_collator([row]))
-    assert caplog.text.count("do not take all attributes of a row: of 3, 1 are left out") == 1
+    assert caplog.text.count("do not all fit into the text encoders: of 3, 1 are left out") == 1
 
 
 def test_prompt_dropout_drops_prompt_and_attributes_together(tmp_path, criteria, monkeypatch):

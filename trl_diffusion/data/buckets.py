@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Aspect ratio buckets (arXiv:2307.01952, section 2.3): images of many shapes in batches of one shape each."""
+"""Aspect ratio buckets (arXiv:2307.01952, section 2.3): images of many shapes, in batches of one shape each."""
 
 import math
 from collections import defaultdict
@@ -15,22 +15,22 @@ from datasets.fingerprint import Hasher
 
 logger = get_logger(__name__)
 
-TRAINING_SIZE = "_training_size"  # the column of a precomputed row's height and width in pixels
+TRAINING_SIZE = "_training_size"  # column of precomputed rows: height and width in pixels
 
 
 def bucket_sizes(resolution: int, multiple: int) -> list[tuple[int, int]]:
     """
-    The sizes that images are trained at: of about as many pixels as a square of the resolution and not more, between twice
-    as high as wide and twice as wide as high.
+    The sizes of training images: with about as many pixels as a square of the resolution but not more, between twice as high
+    as wide and twice as wide as high.
 
     Args:
         resolution (`int`):
-            Width and height in pixels of the square.
+            Width and height of the square in pixels.
         multiple (`int`):
-            What every side is a multiple of.
+            Every side is a multiple of this number.
 
     Returns:
-        `list[tuple[int, int]]`: (height, width) in pixels, from high to wide.
+        `list[tuple[int, int]]`: (height, width) in pixels, from tall to wide.
 
     Raises:
         `ValueError`: If the resolution is less than `multiple`.
@@ -49,16 +49,16 @@ def bucket_sizes(resolution: int, multiple: int) -> list[tuple[int, int]]:
 
 def nearest_bucket(sizes: list[tuple[int, int]], buckets: list[tuple[int, int]]) -> tuple[int, int]:
     """
-    The bucket whose shape is nearest to some images, in the logarithm of height over width.
+    The bucket that is nearest in shape to some images, by the logarithm of height / width.
 
     Args:
         sizes (`list[tuple[int, int]]`):
-            (height, width) in pixels of the images that share a bucket; the mean of their shapes counts.
+            (height, width) in pixels of the images of a row. The mean of their shapes is compared.
         buckets (`list[tuple[int, int]]`):
             The buckets.
 
     Returns:
-        `tuple[int, int]`: one of the buckets.
+        `tuple[int, int]`: the nearest bucket.
     """
     shape = sum(math.log(height / width) for height, width in sizes) / len(sizes)
     return min(buckets, key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - shape))
@@ -66,15 +66,15 @@ def nearest_bucket(sizes: list[tuple[int, int]], buckets: list[tuple[int, int]])
 
 def training_sizes(dataset: Dataset, size: Callable[[dict], tuple[int, int]], fingerprint: str) -> list[list[int]]:
     """
-    The size that each row is trained at.
+    The training size of each row.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The rows.
         size (`Callable`):
-            From a row to its height and width in pixels.
+            Returns height and width of a row in pixels.
         fingerprint (`str`):
-            What the sizes depend on besides the rows.
+            Identifies everything that the sizes depend on besides the rows.
 
     Returns:
         `list[list[int]]`: height and width in pixels.
@@ -91,18 +91,18 @@ def training_sizes(dataset: Dataset, size: Callable[[dict], tuple[int, int]], fi
 
 class BucketSampler(torch.utils.data.Sampler):
     """
-    Shuffles rows so that every run of `batch_size` of them is of one bucket. In each epoch a bucket leaves out the rows that
-    do not fill a batch; they are others in the next.
+    Shuffles rows such that each batch of `batch_size` consecutive rows is from one bucket. In each epoch, the rows of a bucket
+    that do not fill a batch are left out; they are different rows each time.
 
     Args:
         buckets (`list`):
             The bucket of each row.
         batch_size (`int`):
-            Rows in a batch.
+            Number of rows in a batch.
         seed (`int`):
-            Seed of the shuffling.
+            Seed for shuffling.
         epoch (`Callable`):
-            Tells the epoch that begins, which shuffles anew.
+            Returns the current epoch. Each epoch has another order.
     """
 
     def __init__(self, buckets: list, batch_size: int, seed: int, epoch: Callable[[], int]):
@@ -114,7 +114,7 @@ class BucketSampler(torch.utils.data.Sampler):
         self.epoch = epoch
 
     def check(self) -> None:
-        """Warns of the rows that are left out, or raises a `ValueError` where no bucket fills a batch."""
+        """Warns about rows that are left out, or raises a `ValueError` if no bucket fills a batch."""
         if len(self) == 0:
             raise ValueError(
                 f"No size has the {self.batch_size} rows of a batch. Lower `per_device_train_batch_size`, or train without "
@@ -123,8 +123,8 @@ class BucketSampler(torch.utils.data.Sampler):
         num_rows = sum(map(len, self.rows.values()))
         if left_out := num_rows - len(self):
             logger.warning(
-                f"{left_out} of {num_rows} rows are left out of each epoch, other ones each time: the rows of their size do not "
-                f"fill another batch of {self.batch_size}."
+                f"{left_out} of {num_rows} rows are left out of each epoch, different ones each time: there are not enough rows of "
+                f"their size for another batch of {self.batch_size}."
             )
 
     def __len__(self) -> int:

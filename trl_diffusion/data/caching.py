@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tensors that are computed once and kept in Arrow files."""
+"""Tensors that are computed once and stored in Arrow files."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from safetensors import torch as safetensors
 
 
-TENSORS = "_tensors"  # the column that holds a row's tensors, in the format of safetensors
+TENSORS = "_tensors"  # column with the tensors of a row, in the safetensors format
 ROWS_PER_FILE = 1000
 
 
@@ -25,14 +25,14 @@ def is_precomputed(row: dict[str, Any]) -> bool:
 
 def write_example(example: dict[str, Any]) -> dict[str, Any]:
     """
-    Packs an example's tensors into one column.
+    Packs the tensors of an example into one column.
 
     Args:
         example (`dict`):
             Tensors and other values by name.
 
     Returns:
-        `dict`: the other values, and the tensors, `bytes`.
+        `dict`: the other values, and the tensors as `bytes`.
     """
     tensors = {name: value.cpu().contiguous() for name, value in example.items() if isinstance(value, torch.Tensor)}
     return {name: value for name, value in example.items() if name not in tensors} | {
@@ -42,7 +42,7 @@ def write_example(example: dict[str, Any]) -> dict[str, Any]:
 
 def read_example(row: dict[str, Any]) -> dict[str, Any]:
     """
-    Unpacks what [`data.caching.write_example`] packed.
+    Unpacks an example of [`data.caching.write_example`].
 
     Args:
         row (`dict`):
@@ -68,28 +68,28 @@ def precompute_dataset(
     say: Callable[[str], None] = print,
 ) -> Dataset:
     """
-    Encodes a dataset into Arrow files of 1000 rows, and loads those that are there already: an interrupted run goes on with
-    the file that it was at. Processes share the files among themselves.
+    Encodes a dataset into Arrow files of 1000 rows each. Existing files are loaded, so an interrupted run continues with the
+    file that was not finished. The files are distributed among the processes.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The rows.
         encode (`Callable`):
-            From rows to as many examples.
+            Returns an example for each of several rows.
         features ([`~datasets.Features`]):
             Columns of the examples besides their tensors.
         name (`str`):
-            What the files hold, for their names and messages.
+            Name of the content, for file names and messages.
         fingerprint (`str`):
             Hash of everything that the examples depend on.
         folder (`Path`):
-            Where the files go.
+            Folder of the files.
         batch_size (`int`):
-            Rows that are encoded at once.
+            Number of rows that are encoded at once.
         process_index (`int`, *optional*, defaults to `0`):
-            Which process this is.
+            Index of this process.
         num_processes (`int`, *optional*, defaults to `1`):
-            How many there are.
+            Number of processes.
         wait (`Callable`, *optional*):
             Waits for all processes.
         say (`Callable`, *optional*):
@@ -99,7 +99,7 @@ def precompute_dataset(
         [`~datasets.Dataset`]: the examples, memory-mapped, with their tensors as one column.
 
     Raises:
-        `ValueError`: If the disk has not the room for it.
+        `ValueError`: If there is not enough space on the disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     features = Features({**features, TENSORS: Value("large_binary")})
@@ -118,7 +118,7 @@ def precompute_dataset(
         if size > free:
             raise ValueError(
                 f"Precomputing {name} needs {size / 1e9:.2f} GB, and the disk of {folder} has {free / 1e9:.2f} GB left. "
-                "Name a folder on another disk as `precompute_dir`, train on fewer rows, or without `precompute`."
+                "Set `precompute_dir` to a folder on another disk, train on fewer rows, or train without `precompute`."
             )
     else:
         say(f"Precomputed before: {name}, {len(dataset):,} rows in {folder}.")
@@ -155,7 +155,7 @@ class TensorCache:
         dataset ([`~datasets.Dataset`]):
             A result of [`data.caching.precompute_dataset`].
         key (`str`):
-            The column of the keys, whose values differ.
+            The column of the keys, which must be unique.
     """
 
     def __init__(self, dataset: Dataset, key: str):
@@ -164,15 +164,15 @@ class TensorCache:
 
     def __getitem__(self, keys: list[str | None]) -> dict[str, torch.Tensor]:
         """
-        Looks keys up.
+        Looks up keys.
 
         Args:
             keys (`list[str]` of length `B`):
                 The keys.
 
         Returns:
-            `dict[str, torch.Tensor]`: the tensors by name, on the CPU, with a first dimension of `B`. Where their lengths
-            differ they are padded with zeros.
+            `dict[str, torch.Tensor]`: the tensors by name, on the CPU, with a first dimension of `B`. If their lengths differ,
+            they are padded with zeros.
 
         Raises:
             `KeyError`: If a key was not precomputed.
@@ -188,7 +188,7 @@ def stack_padded(values: list[torch.Tensor]) -> torch.Tensor:
 
     Args:
         values (`list[torch.Tensor]` of length `B`):
-            Tensors of the shape `(N, ...)`, where `N` may differ, or scalars.
+            Tensors of shape `(N, ...)`, where `N` may differ, or scalars.
 
     Returns:
         `torch.Tensor` of shape `(B, max N, ...)`.

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""From rows of a dataset to a batch of tensors."""
+"""Collators, which turn rows of a dataset into a batch of tensors."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,24 +22,24 @@ from .transforms import prepare_image
 @dataclass
 class ImageCollator:
     """
-    Base class of the collators. A row becomes an example, the tensors of that row; examples are padded and stacked. A row
-    that was precomputed is an example already, without pixels.
+    Base class of the collators. Each row is converted to an example of tensors. Examples are padded and stacked. A precomputed
+    row already is an example, with latents instead of pixels.
 
-    Crops and flips are drawn for each image from (seed, row id), so that a row looks the same in every epoch, in every
-    process and after a resume. Each image of a row has its own.
+    Crop and flip of an image depend on the seed, the id of the row and the column. So they are the same in every epoch, in
+    every process and after resuming.
 
     Args:
         resolution (`int`):
-            Width and height in pixels of the training images.
+            Width and height of the training images in pixels.
         center_crop (`bool`, *optional*, defaults to `True`):
-            Crop the middle; else crop anywhere.
+            Crop at the centre, otherwise at a random position.
         random_flip (`bool`, *optional*, defaults to `False`):
-            Flip left to right half of the time.
+            Flip left to right with probability one half.
         seed (`int`, *optional*, defaults to `0`):
             Seed of crops and flips.
         buckets (`list[tuple[int, int]]`, *optional*):
-            Sizes (height, width) in pixels to use in place of the one that `resolution` gives; a row takes the one nearest
-            to its images in shape, see [`data.buckets.nearest_bucket`]. A batch must hold rows of one bucket.
+            Sizes (height, width) in pixels to use instead of a square of `resolution`. A row gets the size that is nearest to
+            its images in shape, see [`data.buckets.nearest_bucket`]. All rows of a batch must have the same size.
     """
 
     resolution: int
@@ -58,14 +58,14 @@ class ImageCollator:
             `dict`: tensors whose first dimension is `B`, padded with zeros, and lists of `B` values.
 
         Raises:
-            `ValueError`: If a row does not fit; names the row and the column.
+            `ValueError`: If a row is invalid. The message names the row and the column.
         """
         examples = [read_example(row) if is_precomputed(row) else self.prepare(row) for row in rows]
         return {name: _batch([example[name] for example in examples]) for name in examples[0]}
 
     def size(self, row: dict[str, Any]) -> tuple[int, int]:
         """
-        The size that a row is trained at.
+        The training size of a row.
 
         Args:
             row (`dict`):
@@ -82,7 +82,7 @@ class ImageCollator:
         return nearest_bucket(list(image_sizes), self.buckets)
 
     def _open_images(self, row: dict[str, Any]) -> tuple[dict[str, PIL.Image.Image], tuple[int, int]]:
-        """The images of a row by column, and the size that they are trained at."""
+        """The images of a row by column, and their training size."""
         images = {column: _read(row, column, open_image) for column in self.image_columns}
         return images, self._size(map(image_size, images.values()))
 
@@ -108,15 +108,18 @@ class ImageCollator:
 @dataclass
 class InstancePairCollator(ImageCollator):
     """
-    Collates rows with the columns `id`, `prompt`, `chosen`, `rejected` and, where present, `instances`, to a batch with
-    `chosen_pixel_values` and `rejected_pixel_values` `(B, 3, H, W)` in [-1, 1] (where the row was precomputed,
-    `*_latents_mean` and `*_latents_std` `(B, C, h, w)` in their place); for both images also `*_boxes` `(B, N, 4)` (unit
-    boxes, zeros as padding), `*_original_sizes` and `*_crop_top_lefts` `(B, 2)`; `judged` and `conflicts` `(B, N)`, bool;
-    `id` and `prompt`, lists of `B` strings. See [`data.collators.ImageCollator`] for its arguments.
+    Collates rows with the columns `id`, `prompt`, `chosen`, `rejected` and optionally `instances`. See
+    [`data.collators.ImageCollator`] for the arguments. A batch contains:
+
+    - `chosen_pixel_values`, `rejected_pixel_values` `(B, 3, H, W)` in [-1, 1]; for precomputed rows instead `*_latents_mean`,
+      `*_latents_std` `(B, C, h, w)`;
+    - for both images `*_boxes` `(B, N, 4)` (unit boxes, padded with zeros), `*_original_sizes`, `*_crop_top_lefts` `(B, 2)`;
+    - `judged`, `conflicts` `(B, N)`, bool;
+    - `id`, `prompt`, lists of `B` strings.
     """
 
     image_columns = ("chosen", "rejected")
-    text_features = {}  # columns of an example that hold no tensors, besides `id` and `prompt`
+    text_features = {}  # columns of an example besides `id`, `prompt` and its tensors
 
     def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
         """
@@ -127,10 +130,10 @@ class InstancePairCollator(ImageCollator):
                 The row.
 
         Returns:
-            `dict`: what the batch holds, of this row.
+            `dict`: the part of the batch that belongs to this row.
 
         Raises:
-            `ValueError`: If the row does not fit; names the row and the column.
+            `ValueError`: If the row is invalid. The message names the row and the column.
         """
         example = {"id": _id(row), "prompt": _prompt(row)}
         images, size = self._open_images(row)
@@ -159,15 +162,18 @@ class InstancePairCollator(ImageCollator):
 @dataclass
 class AttributeCollator(ImageCollator):
     """
-    Collates rows with the columns `id`, `prompt`, `image`, `positive_attributes` and `negative_attributes`, to a batch with
-    `image_pixel_values` `(B, 3, H, W)` in [-1, 1] (where the row was precomputed, `image_latents_mean` and
-    `image_latents_std` `(B, C, h, w)` in their place), `image_original_sizes` and `image_crop_top_lefts` `(B, 2)`; `id` and
-    `prompt`, lists of `B` strings; `positive_attributes` and `negative_attributes`, lists of `B` lists of ids. See
-    [`data.collators.ImageCollator`] for its other arguments.
+    Collates rows with the columns `id`, `prompt`, `image`, `positive_attributes` and `negative_attributes`. See
+    [`data.collators.ImageCollator`] for the other arguments. A batch contains:
+
+    - `image_pixel_values` `(B, 3, H, W)` in [-1, 1]; for precomputed rows instead `image_latents_mean`, `image_latents_std`
+      `(B, C, h, w)`;
+    - `image_original_sizes`, `image_crop_top_lefts` `(B, 2)`;
+    - `id`, `prompt`, lists of `B` strings;
+    - `positive_attributes`, `negative_attributes`, lists of `B` lists of ids.
 
     Args:
         criteria ([`Criteria`]):
-            The tree of the attributes.
+            The criteria tree.
     """
 
     criteria: Criteria = field(kw_only=True)
@@ -184,10 +190,10 @@ class AttributeCollator(ImageCollator):
                 The row.
 
         Returns:
-            `dict`: what the batch holds, of this row.
+            `dict`: the part of the batch that belongs to this row.
 
         Raises:
-            `ValueError`: If the row does not fit; names the row and the column.
+            `ValueError`: If the row is invalid. The message names the row and the column.
         """
         row_id, (positive, negative) = _id(row), check_attributes(row, self.criteria)
         images, size = self._open_images(row)
@@ -200,14 +206,14 @@ class AttributeCollator(ImageCollator):
 
 
 def _batch(values: list) -> torch.Tensor | list:
-    """Tensors padded with zeros along their first dimension and stacked; anything else as a list."""
+    """Stacks tensors, padded with zeros along their first dimension. Other values stay a list."""
     return stack_padded(values) if isinstance(values[0], torch.Tensor) else values
 
 
 def _id(row: dict[str, Any]) -> str:
     if row["id"] is None:
         raise ValueError(
-            "A row has no `id`. Every row needs its own, or none: without the column, rows are numbered. Remove it with "
+            "A row has no `id`. Every row needs its own, or none: without the column, rows are numbered. Remove the column with "
             '`dataset.remove_columns("id")`, or fill it.'
         )
     return str(row["id"])
@@ -219,7 +225,7 @@ def _read(row: dict[str, Any], column: str, read: Callable):
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(
             f"The image in column `{column}` of the row with id {row['id']!r} cannot be read: {error}. Replace it, or "
-            "drop the row with `dataset.filter`."
+            "remove the row with `dataset.filter`."
         ) from error
 
 

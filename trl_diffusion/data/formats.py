@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The columns that trainers accept, and readable errors for what does not fit them."""
+"""The columns of datasets, and readable errors for invalid data."""
 
 import io
 import math
@@ -21,10 +21,10 @@ ATTRIBUTE_COLUMNS = ("positive_attributes", "negative_attributes")
 
 def instance_pair_features() -> Features:
     """
-    The columns of [`InstanceDPOTrainer`]: an image pair, and the instances that both images share.
+    The columns of [`InstanceDPOTrainer`]: a pair of images, and the instances that both images show.
 
     Boxes are `[x_min, y_min, x_max, y_max]` in pixels of the stored image, before any EXIF orientation is applied.
-    `preference` says in which image the instance is drawn better.
+    `preference` is the image in which the instance is depicted better.
 
     Returns:
         [`~datasets.Features`]
@@ -49,12 +49,12 @@ def instance_pair_features() -> Features:
 
 def attribute_features(criteria: Criteria | None = None) -> Features:
     """
-    The columns of [`AttributeSFTTrainer`] and [`ComplexPOTrainer`]: an image, and which attributes of the criteria it has
-    in their positive and which in their negative form. Both columns hold ids of attributes.
+    The columns of [`AttributeSFTTrainer`] and [`ComplexPOTrainer`]: an image, and its attributes in positive and in negative
+    form. Both columns of attributes contain their ids.
 
     Args:
         criteria ([`Criteria`], *optional*):
-            The tree. If given, the columns are [`~datasets.ClassLabel`] of its ids; else they are strings.
+            The criteria tree. If given, the ids are [`~datasets.ClassLabel`]s of the tree; otherwise they are strings.
 
     Returns:
         [`~datasets.Features`]
@@ -78,18 +78,18 @@ def each_dataset(
     datasets: Datasets, name: str, function: Callable[[Dataset | IterableDataset, str], Dataset | IterableDataset]
 ) -> Datasets:
     """
-    Applies a function to a dataset, to each of several by name, or to none.
+    Applies a function to a dataset, or to each of several named datasets. `None` stays `None`.
 
     Args:
         datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`], `dict` or `None`):
             The datasets.
         name (`str`):
-            What the user calls them, for messages.
+            Name of the parameter, for messages.
         function (`Callable`):
             From a dataset and its name to a dataset.
 
     Returns:
-        What was given, with the results in the place of the datasets.
+        The same structure with the results of the function.
     """
     if isinstance(datasets, dict):
         return {split: function(dataset, f"{name}[{split!r}]") for split, dataset in datasets.items()}
@@ -100,25 +100,25 @@ def prepare_dataset(
     dataset: Dataset | IterableDataset, name: str, columns: tuple[str, ...], image_columns: tuple[str, ...]
 ) -> Dataset | IterableDataset:
     """
-    Checks a dataset's columns, leaves its images undecoded (so that an unreadable one can be named, and its EXIF
-    orientation seen), and numbers the rows of a dataset in memory that has no `id`.
+    Checks the columns of a dataset, adds an `id` column to a dataset in memory that has none, and turns off the decoding of
+    images, so that errors can name the row and EXIF orientations are kept.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             The dataset.
         name (`str`):
-            What the user calls it, for messages: `"train_dataset"` or `"eval_dataset"`.
+            Name of the parameter, for messages: `"train_dataset"` or `"eval_dataset"`.
         columns (`tuple[str, ...]`):
-            The columns it must have.
+            The required columns.
         image_columns (`tuple[str, ...]`):
-            Those of them that hold images.
+            Those of them that contain images.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]
 
     Raises:
-        `ValueError`: If a column is missing (for a stream, `id` too), if the dataset is empty, or if `instances` has
-            another type or other labels.
+        `ValueError`: If a column is missing (in a stream also `id`), if the dataset is empty, or if `instances` has a wrong
+            type or wrong labels.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(
@@ -126,17 +126,17 @@ def prepare_dataset(
             'is a `DatasetDict`, pass one of its splits, such as `dataset["train"]`.'
         )
     if isinstance(dataset, IterableDataset) or dataset.format["type"] not in (None, "custom"):
-        dataset = dataset.with_format(None)  # rows as Python objects; a transform of the user's stays
+        dataset = dataset.with_format(None)  # rows as Python objects; keeps a transform of the user
     present = dataset.column_names
-    if present is None:  # a stream whose columns are not declared
+    if present is None:  # a stream with unknown columns
         present = list(next(iter(dataset), {}))
     if not present or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"`{name}` has no rows.")
     if missing := [column for column in columns if column not in present]:
         raise ValueError(
             f"`{name}` lacks the column{'s' if len(missing) > 1 else ''} {_quoted(missing)}; it has {_quoted(present)}. "
-            f"Needed are {_quoted(columns)}: rename columns with `dataset.rename_columns`, or build them as described in "
-            "docs/source/dataset_formats.md."
+            f"The required columns are {_quoted(columns)}: rename columns with `dataset.rename_columns`, or create them as "
+            "described in docs/source/dataset_formats.md."
         )
     features = dataset.features or {}
     _check_instances_feature(features.get("instances"), name)
@@ -147,14 +147,14 @@ def prepare_dataset(
         return dataset
     if isinstance(dataset, IterableDataset):
         raise ValueError(
-            f"`{name}` is a stream without the column `id`. Noise, crops and flips follow from a row's id, and the rows of "
-            "a stream cannot be numbered, since its shards are read side by side: add an `id` column with `dataset.map`."
+            f"`{name}` is a stream without the column `id`. Noise, crops and flips depend on the id of a row, and the rows of a "
+            "stream cannot be numbered because its shards are read in parallel: add an `id` column with `dataset.map`."
         )
     return dataset.add_column("id", [str(index) for index in range(len(dataset))])
 
 
 def _check_instances_feature(feature: Any, name: str) -> None:
-    if feature in (None, Value("null"), List(Value("null"))):  # unknown, or no row has any
+    if feature in (None, Value("null"), List(Value("null"))):  # unknown type, or no instances at all
         return
     if not isinstance(feature, List) or not isinstance(feature.feature, dict):
         raise ValueError(
@@ -171,18 +171,18 @@ def _check_instances_feature(feature: Any, name: str) -> None:
 
 def open_image(value: Any) -> PIL.Image.Image:
     """
-    Opens an image of a dataset, with the pixels as they are stored.
+    Opens an image of a dataset, without applying its EXIF orientation.
 
     Args:
         value (`PIL.Image.Image`, `bytes`, `str` or `dict`):
-            An image, its encoded bytes, a path, or what an undecoded [`~datasets.Image`] column gives: a dictionary with
+            An image, its encoded bytes, a path, or a value of an undecoded [`~datasets.Image`] column: a dictionary with
             `bytes` or `path`.
 
     Returns:
         `PIL.Image.Image`: the image, loaded.
 
     Raises:
-        `ValueError`: If the value holds no image.
+        `ValueError`: If the value is not an image.
         `OSError`: If the file is missing or is not a readable image.
     """
     image = _open_lazily(value)
@@ -192,7 +192,7 @@ def open_image(value: Any) -> PIL.Image.Image:
 
 def image_size(value: Any) -> tuple[int, int]:
     """
-    The size of an image of a dataset once it is upright, from its header where the format allows it.
+    Size of an image of a dataset after its EXIF orientation is applied. Only the header is read if the format allows it.
 
     Args:
         value (`PIL.Image.Image`, `bytes`, `str` or `dict`):
@@ -202,7 +202,7 @@ def image_size(value: Any) -> tuple[int, int]:
         `tuple[int, int]`: height and width in pixels.
 
     Raises:
-        `ValueError`: If the value holds no image.
+        `ValueError`: If the value is not an image.
         `OSError`: If the file is missing or is not a readable image.
     """
     image = _open_lazily(value)
@@ -212,17 +212,17 @@ def image_size(value: Any) -> tuple[int, int]:
 
 def image_content(value: Any) -> PIL.Image.Image | bytes:
     """
-    Reads an image of a dataset, without opening it.
+    Reads an image of a dataset without decoding it.
 
     Args:
         value (`PIL.Image.Image`, `bytes`, `str` or `dict`):
             As [`data.formats.open_image`] takes it.
 
     Returns:
-        `PIL.Image.Image` or `bytes`: the image where the value is one, else its file.
+        `PIL.Image.Image` or `bytes`: the image if the value is one, otherwise the content of its file.
 
     Raises:
-        `ValueError`: If the value holds no image.
+        `ValueError`: If the value is not an image.
         `OSError`: If the file is missing.
     """
     if isinstance(value, dict):
@@ -242,7 +242,7 @@ def _open_lazily(value: Any) -> PIL.Image.Image:
 
 def check_box(box: Any, width: int, height: int) -> list[float]:
     """
-    Checks a stored box against its image.
+    Checks that a box fits its image.
 
     Args:
         box (`list[float]`):
@@ -253,10 +253,10 @@ def check_box(box: Any, width: int, height: int) -> list[float]:
             Height of the stored image in pixels.
 
     Returns:
-        `list[float]`: the box. A coordinate may lie up to one pixel outside of the image, as detectors' boxes do.
+        `list[float]`: the box. Coordinates may be up to one pixel outside the image, as in boxes of detectors.
 
     Raises:
-        `ValueError`: If the box has not four finite numbers, is inverted or empty, or reaches outside of the image.
+        `ValueError`: If the box is not four finite numbers, is inverted or empty, or extends beyond the image.
     """
     if not isinstance(box, list | tuple) or len(box) != 4:
         raise ValueError(f"{box} is not a list of four numbers [x_min, y_min, x_max, y_max]")
@@ -275,17 +275,17 @@ def check_box(box: Any, width: int, height: int) -> list[float]:
 
 def check_preference(preference: Any) -> str:
     """
-    Reads an instance's preference.
+    Converts the preference of an instance to a string.
 
     Args:
         preference (`int` or `str`):
-            A name of `PREFERENCES`, or its index as a [`~datasets.ClassLabel`] stores it.
+            One of `PREFERENCES`, or its index in a [`~datasets.ClassLabel`].
 
     Returns:
         `str`: `"chosen"`, `"rejected"` or `"tie"`.
 
     Raises:
-        `ValueError`: If it is something else.
+        `ValueError`: If it is neither.
     """
     if preference in PREFERENCES:
         return preference
@@ -298,22 +298,22 @@ def check_attribute_columns(
     dataset: Dataset | IterableDataset, name: str, criteria: Criteria, allow_none: bool
 ) -> None:
     """
-    Checks the attributes of a dataset against the criteria: the type of the columns, and every row, unless the dataset is
-    a stream or has a transform of the user's, whose rows are checked as they come.
+    Checks that the attributes of a dataset are those of the criteria: the types of the columns, and all rows. The rows of a
+    stream, or of a dataset with a transform, are checked when they are read instead.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             The dataset.
         name (`str`):
-            What the user calls it, for messages.
+            Name of the parameter, for messages.
         criteria ([`Criteria`]):
-            The tree.
+            The criteria tree.
         allow_none (`bool`):
-            Whether a row may be without any attribute.
+            Whether rows without attributes are allowed.
 
     Raises:
-        `ValueError`: If a column has other labels than the tree, or a row does not fit, see [`check_attributes`]; rows
-            without any attribute are named together.
+        `ValueError`: If the labels of a column are not the attributes of the tree, or if a row is invalid, see
+            [`data.formats.check_attributes`]. Rows without attributes are listed in one message.
     """
     ids = [attribute.id for attribute in criteria.attributes]
     for column in ATTRIBUTE_COLUMNS:
@@ -322,7 +322,7 @@ def check_attribute_columns(
         if isinstance(label, ClassLabel) and label.names != ids:
             raise ValueError(
                 f"The labels of `{column}` of `{name}` are not the attributes of the criteria {criteria.name!r} in their "
-                "order. Name the tree that the dataset was annotated with as `criteria`, or store ids as strings."
+                "order. Pass the tree of the annotation as `criteria`, or store ids as strings."
             )
     if isinstance(dataset, IterableDataset) or dataset.format["type"] == "custom":
         return
@@ -333,7 +333,7 @@ def check_attribute_columns(
     if without:
         raise ValueError(
             f"{len(without)} of the {len(dataset)} rows of `{name}` have neither positive nor negative attributes, so "
-            f"that there is nothing to learn from them: the rows with id {_shortened(without)}. Drop them with "
+            f"nothing can be learned from them: the rows with id {_shortened(without)}. Remove them with "
             '`dataset.filter(lambda row: row["positive_attributes"] or row["negative_attributes"])`.'
         )
 
@@ -344,17 +344,17 @@ def check_attributes(row: dict[str, Any], criteria: Criteria) -> tuple[list[str]
 
     Args:
         row (`dict`):
-            A row with `id`, `positive_attributes` and `negative_attributes`, which hold ids of attributes or their
-            indices as a [`~datasets.ClassLabel`] stores them.
+            A row with `id`, `positive_attributes` and `negative_attributes`, which contain ids of attributes or their indices
+            in a [`~datasets.ClassLabel`].
         criteria ([`Criteria`]):
-            The tree.
+            The criteria tree.
 
     Returns:
-        `tuple[list[str], list[str]]`: the ids of the positive and of the negative attributes.
+        `tuple[list[str], list[str]]`: the ids of the positive and the negative attributes.
 
     Raises:
-        `ValueError`: If an attribute is not in the tree (names the nearest), or is given twice, as positive and as
-            negative or within one column.
+        `ValueError`: If an attribute is not in the tree (the message names the nearest one), or occurs twice, in one column or
+            in both.
     """
     ids = []
     for column in ATTRIBUTE_COLUMNS:
@@ -369,8 +369,8 @@ def check_attributes(row: dict[str, Any], criteria: Criteria) -> tuple[list[str]
             raise ValueError(f"`{column}` of the row with id {row['id']!r} has {_quoted(sorted(twice))} twice.")
     if both := sorted(set(ids[0]) & set(ids[1])):
         raise ValueError(
-            f"The row with id {row['id']!r} has {_quoted(both)} as positive and as negative at once. An attribute of one "
-            "image is one or the other, or in neither column."
+            f"The row with id {row['id']!r} has {_quoted(both)} as positive and as negative at once. An attribute is in one of "
+            "the two columns, or in neither."
         )
     return ids[0], ids[1]
 

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Every row counts once and alike, however batches, gradient accumulation and processes cut them.
+Every row counts once and with the same weight, however batches, gradient accumulation and processes divide the data.
 
-Processes must read equally many batches of equally many rows. Where the rows do not suffice, rows are repeated as padding.
-Padding is marked, and counts nothing: the loss of an optimizer step is the sum over its rows, of all micro-batches and
+All processes must read the same number of batches with the same number of rows. If there are not enough rows, rows are repeated
+as padding. Padding is marked and does not count: the loss of an optimizer step is the sum over its rows, in all micro-batches and
 processes, divided by their number.
 """
 
@@ -18,27 +18,26 @@ from accelerate.data_loader import SeedableRandomSampler
 from datasets import IterableDataset
 
 
-PADDING = "_is_padding"  # the column that marks a row that fills a batch and counts nothing
+PADDING = "_is_padding"  # column that marks padding rows
 IS_PADDING = "is_padding"  # bool (B,) in a batch
 
 
 class PaddedSampler(torch.utils.data.Sampler):
     """
-    The order of another sampler, and behind it as much padding as makes the number of places a multiple. A place below zero
-    is padding: `~row` repeats the row `row`. All padding repeats the last row of the order, so that a batch of padding is of
-    one size where batches are.
+    The order of another sampler, followed by padding up to a multiple. A negative place is padding: `~row` repeats the row
+    `row`. All padding repeats the last row of the order, so that all rows of a batch have the same size if images have several.
 
     Args:
         sampler (`torch.utils.data.Sampler`):
-            The order of the rows. A `RandomSampler` is seeded, so that all processes shuffle alike, as Accelerate seeds it in
-            one process.
+            The order of the rows. A `RandomSampler` is seeded like Accelerate does in a single process, so that all processes
+            have the same order.
         multiple (`int`):
-            What the number of places is a multiple of.
+            The number of places is a multiple of this number.
         epoch (`Callable`):
-            Tells the epoch that begins, which shuffles anew. It is asked for, not set: a run that resumes within an epoch
-            wraps its sampler so that nobody can set it.
+            Returns the current epoch. Each epoch has another order. (A function, because the epoch of a sampler cannot be set
+            in a run that resumes within an epoch, which wraps it.)
         data_seed (`int`, *optional*):
-            Seed of the shuffling. Defaults to the seed of PyTorch's generator.
+            Seed for shuffling. Defaults to the seed of PyTorch's generator.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class PaddedSampler(torch.utils.data.Sampler):
 
 class PaddedRows(torch.utils.data.Dataset):
     """
-    A dataset read by the places of [`data.padding.PaddedSampler`]. Its length is the number of real rows.
+    A dataset that is indexed by the places of [`data.padding.PaddedSampler`]. Its length does not include padding.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -92,14 +91,13 @@ class PaddedRows(torch.utils.data.Dataset):
 
 class PaddedStream(torch.utils.data.IterableDataset):
     """
-    A stream that ends with as much padding, its last row repeated, as makes the number of rows a multiple. Each worker of a
-    data loader pads what it reads.
+    A stream that is padded to a multiple by repeating its last row. Each worker of a data loader pads its own rows.
 
     Args:
         dataset ([`~datasets.IterableDataset`]):
-            The stream. Every process reads the whole of it.
+            The stream. Every process reads all of it.
         multiple (`int`):
-            What the number of rows is a multiple of.
+            The number of rows is a multiple of this number.
     """
 
     def __init__(self, dataset: torch.utils.data.IterableDataset, multiple: int):
@@ -107,7 +105,7 @@ class PaddedStream(torch.utils.data.IterableDataset):
         self.multiple = multiple
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffles anew, as `datasets.IterableDataset.set_epoch`."""
+        """Sets the epoch for shuffling, as `datasets.IterableDataset.set_epoch`."""
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -121,11 +119,11 @@ class PaddedStream(torch.utils.data.IterableDataset):
 
 class PaddingCollator:
     """
-    Lets another collator make a batch, and adds to it which of its rows are padding, `is_padding` `(B,)`, bool.
+    Adds to the batch of another collator which rows are padding, `is_padding` `(B,)`, bool.
 
     Args:
         collator (`Callable`):
-            From rows to a batch. It does not see the marks.
+            The other collator. It gets the rows without the column that marks padding.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
@@ -144,20 +142,20 @@ def pad_for_processes(
     data_seed: int | None,
 ) -> tuple[torch.utils.data.Dataset, Callable | None]:
     """
-    Pads what several processes read, where Accelerate would fill the last batches with rows that count twice.
+    Pads a dataset for several processes. Without this, Accelerate would fill the last batches with rows that count twice.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             The rows.
         sampler_fn (`Callable`):
-            From the dataset to the sampler of its order; `None` for the order of a stream.
+            Returns the sampler for a dataset; `None` for a stream.
         multiple (`int`):
-            Number of rows that all processes read at once.
+            Number of rows that all processes together read at once.
         epoch (`Callable`), data_seed (`int`, *optional*):
             See [`data.padding.PaddedSampler`].
 
     Returns:
-        `tuple`: the dataset and the function, for the data loader.
+        `tuple`: the dataset and the function for the data loader.
     """
     if isinstance(dataset, IterableDataset):
         return PaddedStream(dataset, multiple), sampler_fn
@@ -168,14 +166,14 @@ def pad_for_processes(
 
 def as_padding(batch: dict[str, Any]) -> dict[str, Any]:
     """
-    A batch again, as padding.
+    Marks all rows of a batch as padding.
 
     Args:
         batch (`dict`):
             A batch of `B` rows with their `id`.
 
     Returns:
-        `dict`: the batch, all of whose rows count nothing.
+        `dict`: the same batch, as padding.
     """
     device = next(value.device for value in batch.values() if isinstance(value, torch.Tensor))
     return {**batch, IS_PADDING: torch.ones(len(batch["id"]), dtype=torch.bool, device=device)}
@@ -183,16 +181,16 @@ def as_padding(batch: dict[str, Any]) -> dict[str, Any]:
 
 def count_rows(batches: list[dict[str, Any]], accelerator: Accelerator | None = None) -> torch.Tensor | int:
     """
-    Counts the rows of batches that are not padding.
+    Number of rows in several batches without padding.
 
     Args:
         batches (`list[dict]`):
-            Batches, each with the `id` of its rows and, where some may be padding, `is_padding`.
+            Batches with the `id` of their rows and, if there may be padding, `is_padding`.
         accelerator ([`~accelerate.Accelerator`], *optional*):
             Adds the rows of the other processes.
 
     Returns:
-        `int`, or a `torch.Tensor` without dimensions where a batch has `is_padding`, so that no device is waited for.
+        `int`, or a scalar `torch.Tensor` if a batch has `is_padding`, to avoid waiting for the device.
     """
     rows = sum((~batch[IS_PADDING]).sum() if IS_PADDING in batch else len(batch["id"]) for batch in batches)
     if accelerator is None or accelerator.num_processes == 1 or not batches:
@@ -207,22 +205,22 @@ def mean_over_rows(
     num_processes: int = 1,
 ) -> torch.Tensor:
     """
-    The share that a micro-batch has in the loss of its optimizer step, `sum(losses) / num_rows` without the padding. Summed
-    over micro-batches and averaged over processes, as gradients are, the shares give the mean over the rows.
+    The contribution of a micro-batch to the loss of its optimizer step, `sum(losses) / num_rows` without padding. Summed over
+    micro-batches and averaged over processes, like gradients, the contributions give the mean over the rows.
 
     Args:
         losses (`torch.Tensor` of shape `(B,)`):
             The losses of the micro-batch.
         is_padding (`torch.Tensor` of shape `(B,)`, *optional*):
-            Which rows are padding; none if left out.
+            Which rows are padding. By default none.
         num_rows (`torch.Tensor` or `int`, *optional*):
-            Rows of the optimizer step in all micro-batches and processes, without the padding. If left out, the rows of this
-            micro-batch, whose mean this then is.
+            Number of rows of the optimizer step in all micro-batches and processes, without padding. By default that of this
+            micro-batch, so the result is its mean.
         num_processes (`int`, *optional*, defaults to `1`):
-            Number of processes that gradients are averaged over, where `num_rows` is given.
+            Number of processes that the gradients are averaged over, if `num_rows` is given.
 
     Returns:
-        `torch.Tensor` without dimensions: exactly 0, with a gradient of 0, where all rows are padding.
+        `torch.Tensor`, a scalar: exactly 0, with a gradient of 0, if all rows are padding.
     """
     if is_padding is not None:
         losses = losses.masked_fill(is_padding, 0)

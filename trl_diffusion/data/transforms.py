@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""From a stored image and its boxes to a training tensor and its boxes."""
+"""Prepares images and their boxes for training."""
 
 from typing import NamedTuple
 
@@ -16,13 +16,13 @@ from ..boxes import crop_boxes, flip_boxes, normalize_boxes, orient_boxes
 
 class TrainingImage(NamedTuple):
     """
-    An image as training sees it.
+    An image that is ready for training.
 
     Attributes:
         pixel_values (`torch.Tensor` of shape `(3, H, W)`):
             float32 in [-1, 1].
         boxes (`torch.Tensor` of shape `(N, 4)`):
-            Unit boxes of `pixel_values`; area 0 where the crop cut a box away.
+            Unit boxes in `pixel_values`. A box outside the crop has area 0.
         original_size (`tuple[int, int]`):
             (height, width) in pixels of the upright image.
         crop_top_left (`tuple[int, int]`):
@@ -37,11 +37,11 @@ class TrainingImage(NamedTuple):
 
 def upright_image(image: PIL.Image.Image) -> PIL.Image.Image:
     """
-    Turns a stored image upright by its EXIF orientation, and converts it to RGB.
+    Applies the EXIF orientation of an image, and converts it to RGB.
 
     Args:
         image (`PIL.Image.Image`):
-            The image as stored, in any mode. 16 bits a channel become 8; transparency is dropped.
+            The stored image, in any mode. 16 bits per channel are reduced to 8; transparency is removed.
 
     Returns:
         `PIL.Image.Image`: the image as people see it.
@@ -62,7 +62,8 @@ def prepare_image(
     random_flip: bool = False,
 ) -> TrainingImage:
     """
-    Turns an image upright, resizes it until it just covers `size`, flips it (or not), crops it, and takes its boxes along.
+    Applies the EXIF orientation of an image, resizes it such that it just covers `size`, flips it (optionally) and crops it,
+    together with its boxes.
 
     Args:
         image (`PIL.Image.Image`):
@@ -70,13 +71,13 @@ def prepare_image(
         boxes (`torch.Tensor` of shape `(N, 4)`):
             Boxes `[x_min, y_min, x_max, y_max]` in pixels of the stored image.
         size (`tuple[int, int]`):
-            (height, width) in pixels of the result.
+            (height, width) of the result in pixels.
         generator (`torch.Generator`):
-            Decides on crop and flip.
+            Random generator for crop and flip.
         center_crop (`bool`, *optional*, defaults to `True`):
-            Crop the middle; else crop anywhere.
+            Crop at the centre, otherwise at a random position.
         random_flip (`bool`, *optional*, defaults to `False`):
-            Flip left to right half of the time.
+            Flip left to right with probability one half.
 
     Returns:
         [`TrainingImage`]

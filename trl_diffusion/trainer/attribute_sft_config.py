@@ -11,45 +11,47 @@ class AttributeSFTConfig(DiffusionConfig):
     r"""
     Configuration class for [`AttributeSFTTrainer`].
 
-    This class includes only the parameters that are specific to attribute SFT. For those that all trainers share see
-    [`DiffusionConfig`], and [`~transformers.TrainingArguments`] for the rest.
+    This class only contains the parameters that are specific to attribute SFT. See [`DiffusionConfig`] for those of all trainers
+    of this library, and [`~transformers.TrainingArguments`] for the others.
 
     Parameters:
         criteria (`str`, *optional*, defaults to `"painting"`):
-            The tree of the attributes: a YAML file, or the name of a tree that the package ships.
+            The criteria tree: a YAML file, or the name of a tree that comes with the package.
         attribute_order (`str`, *optional*, defaults to `"tree"`):
-            In which order attributes are written into a prompt. `"tree"` is that of the criteria, in which an attribute
-            has its usual place among the others; `"given"` is that of the row, positive attributes first.
+            Order of the attributes in a prompt: `"tree"` is that of the criteria tree, `"given"` that of the row, positive
+            attributes first.
         attribute_separator (`str`, *optional*, defaults to `", "`):
-            What stands between prompt and attributes, and between attributes.
+            Text between prompt and attributes, and between attributes.
         max_attributes (`int`, *optional*):
-            How many attributes are written at most, spread over the dimensions of the criteria. Defaults to as many as
-            the text encoders take.
+            Maximum number of attributes in a prompt, spread over the dimensions of the tree. Defaults to as many as fit into
+            the text encoders.
         attribute_dropout (`float`, *optional*, defaults to `0.0`):
-            Probability of leaving out an attribute, drawn for each attribute in every step. The expert is asked for some
-            attributes at a time: dropout shows it such prompts. 1 trains on the prompts alone.
+            Probability of leaving out an attribute, sampled for each attribute in every step. So the expert also learns prompts
+            with only some of the attributes, as they are used in the second stage. 1 trains on the prompts alone.
     """
 
     criteria: str = field(
         default="painting",
-        metadata={"help": "The tree of the attributes: a YAML file, or the name of a tree that the package ships."},
+        metadata={"help": "The criteria tree: a YAML file, or the name of a tree that comes with the package."},
     )
     attribute_order: str = field(
         default="tree",
         metadata={
-            "help": "In which order attributes are written into a prompt: that of the criteria, or that of the row.",
+            "help": "Order of the attributes in a prompt: that of the criteria tree, or that of the row.",
             "choices": ["tree", "given"],
         },
     )
     attribute_separator: str = field(
-        default=", ", metadata={"help": "What stands between prompt and attributes, and between attributes."}
+        default=", ", metadata={"help": "Text between prompt and attributes, and between attributes."}
     )
     max_attributes: int | None = field(
         default=None,
-        metadata={"help": "How many attributes are written at most. Defaults to as many as the text encoders take."},
+        metadata={
+            "help": "Maximum number of attributes in a prompt. Defaults to as many as fit into the text encoders."
+        },
     )
     attribute_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of leaving out an attribute, drawn for each in every step."}
+        default=0.0, metadata={"help": "Probability of leaving out an attribute, sampled for each in every step."}
     )
 
     def __post_init__(self):
@@ -64,7 +66,7 @@ class AttributeSFTConfig(DiffusionConfig):
 
 
 def check_attribute_prompts(args) -> None:
-    """Checks the parameters that both stages of CPO have."""
+    """Checks the parameters of both stages of CPO."""
     if args.attribute_order not in ("tree", "given"):
         raise ValueError(f"`attribute_order` must be 'tree' or 'given', got {args.attribute_order!r}.")
     if args.max_attributes is not None and args.max_attributes < 1:

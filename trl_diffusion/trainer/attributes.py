@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the two stages of complex preference optimisation share: prompts with attributes, and the expert between them."""
+"""Common code of both stages of complex preference optimisation: prompts with attributes, and the expert."""
 
 import json
 from pathlib import Path
@@ -29,15 +29,15 @@ EXPERT_FILE_NAME = "attribute_expert.json"
 
 class AttributePrompts:
     """
-    Joins prompts with attributes as `args` says, and says so where the text encoders cannot take them all.
+    Joins prompts with attributes according to `args`, and logs a warning if they do not all fit into the text encoders.
 
     Args:
         criteria ([`Criteria`]):
-            The tree.
+            The criteria tree.
         args ([`AttributeSFTConfig`] or [`ComplexPOConfig`]):
-            `attribute_order`, `attribute_separator` and `max_attributes` are read.
+            `attribute_order`, `attribute_separator` and `max_attributes` are used.
         backbone ([`backbones.base.Backbone`]):
-            Knows which prompts fit.
+            Checks which prompts fit into the text encoders.
     """
 
     def __init__(self, criteria: Criteria, args: AttributeSFTConfig | ComplexPOConfig, backbone: Backbone):
@@ -51,14 +51,14 @@ class AttributePrompts:
         """
         Args:
             prompt (`str` or `None`):
-                The prompt; `None` is the unconditional branch, which stays where there are no attributes.
+                The prompt; `None` is the unconditional branch, which is returned if there are no attributes.
             positive (`list[str]`):
-                Ids of the attributes to write in their positive form.
+                Ids of the attributes in positive form.
             negative (`list[str]`):
-                Ids of the attributes to write in their negative form.
+                Ids of the attributes in negative form.
 
         Returns:
-            `tuple[str, int]`: the prompt with attributes, and the number of those that it had to leave out.
+            `tuple[str, int]`: the prompt with attributes, and the number of attributes that were left out.
         """
         args = self.args
         if prompt is None and not positive and not negative:
@@ -74,9 +74,9 @@ class AttributePrompts:
         if left_out > asked_to_leave_out and not self.warned:
             self.warned = True
             logger.warning(
-                f"The text encoders do not take all attributes of a row: of {len(forms)}, {left_out} are left out of "
-                f"{text!r}. The rest is spread over the dimensions of the criteria. `attributes/left_out` in the logs is "
-                "how many a row leaves out on average; this is said once."
+                f"The attributes of a row do not all fit into the text encoders: of {len(forms)}, {left_out} are left out of "
+                f"{text!r}. The others are spread over the dimensions of the criteria. `attributes/left_out` in the logs is the "
+                "average number per row. This warning is only logged once."
             )
         return text, left_out
 
@@ -88,15 +88,15 @@ def describe_expert(
     model: torch.nn.Module, criteria: Criteria, args: AttributeSFTConfig | ComplexPOConfig
 ) -> dict[str, Any]:
     """
-    What an expert was trained on, and which form its prompts have. It is saved beside the expert's weights.
+    Describes the training data of an expert and the form of its prompts. The description is saved with the weights.
 
     Args:
         model (`torch.nn.Module`):
             The denoiser, whose base is described.
         criteria ([`Criteria`]):
-            The tree.
+            The criteria tree.
         args ([`AttributeSFTConfig`] or [`ComplexPOConfig`]):
-            `attribute_order` and `attribute_separator` are read.
+            `attribute_order` and `attribute_separator` are used.
 
     Returns:
         `dict[str, Any]`
@@ -119,11 +119,11 @@ def read_expert(expert: str | Path) -> tuple[dict, LoraConfig, dict | None]:
             A folder or a Hub id.
 
     Returns:
-        `tuple[dict, LoraConfig, dict | None]`: weights and configuration of its LoRA, and the result of
-        [`trainer.attributes.describe_expert`] for it, or `None` for a LoRA that another library trained.
+        `tuple[dict, LoraConfig, dict | None]`: weights and configuration of its LoRA, and its description from
+        [`trainer.attributes.describe_expert`], or `None` for a LoRA of another library.
 
     Raises:
-        `ValueError`: If it is not a LoRA.
+        `ValueError`: If it is not a valid LoRA.
     """
     try:
         weights, config = read_lora(expert)
@@ -140,21 +140,21 @@ def read_expert(expert: str | Path) -> tuple[dict, LoraConfig, dict | None]:
 
 def check_expert(described: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
     """
-    Checks that an expert fits the training that asks it.
+    Checks that an expert fits the training that uses it.
 
     Args:
         described (`dict` or `None`):
-            What is known of the expert, see [`trainer.attributes.describe_expert`].
+            Description of the expert, see [`trainer.attributes.describe_expert`].
         wanted (`dict`):
-            The same of the trainer that asks it.
+            The same for the trainer that uses it.
 
     Raises:
-        `ValueError`: If it was trained on other criteria or another base, or reads prompts of another form.
+        `ValueError`: If it was trained on other criteria, on another base, or with prompts of another form.
     """
     if described is None:
         logger.warning(
-            f"`expert` comes without {EXPERT_FILE_NAME}, so that its base and its criteria cannot be compared to those "
-            "of this training."
+            f"`expert` comes without {EXPERT_FILE_NAME}, so its base and its criteria cannot be compared with those of this "
+            "training."
         )
         return
     theirs, ours = described["attributes"], wanted["attributes"]
@@ -172,18 +172,18 @@ def check_expert(described: dict[str, Any] | None, wanted: dict[str, Any]) -> No
     if reworded := [name for name in ours if theirs[name] != ours[name]]:
         raise ValueError(
             f"`expert` was trained on other words: {reworded[0]!r} had the forms {theirs[reworded[0]]}, and has "
-            f"{ours[reworded[0]]} in `criteria`. Name the tree that it was trained on."
+            f"{ours[reworded[0]]} in `criteria`. Use the tree of its training."
         )
     for name in ("attribute_order", "attribute_separator"):
         if described[name] != wanted[name]:
             raise ValueError(
                 f"`expert` was trained with `{name}={described[name]!r}`, and would not understand prompts with "
-                f"`{name}={wanted[name]!r}`. Train with the expert's."
+                f"`{name}={wanted[name]!r}`. Use the setting of the expert."
             )
     if not same_base(described["base_fingerprint"], wanted["base_fingerprint"]):
         raise ValueError(
-            "`expert` was trained on another base than `model`. A LoRA means nothing on weights that it was not trained "
-            "on: name the expert's base as `model`, or train the expert again on this one."
+            "`expert` was trained on another base than `model`. A LoRA only works on the weights that it was trained on: pass "
+            "the base of the expert as `model`, or train the expert again on this one."
         )
 
 
@@ -193,11 +193,11 @@ def add_expert(model: PeftModel, weights: dict[str, torch.Tensor], config: LoraC
 
     Args:
         model ([`~peft.PeftModel`]):
-            The policy; its own adapter stays the active one.
+            The policy. Its own adapter stays active.
         weights (`dict[str, torch.Tensor]`):
-            The expert's LoRA.
+            The LoRA of the expert.
         config ([`~peft.LoraConfig`]):
-            Its configuration.
+            The configuration of this LoRA.
 
     Raises:
         `ValueError`: If the LoRA does not fit the model.

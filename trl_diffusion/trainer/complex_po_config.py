@@ -12,68 +12,72 @@ class ComplexPOConfig(DiffusionConfig):
     r"""
     Configuration class for [`ComplexPOTrainer`].
 
-    This class includes only the parameters that are specific to complex preference optimisation. For those that all
-    trainers share see [`DiffusionConfig`], and [`~transformers.TrainingArguments`] for the rest.
+    This class only contains the parameters that are specific to complex preference optimisation. See [`DiffusionConfig`] for those
+    of all trainers of this library, and [`~transformers.TrainingArguments`] for the others.
 
     Parameters:
         criteria (`str`, *optional*, defaults to `"painting"`):
-            The tree of the attributes, the expert's: a YAML file, or the name of a tree that the package ships.
+            The criteria tree of the expert: a YAML file, or the name of a tree that comes with the package.
         attribute_order (`str`, *optional*, defaults to `"tree"`):
-            In which order attributes are written into the expert's prompts, `"tree"` or `"given"`, as it was trained. See
-            [`AttributeSFTConfig`].
+            Order of the attributes in the prompts of the expert, `"tree"` or `"given"`, see [`AttributeSFTConfig`]. Must be
+            as in the training of the expert.
         attribute_separator (`str`, *optional*, defaults to `", "`):
-            What stands between prompt and attributes, and between attributes, as the expert was trained.
+            Text between prompt and attributes, and between attributes. Must be as in the training of the expert.
         max_attributes (`int`, *optional*):
-            How many attributes are written at most, spread over the dimensions of the criteria. Defaults to as many as
-            the text encoders take.
+            Maximum number of attributes in a prompt, spread over the dimensions of the tree. Defaults to as many as fit into
+            the text encoders.
         beta (`float`, *optional*, defaults to `2000.0`):
-            How strongly the policy is held to the reference, as in [`InstanceDPOConfig`]: half of it multiplies the
+            How strongly the policy is kept near the reference, as in [`InstanceDPOConfig`]: half of it multiplies the
             difference of mean squared errors.
         loss_type (`str`, *optional*, defaults to `"stabilized"`):
             `"stabilized"`, the paper's CPO-S, or `"unstabilized"`, its CPO. See [`losses.complex_po_loss`].
         reflection_weight (`float`, *optional*, defaults to `1.0`):
-            How far the stabilised loss mirrors the negative target through the reference. 1 begins as the unstabilised
-            loss does.
+            How far the negative target is reflected through the reference in the stabilised loss. With 1, training starts
+            like with the unstabilised loss.
         target_strength (`float`, *optional*, defaults to `1.0`):
-            How far the expert's targets lie from its prediction for the prompt alone. 1 takes them as they are, larger
-            values further (ours). Any other value than 1 costs one more row of the expert's forward.
+            Scale of the distance between the targets and the expert's prediction for the plain prompt (ours). 1 uses the
+            predictions of the expert as they are. Any other value adds one row to its forward pass.
         attribute_targets (`str`, *optional*, defaults to `"present"`):
-            What the expert is asked. `"present"`, as in the paper: the row's positive attributes for the positive target,
-            its negative ones for the negative target. `"paired"` (ours): all attributes of the row in their positive form
-            for the one, and in their negative form for the other.
+            The attributes in the prompts of the expert. `"present"`, as in the paper: the positive attributes of the row for
+            the positive target, its negative ones for the negative target. `"paired"` (ours): all attributes of the row, in
+            their positive form for the positive target and in their negative form for the negative target.
         timestep_weighting (`str`, *optional*, defaults to `"constant"`):
-            Weight of a timestep, a function of its signal-to-noise ratio: `"constant"`, `"min_snr"` or `"sigmoid"`. See
+            Weight of a timestep as a function of its signal-to-noise ratio: `"constant"`, `"min_snr"` or `"sigmoid"`. See
             [`noising.timestep_weights`].
         policy_condition (`str`, *optional*, defaults to `"prompt"`):
-            What policy and reference are given: `"prompt"`, the prompt alone as in the paper, or `"positive"`, the same
-            prompt as the expert's positive one, for a model that is drawn with such prompts.
+            The prompt of policy and reference: `"prompt"`, the plain prompt as in the paper, or `"positive"`, the expert's
+            prompt for the positive target, for a model that will be used with such prompts.
         reverse_preference (`bool`, *optional*, defaults to `False`):
-            Train towards the negative target and away from the positive one, which gives the model for
+            Train towards the negative target and away from the positive one, for a model that is used in
             [`negative_preference_guidance`] (Diffusion-NPO).
     """
 
     criteria: str = field(
         default="painting",
-        metadata={"help": "The tree of the attributes, the expert's: a YAML file, or the name of a shipped tree."},
+        metadata={
+            "help": "The criteria tree of the expert: a YAML file, or the name of a tree that comes with the package."
+        },
     )
     attribute_order: str = field(
         default="tree",
         metadata={
-            "help": "In which order attributes are written into the expert's prompts, as it was trained.",
+            "help": "Order of the attributes in the prompts of the expert, as in its training.",
             "choices": ["tree", "given"],
         },
     )
     attribute_separator: str = field(
-        default=", ", metadata={"help": "What stands between prompt and attributes, as the expert was trained."}
+        default=", ", metadata={"help": "Text between prompt and attributes, as in the training of the expert."}
     )
     max_attributes: int | None = field(
         default=None,
-        metadata={"help": "How many attributes are written at most. Defaults to as many as the text encoders take."},
+        metadata={
+            "help": "Maximum number of attributes in a prompt. Defaults to as many as fit into the text encoders."
+        },
     )
     beta: float = field(
         default=2000.0,
         metadata={
-            "help": "How strongly the policy is held to the reference, as the papers define it: half of it multiplies "
+            "help": "How strongly the policy is kept near the reference, as defined in the papers: half of it multiplies "
             "the difference of mean squared errors."
         },
     )
@@ -83,33 +87,33 @@ class ComplexPOConfig(DiffusionConfig):
     )
     reflection_weight: float = field(
         default=1.0,
-        metadata={"help": "How far the stabilised loss mirrors the negative target through the reference."},
+        metadata={"help": "How far the negative target is reflected through the reference in the stabilised loss."},
     )
     target_strength: float = field(
         default=1.0,
         metadata={
-            "help": "How far the expert's targets lie from its prediction for the prompt alone; 1: as they are."
+            "help": "Scale of the distance between the targets and the expert's prediction for the plain prompt."
         },
     )
     attribute_targets: str = field(
         default="present",
         metadata={
-            "help": "What the expert is asked: the row's positive against its negative attributes, or all of them in "
-            "their positive against their negative form.",
+            "help": "The attributes in the prompts of the expert: the positive ones of the row against its negative ones, or all "
+            "of them in positive against negative form.",
             "choices": ["present", "paired"],
         },
     )
     timestep_weighting: str = field(
         default="constant",
         metadata={
-            "help": "Weight of a timestep, a function of its signal-to-noise ratio.",
+            "help": "Weight of a timestep as a function of its signal-to-noise ratio.",
             "choices": ["constant", "min_snr", "sigmoid"],
         },
     )
     policy_condition: str = field(
         default="prompt",
         metadata={
-            "help": "What policy and reference are given: the prompt alone, or the expert's positive prompt.",
+            "help": "The prompt of policy and reference: the plain prompt, or the expert's prompt for the positive target.",
             "choices": ["prompt", "positive"],
         },
     )

@@ -11,44 +11,43 @@ class InstanceDPOConfig(DiffusionConfig):
     r"""
     Configuration class for the [`InstanceDPOTrainer`].
 
-    This class includes only the parameters that are specific to instance-aware preference optimization. Those shared by
-    the trainers of this library are described in [`DiffusionConfig`], those of every trainer in
-    [`~transformers.TrainingArguments`].
+    This class only contains the parameters that are specific to instance-aware preference optimization. See [`DiffusionConfig`]
+    for those of all trainers of this library, and [`~transformers.TrainingArguments`] for the others.
 
     Parameters:
         beta (`float`, *optional*, defaults to `2000.0`):
-            How strongly the policy is held to the reference, as the papers define it: `0.5 * beta` multiplies the
+            How strongly the policy is kept near the reference, as defined in the papers: `0.5 * beta` multiplies the
             difference of mean squared errors, see [`losses.diffusion_dpo_loss`]. The IAPO paper uses 2000 for Stable
             Diffusion 1.5 and 5000 for SDXL.
         w_neg (`float`, *optional*, defaults to `0.0`):
-            Weight of the loss inside the box of an instance that contradicts the image's label, at most 1. 1 is plain
-            Diffusion-DPO, 0 takes the region out, a negative value turns the preference round there.
+            Weight of the loss inside the box of an instance that contradicts the label of the image, at most 1. 1 is plain
+            Diffusion-DPO, 0 removes the region from the loss, a negative value reverses the preference there.
         mask_overlap (`str`, *optional*, defaults to `"mean"`):
-            How the instances of an image combine into its mask. `"mean"` averages over all of them, as in the paper;
-            `"covering"` (ours) averages, at each position, over the instances that cover it.
+            How the instances of an image are combined to its mask. `"mean"` averages over all of them, as in the paper;
+            `"covering"` (ours) averages at each position over the instances that cover it.
         reverse_preference (`bool`, *optional*, defaults to `False`):
-            Train towards the rejected images, instances included, which gives the model for
+            Train towards the rejected images, with the preferences of instances also reversed, for a model that is used in
             [`negative_preference_guidance`] (Diffusion-NPO). In the logs, chosen then means rejected.
     """
 
     beta: float = field(
         default=2000.0,
         metadata={
-            "help": "How strongly the policy is held to the reference, as the papers define it: half of it multiplies "
+            "help": "How strongly the policy is kept near the reference, as defined in the papers: half of it multiplies "
             "the difference of mean squared errors."
         },
     )
     w_neg: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the loss inside the box of an instance that contradicts the image's label, at most 1. "
+            "help": "Weight of the loss inside the box of an instance that contradicts the label of the image, at most 1. "
             "1 is plain Diffusion-DPO."
         },
     )
     mask_overlap: str = field(
         default="mean",
         metadata={
-            "help": "How the instances of an image combine into its mask: average over all of them, or over those that "
+            "help": "How the instances of an image are combined to its mask: average over all of them, or over those that "
             "cover the position.",
             "choices": ["mean", "covering"],
         },
@@ -64,7 +63,7 @@ class InstanceDPOConfig(DiffusionConfig):
             raise ValueError(f"`beta` must be positive, got {self.beta}.")
         if not self.w_neg <= 1:
             raise ValueError(
-                f"`w_neg` must be at most 1, got {self.w_neg}: 1 is plain Diffusion-DPO, 0 takes contradicting regions "
-                "out of the loss, and a negative value turns their preference round."
+                f"`w_neg` must be at most 1, got {self.w_neg}: 1 is plain Diffusion-DPO, 0 removes contradicting regions from "
+                "the loss, and a negative value reverses their preference."
             )
         check_choice(self, "mask_overlap", ("mean", "covering"))

@@ -25,7 +25,7 @@ class ModelConfig:
         lora_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout of the LoRA.
         lora_target_modules (`list[str]`, *optional*):
-            Modules that carry the LoRA. Defaults to the denoiser's attention projections.
+            Modules with a LoRA. Defaults to the attention projections of the denoiser.
         use_rslora (`bool`, *optional*, defaults to `False`):
             Scale the LoRA's update by `lora_alpha / sqrt(lora_r)`.
     """
@@ -43,6 +43,6 @@ class ModelConfig:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the LoRA."})
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Modules that carry the LoRA. Defaults to the denoiser's attention projections."},
+        metadata={"help": "Modules with a LoRA. Defaults to the attention projections of the denoiser."},
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale the LoRA by lora_alpha / sqrt(lora_r)."})
