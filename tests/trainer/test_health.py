@@ -315,7 +315,7 @@ def test_a_resumed_run_may_differ_from_its_reference(tmp_path):
     assert resumed.state.global_step == 3
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-3), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-2), (torch.bfloat16, 5e-2), (torch.float16, 2e-2)])
 def test_rounding_is_what_may_differ(dtype, limit):
     """The limit is relative to the size of the predictions; what is not finite is another check's matter."""
     ref_pred = 7 * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))

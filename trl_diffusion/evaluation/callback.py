@@ -16,12 +16,12 @@ logger = get_logger(__name__)
 
 class EvaluationCallback(TrainerCallback):
     """
-    Draws a few prompts, always from the same noise, and scores the pictures: before training, every `steps` steps and after
+    Samples images for a few prompts, always from the same noise, and scores them: before training, every `steps` steps and after
     the last one. Logs, for each scorer, `eval_<name>`, the mean score, and `eval_<name>_win_rate`, the share of the prompts
     whose picture scores better than that of the model before training, ties one half. A figure that no picture got a score
     for is left out, with a warning.
 
-    Pictures are drawn as the trainer's `num_inference_steps` and `guidance_scale` say.
+    Images are sampled with the trainer's `num_inference_steps` and `guidance_scale`.
 
     Args:
         trainer ([`DiffusionTrainer`]):

@@ -37,7 +37,7 @@ class DiffusionConfig(_BaseConfig):
         center_crop (`bool`, *optional*, defaults to `True`):
             Crop the middle of an image that is not square; else crop anywhere.
         random_flip (`bool`, *optional*, defaults to `False`):
-            Flip each image left to right half of the time. Crops and flips are drawn for each image once, from the seed
+            Flip each image left to right half of the time. Crops and flips are sampled for each image once, from the seed
             and the row's id.
         size_conditions (`str`, *optional*, defaults to `"target"`):
             What SDXL is told of an image's size and crop. `"target"`: the size that is trained at, uncropped, as the published
