@@ -51,7 +51,8 @@ def test_one_step_at_the_size_of_stable_diffusion_15(tmp_path, peft_config):
     print(f"\n{seconds / 2:.0f} s a step, peak {peak:.1f} GiB, first {first}, second {second}")
     assert trainer.resolution == 512
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["rewards/margins"] == 0
-    assert second["rewards/margins"] != 0 and math.isfinite(second["grad_norm"])
+    # Not the margin: both rewards are multiples of the rounding of errors near 1, and may be the same one
+    assert second["rewards/chosen"] != 0 and math.isfinite(second["grad_norm"])
 
 
 @pytest.mark.slow
