@@ -27,6 +27,7 @@ from trl_diffusion import (
     InstanceDPOConfig,
     InstanceDPOTrainer,
 )
+from trl_diffusion.backbones import StableDiffusionBackbone
 from trl_diffusion.data import caching
 from trl_diffusion.data.collators import InstancePairCollator
 from trl_diffusion.trainer.attributes import EXPERT_FILE_NAME
@@ -926,3 +927,29 @@ def test_predictions_that_cannot_be_precomputed_are_refused(tmp_path):
     settings = {"noise_source": "inversion", "inversion_model": "policy"}
     with pytest.raises(ValueError, match="not possible where the policy inverts"):
         InstanceDPOConfig(str(tmp_path), precompute=True, precompute_ref_preds=True, **settings)
+
+
+# ---- Prompts whose padding is masked ----
+
+
+def test_masked_prompts_are_stored_at_their_own_length(tmp_path, monkeypatch):
+    """Where a family gives `prompt_lengths`, padding is not stored, and a batch is padded to its longest prompt as live."""
+
+    def encode_prompts(backbone, prompts):
+        embeds = encode_padded(backbone, prompts)["prompt_embeds"]
+        lengths = torch.tensor([2 + len((prompt or "").split()) for prompt in prompts])
+        kept = torch.arange(embeds.shape[1])[None] < lengths[:, None]
+        return {"prompt_embeds": (embeds * kept[..., None])[:, : lengths.max()], "prompt_lengths": lengths}
+
+    encode_padded = StableDiffusionBackbone.encode_prompts
+    monkeypatch.setattr(StableDiffusionBackbone, "encode_prompts", encode_prompts)
+    monkeypatch.setattr(StableDiffusionBackbone, "padded_conditions", ("prompt_embeds",))
+    live, cached = (iapo(tmp_path, precompute=precompute, prompt_dropout=0.5).encoder for precompute in (False, True))
+    prompts = [None, "a cat and a dog", "a red circle and a blue square"]
+    stored = [cached.prompt_cache[[prompt]]["prompt_embeds"].shape[1] for prompt in prompts]
+    assert stored == [2, 7, 9]
+    for batch in (prompts, prompts[:2], prompts[:1]):
+        one, other = live.encode_prompts(batch), cached.encode_prompts(batch)
+        assert one.keys() == other.keys() == {"prompt_embeds", "prompt_lengths"}
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)

@@ -96,6 +96,12 @@ def each_dataset(
     return None if datasets is None else function(datasets, name)
 
 
+def all_datasets(*datasets: Datasets) -> list[Dataset | IterableDataset]:
+    """All datasets among some arguments, each of which is a dataset, several by name, or `None`."""
+    several = [split.values() if isinstance(split, dict) else [split] for split in datasets]
+    return [dataset for splits in several for dataset in splits if dataset is not None]
+
+
 def prepare_dataset(
     dataset: Dataset | IterableDataset, name: str, columns: tuple[str, ...], image_columns: tuple[str, ...]
 ) -> Dataset | IterableDataset:
@@ -333,7 +339,7 @@ def check_attribute_columns(
     if without:
         raise ValueError(
             f"{len(without)} of the {len(dataset)} rows of `{name}` have neither positive nor negative attributes, so "
-            f"nothing can be learned from them: the rows with id {_shortened(without)}. Remove them with "
+            f"nothing can be learned from them: the rows with id {shortened(without)}. Remove them with "
             '`dataset.filter(lambda row: row["positive_attributes"] or row["negative_attributes"])`.'
         )
 
@@ -379,6 +385,7 @@ def _quoted(names) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def _shortened(ids: list[str], maximum: int = 20) -> str:
+def shortened(ids: list[str], maximum: int = 20) -> str:
+    """Ids for a message: the first ones, and how many more there are."""
     more = len(ids) - maximum
     return ", ".join(ids[:maximum]) + (f" and {more} more" if more > 0 else "")

@@ -19,7 +19,7 @@ from ..data.formats import check_attribute_columns
 from ..noising import per_sample_errors
 from ..randomness import keyed_generator
 from .attribute_sft_config import AttributeSFTConfig
-from .attributes import DEFAULT_PEFT_CONFIG, EXPERT_FILE_NAME, AttributePrompts, describe_expert
+from .attributes import DEFAULT_PEFT_CONFIG, EXPERT_FILE_NAME, AttributePrompts, attribute_words, describe_expert
 from .diffusion_trainer import DiffusionTrainer, Metrics
 from .model_card import Method
 from .noised_batch import NoisedBatch
@@ -189,7 +189,7 @@ class AttributeSFTTrainer(DiffusionTrainer):
             )
 
     def record_details(self) -> dict[str, Any]:
-        return {"criteria": self._description()["attributes"]}
+        return {"criteria": attribute_words(self.criteria)}
 
     def _description(self) -> dict[str, Any]:
         return describe_expert(self.policy, self.criteria, self.args)

@@ -84,6 +84,11 @@ class AttributePrompts:
 # ----- the expert -----
 
 
+def attribute_words(criteria: Criteria) -> dict[str, list[str]]:
+    """The positive and the negative form of each attribute, by its id."""
+    return {leaf.id: [leaf.positive, leaf.negative] for leaf in criteria.attributes}
+
+
 def describe_expert(
     model: torch.nn.Module, criteria: Criteria, args: AttributeSFTConfig | ComplexPOConfig
 ) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def describe_expert(
     """
     return {
         "criteria": criteria.name,
-        "attributes": {leaf.id: [leaf.positive, leaf.negative] for leaf in criteria.attributes},
+        "attributes": attribute_words(criteria),
         "attribute_order": args.attribute_order,
         "attribute_separator": args.attribute_separator,
         "base_fingerprint": base_fingerprint(model),

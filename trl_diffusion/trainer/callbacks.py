@@ -13,6 +13,7 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from ..data.formats import shortened
 from ..visualization import image_grid
 
 
@@ -99,6 +100,7 @@ class HealthCallback(TrainerCallback):
             logger.warning(warnings[name])
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.losses.clear()  # of a run that was stopped within a step
         if state.global_step >= state.max_steps:
             done = f"{state.global_step} of them are done already" if state.global_step else "that is none"
             raise ValueError(
@@ -125,16 +127,12 @@ class HealthCallback(TrainerCallback):
         rows = [row_id for row_id, finite in zip(ids, losses_are_finite.tolist(), strict=True) if not finite]
         if rows:
             raise ValueError(
-                f"The loss is not finite in step {state.global_step + 1}, for the rows with id {_shortened(rows)}. The optimizer "
+                f"The loss is not finite in step {state.global_step + 1}, for the rows with id {shortened(rows)}. The optimizer "
                 f"has not made this step. Look at these rows; if nothing is wrong with them, {advice}."
             )
         if self.scaler is not None and self.scaler.get_scale() >= 1:
             return  # an overflow: the scaler skips this step and lowers its scale
         raise ValueError(
             f"The gradient is not finite in step {state.global_step + 1}, although all losses are. The optimizer has not made "
-            f"this step. Its rows have the ids {_shortened(ids)}: look at them; if nothing is wrong with them, {advice}."
+            f"this step. Its rows have the ids {shortened(ids)}: look at them; if nothing is wrong with them, {advice}."
         )
-
-
-def _shortened(ids: list[str], maximum: int = 20) -> str:
-    return ", ".join(ids[:maximum]) + (" and others" if len(ids) > maximum else "")

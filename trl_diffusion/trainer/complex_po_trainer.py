@@ -24,6 +24,7 @@ from .attributes import (
     DEFAULT_PEFT_CONFIG,
     AttributePrompts,
     add_expert,
+    attribute_words,
     check_expert,
     describe_expert,
     read_expert,
@@ -276,8 +277,7 @@ class ComplexPOTrainer(DiffusionTrainer):
         return [*super()._frozen_fingerprints(), Hasher.hash((expert, config.to_dict(), description)), asked, written]
 
     def record_details(self) -> dict[str, Any]:
-        attributes = {leaf.id: [leaf.positive, leaf.negative] for leaf in self.criteria.attributes}
-        return {"criteria": attributes, "expert": self.expert[0]}
+        return {"criteria": attribute_words(self.criteria), "expert": self.expert[0]}
 
     def health_warnings(self, logs: dict[str, float]) -> dict[str, str]:
         args, warnings = self.args, {}

@@ -22,7 +22,7 @@ from ..backbones import load_backbone
 from ..data.buckets import BucketSampler, training_sizes
 from ..data.caching import TensorCache
 from ..data.collators import ImageCollator
-from ..data.formats import each_dataset, prepare_dataset
+from ..data.formats import all_datasets, each_dataset, prepare_dataset
 from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
 from ..sampling import sample_images
 from .callbacks import HealthCallback, SampleImagesCallback
@@ -84,7 +84,6 @@ class DiffusionTrainer(_BaseTrainer):
     config_class: type[DiffusionConfig]
     collator_class: type[ImageCollator]
     uses_reference = False  # whether the objective compares the policy to a reference
-    prepared: list[Dataset | IterableDataset] = []  # the datasets that were checked; replaced, not changed
 
     def __init__(
         self,
@@ -101,6 +100,7 @@ class DiffusionTrainer(_BaseTrainer):
         args = args or self.default_args(model)
         train_dataset = each_dataset(train_dataset, "train_dataset", self._prepare_dataset)
         eval_dataset = each_dataset(eval_dataset, "eval_dataset", self._prepare_dataset)
+        self.prepared = all_datasets(train_dataset, eval_dataset)
         check_data_settings(args, data_collator, train_dataset)
 
         self.backbone = load_backbone(model, **(args.model_init_kwargs or {}))
@@ -189,9 +189,7 @@ class DiffusionTrainer(_BaseTrainer):
         return {}
 
     def _prepare_dataset(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-        dataset = prepare_dataset(dataset, name, self.columns, self.image_columns)
-        self.prepared = [*self.prepared, dataset]
-        return dataset
+        return prepare_dataset(dataset, name, self.columns, self.image_columns)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
         if not any(dataset is known for known in self.prepared):  # given to `evaluate` or `predict`
@@ -236,7 +234,7 @@ class DiffusionTrainer(_BaseTrainer):
         warn_of_unused_rows(self.train_dataset, args)
         self.train_dataset = each_dataset(self.train_dataset, "train_dataset", files.images)
         self.eval_dataset = each_dataset(self.eval_dataset, "eval_dataset", files.images)
-        self.prepared = [*self.prepared, *files.image_datasets]
+        self.prepared += files.image_datasets
         if self.has_fixed_prompts and files.image_datasets:
             self.encoder.prompt_cache = files.prompts(self.prompts_of)
         self.backbone.offload(self.backbone.encoder_names if self.has_fixed_prompts else ("vae",))
