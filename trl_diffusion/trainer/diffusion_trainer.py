@@ -321,7 +321,7 @@ class DiffusionTrainer(_BaseTrainer):
         if self.model.training and self._epoch < len(self.noised_caches):
             yield self.noiser.cached(batch, latents, self.noised_caches[self._epoch][inputs["id"]])
             return
-        for timesteps, keys in self.randomness.timesteps(inputs["id"]):
+        for timesteps, keys in self.randomness.timesteps(inputs["id"], latents.shape[2:]):
             with self.reference.lend(model) if self.args.reference_inverts else nullcontext(model) as inverter:
                 noised = self.noiser(batch, latents, timesteps, keys, partial(self.backbone.predict, inverter))
             yield noised._replace(frozen=self.frozen_predictions(model, noised))
