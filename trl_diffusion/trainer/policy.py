@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import set_seed
 from trl.trainer.utils import disable_dropout_in_model
 
+from .diffusion_config import DiffusionConfig
 from .lora import base_checksums, check_adapters_off, check_lora_config, check_trainable
 
 
@@ -67,6 +68,24 @@ def make_policy(
     check_adapters_off(model, base)
     check_trainable(model)
     return model
+
+
+def loading_settings(args: DiffusionConfig, is_lora: bool) -> dict[str, Any]:
+    """
+    How [`backbones.load_backbone`] loads a model that is given by its name: what stays frozen in the type of mixed precision.
+
+    Args:
+        args ([`DiffusionConfig`]):
+            The configuration.
+        is_lora (`bool`):
+            Whether a LoRA is trained.
+
+    Returns:
+        `dict[str, Any]`
+    """
+    frozen_dtype = args.half_dtype or torch.float32
+    dtypes = {"encoder_dtype": frozen_dtype, "denoiser_dtype": frozen_dtype if is_lora else torch.float32}
+    return dtypes | (args.model_init_kwargs or {})
 
 
 @contextmanager
