@@ -33,7 +33,7 @@ from .fingerprints import base_fingerprint, module_fingerprint
 from .meters import Meters, Metrics
 from .model_card import Method, diffusion_model_card
 from .noised_batch import NoisedBatch, Noiser, by_row
-from .policy import evaluation_mode, loading_settings, make_policy
+from .policy import check_policy, evaluation_mode, loading_settings, make_policy
 from .precompute import Precomputation, noising_settings, num_epochs, warn_of_unused_rows
 from .reference import Reference, check_untrained, make_reference
 from .row_randomness import RowRandomness
@@ -105,6 +105,7 @@ class DiffusionTrainer(_BaseTrainer):
 
         settings = loading_settings(args, peft_config is not None)
         self.backbone = load_backbone(model, without_denoiser=args.precompute, **settings)
+        check_policy(self.backbone, peft_config, args.half_dtype)
         self.process = self.backbone.process
         self.process.restrict(args.timestep_range)
         self.resolution = self.backbone.check_resolution(args.resolution)

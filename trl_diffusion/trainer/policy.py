@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import set_seed
 from trl.trainer.utils import disable_dropout_in_model
 
+from ..backbones.base import Backbone
 from .diffusion_config import DiffusionConfig
 from .lora import base_checksums, check_adapters_off, check_lora_config, check_trainable
 
@@ -57,9 +58,7 @@ def make_policy(
         denoiser.requires_grad_(True)
         _cast(denoiser, torch.float32)  # the optimizer's steps are smaller than what half precision resolves
         return denoiser
-    peft_config = copy.deepcopy(peft_config)
-    if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
-        peft_config.target_modules = list(default_target_modules)
+    peft_config = _with_targets(peft_config, default_target_modules)
     set_seed(seed)
     denoiser.requires_grad_(False)
     _cast(denoiser, half_dtype or torch.float32)
@@ -68,6 +67,26 @@ def make_policy(
     check_adapters_off(model, base)
     check_trainable(model)
     return model
+
+
+def check_policy(backbone: Backbone, peft_config: LoraConfig | None, half_dtype: torch.dtype | None) -> None:
+    """
+    Checks a LoRA before the denoiser has weights, so that a mistake is told before hours of precomputing.
+
+    Args:
+        backbone ([`backbones.base.Backbone`]):
+            The backbone, whose denoiser is cast as [`make_policy`] would.
+        peft_config ([`~peft.LoraConfig`] or `None`):
+            The LoRA, if one is trained.
+        half_dtype (`torch.dtype` or `None`):
+            The type of mixed precision, if any.
+
+    Raises:
+        `ValueError`: If the LoRA cannot be trained rightly, see [`trainer.lora.check_lora_config`].
+    """
+    if peft_config is not None:
+        _cast(backbone.denoiser, half_dtype or torch.float32)
+        check_lora_config(_with_targets(peft_config, backbone.lora_target_modules), backbone.denoiser)
 
 
 def loading_settings(args: DiffusionConfig, is_lora: bool) -> dict[str, Any]:
@@ -97,6 +116,13 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def _with_targets(peft_config: LoraConfig, default_target_modules: tuple[str, ...]) -> LoraConfig:
+    peft_config = copy.deepcopy(peft_config)
+    if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
+        peft_config.target_modules = list(default_target_modules)
+    return peft_config
 
 
 class _TrackableConfig(FrozenDict):
