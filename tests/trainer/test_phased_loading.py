@@ -3,8 +3,10 @@
 
 """What of a model that is given by its name is in memory when, and in which precision."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,7 @@ def is_freed(trainer, *names: str) -> bool:
 @pytest.fixture
 def events(monkeypatch) -> list[tuple[str, ...]]:
     """Each load, with what it loads, and each encoding, with what has weights in memory meanwhile."""
-    noted, pipelines = [], []
+    noted = []
     load, encode_images, encode_prompts = (
         DiffusionPipeline.from_pretrained,
         BatchEncoder.encode_images,
@@ -70,7 +72,6 @@ def events(monkeypatch) -> list[tuple[str, ...]]:
         pipeline = load(*args, **kwargs)
         given = [name for name, value in kwargs.items() if isinstance(value, torch.nn.Module)]
         noted.append(("load", *(name for name in with_weights(pipeline) if name not in given)))
-        pipelines.append(pipeline)
         return pipeline
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", noted_load)
@@ -106,6 +107,24 @@ def test_encoders_work_before_the_denoiser_is_loaded_and_are_gone_after(
     trainer.train()
     assert {event[0] for event in events} == {"encode_prompts"}  # which looks them up
     assert all(event[1:] == ("unet",) for event in events) and is_freed(trainer, *encoders)
+
+
+def test_freed_encoders_are_nowhere_in_memory(tmp_path, models, monkeypatch):
+    """Nothing refers to them any more: after precomputing, after samples, and after they were saved."""
+    alive, load = [], DiffusionPipeline.from_pretrained
+
+    def noted(*args, **kwargs):
+        pipeline = load(*args, **kwargs)
+        alive.extend(weakref.ref(part) for part in (pipeline.vae, pipeline.text_encoder) if part is not None)
+        return pipeline
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", noted)
+    trainer = dpo(tmp_path, models["sd"], num_inference_steps=1)
+    assert [part() for part in alive] == [None] * 2
+    trainer.sample(["a cat"])
+    trainer.save_model()
+    gc.collect()
+    assert [part() for part in alive] == [None] * 6
 
 
 def test_without_precompute_everything_is_loaded_at_once(tmp_path, models, events):

@@ -232,10 +232,8 @@ class Backbone(ABC):
         for name in names:
             if self.source is None:
                 getattr(self.pipeline, name).to("cpu")
-            else:
-                vars(self.pipeline)[name] = FreedComponent(
-                    name
-                )  # past `__setattr__`: the configuration still names it
+            else:  # past the pipeline's `__setattr__`, so that its configuration still names the component
+                vars(self.pipeline)[name] = FreedComponent(name)
         if names:
             clear_device_cache(garbage_collection=True)
 
