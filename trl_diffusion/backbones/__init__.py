@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 from .base import Backbone
 from .flux import FluxBackbone
-from .source import PipelineSource, as_dtype, read_index, without_safety_checker
+from .source import PipelineSource, as_dtype, components_left_out, read_index
 from .stable_diffusion import StableDiffusionBackbone
 from .stable_diffusion_3 import StableDiffusion3Backbone
 from .stable_diffusion_xl import StableDiffusionXLBackbone
@@ -102,7 +102,7 @@ def load_pipeline(name: str, **kwargs) -> DiffusionPipeline:
     Returns:
         [`~diffusers.DiffusionPipeline`]
     """
-    return DiffusionPipeline.from_pretrained(name, **{**kwargs, **without_safety_checker(name, kwargs)})
+    return DiffusionPipeline.from_pretrained(name, **{**kwargs, **components_left_out(name, kwargs)})
 
 
 def backbone_class_of(pipeline: DiffusionPipeline) -> type[Backbone]:

@@ -63,7 +63,7 @@ class PipelineSource:
     ):
         self.name = name
         self.dtype, self.unrounded_dtype = dtype, unrounded_dtype
-        self.kwargs = kwargs | without_safety_checker(name, kwargs)
+        self.kwargs = components_left_out(name, kwargs) | kwargs
         # Whatever changes on the Hub meanwhile, all components are of one commit
         self.folder = name if Path(name).is_dir() else str(DiffusionPipeline.download(name, **self.kwargs))
 
@@ -135,9 +135,10 @@ def read_index(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return DiffusionPipeline.load_config(name, **location)
 
 
-def without_safety_checker(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+def components_left_out(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
-    What to pass to `from_pretrained` so that a safety checker, which would turn some images black, is not loaded.
+    What to pass to `from_pretrained` for components that are not loaded: those that the pipeline was saved without, such as the T5
+    of Stable Diffusion 3, and a safety checker, which would turn some images black.
 
     Args:
         name (`str`):
@@ -148,10 +149,12 @@ def without_safety_checker(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `dict`
     """
-    if read_index(name, kwargs).get("safety_checker", [None])[0] is None:
-        return {}
-    logger.warning(f"The safety checker of {name} is not loaded: it would turn some images black.")
-    return {"safety_checker": None, "requires_safety_checker": False}
+    index = read_index(name, kwargs)
+    left_out = {component: None for component, entry in index.items() if entry == [None, None]}
+    if index.get("safety_checker", [None])[0] is not None:
+        logger.warning(f"The safety checker of {name} is not loaded: it would turn some images black.")
+        left_out |= {"safety_checker": None, "requires_safety_checker": False}
+    return left_out
 
 
 def as_dtype(value: Any) -> torch.dtype | dict[str, torch.dtype]:
