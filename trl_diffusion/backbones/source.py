@@ -63,7 +63,7 @@ class PipelineSource:
     ):
         self.name = name
         self.dtype, self.unrounded_dtype = dtype, unrounded_dtype
-        self.kwargs = components_left_out(name, kwargs) | kwargs
+        self.kwargs = kwargs | components_left_out(name, kwargs)
         # Whatever changes on the Hub meanwhile, all components are of one commit
         self.folder = name if Path(name).is_dir() else str(DiffusionPipeline.download(name, **self.kwargs))
 
@@ -150,7 +150,9 @@ def components_left_out(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         `dict`
     """
     index = read_index(name, kwargs)
-    left_out = {component: None for component, entry in index.items() if entry == [None, None]}
+    left_out = {
+        component: None for component, entry in index.items() if entry == [None, None] and component not in kwargs
+    }
     if index.get("safety_checker", [None])[0] is not None:
         logger.warning(f"The safety checker of {name} is not loaded: it would turn some images black.")
         left_out |= {"safety_checker": None, "requires_safety_checker": False}
