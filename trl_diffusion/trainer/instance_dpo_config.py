@@ -18,7 +18,8 @@ class InstanceDPOConfig(DiffusionConfig):
         beta (`float`, *optional*, defaults to `2000.0`):
             How strongly the policy is kept near the reference, as defined in the papers: `0.5 * beta` multiplies the
             difference of mean squared errors, see [`losses.diffusion_dpo_loss`]. The IAPO paper uses 2000 for Stable
-            Diffusion 1.5 and 5000 for SDXL.
+            Diffusion 1.5 and 5000 for SDXL. Rectified flows, whose errors are those of the velocity, need a much smaller one
+            (100 in the quickstart).
         w_neg (`float`, *optional*, defaults to `0.0`):
             Weight of the loss inside the box of an instance that contradicts the label of the image, at most 1. 1 is plain
             Diffusion-DPO, 0 removes the region from the loss, a negative value reverses the preference there.
