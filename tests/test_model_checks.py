@@ -26,7 +26,7 @@ from peft import LoraConfig
 from transformers import T5Config, T5EncoderModel
 
 from tests import tiny
-from trl_diffusion.backbones.checks import (
+from trl_diffusion.backbones.stable_diffusion_checks import (
     ATTENTION_PROCESSORS,
     SCHEDULERS,
     check_pipeline,
@@ -425,7 +425,7 @@ REFUSED_SD = [
     (unet(in_channels=5), "in_channels` is 5"),
     (unet(in_channels=8), "in_channels` is 8"),
     (unet(out_channels=8), "`out_channels` is 8"),
-    (unet(in_channels=3, out_channels=3), "`latent_channels=4`, and `unet.config.in_channels` is 3"),
+    (unet(in_channels=3, out_channels=3), "`latent_channels=4`, and `unet` takes latents of 3 channels"),
     (unet(num_class_embeds=10), "num_class_embeds` is 10"),
     (unet(class_embed_type="timestep"), "class_embed_type` is 'timestep'"),
     (

@@ -24,6 +24,7 @@ SCHEDULER = DDPMScheduler(
     variance_type="fixed_small",
 )
 ALPHAS_CUMPROD = SCHEDULER.alphas_cumprod
+SIZE = (8, 8)  # of the latents
 FLOW_SCHEDULER = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
 PROCESSES = {
     "noise": DiscreteProcess(ALPHAS_CUMPROD, "epsilon"),
@@ -185,7 +186,7 @@ def test_an_inversion_of_a_flow_is_eulers_walk():
 
 def test_a_flow_is_inverted_at_whole_timesteps_too():
     """The timesteps of an evaluation are whole numbers: their inversion is that of the same real ones."""
-    latents, timesteps = randn(0), torch.tensor(RectifiedFlow().evaluation_timesteps(6))
+    latents, timesteps = randn(0), torch.tensor(RectifiedFlow().evaluation_timesteps(6, SIZE))
 
     def predict(x, t, rows):
         return x * column(t) / 1000
@@ -259,12 +260,12 @@ def test_timesteps_are_keyed(kind):
     """A row's timestep is the same alone, in a batch and in another order, and the global generator has no part in it."""
     process = PROCESSES[kind]
     state = torch.get_rng_state()
-    batch = process.sample_timesteps(keys(20))
+    batch = process.sample_timesteps(keys(20), SIZE)
     assert torch.equal(torch.get_rng_state(), state)
     assert batch.shape == (20,) and batch.dtype == (torch.float32 if kind == "flow" else torch.int64)
     assert len(set(batch.tolist())) > 15
-    assert torch.equal(process.sample_timesteps(keys(20)[::-1]), batch.flip(0))
-    assert [process.sample_timesteps([key]).item() for key in keys(20)] == batch.tolist()
+    assert torch.equal(process.sample_timesteps(keys(20)[::-1], SIZE), batch.flip(0))
+    assert [process.sample_timesteps([key], SIZE).item() for key in keys(20)] == batch.tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -274,7 +275,7 @@ def test_timesteps_are_uniform_over_their_range(kind, timestep_range):
     process = copy.copy(PROCESSES[kind])
     process.restrict(timestep_range)
     low, high = process.timestep_range
-    timesteps = process.sample_timesteps(keys(6000))
+    timesteps = process.sample_timesteps(keys(6000), SIZE)
     assert timesteps.min() >= low and timesteps.max() <= high
     if kind != "flow":
         assert timesteps.max() < high
@@ -290,22 +291,22 @@ def test_density_and_shift_of_a_flow(shift, timestep_range):
     range. Both are diffusers' own: its density, with a generator, and the shift of its scheduler's schedule.
     """
 
-    def density(generator: torch.Generator) -> torch.Tensor:
+    def density(num: int, generator: torch.Generator) -> torch.Tensor:
         return compute_density_for_timestep_sampling(
-            "logit_normal", batch_size=1, logit_mean=0.0, logit_std=1.0, generator=generator
-        )[0]
+            "logit_normal", batch_size=num, logit_mean=0.0, logit_std=1.0, generator=generator
+        )
 
-    def shifted(u: torch.Tensor) -> torch.Tensor:
+    def shifted(u: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return shift * u / (1 + (shift - 1) * u)
 
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
     plain = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
-    torch.testing.assert_close(shifted(plain.sigmas), scheduler.sigmas, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(shifted(plain.sigmas, SIZE), scheduler.sigmas, atol=1e-6, rtol=1e-6)
 
     process = RectifiedFlow(1000, density, shifted)
     process.restrict(timestep_range)
-    timesteps = process.sample_timesteps(keys(6000))
-    assert torch.equal(process.sample_timesteps(keys(3)), timesteps[:3])
+    timesteps = process.sample_timesteps(keys(6000), SIZE)
+    assert torch.equal(process.sample_timesteps(keys(3), SIZE), timesteps[:3])
 
     def cdf(sigma: torch.Tensor) -> torch.Tensor:
         return torch.special.ndtr(torch.logit(sigma.double()) - torch.tensor(shift).double().log())
@@ -319,8 +320,8 @@ def test_density_and_shift_of_a_flow(shift, timestep_range):
 def test_a_flow_never_starts_without_noise():
     """A density that gives 0 is asked again: no noise explains clean latents."""
     numbers = iter([0.0, 0.0, 0.25])
-    process = RectifiedFlow(1000, density=lambda generator: torch.tensor(next(numbers)))
-    assert process.sample_timesteps(keys(1)).tolist() == [250]
+    process = RectifiedFlow(1000, density=lambda num, generator: torch.tensor([next(numbers)]))
+    assert process.sample_timesteps(keys(1), SIZE).tolist() == [250]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -333,9 +334,33 @@ def test_restrict_refuses_what_is_not_there(kind):
         assert str(timestep_range) in str(error.value)
     assert process.timestep_range == (0, 1000), "a range that was refused was taken"
     process.restrict([999, 1000])
-    assert process.evaluation_timesteps(2) == [999, 999]
+    assert set(process.evaluation_timesteps(2, SIZE)) <= {999, 1000}
     process.restrict(None)
     assert process.timestep_range == (0, 1000)
+
+
+@pytest.mark.parametrize("timestep_range", [None, [200, 600]])
+def test_an_evaluation_takes_quantiles_of_what_is_sampled(timestep_range):
+    """Of 20,000 sampled timesteps, each share between two of them holds as many; whole numbers, so that keys can hold them."""
+    process = RectifiedFlow(
+        density=lambda num, generator: torch.sigmoid(torch.randn(num, generator=generator)),
+        shift=lambda u, size: size[0] * u / (1 + (size[0] - 1) * u),
+    )
+    process.restrict(timestep_range)
+    levels = process.evaluation_timesteps(4, (3, 3))
+    assert levels == process.evaluation_timesteps(4, (3, 3)) and all(type(level) is int for level in levels)
+    assert levels != process.evaluation_timesteps(4, (2, 2)), "the shift depends on the size"
+    sampled = process.sample_timesteps(keys(6000), (3, 3))
+    below = torch.tensor([(sampled < level).float().mean() for level in levels])
+    torch.testing.assert_close(below, torch.tensor([0.125, 0.375, 0.625, 0.875]), atol=0.03, rtol=0)
+
+
+def test_an_evaluation_needs_timesteps_in_its_range():
+    """A range that the density never reaches is an error that names it."""
+    process = RectifiedFlow(density=lambda num, generator: torch.full((num,), 0.5))
+    process.restrict([0, 100])
+    with pytest.raises(ValueError, match=r"`timestep_range=\[0, 100\]`"):
+        process.evaluation_timesteps(4, SIZE)
 
 
 # ---- Inversion ----
@@ -388,8 +413,8 @@ def test_descriptions_differ_where_the_processes_do():
     """Kind, schedule, number of timesteps, density and shift are in it, as JSON; the range of the timesteps is not."""
     others = [
         RectifiedFlow(500),
-        RectifiedFlow(shift=lambda u: 3 * u / (1 + 2 * u)),
-        RectifiedFlow(density=lambda generator: torch.sigmoid(torch.randn((), generator=generator))),
+        RectifiedFlow(shift=lambda u, size: 3 * u / (1 + 2 * u)),
+        RectifiedFlow(density=lambda num, generator: torch.sigmoid(torch.randn(num, generator=generator))),
         DiscreteProcess(ALPHAS_CUMPROD[:500], "epsilon"),
     ]
     descriptions = [process.describe() for process in (*PROCESSES.values(), *others)]

@@ -9,13 +9,27 @@ from datasets import Dataset
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from peft import LoraConfig
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, Trainer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    Trainer,
+)
 
 from trl_diffusion import attribute_features, instance_pair_features
 
@@ -125,6 +139,97 @@ def sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
         tokenizer_2=tokenizer(),
         unet=unet,
         scheduler=scheduler(),
+    )
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """One token a word; T5 itself has no limit of tokens."""
+    tokens = ["<pad>", "</s>", "<unk>", "▁", ",", *(f"▁{word}" for word in WORDS)]
+    return T5Tokenizer(vocab=[(token, -float(place)) for place, token in enumerate(tokens)], extra_ids=0)
+
+
+def t5_encoder() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer()),
+            d_model=32,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            pad_token_id=0,
+            eos_token_id=1,
+            is_encoder_decoder=False,
+        )
+    )
+
+
+def flow_scheduler(**kwargs) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(**{"num_train_timesteps": 1000, "shift": 3.0} | kwargs)
+
+
+def flow_vae() -> AutoencoderKL:
+    autoencoder = vae()
+    autoencoder.register_to_config(shift_factor=0.1, scaling_factor=1.5)
+    return autoencoder
+
+
+def sd3_pipeline(seed: int = 0, has_t5: bool = True, **scheduler_settings) -> StableDiffusion3Pipeline:
+    """32x32 images, 8x8 latents in patches of 2x2; the second block has the dual attention of Stable Diffusion 3.5 medium."""
+    torch.manual_seed(seed)
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pooled_projection_dim=32,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        scheduler=flow_scheduler(**scheduler_settings),
+        vae=flow_vae(),
+        text_encoder=text_encoder(projection=True),
+        tokenizer=tokenizer(),
+        text_encoder_2=text_encoder(projection=True),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=t5_encoder() if has_t5 else None,
+        tokenizer_3=t5_tokenizer() if has_t5 else None,
+    )
+
+
+def flux_pipeline(seed: int = 0, guidance_embeds: bool = True, **scheduler_settings) -> FluxPipeline:
+    """
+    32x32 images, 8x8 latents in patches of 2x2; with the guidance embedding and the shift by size of dev, or like schnell.
+    A pipeline of FLUX.1 takes 128x128 latents for its default size, so that trainings need `resolution=32`.
+    """
+    torch.manual_seed(seed)
+    dev = {"shift": 3.0, "use_dynamic_shifting": True, "max_image_seq_len": 64, "base_image_seq_len": 4}
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(2, 2, 4),
+        ),
+        scheduler=flow_scheduler(**(dev if guidance_embeds else {"shift": 1.0}) | scheduler_settings),
+        vae=flow_vae(),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(),
+        text_encoder_2=t5_encoder(),
+        tokenizer_2=t5_tokenizer(),
     )
 
 

@@ -6,7 +6,6 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 
 import torch
 from diffusers import DiffusionPipeline
@@ -38,7 +37,8 @@ def negative_preference_guidance(
 
     Raises:
         `ValueError`: If the pipeline has no such adapter (the message names those that it has), if adapters are fused into its
-            weights, or if its family is not supported.
+            weights, if its family is not supported, or if it samples without an
+            unconditional branch although guidance was asked for (FLUX.1 without `true_cfg_scale`).
 
     Example:
 
@@ -74,11 +74,26 @@ def negative_preference_guidance(
         else:
             denoiser.disable_lora()
 
-    calls = count()
+    seen: list[str] = []  # the branches of the calls
+    context = None  # of the call, as the pipeline names it
+
+    @contextmanager
+    def cache_context(name: str, **kwargs):
+        nonlocal context
+        context = name
+        with type(denoiser).cache_context(denoiser, name, **kwargs):
+            yield
+        context = None
 
     def guided(*args, **kwargs):
         num_rows = next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim)
-        branches = backbone_class.guidance_branches(pipeline, next(calls))
+        branches = backbone_class.guidance_branches(pipeline, context, kwargs)
+        if backbone_class.guidance_hint and seen and "unconditional" not in (*seen, *branches):
+            raise ValueError(
+                "The pipeline samples without an unconditional branch, so `negative` would have no effect: "
+                f"{backbone_class.guidance_hint}."
+            )
+        seen.extend(branches)
         predictions = []
         for index, branch in enumerate(branches):
             switch(adapters[branch])
@@ -90,10 +105,16 @@ def negative_preference_guidance(
 
     guided.unguided = forward
     denoiser.forward = guided
+    replaced_context = vars(denoiser).get("cache_context")
+    if hasattr(denoiser, "cache_context"):
+        denoiser.cache_context = cache_context
     try:
         yield
     finally:
         del denoiser.forward
+        vars(denoiser).pop("cache_context", None)
+        if replaced_context is not None:
+            denoiser.cache_context = replaced_context
         if replaced is not None:
             denoiser.forward = replaced
         for layer, active, disabled, scaling in before:

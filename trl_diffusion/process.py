@@ -27,6 +27,9 @@ import torch
 from .randomness import keyed_generator
 
 
+NUM_FOR_QUANTILES = 10_000
+
+
 class Coefficients(NamedTuple):
     """
     The numbers `a`, `s`, `p` and `q` of some timesteps, and `determinant = a p - s q`, by which the two mixtures are solved for
@@ -71,8 +74,8 @@ class Process(ABC):
         """
 
     @abstractmethod
-    def sample_timestep(self, generator: torch.Generator) -> torch.Tensor:
-        """Samples one timestep of `timestep_range`, a tensor of shape `()`."""
+    def sample_timestep(self, generator: torch.Generator, size: tuple[int, int]) -> torch.Tensor:
+        """Samples one timestep of `timestep_range`, a tensor of shape `()`, for latents of the size `(h, w)`."""
 
     @abstractmethod
     def inversion_timesteps(self, timestep: int | float, num_steps: int) -> list[int | float]:
@@ -111,26 +114,30 @@ class Process(ABC):
             )
         self.timestep_range = (low, high)
 
-    def sample_timesteps(self, keys: list[tuple]) -> torch.Tensor:
+    def sample_timesteps(self, keys: list[tuple], size: tuple[int, int]) -> torch.Tensor:
         """
         Samples a timestep for each key.
 
         Args:
             keys (`list[tuple]` of length `B`):
                 One key for each row, see [`randomness.keyed_generator`].
+            size (`tuple[int, int]`):
+                Height and width of the latents.
 
         Returns:
             `torch.Tensor` of shape `(B,)`: timesteps, on the CPU.
         """
-        return torch.stack([self.sample_timestep(keyed_generator(*key, "timestep")) for key in keys])
+        return torch.stack([self.sample_timestep(keyed_generator(*key, "timestep"), size) for key in keys])
 
-    def evaluation_timesteps(self, num: int) -> list[int]:
+    def evaluation_timesteps(self, num: int, size: tuple[int, int]) -> list[int]:
         """
-        Timesteps spread evenly over `timestep_range`, each in the middle of its share.
+        Timesteps for an evaluation: quantiles of those that are sampled, each in the middle of its share.
 
         Args:
             num (`int`):
                 Number of timesteps.
+            size (`tuple[int, int]`):
+                Height and width of the latents.
 
         Returns:
             `list[int]` of length `num`: increasing timesteps.
@@ -284,7 +291,7 @@ class DiscreteProcess(Process):
             self.table = self.table.to(timesteps.device)
         return Coefficients(*self.table[:, timesteps])
 
-    def sample_timestep(self, generator: torch.Generator) -> torch.Tensor:
+    def sample_timestep(self, generator: torch.Generator, size: tuple[int, int]) -> torch.Tensor:
         return torch.randint(*self.timestep_range, (), generator=generator)
 
     def inversion_timesteps(self, timestep: int, num_steps: int) -> list[int]:
@@ -300,13 +307,17 @@ class RectifiedFlow(Process):
     """
     The process of a rectified flow: `x_t = (1 - sigma) x_0 + sigma eps` with `sigma = t / T` and real timesteps `t`.
 
+    To sample `sigma`, a number in [0, 1] is sampled from a density (SD3, arXiv:2403.03206, section 3.1) and shifted towards the
+    noise. Uniform numbers give the timesteps that the pipeline samples images with.
+
     Args:
         num_timesteps (`int`, *optional*, defaults to `1000`):
             The timestep of pure noise.
         density (`Callable`, *optional*):
-            Samples a number in [0, 1] with a given generator: the density of `sigma` before the shift. Uniform if left out.
+            Samples numbers `(N,)` from `N` and a generator. Uniform if left out.
         shift (`Callable`, *optional*):
-            From this number to `sigma`, as the pipeline's scheduler shifts its schedule. None if left out.
+            From these numbers and the size `(h, w)` of the latents to `sigma` `(N,)`, as the pipeline shifts its schedule.
+            None if left out.
     """
 
     clean_timestep = 0.0
@@ -314,8 +325,10 @@ class RectifiedFlow(Process):
     def __init__(
         self,
         num_timesteps: int = 1000,
-        density: Callable[[torch.Generator], torch.Tensor] = lambda generator: torch.rand((), generator=generator),
-        shift: Callable[[torch.Tensor], torch.Tensor] = lambda sigma: sigma,
+        density: Callable[[int, torch.Generator], torch.Tensor] = lambda num, generator: torch.rand(
+            num, generator=generator
+        ),
+        shift: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor] = lambda sigmas, size: sigmas,
     ):
         self.num_timesteps = num_timesteps
         self.density = density
@@ -327,12 +340,26 @@ class RectifiedFlow(Process):
         one = torch.ones_like(sigma)
         return Coefficients(1 - sigma, sigma, one, -one, one)
 
-    def sample_timestep(self, generator: torch.Generator) -> torch.Tensor:
-        low, high = self.timestep_range
+    def sample_timestep(self, generator: torch.Generator, size: tuple[int, int]) -> torch.Tensor:
         while True:  # rejection: right for every density
-            timestep = self.num_timesteps * self.shift(self.density(generator))
-            if low <= timestep <= high and timestep > 0:
-                return timestep
+            if len(timesteps := self._sample(1, generator, size)):
+                return timesteps[0]
+
+    def evaluation_timesteps(self, num: int, size: tuple[int, int]) -> list[int]:
+        sampled = self._sample(NUM_FOR_QUANTILES, keyed_generator("quantiles"), size)
+        if not len(sampled):
+            raise ValueError(
+                f"Of {NUM_FOR_QUANTILES:,} sampled timesteps none is in `timestep_range={list(self.timestep_range)}`. "
+                "Widen it, or choose another `timestep_density`."
+            )
+        quantiles = torch.quantile(sampled, (torch.arange(num) + 0.5) / num)
+        return [max(1, round(timestep)) for timestep in quantiles.tolist()]
+
+    def _sample(self, num: int, generator: torch.Generator, size: tuple[int, int]) -> torch.Tensor:
+        """Samples timesteps and keeps those in `timestep_range`; none is 0, as no noise explains clean latents."""
+        timesteps = self.num_timesteps * self.shift(self.density(num, generator), size)
+        low, high = self.timestep_range
+        return timesteps[(low <= timesteps) & (timesteps <= high) & (timesteps > 0)]
 
     def inversion_timesteps(self, timestep: float, num_steps: int) -> list[float]:
         stride = self.num_timesteps / num_steps
@@ -341,6 +368,6 @@ class RectifiedFlow(Process):
 
     def describe(self) -> dict[str, Any]:
         # Density and shift are functions: what they sample tells them apart
-        generators = [keyed_generator("describe", index) for index in range(8)]
-        sigmas = [float(self.shift(self.density(generator))) for generator in generators]
+        numbers = self.density(8, keyed_generator("describe"))
+        sigmas = [self.shift(numbers, (side, side)).tolist() for side in (64, 128)]
         return {"process": "rectified flow", "num_timesteps": self.num_timesteps, "sigmas": sigmas}

@@ -24,6 +24,7 @@ def sample_images(
     width: int | None = None,
     keys: list[int | str] | None = None,
     disable_tqdm: bool = False,
+    **kwargs,
 ) -> list[PIL.Image.Image]:
     """
     Samples one image for each prompt. The noise of an image depends on the seed and its key only: every model that is given
@@ -50,6 +51,8 @@ def sample_images(
             The key of each image's noise beside the seed, such as the prompt's id. Defaults to the position.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Show no progress.
+        **kwargs:
+            Further arguments of the pipeline's call, such as `max_sequence_length` or `true_cfg_scale`.
 
     Returns:
         `list[PIL.Image.Image]`: the images, in the order of the prompts.
@@ -69,6 +72,7 @@ def sample_images(
                 height=height,
                 width=width,
                 **guidance,
+                **kwargs,
             ).images
     finally:
         pipeline.set_progress_bar_config(**bar)

@@ -237,7 +237,8 @@ def f(pipeline, prediction_type):
 
 
 @pytest.mark.parametrize(
-    "module", [m for m in MODULES if m not in ("trl_diffusion.process", "trl_diffusion.backbones.checks")]
+    "module",
+    [m for m in MODULES if m not in ("trl_diffusion.process", "trl_diffusion.backbones.stable_diffusion_checks")],
 )
 def test_only_the_process_knows_what_a_model_predicts(module):
     """No code beside the process and the checks of a pipeline asks for a prediction type or a schedule."""
@@ -260,7 +261,8 @@ def lines_of_code(source: str) -> int:
 FAMILIES = [
     module
     for module in modules_of("backbones")
-    if module.count(".") == 2 and module.split(".")[2] not in ("base", "checks")
+    if module.count(".") == 2
+    and module.split(".")[2] not in ("base", "checks", "flow", "flow_checks", "stable_diffusion_checks")
 ]
 
 

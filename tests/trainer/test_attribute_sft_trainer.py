@@ -59,7 +59,7 @@ def test_the_loss_is_the_squared_error_for_the_prompt_with_attributes(tmp_path, 
     ids, pipeline = batch["id"], trainer.backbone.pipeline
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     keys = [(42, 0, row_id, "") for row_id in ids]
-    timesteps, noise = trainer.process.sample_timesteps(keys), keyed_noise(keys, (4, 8, 8))
+    timesteps, noise = trainer.process.sample_timesteps(keys, (8, 8)), keyed_noise(keys, (4, 8, 8))
     posterior = pipeline.vae.encode(batch["image_pixel_values"]).latent_dist
     sampled = keyed_noise([(42, 0, row_id, "image") for row_id in ids], (4, 8, 8))
     latents = (posterior.mean + posterior.std * sampled) * pipeline.vae.config.scaling_factor

@@ -148,7 +148,7 @@ def test_adapters_on_one_base_equal_three_separate_models(tmp_path, family, case
 
     ids = batch["id"]
     keys = [(42, 0, row_id, "") for row_id in ids]
-    timesteps, noise = trainer.process.sample_timesteps(keys), keyed_noise(keys, (4, 8, 8))
+    timesteps, noise = trainer.process.sample_timesteps(keys, (8, 8)), keyed_noise(keys, (4, 8, 8))
     posterior = reference.vae.encode(batch["image_pixel_values"]).latent_dist
     sampled = keyed_noise([(42, 0, row_id, "image") for row_id in ids], (4, 8, 8))
     latents = (posterior.mean + posterior.std * sampled) * reference.vae.config.scaling_factor

@@ -69,7 +69,7 @@ def test_the_loss_is_the_published_formula_on_keyed_noise(tmp_path, family, size
     ids, pipeline = batch["id"], trainer.backbone.pipeline
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     keys = [(42, 0, row_id, "") for row_id in ids]
-    timesteps, noise = trainer.process.sample_timesteps(keys), keyed_noise(keys, (4, 8, 8))
+    timesteps, noise = trainer.process.sample_timesteps(keys, (8, 8)), keyed_noise(keys, (4, 8, 8))
     assert len(set(timesteps.tolist())) == len(ids)
     squared = {"policy": [], "reference": []}
     for column in ("chosen", "rejected"):

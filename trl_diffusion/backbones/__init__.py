@@ -10,13 +10,15 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .base import Backbone
+from .flux import FluxBackbone
 from .stable_diffusion import StableDiffusionBackbone
+from .stable_diffusion_3 import StableDiffusion3Backbone
 from .stable_diffusion_xl import StableDiffusionXLBackbone
 
 
 logger = logging.getLogger(__name__)
 
-BACKBONES = (StableDiffusionBackbone, StableDiffusionXLBackbone)
+BACKBONES = (StableDiffusionBackbone, StableDiffusionXLBackbone, StableDiffusion3Backbone, FluxBackbone)
 
 
 def load_backbone(model: str | Path | DiffusionPipeline, **kwargs) -> Backbone:
@@ -97,6 +99,8 @@ def backbone_class_of(pipeline: DiffusionPipeline) -> type[Backbone]:
 __all__ = [
     "BACKBONES",
     "Backbone",
+    "FluxBackbone",
+    "StableDiffusion3Backbone",
     "StableDiffusionBackbone",
     "StableDiffusionXLBackbone",
     "backbone_class_of",

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -37,6 +38,14 @@ class Backbone(ABC):
             Names of the components that encode prompts.
         lora_target_modules (`tuple[str, ...]`):
             Names of the modules that a LoRA adapts if its configuration names none: the attention projections.
+        tokenizer_names (`tuple[str, ...]`):
+            Names of the components that cut prompts into tokens.
+        max_sequence_length (`int` or `None`):
+            Number of tokens that prompts are padded to, where the pipeline leaves the choice.
+        embedded_guidance (`float` or `None`):
+            The guidance scale that the denoiser is told in training, where it takes one.
+        guidance_hint (`str` or `None`):
+            How to have the pipeline sample with an unconditional branch, where its `guidance_scale` does not.
         padded_conditions (`tuple[str, ...]`):
             Names of the text conditions that `prompt_lengths` belongs to; none where padding is not masked.
         process ([`process.Process`]):
@@ -46,7 +55,11 @@ class Backbone(ABC):
     pipeline_class: type[DiffusionPipeline]
     denoiser_name: str
     text_encoder_names: tuple[str, ...]
+    tokenizer_names: tuple[str, ...]
     lora_target_modules: tuple[str, ...]
+    max_sequence_length: int | None = None
+    embedded_guidance: float | None = None
+    guidance_hint: str | None = None
     padded_conditions: tuple[str, ...] = ()
 
     def __init__(self, pipeline: DiffusionPipeline):
@@ -146,7 +159,9 @@ class Backbone(ABC):
 
     @staticmethod
     @abstractmethod
-    def guidance_branches(pipeline: DiffusionPipeline, call: int) -> tuple[str, ...]:
+    def guidance_branches(
+        pipeline: DiffusionPipeline, context: str | None, arguments: dict[str, Any]
+    ) -> tuple[str, ...]:
         """
         The branches of classifier-free guidance that are in one call of the denoiser while the pipeline samples, in the order
         of their rows.
@@ -154,14 +169,52 @@ class Backbone(ABC):
         Args:
             pipeline ([`~diffusers.DiffusionPipeline`]):
                 The pipeline.
-            call (`int`):
-                Number of calls before this one.
+            context (`str` or `None`):
+                What the pipeline calls the call, `"cond"` or `"uncond"`, where it calls the denoiser once for each branch.
+            arguments (`dict[str, Any]`):
+                Keyword arguments of the call.
 
         Returns:
             `tuple[str, ...]`: `"conditional"`, `"unconditional"` or both.
         """
 
     # ---- What all families share ----
+
+    def configure(self, max_sequence_length: int | None, embedded_guidance: float | None) -> None:
+        """Sets what a run may choose; `None` is the family's default. Raises a `ValueError` where there is no choice."""
+        given = {"max_sequence_length": max_sequence_length, "embedded_guidance": embedded_guidance}
+        for name, value in given.items():
+            if value is None:
+                continue
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"`{name}` is {value}, but this `{type(self.pipeline).__name__}` leaves no choice of it. Leave it out."
+                )
+            setattr(self, name, value)
+
+    def set_timestep_density(self, density: str, **settings: float) -> None:
+        """
+        Sets the density that timesteps are sampled from.
+
+        Args:
+            density (`str`):
+                `"uniform"`, or for rectified flows `"logit_normal"` or `"mode"`.
+            **settings (`float`):
+                `logit_mean`, `logit_std` and `mode_scale` of diffusers' `compute_density_for_timestep_sampling`.
+
+        Raises:
+            `ValueError`: If the timesteps of this family are always uniform.
+        """
+        if density != "uniform":
+            raise ValueError(
+                f"`timestep_density` is {density!r}, but a `{type(self.pipeline).__name__}` is no rectified flow: its timesteps "
+                "are sampled uniformly. Leave `timestep_density` out."
+            )
+
+    @property
+    def sampling_settings(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call by which it encodes prompts as the training does."""
+        return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
 
     @property
     def denoiser(self) -> torch.nn.Module:

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 
 from ..process import DiscreteProcess
 from .base import Backbone
-from .checks import check_pipeline, check_reference, default_sample_size, training_schedule
+from .stable_diffusion_checks import check_pipeline, check_reference, default_sample_size, training_schedule
 
 
 class StableDiffusionBackbone(Backbone):
@@ -58,5 +58,5 @@ class StableDiffusionBackbone(Backbone):
         )[0]
 
     @staticmethod
-    def guidance_branches(pipeline, call) -> tuple[str, ...]:
+    def guidance_branches(pipeline, context, arguments) -> tuple[str, ...]:
         return ("unconditional", "conditional") if pipeline.do_classifier_free_guidance else ("conditional",)

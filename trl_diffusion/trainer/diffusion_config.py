@@ -1,6 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,13 @@ class DiffusionConfig(_BaseConfig):
         prompt_dropout (`float`, *optional*, defaults to `0.0`):
             Probability of replacing a prompt by the unconditional branch of classifier-free guidance, as the pipeline makes
             it (for SDXL zeros, else the encoding of the empty prompt).
+        max_sequence_length (`int`, *optional*):
+            Number of tokens that prompts are padded to for T5, in training and in samples. Defaults to the pipeline's: 256 for
+            Stable Diffusion 3, 512 for FLUX.1 (schnell was trained with 256). Fewer cost less; give the pipeline the same.
+            Families without T5 leave no choice.
+        embedded_guidance (`float`, *optional*):
+            The guidance scale that FLUX.1 dev is told in training. Defaults to 1, at which it predicts what an image of the data
+            asks for; at the 3.5 that it is sampled with, its prediction is one of a guided model. Other models take none.
         aspect_ratio_buckets (`bool`, *optional*, defaults to `False`):
             Train images at their own shape instead of as squares: at the nearest of several sizes with about as many pixels
             as `resolution` squared, see [`data.buckets.bucket_sizes`]. A batch holds one size; both images of a pair share
@@ -68,6 +76,17 @@ class DiffusionConfig(_BaseConfig):
 
         timestep_range (`list[int]`, *optional*):
             The timesteps to train on, as `[low, high]` with `high` excluded. Defaults to all.
+        timestep_density (`str`, *optional*, defaults to `"uniform"`):
+            The density that timesteps of a rectified flow are sampled from, before they are shifted as the pipeline shifts its
+            schedule: `"uniform"` gives the timesteps that the pipeline samples images with; `"logit_normal"` and `"mode"` are
+            those of SD3 (arXiv:2403.03206, section 3.1). Other models have uniform timesteps.
+        logit_mean (`float`, *optional*, defaults to `0.0`):
+            Mean of the logit-normal density. As in the paper, a mean above 0 favours the noise; diffusers' training scripts
+            count from the other end.
+        logit_std (`float`, *optional*, defaults to `1.0`):
+            Standard deviation of the logit-normal density.
+        mode_scale (`float`, *optional*, defaults to `1.29`):
+            Scale of the mode density: above 0 it favours the middle, below 0 the ends.
         noise_source (`str`, *optional*, defaults to `"random"`):
             The noise of a noised image. `"random"` samples it, the same for all images of a row. `"inversion"` inverts each
             image to its timestep, with its prompt and without guidance, and takes the noise that explains the result, as InPO
@@ -159,6 +178,13 @@ class DiffusionConfig(_BaseConfig):
             "help": "Probability of replacing a prompt by the unconditional branch of classifier-free guidance."
         },
     )
+    max_sequence_length: int | None = field(
+        default=None,
+        metadata={"help": "Number of tokens that prompts are padded to for T5. Defaults to the pipeline's."},
+    )
+    embedded_guidance: float | None = field(
+        default=None, metadata={"help": "The guidance scale that FLUX.1 dev is told in training. Defaults to 1."}
+    )
     aspect_ratio_buckets: bool = field(
         default=False,
         metadata={
@@ -188,6 +214,16 @@ class DiffusionConfig(_BaseConfig):
         metadata={"help": "The timesteps to train on, as `low high` with `high` excluded. Defaults to all."},
     )
 
+    timestep_density: str = field(
+        default="uniform",
+        metadata={
+            "help": "The density of a rectified flow's timesteps before they are shifted as the pipeline's are.",
+            "choices": ["uniform", "logit_normal", "mode"],
+        },
+    )
+    logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logit-normal density."})
+    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of the logit-normal density."})
+    mode_scale: float = field(default=1.29, metadata={"help": "Scale of the mode density."})
     noise_source: str = field(
         default="random",
         metadata={
@@ -245,10 +281,21 @@ class DiffusionConfig(_BaseConfig):
                 )
         for name, values in (
             ("size_conditions", ("target", "original")),
+            ("timestep_density", ("uniform", "logit_normal", "mode")),
             ("noise_source", ("random", "inversion")),
             ("inversion_model", ("reference", "policy")),
         ):
             check_choice(self, name, values)
+        if self.max_sequence_length is not None and not 1 <= self.max_sequence_length <= 512:
+            raise ValueError(
+                f"`max_sequence_length` is {self.max_sequence_length}, and pipelines with T5 take 1 to 512 tokens."
+            )
+        if not self.logit_std > 0:
+            raise ValueError(f"`logit_std` is a standard deviation and must be above 0, got {self.logit_std}.")
+        if not -1 <= self.mode_scale <= 2 / (math.pi - 2):
+            raise ValueError(
+                f"`mode_scale` must lie between -1 and {2 / (math.pi - 2):.2f}, where the density is one, got {self.mode_scale}."
+            )
         if self.inversion_steps < 1:
             raise ValueError(f"`inversion_steps` must be at least 1, got {self.inversion_steps}.")
         if not self.inversion_eta >= 0:
@@ -328,6 +375,15 @@ def check_not_sharded(is_sharded: bool) -> None:
             "Sharded training (FSDP, DeepSpeed) is not supported yet: what is saved would not be what diffusers "
             "loads. Train on several GPUs with `accelerate launch --multi_gpu`, or a LoRA by `peft_config`."
         )
+
+
+def configure_backbone(backbone: Backbone, args: DiffusionConfig) -> None:
+    """Passes on what a backbone leaves to the run. Raises a `ValueError` where its family leaves no choice."""
+    backbone.configure(args.max_sequence_length, args.embedded_guidance)
+    densities = {"logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}
+    settings = {name: getattr(args, name) for name in densities.get(args.timestep_density, ())}
+    backbone.set_timestep_density(args.timestep_density, **settings)
+    backbone.process.restrict(args.timestep_range)
 
 
 def collator_settings(args: DiffusionConfig, resolution: int, backbone: Backbone) -> dict[str, Any]:

@@ -27,7 +27,13 @@ from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, 
 from ..sampling import sample_images
 from .callbacks import HealthCallback, SampleImagesCallback
 from .checkpoints import load_weights, save_weights
-from .diffusion_config import DiffusionConfig, check_data_settings, check_not_sharded, collator_settings
+from .diffusion_config import (
+    DiffusionConfig,
+    check_data_settings,
+    check_not_sharded,
+    collator_settings,
+    configure_backbone,
+)
 from .encoding import BatchEncoder
 from .fingerprints import base_fingerprint, module_fingerprint
 from .meters import Meters, Metrics
@@ -104,8 +110,8 @@ class DiffusionTrainer(_BaseTrainer):
         check_data_settings(args, data_collator, train_dataset)
 
         self.backbone = load_backbone(model, **(args.model_init_kwargs or {}))
+        configure_backbone(self.backbone, args)
         self.process = self.backbone.process
-        self.process.restrict(args.timestep_range)
         self.resolution = self.backbone.check_resolution(args.resolution)
         self.denoiser_was_training = self.backbone.denoiser.training
         super().__init__(
@@ -321,7 +327,7 @@ class DiffusionTrainer(_BaseTrainer):
         if self.model.training and self._epoch < len(self.noised_caches):
             yield self.noiser.cached(batch, latents, self.noised_caches[self._epoch][inputs["id"]])
             return
-        for timesteps, keys in self.randomness.timesteps(inputs["id"]):
+        for timesteps, keys in self.randomness.timesteps(inputs["id"], latents.shape[2:]):
             with self.reference.lend(model) if self.args.reference_inverts else nullcontext(model) as inverter:
                 noised = self.noiser(batch, latents, timesteps, keys, partial(self.backbone.predict, inverter))
             yield noised._replace(frozen=self.frozen_predictions(model, noised))
@@ -376,7 +382,7 @@ class DiffusionTrainer(_BaseTrainer):
         """One image for each prompt, by policy or reference, at the size that is trained at and always from the same noise."""
         args, policy = self.args, self.policy
         settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-        settings |= {"height": self.resolution, "width": self.resolution}
+        settings |= {"height": self.resolution, "width": self.resolution} | self.backbone.sampling_settings
         lent = self.reference.lend(policy) if with_reference else nullcontext(policy)
         with lent as denoiser, self.backbone.sampling_with(self.accelerator.unwrap_model(denoiser)) as pipeline:
             return sample_images(pipeline, prompts, args.seed, args.per_device_eval_batch_size, **settings)

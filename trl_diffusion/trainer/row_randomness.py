@@ -58,20 +58,22 @@ class RowRandomness:
         uniform = [torch.rand((), generator=keyed_generator(*self.key(row_id), "prompt")) for row_id in ids]
         return [None if u < self.prompt_dropout else prompt for u, prompt in zip(uniform, prompts, strict=True)]
 
-    def timesteps(self, ids: list[str]) -> Iterator[tuple[torch.Tensor, list[tuple]]]:
+    def timesteps(self, ids: list[str], size: tuple[int, int]) -> Iterator[tuple[torch.Tensor, list[tuple]]]:
         """
         Timesteps of rows: sampled once in training, 8 fixed ones in an evaluation.
 
         Args:
             ids (`list[str]` of length `B`):
                 Ids of the rows.
+            size (`tuple[int, int]`):
+                Height and width of their latents.
 
         Yields:
             `tuple[torch.Tensor, list[tuple]]`: timesteps `(B,)` on the CPU, and the keys of the noise that belongs to them.
         """
         keys = [self.key(row_id) for row_id in ids]
         if self.moment() is not None:
-            yield self.process.sample_timesteps(keys), keys
+            yield self.process.sample_timesteps(keys, size), keys
         else:
-            for timestep in self.process.evaluation_timesteps(NUM_EVAL_TIMESTEPS):
+            for timestep in self.process.evaluation_timesteps(NUM_EVAL_TIMESTEPS, size):
                 yield torch.full((len(ids),), timestep), [(*key, timestep) for key in keys]
