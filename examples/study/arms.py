@@ -161,7 +161,7 @@ ARMS = {
         "paintings": {
             name: PAINTINGS[name]
             for name in (
-                *("base", "sft", "cpo", "present_1.0", "paired_1.0", "paired_2.0"),
+                *("base", "sft", "cpo", "present_1.0", "paired_2.0"),
                 *("reversed", "base_npo", "paired_2.0_npo"),
             )
         },
