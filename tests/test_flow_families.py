@@ -267,3 +267,24 @@ def test_inversion_then_sampling_returns(name):
     ratios = [before / after for before, after in zip(errors, errors[1:])]
     assert ratios == pytest.approx([2.0] * 3, rel=0.15)
     assert errors[-1] < 0.05 * latents.norm().item()
+
+
+# ---- Loading ----
+
+
+@pytest.mark.parametrize("make", [lambda: tiny.sd3_pipeline(has_t5=False), tiny.sd3_pipeline, tiny.flux_pipeline])
+@pytest.mark.parametrize("settings", [{}, {"without_denoiser": True}])
+def test_pipelines_load_by_name(tmp_path, make, settings):
+    """A folder gives what was saved, also Stable Diffusion 3 without T5, and also where the transformer comes last."""
+    pipeline = make()
+    pipeline.save_pretrained(tmp_path)
+    backbone, expected = load_backbone(str(tmp_path), **settings), load_backbone(pipeline)
+    backbone.load_denoiser()
+    assert backbone.text_encoder_names == expected.text_encoder_names
+    assert backbone.settings == expected.settings
+    conditions, latents = expected.encode_prompts(PROMPTS), torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(backbone.encode_prompts(PROMPTS), conditions)
+    timesteps = torch.tensor([100.0, 900.0])
+    with torch.no_grad():
+        own, other = (each.predict(each.denoiser, latents, timesteps, conditions) for each in (backbone, expected))
+    torch.testing.assert_close(own, other)
