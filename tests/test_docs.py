@@ -130,13 +130,18 @@ def tiny_hub(tmp_path, monkeypatch):
         dataset = paintings(4) if "painting" in path else tiny.pairs(4)
         return dataset.to_iterable_dataset() if streaming else dataset
 
+    def downloaded(cls, name, **kwargs):
+        folder = Path(name) if Path(name).is_dir() else tmp_path / "hub" / name
+        if not folder.exists():
+            (tiny.sdxl_pipeline() if "xl" in name else tiny.sd_pipeline()).save_pretrained(folder)
+        return folder
+
     def from_pretrained(cls, name, **kwargs):
-        if Path(name).is_dir():
-            return load_pipeline(name)
-        return tiny.sdxl_pipeline() if "xl" in name else tiny.sd_pipeline()
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("dtype", "variant")}
+        return load_pipeline(downloaded(cls, name), **kwargs)
 
     def load_config(cls, name, **kwargs):
-        return read_config(name) if Path(name).is_dir() else {}  # no safety checker
+        return read_config(downloaded(cls, name))
 
     def shorten(config_class):
         post_init = config_class.__post_init__
@@ -170,6 +175,7 @@ def tiny_hub(tmp_path, monkeypatch):
     for loader in (diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image):
         monkeypatch.setattr(loader, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", classmethod(load_config))
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", classmethod(downloaded))
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda pipeline, *args: pipeline)
     monkeypatch.setattr("transformers.trainer.hf_api", Api)
     monkeypatch.setattr("trl_diffusion.trainer.lora.hf_hub_download", download)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from trl_diffusion.guidance import negative_preference_guidance
 from trl_diffusion.quickstart import cpo, iapo
 from trl_diffusion.quickstart.experiment import FAST
+from trl_diffusion.quickstart.models import MODELS, model_of
 from trl_diffusion.quickstart.paintings import painting_dataset, sample_painting
 from trl_diffusion.quickstart.sampling import generate, load_pipeline
 from trl_diffusion.quickstart.world import evaluation_prompts, preference_dataset
@@ -60,12 +61,15 @@ class Sizes:
             Optimizer steps of each training.
         num_samples (`int`):
             Images that each arm generates.
+        model (`str`):
+            The kind of model, see [`quickstart.models.MODELS`].
     """
 
     output_dir: str
     num_rows: int
     max_steps: int
     num_samples: int
+    model: str = "unet"
 
 
 INVERSION = {"noise_source": "inversion"}
@@ -111,7 +115,7 @@ PAINTINGS = {
 
 def run_scene(name: str, seed: int, sizes: Sizes) -> dict[str, Any]:
     """Trains the base on pairs as an arm of `SCENES` says, generates images, and scores them."""
-    arm, pipeline = SCENES[name], load_pipeline(iapo.EXPERIMENT.base)
+    arm, pipeline = SCENES[name], load_pipeline(MODELS[sizes.model].scenes)
     record = {}
     if arm.settings is not None:
         pairs = preference_dataset(sizes.num_rows, seed=seed)
@@ -127,7 +131,7 @@ def run_scene(name: str, seed: int, sizes: Sizes) -> dict[str, Any]:
 
 def run_painting(name: str, seed: int, sizes: Sizes) -> dict[str, Any]:
     """Trains the base on paintings as an arm of `PAINTINGS` says, generates images, and scores them."""
-    arm, pipeline = PAINTINGS[name], load_pipeline(cpo.EXPERIMENT.base)
+    arm, pipeline = PAINTINGS[name], load_pipeline(MODELS[sizes.model].paintings)
     record = {}
     prompts = evaluation_prompts(sizes.num_samples, seed, sample_painting)
     if arm.negative:
@@ -148,19 +152,33 @@ def run_painting(name: str, seed: int, sizes: Sizes) -> dict[str, Any]:
     return cpo.score(images, prompts) | record
 
 
-WORLDS = {"scenes": (SCENES, run_scene), "paintings": (PAINTINGS, run_painting)}
+RUN = {"scenes": run_scene, "paintings": run_painting}
+ARMS = {
+    "unet": {"scenes": SCENES, "paintings": PAINTINGS},
+    # The core: a flow model takes longer
+    "flow": {
+        "scenes": {name: SCENES[name] for name in ("base", "sft", "dpo", "mean_0.0", "covering_0.0")},
+        "paintings": {
+            name: PAINTINGS[name]
+            for name in (
+                *("base", "sft", "cpo", "present_1.0", "paired_2.0"),
+                *("reversed", "base_npo", "paired_2.0_npo"),
+            )
+        },
+    },
+}
 
 
-def fine_tune(pipeline: StableDiffusionPipeline, pairs: Dataset, settings: dict[str, Any]) -> AttributeSFTTrainer:
-    """Trains all weights of the UNet on the chosen images of pairs, in place."""
+def fine_tune(pipeline: DiffusionPipeline, pairs: Dataset, settings: dict[str, Any]) -> AttributeSFTTrainer:
+    """Trains all weights of the denoiser on the chosen images of pairs, in place."""
     chosen = pairs.remove_columns(["rejected", "instances"]).rename_column("chosen", "image")
     no_attributes = [[]] * len(chosen)
     for column in ("positive_attributes", "negative_attributes"):
         chosen = chosen.add_column(column, no_attributes)
-    training = {key: value for key, value in iapo.TRAINING.items() if key != "beta"}
-    trainer = AttributeSFTTrainer(
-        pipeline, args=AttributeSFTConfig(**FAST, **training, **settings), train_dataset=chosen, peft_config=None
-    )
+    model = model_of(pipeline)
+    training = {key: value for key, value in model.pair_training.items() if key != "beta"}
+    args = AttributeSFTConfig(**FAST, **model.conditions, **training, **settings)
+    trainer = AttributeSFTTrainer(pipeline, args=args, train_dataset=chosen, peft_config=None)
     trainer.train()
     return trainer
 

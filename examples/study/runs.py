@@ -14,19 +14,18 @@ import torch
 from trl_diffusion.files import write_file
 from trl_diffusion.scripts.quickstart import PACKAGES
 
-from .arms import WORLDS, Sizes, folder_of
+from .arms import ARMS, RUN, Sizes, folder_of
 
 
 def run_seed(world: str, seed: int, sizes: Sizes) -> None:
     """Runs the arms of a world with a seed, except those that were run before."""
     torch.set_num_threads(1)
-    arms, run = WORLDS[world]
-    for name in arms:
+    for name in ARMS[sizes.model][world]:
         file = Path(folder_of(world, name, seed, sizes.output_dir) + ".json")
         if file.exists():
             continue
         start = time.perf_counter()
-        record = run(name, seed, sizes) | {"arm": name, "seed": seed}
+        record = RUN[world](name, seed, sizes) | {"arm": name, "seed": seed}
         record["seconds"] = round(time.perf_counter() - start, 1)
         write_file(file, json.dumps(record).encode())
         print(f"{world}, {name}, seed {seed}: {record['seconds']:.0f} s", flush=True)
@@ -40,15 +39,15 @@ def collect(seeds: list[int], sizes: Sizes) -> dict[str, Any]:
             for name in arms
             for seed in seeds
         ]
-        for world, (arms, _) in WORLDS.items()
+        for world, arms in ARMS[sizes.model].items()
     }
     settings = {"seeds": seeds, **settings_of(sizes)}
     return {"settings": settings, "versions": {package: version(package) for package in PACKAGES}, "runs": runs}
 
 
-def settings_of(sizes: Sizes) -> dict[str, int]:
+def settings_of(sizes: Sizes) -> dict[str, Any]:
     """The settings that all runs of a folder share."""
-    return {name: getattr(sizes, name) for name in ("num_rows", "max_steps", "num_samples")}
+    return {name: getattr(sizes, name) for name in ("model", "num_rows", "max_steps", "num_samples")}
 
 
 def check_settings(sizes: Sizes) -> None:

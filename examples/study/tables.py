@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .arms import WORLDS
+from .arms import ARMS
 
 
 # For each world: the scores with their headings, the arm that the others are compared with, and the score for that
@@ -29,7 +29,7 @@ def values_of(study: dict[str, Any], world: str, name: str, figure: str) -> list
 
 def table(study: dict[str, Any], world: str) -> str:
     """Markdown: mean and standard deviation over the seeds, and the mean paired difference with its standard error."""
-    arms, (figures, reference, compared) = WORLDS[world][0], FIGURES[world]
+    arms, (figures, reference, compared) = ARMS[study["settings"].get("model", "unet")][world], FIGURES[world]
     lines = [
         f"| arm | {' | '.join(figures.values())} | {figures[compared]}, minus {arms[reference].title} |",
         "|---" * (len(figures) + 2) + "|",
@@ -53,7 +53,7 @@ def table(study: dict[str, Any], world: str) -> str:
 
 def picture(study: dict[str, Any], world: str) -> Figure:
     """A panel for each score: every seed as a point, their mean as a line."""
-    arms, (figures, reference, _) = WORLDS[world][0], FIGURES[world]
+    arms, (figures, reference, _) = ARMS[study["settings"].get("model", "unet")][world], FIGURES[world]
     shown = Figure(figsize=(2.2 + 2.4 * len(figures), 0.9 + 0.3 * len(arms)), layout="constrained")
     panels = shown.subplots(1, len(figures), sharey=True)
     for panel, (figure, heading) in zip(panels, figures.items(), strict=True):

@@ -5,14 +5,14 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig
 from PIL import Image
 
 from trl_diffusion import ComplexPOConfig, ComplexPOTrainer, negative_preference_guidance
 from trl_diffusion.quickstart import cpo, iapo
 from trl_diffusion.quickstart.experiment import FAST, annotate, run_arm
+from trl_diffusion.quickstart.models import MODELS
 from trl_diffusion.quickstart.paintings import painting_dataset, sample_painting
-from trl_diffusion.quickstart.sampling import generate, load_pipeline
+from trl_diffusion.quickstart.sampling import generate, load_pipeline, shipped
 from trl_diffusion.quickstart.world import evaluation_prompts
 from trl_diffusion.scripts.quickstart import QuickstartArguments, main
 
@@ -25,7 +25,8 @@ def threads():
     torch.set_num_threads(before)
 
 
-ARMS = iapo.EXPERIMENT.arms
+UNET = MODELS["unet"]
+ARMS = iapo.EXPERIMENTS["unet"].arms
 SMALL = {"num_pairs": 64, "num_paintings": 64, "max_steps": 2, "num_samples": 16}
 CPO_ARMS = ["base", "sft", "cpo", "cpo_stabilised", "cpo_paired"]
 
@@ -70,7 +71,7 @@ def test_it_repeats_itself_and_every_arm_trains(tmp_path, half, arms):
     """The same seed gives the same images, bit for bit; another arm or another seed gives others."""
     images = {}
     for key, name, seed in (("once", arms[0], 0), ("twice", arms[0], 0), ("other", arms[1], 0), ("seed", arms[0], 1)):
-        images[key] = run_small(half.EXPERIMENT, name, tmp_path, seed)
+        images[key] = run_small(half.EXPERIMENTS["unet"], name, tmp_path, seed)
     assert images["once"] == images["twice"]
     assert images["once"] != images["other"] and images["once"] != images["seed"]
 
@@ -78,9 +79,9 @@ def test_it_repeats_itself_and_every_arm_trains(tmp_path, half, arms):
 @pytest.mark.parametrize("half, arm", [(iapo, "dpo"), (cpo, "sft")])
 def test_training_leaves_the_shipped_pipeline_alone(tmp_path, half, arm):
     """What comes with the package is read and never written."""
-    before = load_pipeline(half.EXPERIMENT.base).unet.state_dict()
-    run_small(half.EXPERIMENT, arm, tmp_path)
-    after = load_pipeline(half.EXPERIMENT.base).unet.state_dict()
+    before = load_pipeline(half.EXPERIMENTS["unet"].base).unet.state_dict()
+    run_small(half.EXPERIMENTS["unet"], arm, tmp_path)
+    after = load_pipeline(half.EXPERIMENTS["unet"].base).unet.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
@@ -112,23 +113,23 @@ def test_instances_and_attributes_help(tmp_path, seed):
 def test_a_reversed_adapter_in_the_unconditional_branch_helps(tmp_path):
     """Guidance away from a model trained with the preference reversed gives fewer negatives, aligned or not."""
     paintings = painting_dataset(2048, seed=21)
-    pipeline, prompts = load_pipeline(cpo.EXPERIMENT.base), evaluation_prompts(512, 21, sample_painting)
+    pipeline, prompts = load_pipeline(cpo.EXPERIMENTS["unet"].base), evaluation_prompts(512, 21, sample_painting)
     for name in ("aligned", "reversed"):
         trainer = ComplexPOTrainer(
-            load_pipeline(cpo.EXPERIMENT.base),
-            expert=cpo.EXPERT,
+            load_pipeline(cpo.EXPERIMENTS["unet"].base),
+            expert=shipped(UNET.expert),
             args=ComplexPOConfig(
                 str(tmp_path / name),
                 seed=21,
                 max_steps=110,
                 criteria=cpo.CRITERIA,
-                beta=cpo.BETA,
+                beta=UNET.painting_beta,
                 reverse_preference=name == "reversed",
                 **FAST,
-                **cpo.TRAINING,
+                **UNET.painting_training,
             ),
             train_dataset=paintings,
-            peft_config=LoraConfig(r=16, lora_alpha=16, target_modules=cpo.TARGET_MODULES),
+            peft_config=cpo.lora(pipeline),
         )
         trainer.train()
         trainer.save_model()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import trl_diffusion.trainer.instance_dpo_trainer as instance_dpo
-from examples.study.arms import WORLDS, Sizes, folder_of, last_metrics, run_scene
+from examples.study.arms import ARMS, RUN, Sizes, folder_of, last_metrics, run_scene
 from examples.study.runs import check_settings, collect, run_seed
 from examples.study.tables import FIGURES, picture, table
 from trl_diffusion.masks import instance_masks
@@ -108,7 +108,7 @@ def test_a_reference_that_moves_breaks_the_core(healthy, sizes, monkeypatch, one
         monkeypatch.setattr(instance_dpo.InstanceDPOTrainer, "reference", moving)
     pairs = preference_dataset(sizes.num_rows, seed=SEED)
     settings = {"output_dir": sizes.output_dir, "seed": SEED, "max_steps": sizes.max_steps, "w_neg": 1.0}
-    trained = last_metrics(iapo.train(load_pipeline(iapo.EXPERIMENT.base), pairs, settings))
+    trained = last_metrics(iapo.train(load_pipeline(iapo.EXPERIMENTS["unet"].base), pairs, settings))
     if thawed:
         assert trained["rewards/margins"] == 0 and trained["loss"] == pytest.approx(math.log(2))
         with pytest.raises(AssertionError):
@@ -125,30 +125,30 @@ def study_of(values: dict[str, list[float]], world: str) -> dict:
     figures = FIGURES[world][0]
     runs = [
         {"arm": name, "seed": seed, **dict.fromkeys(figures, values.get(name, [0.5, 0.7])[seed])}
-        for name in WORLDS[world][0]
+        for name in ARMS["unet"][world]
         for seed in range(2)
     ]
-    return {"runs": {world: runs}}
+    return {"settings": {}, "runs": {world: runs}}
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", RUN)
 def test_a_table_holds_mean_deviation_and_paired_difference(world):
     """Means and standard deviations over the seeds; differences are taken seed by seed, with their standard error."""
     figures, reference, _ = FIGURES[world]
     lines = table(study_of({reference: [0.25, 0.75], "base": [0.5, 1.5]}, world), world).splitlines()
     base, compared = (
-        next(line for line in lines if line.startswith(f"| {WORLDS[world][0][n].title} |"))
+        next(line for line in lines if line.startswith(f"| {ARMS['unet'][world][n].title} |"))
         for n in ("base", reference)
     )
     cells = [cell.strip() for cell in base.strip("|").split("|")]
     # mean 1, deviation sqrt(0.5); differences 0.25 and 0.75: mean 0.5, deviation sqrt(0.125), error a sqrt(2)-th of it
     assert cells == ["base", *["1.000 ± 0.707"] * len(figures), "+0.500 ± 0.250"]
     assert compared.endswith("|  |")
-    assert len(lines) == 2 + len(WORLDS[world][0])
+    assert len(lines) == 2 + len(ARMS["unet"][world])
     assert len({line.count("|") for line in lines}) == 1
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", RUN)
 def test_the_picture_shows_every_run(world):
     """A panel for each score, with a point for every arm and seed at its value."""
     study = study_of({"base": [0.1, 0.2]}, world)
@@ -156,7 +156,7 @@ def test_the_picture_shows_every_run(world):
     assert len(panels) == len(FIGURES[world][0])
     for panel in panels:
         points = [line for line in panel.lines if line.get_linestyle() == "None"]
-        assert len(points) == len(WORLDS[world][0])
+        assert len(points) == len(ARMS["unet"][world])
         assert sorted(points[0].get_xdata()) == [0.1, 0.2]
 
 
@@ -169,15 +169,15 @@ def test_runs_are_kept(tmp_path, one_thread, monkeypatch):
         calls.append(name)
         return {"clean_a": len(calls)}
 
-    for world, (arms, _) in list(WORLDS.items()):
-        monkeypatch.setitem(WORLDS, world, (arms, run))
+    for world in list(RUN):
+        monkeypatch.setitem(RUN, world, run)
         run_seed(world, 1, sizes)
-    assert calls == [name for arms, _ in WORLDS.values() for name in arms]
+    assert calls == [name for arms in ARMS["unet"].values() for name in arms]
     Path(folder_of("scenes", "dpo", 1, str(tmp_path)) + ".json").unlink()
     run_seed("scenes", 1, sizes)
-    assert calls[-1] == "dpo" and len(calls) == 1 + sum(len(arms) for arms, _ in WORLDS.values())
+    assert calls[-1] == "dpo" and len(calls) == 1 + sum(map(len, ARMS["unet"].values()))
     runs = collect([1], sizes)["runs"]["scenes"]
-    assert [run["arm"] for run in runs] == list(WORLDS["scenes"][0])
+    assert [run["arm"] for run in runs] == list(ARMS["unet"]["scenes"])
     assert {run["clean_a"] for run in runs if run["arm"] == "dpo"} == {len(calls)}
 
 
@@ -189,7 +189,7 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path):
         check_settings(Sizes(str(tmp_path), 2048, 5, 512))
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", RUN)
 def test_the_page_holds_the_tables_of_the_published_runs(world):
     """The tables of the documentation are those that the recorded runs give."""
     study = json.loads((DOCS / "benchmarks" / "study.json").read_text())

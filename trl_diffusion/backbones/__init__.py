@@ -5,12 +5,14 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
 from .base import Backbone
 from .flux import FluxBackbone
+from .source import PipelineSource, as_dtype, components_left_out, read_index
 from .stable_diffusion import StableDiffusionBackbone
 from .stable_diffusion_3 import StableDiffusion3Backbone
 from .stable_diffusion_xl import StableDiffusionXLBackbone
@@ -21,16 +23,29 @@ logger = logging.getLogger(__name__)
 BACKBONES = (StableDiffusionBackbone, StableDiffusionXLBackbone, StableDiffusion3Backbone, FluxBackbone)
 
 
-def load_backbone(model: str | Path | DiffusionPipeline, **kwargs) -> Backbone:
+def load_backbone(
+    model: str | Path | DiffusionPipeline,
+    *,
+    encoder_dtype: torch.dtype = torch.float32,
+    denoiser_dtype: torch.dtype = torch.float32,
+    without_denoiser: bool = False,
+    **kwargs,
+) -> Backbone:
     """
     Loads a text-to-image pipeline for training.
 
     Args:
         model (`str`, `Path` or [`~diffusers.DiffusionPipeline`]):
-            A Hub id, a folder that holds a pipeline, or a loaded pipeline.
+            A Hub id, a folder that holds a pipeline, or a loaded pipeline, to which nothing below applies.
+        encoder_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Precision of the text encoders. The VAE is float32: it is small, and some overflow in half precision.
+        denoiser_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Precision of the denoiser.
+        without_denoiser (`bool`, *optional*, defaults to `False`):
+            Give the denoiser no weights before [`~backbones.base.Backbone.load_denoiser`] is called.
         **kwargs:
-            Passed to [`~diffusers.DiffusionPipeline.from_pretrained`], such as `revision`, `variant` or `dtype`
-            (float32 if left out). Only for a Hub id or a folder.
+            Passed to [`~diffusers.DiffusionPipeline.from_pretrained`], such as `revision` and `variant`. A `dtype`, or a
+            `torch_dtype`, goes before the two above; it may be a string, or a `dict` by component.
 
     Returns:
         [`backbones.base.Backbone`]
@@ -45,11 +60,33 @@ def load_backbone(model: str | Path | DiffusionPipeline, **kwargs) -> Backbone:
             logger.warning("The pipeline's safety checker is removed: it would turn samples black.")
             pipeline.register_modules(safety_checker=None)
             pipeline.register_to_config(requires_safety_checker=False)
+        source, empty = None, {}
     else:
-        pipeline = load_pipeline(str(model), **{"dtype": torch.float32, **kwargs})
+        source, empty = _open(str(model), encoder_dtype, denoiser_dtype, without_denoiser, kwargs)
+        pipeline = source.load_pipeline(**empty)
     backbone_class = backbone_class_of(pipeline)
     backbone_class.check(pipeline)
-    return backbone_class(pipeline)
+    return backbone_class(pipeline, source)
+
+
+def _open(
+    name: str,
+    encoder_dtype: torch.dtype,
+    denoiser_dtype: torch.dtype,
+    without_denoiser: bool,
+    kwargs: dict[str, Any],
+) -> tuple[PipelineSource, dict[str, torch.nn.Module]]:
+    """Where a pipeline is loaded from, and its denoiser without weights, by its name, if it is loaded without."""
+    given = [kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs]
+    unrounded = dtype = as_dtype(given[0]) if given else torch.float32
+    class_name = read_index(name, kwargs)["_class_name"]
+    families = [family for family in BACKBONES if family.pipeline_class.__name__ == class_name]
+    if families and not given and (encoder_dtype, denoiser_dtype) != (torch.float32, torch.float32):
+        dtype = {"default": encoder_dtype, "vae": torch.float32, families[0].denoiser_name: denoiser_dtype}
+    source = PipelineSource(name, dtype, unrounded, **kwargs)
+    names = [family.denoiser_name for family in families if without_denoiser and family.denoiser_name not in kwargs]
+    empty = {name: source.empty(name) for name in names}
+    return source, {name: module for name, module in empty.items() if module is not None}
 
 
 def load_pipeline(name: str, **kwargs) -> DiffusionPipeline:
@@ -65,11 +102,7 @@ def load_pipeline(name: str, **kwargs) -> DiffusionPipeline:
     Returns:
         [`~diffusers.DiffusionPipeline`]
     """
-    location = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-    if DiffusionPipeline.load_config(name, **location).get("safety_checker", [None])[0] is not None:
-        logger.warning(f"The safety checker of {name} is not loaded: it would turn some images black.")
-        kwargs |= {"safety_checker": None, "requires_safety_checker": False}
-    return DiffusionPipeline.from_pretrained(name, **kwargs)
+    return DiffusionPipeline.from_pretrained(name, **{**kwargs, **components_left_out(name, kwargs)})
 
 
 def backbone_class_of(pipeline: DiffusionPipeline) -> type[Backbone]:

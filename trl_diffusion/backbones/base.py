@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from ..process import Process
+from .checks import check_module
+from .source import FreedComponent, PipelineSource
 
 
 class Backbone(ABC):
@@ -28,6 +31,8 @@ class Backbone(ABC):
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The loaded pipeline. Its encoders are frozen.
+        source ([`backbones.source.PipelineSource`], *optional*):
+            Where the pipeline was loaded from, if it was given by its name. Its denoiser may then still have no weights.
 
     Attributes:
         pipeline_class (`type`):
@@ -62,12 +67,14 @@ class Backbone(ABC):
     guidance_hint: str | None = None
     padded_conditions: tuple[str, ...] = ()
 
-    def __init__(self, pipeline: DiffusionPipeline):
+    def __init__(self, pipeline: DiffusionPipeline, source: PipelineSource | None = None):
         self.pipeline = pipeline
+        self.source = source
         self.process = self.make_process()
         for name in self.encoder_names:
             getattr(pipeline, name).requires_grad_(False).eval()
         self.device = torch.device("cpu")
+        self.channels_last = False
         self.offloaded: tuple[str, ...] = ()
 
     # ---- What a family says of itself ----
@@ -212,6 +219,15 @@ class Backbone(ABC):
             )
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What a run trains with where its configuration leaves it to the family."""
+        return {
+            "timestep_range": list(self.process.timestep_range),
+            "max_sequence_length": self.max_sequence_length,
+            "embedded_guidance": self.embedded_guidance,
+        }
+
+    @property
     def sampling_settings(self) -> dict[str, Any]:
         """Arguments of the pipeline's call by which it encodes prompts as the training does."""
         return {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
@@ -241,18 +257,34 @@ class Backbone(ABC):
             )
         return resolution
 
+    def load_denoiser(self) -> torch.nn.Module:
+        """
+        The denoiser with its weights, which are loaded now where the pipeline was loaded without them.
+
+        Raises:
+            `ValueError`: If it cannot be trained rightly.
+        """
+        name = self.denoiser_name
+        if hasattr(self.denoiser, "awaits_weights"):
+            setattr(self.pipeline, name, self.source.load(self.pipeline, (name,))[name])
+            check_module(name, self.denoiser)
+        return self.denoiser
+
     def to(self, device: torch.device, channels_last: bool = False) -> None:
-        """Moves the encoders to a device (the Trainer moves the denoiser), and lays out VAE and denoiser as asked."""
-        for name in self.encoder_names:
-            getattr(self.pipeline, name).to(device)
-        if channels_last:
-            for module in (self.denoiser, self.pipeline.vae):
-                module.to(memory_format=torch.channels_last)
-        self.device = device
+        """Moves the encoders to a device (the Trainer moves the denoiser), and lays out the VAE as asked."""
+        self.device, self.channels_last = device, channels_last
+        self._place(tuple(name for name in self.encoder_names if name not in self.offloaded))
+
+    def _place(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            getattr(self.pipeline, name).to(self.device)
+        if self.channels_last and "vae" in names:
+            self.pipeline.vae.to(memory_format=torch.channels_last)
 
     def offload(self, names: tuple[str, ...]) -> None:
         """
-        Moves encoders that training no longer needs to the CPU. They come back while the pipeline samples.
+        Takes encoders that training no longer needs off the device: those of a loaded pipeline go to the CPU, those of a
+        pipeline that was given by its name are freed. They come back in [`~Backbone.encoders_on_device`].
 
         Args:
             names (`tuple[str, ...]`):
@@ -260,17 +292,46 @@ class Backbone(ABC):
         """
         self.offloaded = names
         for name in names:
-            getattr(self.pipeline, name).to("cpu")
+            if self.source is None:
+                getattr(self.pipeline, name).to("cpu")
+            else:  # past the pipeline's `__setattr__`, so that its configuration still names the component
+                vars(self.pipeline)[name] = FreedComponent(name)
+        if names:
+            clear_device_cache(garbage_collection=True)
 
     @contextmanager
     def encoders_on_device(self) -> Iterator[None]:
-        """Brings offloaded encoders back to the device while the context lasts."""
-        for name in self.offloaded:
-            getattr(self.pipeline, name).to(self.device)
+        """Brings offloaded encoders back to the device while the context lasts, from the CPU or from the disk."""
+        names, self.offloaded = self.offloaded, ()
         try:
+            if self.source is not None:
+                for name, module in self.source.load(self.pipeline, names).items():
+                    setattr(self.pipeline, name, module.requires_grad_(False).eval())
+            self._place(names)
             yield
         finally:
-            self.offload(self.offloaded)
+            self.offload(names)
+
+    @contextmanager
+    def complete(self) -> Iterator[DiffusionPipeline]:
+        """
+        Lends the pipeline to be saved, with all encoders, in the precision that they have without mixed precision.
+
+        Yields:
+            [`~diffusers.DiffusionPipeline`]
+        """
+        components = vars(self.pipeline)
+        lent: dict[str, torch.nn.Module] = {}
+        if self.source is not None:
+            rounded = self.text_encoder_names if self.source.is_rounded else ()
+            names = tuple(name for name in self.encoder_names if name in (*self.offloaded, *rounded))
+            lent = self.source.load(self.pipeline, names, is_rounded=False)
+        own = {name: components[name] for name in lent}
+        components.update(lent)
+        try:
+            yield self.pipeline
+        finally:
+            components.update(own)
 
     def fits(self, prompt: str) -> bool:
         """Whether the text encoders read the whole of a prompt."""

@@ -34,7 +34,8 @@ def check_module(name: str, module: torch.nn.Module) -> None:
             "to train without them",
         )
     hooks = {type(child._hf_hook).__name__ for child in module.modules() if hasattr(child, "_hf_hook")}
-    if hooks or any(parameter.is_meta for parameter in module.parameters()):
+    is_empty = any(parameter.is_meta for parameter in module.parameters()) and not hasattr(module, "awaits_weights")
+    if hooks or is_empty:
         refuse(
             f"`{name}` is offloaded or spread over devices ({', '.join(sorted(hooks)) or 'weights on the meta device'})",
             "training moves the models itself",

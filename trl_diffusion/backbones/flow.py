@@ -32,8 +32,7 @@ def shift_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, sigmas: torch.Tenso
         `torch.Tensor` of shape `(N,)`
     """
     config = scheduler.config
-    # The last level of a schedule with all timesteps is what the stretch refers to
-    sigmas = torch.cat([sigmas, torch.tensor([1 / config.num_train_timesteps])])
+    sigmas = torch.cat([sigmas, torch.zeros(1)])  # the stretch refers to the last level
     if config.use_dynamic_shifting:
         lengths = config.base_image_seq_len, config.max_image_seq_len
         mu = calculate_shift(num_patches, *lengths, config.base_shift, config.max_shift)

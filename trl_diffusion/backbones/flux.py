@@ -24,8 +24,8 @@ class FluxBackbone(FlowBackbone):
 
     check = staticmethod(check_flow_pipeline)
 
-    def __init__(self, pipeline: FluxPipeline):
-        super().__init__(pipeline)
+    def __init__(self, pipeline, source=None):
+        super().__init__(pipeline, source)
         self.embedded_guidance = 1.0 if self.denoiser.config.guidance_embeds else None
 
     def check_reference(self, pipeline) -> None:

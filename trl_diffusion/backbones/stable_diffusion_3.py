@@ -22,10 +22,10 @@ class StableDiffusion3Backbone(FlowBackbone):
 
     check = staticmethod(check_flow_pipeline)
 
-    def __init__(self, pipeline: StableDiffusion3Pipeline):
+    def __init__(self, pipeline, source=None):
         if pipeline.text_encoder_3 is None:  # the pipeline puts zeros in place of T5's embeddings
             self.text_encoder_names, self.tokenizer_names = self.text_encoder_names[:2], self.tokenizer_names[:2]
-        super().__init__(pipeline)
+        super().__init__(pipeline, source)
 
     def check_reference(self, pipeline) -> None:
         check_flow_reference(self.pipeline, pipeline)

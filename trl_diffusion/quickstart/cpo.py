@@ -6,7 +6,7 @@
 from typing import Any
 
 from datasets import Dataset
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
 
@@ -21,26 +21,13 @@ from ..trainer.attribute_sft_trainer import AttributeSFTTrainer
 from ..trainer.complex_po_config import ComplexPOConfig
 from ..trainer.complex_po_trainer import ComplexPOTrainer
 from .experiment import FAST, Arm, Experiment, results_table
+from .models import MODELS, model_of
 from .oracle import OracleVLM
 from .paintings import inspect_painting, painting_dataset, sample_painting
 from .sampling import shipped
 
 
-EXPERT = shipped("painting_expert")
 CRITERIA = shipped("criteria.yaml")
-TRAINING = {
-    "learning_rate": 3e-3,
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 5,
-    "per_device_train_batch_size": 32,
-}
-BETA = 100.0
-# A UNet this small has attention at 4x4 only, so the other layers have to learn too
-TARGET_MODULES = [
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "time_emb_proj"),
-]
-LORA = LoraConfig(r=16, lora_alpha=16, target_modules=TARGET_MODULES)
 
 
 def unlabelled_paintings(num_paintings: int, seed: int) -> Dataset:
@@ -53,27 +40,42 @@ def annotation_task(source: dict[str, Any], columns: dict[str, str]) -> Task:
     return attribute_task(AttributeExpert(OracleVLM(), Criteria.load(CRITERIA)), source, columns)
 
 
-def train_sft(pipeline: StableDiffusionPipeline, paintings: Dataset, settings: dict[str, Any]) -> AttributeSFTTrainer:
+def training_settings(pipeline: DiffusionPipeline, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a training on paintings; those that are given stand above the model's."""
+    model = model_of(pipeline)
+    return FAST | model.conditions | model.painting_training | settings
+
+
+def lora(pipeline: DiffusionPipeline, rank: int = 16) -> LoraConfig:
+    """The LoRA of a training on paintings."""
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=model_of(pipeline).target_modules)
+
+
+def train_sft(pipeline: DiffusionPipeline, paintings: Dataset, settings: dict[str, Any]) -> AttributeSFTTrainer:
     """Trains a LoRA on the paintings without negative attributes."""
+    # No attributes in the prompts: this arm learns only from the choice of the images
+    args = AttributeSFTConfig(criteria=CRITERIA, attribute_dropout=1.0, **training_settings(pipeline, settings))
     trainer = AttributeSFTTrainer(
         pipeline,
-        # No attributes in the prompts: this arm learns only from the choice of the images
-        args=AttributeSFTConfig(criteria=CRITERIA, attribute_dropout=1.0, **FAST, **TRAINING, **settings),
+        args=args,
         train_dataset=paintings.filter(lambda row: not row["negative_attributes"]),
-        peft_config=LORA,
+        peft_config=lora(pipeline),
     )
     trainer.train()
     return trainer
 
 
-def train_cpo(pipeline: StableDiffusionPipeline, paintings: Dataset, settings: dict[str, Any]) -> ComplexPOTrainer:
+def train_cpo(pipeline: DiffusionPipeline, paintings: Dataset, settings: dict[str, Any]) -> ComplexPOTrainer:
     """Trains a LoRA on the predictions of the expert."""
+    model = model_of(pipeline)
     trainer = ComplexPOTrainer(
         pipeline,
-        expert=EXPERT,
-        args=ComplexPOConfig(criteria=CRITERIA, beta=BETA, **FAST, **TRAINING, **settings),
+        expert=shipped(model.expert),
+        args=ComplexPOConfig(
+            criteria=CRITERIA, **training_settings(pipeline, {"beta": model.painting_beta} | settings)
+        ),
         train_dataset=paintings,
-        peft_config=LORA,
+        peft_config=lora(pipeline),
     )
     trainer.train()
     return trainer
@@ -90,37 +92,43 @@ def score(images: list[Image.Image], prompts: list[str]) -> dict[str, float]:
     }
 
 
-EXPERIMENT = Experiment(
-    name="paintings",
-    base="painting_base",
-    arms={
-        "sft": Arm("SFT on the best", train_sft, {}),
-        "cpo": Arm("CPO", train_cpo, {"loss_type": "unstabilized"}),
-        "cpo_stabilised": Arm("CPO-S", train_cpo, {}),
-        "cpo_paired": Arm("CPO-S, paired", train_cpo, {"attribute_targets": "paired", "target_strength": 2.0}),
-    },
-    figures={"negatives": ("negatives", ".2f"), "match": ("matches", ".3f")},
-    unlabelled_rows=unlabelled_paintings,
-    find_columns=image_columns,
-    annotation_task=annotation_task,
-    sample_scene=sample_painting,
-    score=score,
-)
+EXPERIMENTS = {
+    kind: Experiment(
+        name="paintings",
+        model=model,
+        base=model.paintings,
+        arms={
+            "sft": Arm("SFT on the best", train_sft, {}),
+            "cpo": Arm("CPO", train_cpo, {"loss_type": "unstabilized"}),
+            "cpo_stabilised": Arm("CPO-S", train_cpo, {}),
+            "cpo_paired": Arm("CPO-S, paired", train_cpo, {"attribute_targets": "paired", "target_strength": 2.0}),
+        },
+        figures={"negatives": ("negatives", ".2f"), "match": ("matches", ".3f")},
+        unlabelled_rows=unlabelled_paintings,
+        find_columns=image_columns,
+        annotation_task=annotation_task,
+        sample_scene=sample_painting,
+        score=score,
+    )
+    for kind, model in MODELS.items()
+}
 
 
-def report(results: dict[str, dict[str, float]], counts: dict[str, int], max_steps: int) -> str:
+def report(
+    experiment: Experiment, results: dict[str, dict[str, float]], counts: dict[str, int], max_steps: int
+) -> str:
     """Markdown that says what was run and what came out."""
-    num_samples = results["base"]["n"]
-    strength = EXPERIMENT.arms["cpo_paired"].settings["target_strength"]
+    num_samples, model = results["base"]["n"], experiment.model
+    training, strength = model.painting_training, experiment.arms["cpo_paired"].settings["target_strength"]
     return f"""## CPO: can a model learn qualities from an expert that can tell them apart?
 
-A tiny Stable Diffusion pipeline generates paintings of one shape on a ground. The outline is whole or bitten, the colour vivid or
+A tiny {model.title} pipeline generates paintings of one shape on a ground. The outline is whole or bitten, the colour vivid or
 pale, the place in the middle or aside, the ground bright or murky. Each quality is negative half of the time, and one painting in
 16 has no negative quality at all. Prompts name none of them. `annotate-attributes`, with an oracle instead of a model, found
 {counts["positive_attributes"]} positive and {counts["negative_attributes"]} negative qualities in {counts["ok"]} paintings. The
 expert, a LoRA that comes with the package, was trained with the qualities in its prompts and generates those that a prompt names.
 
-{results_table(EXPERIMENT, results)}
+{results_table(experiment, results)}
 
 The table shows the mean number of negative qualities, out of 4, in {num_samples} images per model, all from the same prompts and
 noise (standard error about {1 / num_samples**0.5:.2f}), and the share of images that show the colour and kind that the prompt
@@ -135,5 +143,5 @@ names.
 
 ![Images of every model from the same noise](paintings.png)
 
-{max_steps} optimizer steps of {TRAINING["per_device_train_batch_size"]} paintings, learning rate
-{TRAINING["learning_rate"]}, beta {BETA:.0f}, a LoRA of rank 16."""
+{max_steps} optimizer steps of {training["per_device_train_batch_size"]} paintings, learning rate
+{training["learning_rate"]}, beta {model.painting_beta:.0f}, a LoRA of rank 16."""

@@ -16,6 +16,7 @@ from PIL import Image
 from ..annotation.join import join_annotations, load_annotations
 from ..annotation.records import prepare_rows
 from ..annotation.run import Task, run, run_locally
+from .models import TinyModel
 from .sampling import generate, load_pipeline
 from .world import evaluation_prompts
 
@@ -59,6 +60,8 @@ class Experiment:
     Args:
         name (`str`):
             Name of the world, such as `"scenes"`.
+        model ([`quickstart.models.TinyModel`]):
+            The kind of model.
         base (`str`):
             Folder of the pipeline that every arm starts from.
         arms (`dict[str, Arm]`):
@@ -78,6 +81,7 @@ class Experiment:
     """
 
     name: str
+    model: TinyModel
     base: str
     arms: dict[str, Arm]
     figures: dict[str, tuple[str, str]]

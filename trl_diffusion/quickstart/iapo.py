@@ -6,7 +6,7 @@
 from typing import Any
 
 from datasets import Dataset
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..annotation.instances import instance_task
@@ -17,17 +17,9 @@ from ..annotation.run import Task
 from ..trainer.instance_dpo_config import InstanceDPOConfig
 from ..trainer.instance_dpo_trainer import InstanceDPOTrainer
 from .experiment import FAST, Arm, Experiment, results_table
+from .models import MODELS, model_of
 from .oracle import OracleDetector, OracleVLM
 from .world import inspect_image, preference_dataset, sample_scene
-
-
-TRAINING = {
-    "beta": 2000.0,
-    "learning_rate": 3e-5,
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 5,
-    "per_device_train_batch_size": 32,
-}
 
 
 def unlabelled_pairs(num_pairs: int, seed: int) -> Dataset:
@@ -41,9 +33,11 @@ def annotation_task(source: dict[str, Any], columns: dict[str, str]) -> Task:
     return instance_task(Planner(vlm), OracleDetector(), Judge(vlm, crop_size=64), source, columns)
 
 
-def train(pipeline: StableDiffusionPipeline, pairs: Dataset, settings: dict[str, Any]) -> InstanceDPOTrainer:
-    """Trains all weights of the pipeline's UNet, in place."""
-    trainer = InstanceDPOTrainer(pipeline, args=InstanceDPOConfig(**FAST, **TRAINING, **settings), train_dataset=pairs)
+def train(pipeline: DiffusionPipeline, pairs: Dataset, settings: dict[str, Any]) -> InstanceDPOTrainer:
+    """Trains all weights of the pipeline's denoiser, in place."""
+    model = model_of(pipeline)
+    args = InstanceDPOConfig(**FAST, **model.conditions, **model.pair_training | settings)
+    trainer = InstanceDPOTrainer(pipeline, args=args, train_dataset=pairs)
     trainer.train()
     return trainer
 
@@ -58,41 +52,48 @@ def score(images: list[Image.Image], prompts: list[str]) -> dict[str, float]:
     return shares | {"n": len(findings)}
 
 
-EXPERIMENT = Experiment(
-    name="scenes",
-    base="base_pipeline",
-    arms={
-        "dpo": Arm("Diffusion-DPO", train, {"w_neg": 1.0}),
-        "iapo": Arm("IAPO", train, {"w_neg": 0.0}),
-        "iapo_covering": Arm("IAPO, covering", train, {"w_neg": 0.0, "mask_overlap": "covering"}),
-    },
-    figures={
-        "clean_a": ("A clean", ".3f"),
-        "clean_b": ("B clean", ".3f"),
-        "match_a": ("A matches", ".3f"),
-        "match_b": ("B matches", ".3f"),
-    },
-    unlabelled_rows=unlabelled_pairs,
-    find_columns=pair_columns,
-    annotation_task=annotation_task,
-    sample_scene=sample_scene,
-    score=score,
-)
+EXPERIMENTS = {
+    kind: Experiment(
+        name="scenes",
+        model=model,
+        base=model.scenes,
+        arms={
+            "dpo": Arm("Diffusion-DPO", train, {"w_neg": 1.0}),
+            "iapo": Arm("IAPO", train, {"w_neg": 0.0}),
+            "iapo_covering": Arm("IAPO, covering", train, {"w_neg": 0.0, "mask_overlap": "covering"}),
+        },
+        figures={
+            "clean_a": ("A clean", ".3f"),
+            "clean_b": ("B clean", ".3f"),
+            "match_a": ("A matches", ".3f"),
+            "match_b": ("B matches", ".3f"),
+        },
+        unlabelled_rows=unlabelled_pairs,
+        find_columns=pair_columns,
+        annotation_task=annotation_task,
+        sample_scene=sample_scene,
+        score=score,
+    )
+    for kind, model in MODELS.items()
+}
 
 
-def report(results: dict[str, dict[str, float]], counts: dict[str, int], max_steps: int) -> str:
+def report(
+    experiment: Experiment, results: dict[str, dict[str, float]], counts: dict[str, int], max_steps: int
+) -> str:
     """Markdown that says what was run and what came out."""
-    num_samples = results["base"]["n"]
+    num_samples, model = results["base"]["n"], experiment.model
+    training = model.pair_training
     return f"""## IAPO: does it help to know which object contradicts the label?
 
-A tiny Stable Diffusion pipeline generates scenes of two shapes, A (large, left) and B (smaller, right). About half of the time
+A tiny {model.title} pipeline generates scenes of two shapes, A (large, left) and B (smaller, right). About half of the time
 a shape has a bite out of its outline. {counts["rows"]} pairs of scenes say which of two images is better. Shape A decides: it is
 whole in the chosen image and bitten in the rejected one. In 46 % of the pairs shape B is whole in the *rejected* image, so the
 label is wrong about B. The training data do not say this: `annotate-instances` finds the instances, with an oracle instead of
 models. It found {counts["instances"]} instances in {counts["ok"]} pairs, and {counts["conflicts"]} of them
 ({counts["conflicts"] / counts["instances"]:.1%}) are better in the rejected image.
 
-{results_table(EXPERIMENT, results)}
+{results_table(experiment, results)}
 
 Each number is a share of {num_samples} images per model. All models start from the same prompts and noise (standard error at
 most {0.5 / num_samples**0.5:.3f}). *Clean*: the shape has no bite. *Matches*: its colour and kind are those of the prompt. A
@@ -106,5 +107,5 @@ method that breaks images has fewer matches.
 
 ![Images of every model from the same noise](samples.png)
 
-{max_steps} optimizer steps of {TRAINING["per_device_train_batch_size"]} pairs, learning rate
-{TRAINING["learning_rate"]}, beta {TRAINING["beta"]:.0f}, all weights of the UNet."""
+{max_steps} optimizer steps of {training["per_device_train_batch_size"]} pairs, learning rate
+{training["learning_rate"]}, beta {training["beta"]:.0f}, all weights of the {model.denoiser}."""

@@ -6,10 +6,11 @@
 from importlib import resources
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..sampling import sample_images
+from .models import model_of
 
 
 SAMPLING = {"num_inference_steps": 10, "guidance_scale": 2.0, "batch_size": 256}
@@ -20,13 +21,14 @@ def shipped(name: str) -> str:
     return str(resources.files("trl_diffusion").joinpath("quickstart", name))
 
 
-def load_pipeline(name: str) -> StableDiffusionPipeline:
+def load_pipeline(name: str) -> DiffusionPipeline:
     """Loads a pipeline that comes with the quickstart, see `examples/tiny_pipelines`."""
-    pipeline = StableDiffusionPipeline.from_pretrained(shipped(name), dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(shipped(name), dtype=torch.float32)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> list[Image.Image]:
+def generate(pipeline: DiffusionPipeline, prompts: list[str], seed: int) -> list[Image.Image]:
     """Generates an image for each prompt. The noise depends on the seed and the position only, not on the model."""
-    pipeline.unet.eval()
-    return sample_images(pipeline, prompts, seed=seed, **SAMPLING)
+    model = model_of(pipeline)
+    getattr(pipeline, model.denoiser).eval()
+    return sample_images(pipeline, prompts, seed=seed, **SAMPLING, **model.conditions)

@@ -48,6 +48,8 @@ class QuickstartArguments:
             Where `results.json`, `samples.png`, `paintings.png`, `report.md` and the annotations are written.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the data, of the training and of the samples.
+        model (`str`, *optional*, defaults to `"unet"`):
+            The kind of model: `"unet"`, a Stable Diffusion pipeline, or `"flow"`, a Stable Diffusion 3 pipeline.
         num_pairs (`int`, *optional*, defaults to `2048`):
             Preference pairs to train on, in the first half.
         num_paintings (`int`, *optional*, defaults to `2048`):
@@ -63,6 +65,13 @@ class QuickstartArguments:
         metadata={"help": "Where `results.json`, `samples.png`, `paintings.png` and `report.md` are written."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the data, of the training and of the samples."})
+    model: str = field(
+        default="unet",
+        metadata={
+            "help": "The kind of model: a Stable Diffusion pipeline (`unet`), or a Stable Diffusion 3 pipeline (`flow`).",
+            "choices": ["unet", "flow"],
+        },
+    )
     num_pairs: int = field(default=2048, metadata={"help": "Preference pairs to train on, in the first half."})
     num_paintings: int = field(default=2048, metadata={"help": "Paintings to train on, in the second half."})
     max_steps: int = field(default=110, metadata={"help": "Optimizer steps of each training."})
@@ -81,7 +90,7 @@ def main(args: QuickstartArguments) -> None:
     start = time.perf_counter()
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    experiments = {"scenes": iapo.EXPERIMENT, "paintings": cpo.EXPERIMENT}
+    experiments = {"scenes": iapo.EXPERIMENTS[args.model], "paintings": cpo.EXPERIMENTS[args.model]}
     num_rows = {"scenes": args.num_pairs, "paintings": args.num_paintings}
     num_arms = sum(len(experiment.arms) for experiment in experiments.values())
     print(
@@ -113,12 +122,13 @@ def main(args: QuickstartArguments) -> None:
     results = scores["scenes"] | {
         "cpo": scores["paintings"],
         "annotations": {world: counts for world, (_, counts) in annotations.items()},
+        "model": args.model,
         "seed": args.seed,
         "seconds": round(time.perf_counter() - start, 1),
         "versions": {package: version(package) for package in PACKAGES},
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (folder / "report.md").write_text(report(results, args.max_steps))
+    (folder / "report.md").write_text(report(experiments, results, args.max_steps))
     print(
         f"Done in {results['seconds']:.0f} seconds: look at {folder / 'report.md'}, {folder / 'samples.png'} and "
         f"{folder / 'paintings.png'}."
@@ -135,15 +145,15 @@ def comparison(experiment: "Experiment", images: list[list["Image"]], num_sample
     return image_grid([list(row) for row in zip(*images, strict=True)], columns, prompts, size=160)
 
 
-def report(results: dict, max_steps: int) -> str:
+def report(experiments: dict[str, "Experiment"], results: dict, max_steps: int) -> str:
     """A page of Markdown that says what was run and what came out."""
     from trl_diffusion.quickstart import cpo, iapo
 
     return f"""# Quickstart
 
-{iapo.report(results, results["annotations"]["scenes"], max_steps)}
+{iapo.report(experiments["scenes"], results, results["annotations"]["scenes"], max_steps)}
 
-{cpo.report(results["cpo"], results["annotations"]["paintings"], max_steps)}
+{cpo.report(experiments["paintings"], results["cpo"], results["annotations"]["paintings"], max_steps)}
 
 Seed {results["seed"]}; {results["seconds"]:.0f} seconds in all.
 {", ".join(f"{package} {number}" for package, number in results["versions"].items())}.

@@ -104,7 +104,7 @@ class AttributeSFTTrainer(DiffusionTrainer):
     def make_collator(self, **settings: Any) -> AttributeCollator:
         return AttributeCollator(criteria=self.criteria, **settings)
 
-    def finish_init(self) -> None:
+    def prepare_prompts(self) -> None:
         self.attribute_prompts = AttributePrompts(self.criteria, self.args, self.backbone)
         self._card_parameters = {
             "criteria": self.criteria.name,

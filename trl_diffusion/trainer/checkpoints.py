@@ -29,7 +29,8 @@ def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path)
     if isinstance(model, PeftModel):
         backbone.save_lora(folder, get_peft_model_state_dict(model), model.peft_config["default"])
     else:
-        backbone.pipeline.save_pretrained(folder)
+        with backbone.complete() as pipeline:
+            pipeline.save_pretrained(folder)
 
 
 def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path, record: dict[str, Any]) -> None:

@@ -128,8 +128,10 @@ class ComplexPOTrainer(DiffusionTrainer):
     def make_collator(self, **settings: Any) -> AttributeCollator:
         return AttributeCollator(criteria=self.criteria, **settings)
 
-    def finish_init(self) -> None:
+    def prepare_prompts(self) -> None:
         self.attribute_prompts = AttributePrompts(self.criteria, self.args, self.backbone)
+
+    def finish_init(self) -> None:
         weights, config, description = self.expert
         check_expert(description, describe_expert(self.policy, self.criteria, self.args))
         add_expert(self.policy, weights, config)

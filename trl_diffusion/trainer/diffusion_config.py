@@ -29,7 +29,9 @@ class DiffusionConfig(_BaseConfig):
 
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the model is given as a Hub
-            id or a folder, such as `{"variant": "fp16", "revision": "..."}`.
+            id or a folder, such as `{"variant": "fp16", "revision": "..."}`. Without a `dtype`, mixed precision (`bf16`,
+            `fp16`) also is the type of what stays frozen: of the text encoders, and of the denoiser under a LoRA. Everything
+            else, the VAE too, is loaded in float32.
 
         > Parameters that control the data preprocessing
 
@@ -60,8 +62,9 @@ class DiffusionConfig(_BaseConfig):
             theirs. In each epoch, rows that fill no batch of their size are left out. Not for streams.
         precompute (`bool`, *optional*, defaults to `False`):
             Before the training, encode each image and each prompt once, and keep the results in Arrow files. The encoders
-            then leave the GPU. Worth it where rows are trained on more than once, in epochs or in several runs. Not for
-            streams.
+            then leave the GPU: where the model is given by its name they are freed before the denoiser is loaded, and loaded
+            again when they are needed. Worth it where rows are trained on more than once, in epochs or in several runs. Not
+            for streams.
         precompute_dir (`str`, *optional*):
             Folder of these files. Defaults to one in the cache of `datasets`.
         precompute_ref_preds (`bool`, *optional*, defaults to `False`):
@@ -330,7 +333,8 @@ class DiffusionConfig(_BaseConfig):
     @property
     def half_dtype(self) -> torch.dtype | None:
         """The type of mixed precision, if any."""
-        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+        # Of the two parameters or of `accelerate launch`
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
 
 
 def check_choice(args: DiffusionConfig, name: str, values: tuple[str, ...]) -> None:

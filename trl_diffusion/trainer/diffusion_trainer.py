@@ -18,7 +18,6 @@ from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..backbones import load_backbone
 from ..data.buckets import BucketSampler, training_sizes
 from ..data.caching import TensorCache
 from ..data.collators import ImageCollator
@@ -27,19 +26,13 @@ from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, 
 from ..sampling import sample_images
 from .callbacks import HealthCallback, SampleImagesCallback
 from .checkpoints import load_weights, save_weights
-from .diffusion_config import (
-    DiffusionConfig,
-    check_data_settings,
-    check_not_sharded,
-    collator_settings,
-    configure_backbone,
-)
+from .diffusion_config import DiffusionConfig, check_data_settings, check_not_sharded, collator_settings
 from .encoding import BatchEncoder
 from .fingerprints import base_fingerprint, module_fingerprint
 from .meters import Meters, Metrics
 from .model_card import Method, diffusion_model_card
 from .noised_batch import NoisedBatch, Noiser, by_row
-from .policy import evaluation_mode, make_policy
+from .policy import evaluation_mode, make_backbone, make_policy
 from .precompute import Precomputation, noising_settings, num_epochs, warn_of_unused_rows
 from .reference import Reference, check_untrained, make_reference
 from .row_randomness import RowRandomness
@@ -59,7 +52,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
-            What to train, of a family that is supported (Stable Diffusion 1.x and 2.x, SDXL): a Hub id or a folder, loaded with
+            What to train, of a family that is supported (Stable Diffusion 1.x to 3.5, SDXL, FLUX.1): a Hub id or a folder, loaded with
             `args.model_init_kwargs`, or a loaded pipeline, whose denoiser is trained in place.
         ref_model (`str` or [`~diffusers.DiffusionPipeline`], *optional*):
             The reference. If left out it is the model before training: the policy with its adapters off where a LoRA is
@@ -103,34 +96,46 @@ class DiffusionTrainer(_BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
-        args = args or self.default_args(model)
+        self.args = args = args or self.default_args(model)
         train_dataset = each_dataset(train_dataset, "train_dataset", self._prepare_dataset)
         eval_dataset = each_dataset(eval_dataset, "eval_dataset", self._prepare_dataset)
         self.prepared = all_datasets(train_dataset, eval_dataset)
         check_data_settings(args, data_collator, train_dataset)
 
-        self.backbone = load_backbone(model, **(args.model_init_kwargs or {}))
-        configure_backbone(self.backbone, args)
+        self.backbone = make_backbone(model, args, peft_config)
         self.process = self.backbone.process
         self.resolution = self.backbone.check_resolution(args.resolution)
-        self.denoiser_was_training = self.backbone.denoiser.training
+        self.backbone.to(args.device, args.channels_last)
+        self.rows, self.data_collator = train_dataset, data_collator
+        if data_collator is None:
+            self.data_collator = self.make_collator(**collator_settings(args, self.resolution, self.backbone))
+        self.encoder = BatchEncoder(
+            self.backbone, args.device, args.half_dtype, self.image_columns, args.size_conditions
+        )
+        self.prepare_prompts()
+        if args.precompute:  # before the denoiser is in memory
+            self.files = Precomputation(
+                self.encoder, self.data_collator, args.per_device_eval_batch_size, args.precompute_dir
+            )
+            warn_of_unused_rows(train_dataset, args)
+            prompts_of = self.prompts_of if self.has_fixed_prompts else None
+            train_dataset, eval_dataset = self.files.datasets(train_dataset, eval_dataset, prompts_of)
+            self.prepared += self.files.image_datasets
+        denoiser = self.backbone.load_denoiser()
+        self.denoiser_was_training = denoiser.training
         super().__init__(
-            model=make_policy(
-                self.backbone.denoiser, peft_config, self.backbone.lora_target_modules, args.half_dtype, args.seed
-            ),
+            model=make_policy(denoiser, peft_config, self.backbone.lora_target_modules, args.half_dtype, args.seed),
             args=args,
-            data_collator=data_collator,
+            data_collator=self.data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         check_not_sharded(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if data_collator is None:
-            self.data_collator = self.make_collator(**collator_settings(args, self.resolution, self.backbone))
-        self.backbone.to(self.accelerator.device, args.channels_last)
-        self.base, self.rows = base_fingerprint(self.policy), train_dataset  # as they are before the training
-        self.encoder = BatchEncoder(self.backbone, self.accelerator, self.image_columns, args.size_conditions)
+        if args.channels_last:
+            self.policy.to(memory_format=torch.channels_last)
+        self.base = base_fingerprint(self.policy)  # as it is before the training
         self.randomness = RowRandomness(args.seed, self.process, args.prompt_dropout, self._moment)
         self.noiser = Noiser(self.process, self.image_columns, args)
         self.noised_caches: list[TensorCache] = []  # one for each epoch
@@ -144,8 +149,8 @@ class DiffusionTrainer(_BaseTrainer):
         self.add_callback(self.health)
         if args.sample_prompts:
             self.add_callback(SampleImagesCallback(self.sample, self.callback_handler.callbacks))
-        if args.precompute:
-            self.precompute()
+        if train_dataset is not None and args.precompute and (args.reference_inverts or args.precompute_ref_preds):
+            self.precompute_noised()
 
     @classmethod
     def default_args(cls, model: str | DiffusionPipeline) -> DiffusionConfig:
@@ -156,8 +161,11 @@ class DiffusionTrainer(_BaseTrainer):
         """The collator that is used where the user gives none, see [`data.collators.ImageCollator`]."""
         return self.collator_class(**settings)
 
+    def prepare_prompts(self) -> None:
+        """What a trainer needs to make prompts, before anything is precomputed. There is no policy yet."""
+
     def finish_init(self) -> None:
-        """What a trainer prepares once the model is there, before anything is precomputed."""
+        """What a trainer prepares once the policy is there."""
 
     def prompts(self, inputs: dict[str, Any]) -> list[str | None]:
         """The policy's prompts `(B,)` for a batch of the collator; `None` is the unconditional branch."""
@@ -229,33 +237,17 @@ class DiffusionTrainer(_BaseTrainer):
         # The epoch is a function: a run that resumes within an epoch wraps its sampler so that it cannot be set
         return BucketSampler(sizes, self._train_batch_size, self.args.seed, lambda: self._epoch)
 
-    def precompute(self) -> None:
-        """
-        Encodes images and prompts once, into Arrow files, and takes the encoders off the device; where the reference inverts, or
-        `args.precompute_ref_preds` is set, also noises each row for each epoch. Raises a `ValueError` for a stream or a repeated
-        id.
-        """
-        args = self.args
-        files = Precomputation(self.encoder, self.data_collator, args.per_device_eval_batch_size, args.precompute_dir)
-        warn_of_unused_rows(self.train_dataset, args)
-        self.train_dataset = each_dataset(self.train_dataset, "train_dataset", files.images)
-        self.eval_dataset = each_dataset(self.eval_dataset, "eval_dataset", files.images)
-        self.prepared += files.image_datasets
-        if self.has_fixed_prompts and files.image_datasets:
-            self.encoder.prompt_cache = files.prompts(self.prompts_of)
-        self.backbone.offload(self.backbone.encoder_names if self.has_fixed_prompts else ("vae",))
-        if self.train_dataset is not None and (args.reference_inverts or args.precompute_ref_preds):
-            self.model.train()  # as in a step
-            rows = self._bucket_sampler(self.train_dataset) if args.aspect_ratio_buckets else self.train_dataset
-            depends_on = (
-                noising_settings(args, self.backbone, self.train_dataset["prompt"]),
-                self._frozen_fingerprints(),
-            )
-            epochs = num_epochs(len(rows), args)
-            self.noised_caches = files.by_epoch(self.train_dataset, epochs, self._noised_tensors, depends_on)
-            self.state.epoch = 0
-            self.meters.averages("train")  # none of these was a step
-            self.model.train(self.denoiser_was_training)
+    def precompute_noised(self) -> None:
+        """Noises each precomputed row for each epoch, and asks the frozen models."""
+        args, dataset = self.args, self.train_dataset
+        self.model.train()  # as in a step
+        rows = self._bucket_sampler(dataset) if args.aspect_ratio_buckets else dataset
+        depends_on = noising_settings(args, self.encoder, dataset["prompt"]), self._frozen_fingerprints()
+        epochs = num_epochs(len(rows), args)
+        self.noised_caches = self.files.by_epoch(dataset, epochs, self._noised_tensors, depends_on)
+        self.state.epoch = 0
+        self.meters.averages("train")  # none of these was a step
+        self.model.train(self.denoiser_was_training)
 
     @torch.no_grad()
     def _noised_tensors(self, inputs: dict[str, Any], epoch: int) -> dict[str, torch.Tensor]:
@@ -372,7 +364,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self.meters.averages("evaluation")  # of an evaluation that was stopped
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.model), self.encoder.keeping_encoders():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         for name, value in self.meters.averages("evaluation").items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
@@ -403,11 +395,10 @@ class DiffusionTrainer(_BaseTrainer):
         """What this run is, to compare a resumed run with."""
         reference = None if self.reference_is_initial_policy else base_fingerprint(self.reference.denoiser)
         lora = self.policy.peft_config["default"] if isinstance(self.policy, PeftModel) else None
-        process, timestep_range = self.process.describe(), list(self.process.timestep_range)
         return describe_run(
-            *(self.args, type(self).__name__, self.base, process, lora),
+            *(self.args, type(self).__name__, self.base, self.process.describe(), lora),
             *(self.rows, (*self.columns, "id", "instances"), reference),
-            resolved={"resolution": self.resolution, "timestep_range": timestep_range},
+            resolved={"resolution": self.resolution, **self.backbone.settings},
             **self.record_details(),
         )
 

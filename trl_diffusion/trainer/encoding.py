@@ -3,16 +3,16 @@
 
 """Latents and conditions of a batch: encoded in the step, or looked up where they were precomputed."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
 
 from ..backbones.base import Backbone
 from ..data.caching import TensorCache
 from ..randomness import keyed_noise
+from .fingerprints import module_fingerprint
 
 
 class BatchEncoder:
@@ -22,8 +22,10 @@ class BatchEncoder:
     Args:
         backbone ([`backbones.base.Backbone`]):
             The backbone.
-        accelerator ([`~accelerate.Accelerator`]):
-            Device and precision of the training.
+        device (`torch.device`):
+            Device of the training.
+        half_dtype (`torch.dtype` or `None`):
+            The type of mixed precision, if any.
         image_columns (`tuple[str, ...]`):
             The `n` image columns of a row. Their latents are in one batch, one column after the other.
         size_conditions (`str`):
@@ -35,13 +37,21 @@ class BatchEncoder:
     """
 
     def __init__(
-        self, backbone: Backbone, accelerator: Accelerator, image_columns: tuple[str, ...], size_conditions: str
+        self,
+        backbone: Backbone,
+        device: torch.device,
+        half_dtype: torch.dtype | None,
+        image_columns: tuple[str, ...],
+        size_conditions: str,
     ):
         self.backbone = backbone
-        self.accelerator = accelerator
+        self.device = device
+        self.half_dtype = half_dtype
         self.image_columns = image_columns
         self.size_conditions = size_conditions
         self.prompt_cache: TensorCache | None = None
+        self.fingerprints: dict[str, str] = {}
+        self.borrowed: ExitStack | None = None
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,9 +65,10 @@ class BatchEncoder:
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`, each of shape `(B, C, h, w)`: float32 mean and standard deviation.
         """
-        is_autocast = not self.backbone.pipeline.vae.config.get("force_upcast", False)
-        with self.accelerator.autocast(AutocastKwargs(enabled=is_autocast)), self._borrowed("vae"):
-            return self.backbone.encode_images(pixel_values)
+        with self._borrow("vae"):
+            is_autocast = not self.backbone.pipeline.vae.config.get("force_upcast", False)
+            with self._autocast(is_autocast):
+                return self.backbone.encode_images(pixel_values)
 
     def sample_latents(self, inputs: dict[str, Any], keys: list[tuple]) -> torch.Tensor:
         """
@@ -93,12 +104,12 @@ class BatchEncoder:
         Returns:
             `dict[str, torch.Tensor]`: text conditions whose first dimension is `B`.
         """
-        device = self.accelerator.device
+        device = self.device
         if self.prompt_cache is not None and all(prompt in self.prompt_cache.places for prompt in prompts):
             conditions = self.prompt_cache[prompts]
             return {name: value.to(device, non_blocking=True) for name, value in conditions.items()}
         different = list(dict.fromkeys(prompts))
-        with self.accelerator.autocast(), self._borrowed(*self.backbone.text_encoder_names):
+        with self._autocast(), self._borrow(*self.backbone.text_encoder_names):
             conditions = self.backbone.encode_prompts(different)
         if len(different) == len(prompts):
             return conditions
@@ -138,6 +149,31 @@ class BatchEncoder:
             name: torch.cat([value] * copies) for name, value in of_images.items()
         }
 
-    def _borrowed(self, *names: str) -> AbstractContextManager:
-        """Where rows were not precomputed, such as those of `evaluate(dataset)`, offloaded encoders come back for a batch."""
-        return self.backbone.encoders_on_device() if set(names) & set(self.backbone.offloaded) else nullcontext()
+    def fingerprint(self, name: str) -> str:
+        """The [`trainer.fingerprints.module_fingerprint`] of an encoder, which is remembered once it is offloaded."""
+        if name not in self.backbone.offloaded:
+            self.fingerprints[name] = module_fingerprint(getattr(self.backbone.pipeline, name))
+        return self.fingerprints[name]
+
+    @contextmanager
+    def keeping_encoders(self) -> Iterator[None]:
+        """While the context lasts, offloaded encoders stay once a batch has brought them back."""
+        try:
+            with ExitStack() as self.borrowed:
+                yield
+        finally:
+            self.borrowed = None
+
+    def _borrow(self, *names: str) -> AbstractContextManager:
+        """Where rows were not precomputed, such as those of `evaluate(dataset)`, offloaded encoders come back."""
+        if not set(names) & set(self.backbone.offloaded):
+            return nullcontext()
+        if self.borrowed is None:
+            return self.backbone.encoders_on_device()
+        self.borrowed.enter_context(self.backbone.encoders_on_device())
+        return nullcontext()
+
+    def _autocast(self, enabled: bool = True) -> AbstractContextManager:
+        if self.half_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.half_dtype, enabled)

@@ -11,12 +11,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import set_seed
 from trl.trainer.utils import disable_dropout_in_model
 
+from ..backbones import Backbone, load_backbone
+from .diffusion_config import DiffusionConfig, configure_backbone
 from .lora import base_checksums, check_adapters_off, check_lora_config, check_trainable
 
 
@@ -56,9 +59,7 @@ def make_policy(
         denoiser.requires_grad_(True)
         _cast(denoiser, torch.float32)  # the optimizer's steps are smaller than what half precision resolves
         return denoiser
-    peft_config = copy.deepcopy(peft_config)
-    if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
-        peft_config.target_modules = list(default_target_modules)
+    peft_config = _with_targets(peft_config, default_target_modules)
     set_seed(seed)
     denoiser.requires_grad_(False)
     _cast(denoiser, half_dtype or torch.float32)
@@ -67,6 +68,55 @@ def make_policy(
     check_adapters_off(model, base)
     check_trainable(model)
     return model
+
+
+def make_backbone(model: str | DiffusionPipeline, args: DiffusionConfig, peft_config: LoraConfig | None) -> Backbone:
+    """
+    Loads the model of a training, and checks all that is known before its denoiser has weights, so that a mistake is told before
+    hours of precomputing.
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            The model, see [`backbones.load_backbone`]. With `args.precompute`, the denoiser of one that is given by its name
+            awaits its weights.
+        args ([`DiffusionConfig`]):
+            The configuration.
+        peft_config ([`~peft.LoraConfig`] or `None`):
+            The LoRA, if one is trained.
+
+    Returns:
+        [`backbones.base.Backbone`]
+
+    Raises:
+        `ValueError`: If the model cannot be trained, the configuration does not suit it, or the LoRA cannot be trained rightly,
+            see [`trainer.lora.check_lora_config`].
+    """
+    backbone = load_backbone(
+        model, without_denoiser=args.precompute, **loading_settings(args, is_lora=peft_config is not None)
+    )
+    configure_backbone(backbone, args)
+    if peft_config is not None:
+        _cast(backbone.denoiser, args.half_dtype or torch.float32)
+        check_lora_config(_with_targets(peft_config, backbone.lora_target_modules), backbone.denoiser)
+    return backbone
+
+
+def loading_settings(args: DiffusionConfig, is_lora: bool) -> dict[str, Any]:
+    """
+    How [`backbones.load_backbone`] loads a model that is given by its name: what stays frozen in the type of mixed precision.
+
+    Args:
+        args ([`DiffusionConfig`]):
+            The configuration.
+        is_lora (`bool`):
+            Whether a LoRA is trained.
+
+    Returns:
+        `dict[str, Any]`
+    """
+    frozen_dtype = args.half_dtype or torch.float32
+    dtypes = {"encoder_dtype": frozen_dtype, "denoiser_dtype": frozen_dtype if is_lora else torch.float32}
+    return dtypes | (args.model_init_kwargs or {})
 
 
 @contextmanager
@@ -78,6 +128,13 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def _with_targets(peft_config: LoraConfig, default_target_modules: tuple[str, ...]) -> LoraConfig:
+    peft_config = copy.deepcopy(peft_config)
+    if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
+        peft_config.target_modules = list(default_target_modules)
+    return peft_config
 
 
 class _TrackableConfig(FrozenDict):

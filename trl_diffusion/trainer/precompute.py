@@ -13,32 +13,32 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from transformers import TrainingArguments
 
-from ..backbones.base import Backbone
 from ..data.buckets import TRAINING_SIZE
 from ..data.caching import TensorCache, precompute_dataset
 from ..data.collators import ImageCollator
+from ..data.formats import each_dataset
 from .diffusion_config import DiffusionConfig
 from .encoding import BatchEncoder
-from .fingerprints import module_fingerprint
 
 
 logger = get_logger(__name__)
 
-FORMAT_VERSION = 2  # of the files; another one is another file
+FORMAT_VERSION = 3  # of the files; another one is another file
 
 
-def text_fingerprint(backbone: Backbone, prompts: Iterable[str | None]) -> str:
+def text_fingerprint(encoder: BatchEncoder, prompts: Iterable[str | None]) -> str:
     """
     A hash of how prompts are encoded: of their tokens and of the text encoders.
 
     Args:
-        backbone ([`backbones.base.Backbone`]):
-            The backbone.
+        encoder ([`trainer.encoding.BatchEncoder`]):
+            Encodes prompts.
         prompts (`Iterable[str]`):
             The prompts; `None` is the unconditional branch.
 
@@ -46,15 +46,14 @@ def text_fingerprint(backbone: Backbone, prompts: Iterable[str | None]) -> str:
         `str`
     """
     prompts = _in_order(prompts)
-    pipeline = backbone.pipeline
+    backbone = encoder.backbone
+    texts = [prompt or "" for prompt in prompts]
     tokens = [
-        getattr(pipeline, name)(
-            [prompt or "" for prompt in prompts], padding="max_length", truncation=True, max_length=limit
-        ).input_ids
-        for name, limit in backbone.prompt_limits.items()
+        (tokenizer(texts, verbose=False).input_ids, tokenizer.model_max_length, tokenizer.pad_token_id)
+        for tokenizer in (getattr(backbone.pipeline, name) for name in backbone.tokenizer_names)
     ]
-    encoders = [module_fingerprint(getattr(pipeline, name)) for name in backbone.text_encoder_names]
-    return Hasher.hash((prompts, tokens, encoders))
+    encoders = [encoder.fingerprint(name) for name in backbone.text_encoder_names]
+    return Hasher.hash((prompts, tokens, backbone.max_sequence_length, encoders))
 
 
 def _in_order(prompts: Iterable[str | None]) -> list[str | None]:
@@ -83,6 +82,38 @@ class Precomputation:
     batch_size: int
     folder: str | None = None
     image_datasets: list[Dataset] = dataclasses.field(default_factory=list)  # results of `images`
+
+    def datasets(
+        self,
+        train_dataset: Dataset | IterableDataset | None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None,
+        prompts_of: Callable[[dict[str, Any]], list[str | None]] | None,
+    ) -> tuple[Dataset | None, Dataset | dict[str, Dataset] | None]:
+        """
+        Encodes the images and prompts of a training, which the encoder then looks up, and takes the encoders off the device.
+
+        Args:
+            train_dataset ([`~datasets.Dataset`], *optional*):
+                The rows to train on.
+            eval_dataset ([`~datasets.Dataset`] or `dict`, *optional*):
+                The rows to evaluate on.
+            prompts_of (`Callable`, *optional*):
+                From a row to its prompts, see [`~Precomputation.prompts`]. If `None`, prompts are not known beforehand, and the
+                text encoders stay.
+
+        Returns:
+            `tuple`: both datasets with encoded images.
+
+        Raises:
+            `ValueError`: See [`~Precomputation.images`].
+        """
+        train_dataset = each_dataset(train_dataset, "train_dataset", self.images)
+        eval_dataset = each_dataset(eval_dataset, "eval_dataset", self.images)
+        if prompts_of is not None and self.image_datasets:
+            self.encoder.prompt_cache = self.prompts(prompts_of)
+        backbone = self.encoder.backbone
+        backbone.offload(backbone.encoder_names if prompts_of is not None else ("vae",))
+        return train_dataset, eval_dataset
 
     def images(self, dataset: Dataset | IterableDataset, name: str) -> Dataset:
         """
@@ -124,7 +155,7 @@ class Precomputation:
                     example[TRAINING_SIZE] = list(pixels.shape[1:])  # one for all columns
                 for size in {pixels.shape for pixels in pixel_values}:
                     places = [place for place, pixels in enumerate(pixel_values) if pixels.shape == size]
-                    batch = torch.stack([pixel_values[place] for place in places]).to(self.device)
+                    batch = torch.stack([pixel_values[place] for place in places]).to(self.encoder.device)
                     for place, mean, std in zip(places, *self.encoder.encode_images(batch), strict=True):
                         examples[place] |= {f"{column}_latents_mean": mean, f"{column}_latents_std": std}
             return examples
@@ -135,7 +166,7 @@ class Precomputation:
             encode,
             features | collator.text_features,
             f"images of {name}",
-            (dataset._fingerprint, preparation, module_fingerprint(self.encoder.backbone.pipeline.vae)),
+            (dataset._fingerprint, preparation, self.encoder.fingerprint("vae")),
         )
         self.image_datasets.append(encoded)
         return encoded
@@ -165,7 +196,7 @@ class Precomputation:
         rows = (row for dataset in self.image_datasets for row in dataset.select_columns(columns))
         prompts = _in_order(prompt for row in rows for prompt in prompts_of(row))
         rows = Dataset.from_dict({"prompt": prompts}, features=Features({"prompt": Value("string")}))
-        features, fingerprint = {"prompt": Value("string")}, text_fingerprint(backbone, prompts)
+        features, fingerprint = {"prompt": Value("string")}, text_fingerprint(self.encoder, prompts)
         return TensorCache(self._precompute(rows, encode, features, "prompts", fingerprint), "prompt")
 
     def by_id(
@@ -231,14 +262,10 @@ class Precomputation:
             for epoch, name in enumerate(names)
         ]
 
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.accelerator.device
-
     def _precompute(self, dataset: Dataset, encode: Callable, features: dict, name: str, depends_on: Any) -> Dataset:
-        accelerator = self.encoder.accelerator
+        state, precision = PartialState(), {torch.bfloat16: "bf16", torch.float16: "fp16"}
         folder = Path(self.folder or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion")
-        fingerprint = Hasher.hash((FORMAT_VERSION, accelerator.mixed_precision, depends_on))
+        fingerprint = Hasher.hash((FORMAT_VERSION, precision.get(self.encoder.half_dtype, "no"), depends_on))
         # Rows that are precomputed already may have several sizes, of which a batch holds one
         is_one_size = TRAINING_SIZE not in dataset.column_names or len(set(map(tuple, dataset[TRAINING_SIZE]))) == 1
         dataset = precompute_dataset(
@@ -249,10 +276,10 @@ class Precomputation:
             fingerprint,
             folder,
             self.batch_size if is_one_size else 1,
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.wait_for_everyone,
-            accelerator.print,
+            state.process_index,
+            state.num_processes,
+            state.wait_for_everyone,
+            state.print,
         )
         dataset._fingerprint = fingerprint
         return dataset
@@ -266,12 +293,12 @@ def num_epochs(rows: int, args: TrainingArguments) -> int:
     return math.ceil(args.max_steps / max(1, steps)) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
 
 
-def noising_settings(args: DiffusionConfig, backbone: Backbone, prompts: Iterable[str]) -> tuple:
+def noising_settings(args: DiffusionConfig, encoder: BatchEncoder, prompts: Iterable[str]) -> tuple:
     """What noised rows depend on besides the rows, the epoch and the denoisers."""
-    process = backbone.process
+    backbone = encoder.backbone
     return (
-        *(process.describe(), process.timestep_range, args.seed, args.prompt_dropout, args.size_conditions),
-        *(args.noise_source, args.inversion_steps, args.inversion_eta, text_fingerprint(backbone, {None, *prompts})),
+        *(backbone.process.describe(), backbone.settings, args.seed, args.prompt_dropout, args.size_conditions),
+        *(args.noise_source, args.inversion_steps, args.inversion_eta, text_fingerprint(encoder, {None, *prompts})),
     )
 
 

@@ -6,6 +6,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ..backbones import Backbone, load_backbone
 from .diffusion_config import DiffusionConfig
+from .policy import loading_settings
 
 
 # Largest distance of two predictions that are equal but for rounding, as a share of their size. With TF32 or in half precision,
@@ -82,14 +84,16 @@ def frozen_denoiser(denoiser: torch.nn.Module, half_dtype: torch.dtype | None) -
         `torch.nn.Module`
     """
     denoiser.requires_grad_(False)
-    if denoiser.dtype != torch.float32:
-        denoiser.to(torch.float32)
     disable_dropout_in_model(denoiser)
-    if half_dtype is not None:
-        for module in denoiser.modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-                module.to(half_dtype)
+    for module in denoiser.modules():
+        is_cast = half_dtype is not None and isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+        # One by one, so that the whole is never in memory in float32
+        module._apply(partial(_cast, dtype=half_dtype if is_cast else torch.float32), recurse=False)
     return denoiser
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def make_reference(
@@ -126,8 +130,9 @@ def make_reference(
             "then the model before training."
         )
     if ref_model is not None:
-        other = load_backbone(ref_model, **(args.model_init_kwargs or {}))
-        backbone.check_reference(other.pipeline)
+        other = load_backbone(ref_model, **loading_settings(args, isinstance(policy, PeftModel)))
+        with backbone.encoders_on_device():
+            backbone.check_reference(other.pipeline)
         denoiser = other.denoiser
     elif isinstance(policy, PeftModel):
         return Reference(None, policy)
