@@ -3,6 +3,8 @@
 
 """A training step of FLUX.1 dev at its true size, on tensors that have shapes and types and no memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -10,6 +12,7 @@ from peft import LoraConfig
 from tests.benchmark.memory import make_fake
 from tests.benchmark.models import flux_dev_pipeline
 from tests.benchmark.recipe import (
+    compute,
     fake_tensors,
     make_backbone,
     make_encoders_fake,
@@ -81,3 +84,25 @@ def test_one_step_of_iapo_on_flux_dev():
         for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]):
             assert tensor.shape == parameter.shape and tensor.dtype == torch.float32
     assert all(p.grad is None for p in frozen)
+
+
+@pytest.mark.slow
+def test_a_recipe_is_computed_at_the_true_size():
+    """Weights and optimizer of Stable Diffusion 3.5 medium are what they sum up to, and a forward has the FLOPs that are known."""
+    recipe = Path(__file__).parents[2] / "examples/configs/iapo_sd35_medium.yaml"
+    found = compute(recipe, per_device_train_batch_size=1)
+    trained = found["trained_parameters"]
+    assert trained == (24 * 8 - 1 + 13 * 4) * 2 * 64 * 1536
+    # Two bytes for each weight and for each entry of the 384 x 384 positions, four for each weight of the LoRA
+    weights = 2 * (2_243_171_520 + 384 * 384 * 1536) + 4 * trained
+    assert found["training_gib"]["weights"] == weights / 2**30
+    # AdamW: two moments in float32, and a number of steps for each of two matrices in 243 layers
+    assert found["training_gib"]["optimizer"] == (8 * trained + 4 * 2 * 243) / 2**30
+    # T5-XXL, CLIP ViT-L and bigG in bfloat16, the VAE in float32
+    encoders = 2 * (4_762_310_656 + 123_650_304 + 694_659_840) + 4 * 83_819_683
+    assert found["encoding_gib"]["weights"] == pytest.approx(
+        encoders / 2**30, rel=1e-5
+    )  # and the numbers of positions
+    # Reference, policy, policy again, backward: for two images
+    assert found["forward_tflop"] == pytest.approx(11.3, rel=0.01)
+    assert 2 * 3.9 < found["tflop_per_row"] / found["forward_tflop"] < 2 * 4.6
