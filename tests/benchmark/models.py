@@ -70,6 +70,10 @@ def clip_vit_l() -> CLIPTextModel:
     return CLIPTextModel(text_config(768, 12, 12, "quick_gelu"))
 
 
+def clip_vit_l_with_projection() -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(text_config(768, 12, 12, "quick_gelu"))
+
+
 def openclip_bigg() -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(text_config(1280, 32, 20, "gelu"))
 
@@ -199,12 +203,14 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
     )
 
 
-def sd35_pipeline(transformer: SD3Transformer2DModel, t5: T5EncoderModel) -> StableDiffusion3Pipeline:
+def sd35_pipeline(
+    transformer: SD3Transformer2DModel, t5: T5EncoderModel, clips: list[CLIPTextModelWithProjection]
+) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         vae=flow_vae(1.5305, 0.0609),
-        text_encoder=CLIPTextModelWithProjection(text_config(768, 12, 12, "quick_gelu")),
+        text_encoder=clips[0],
         tokenizer=tokenizer(),
-        text_encoder_2=openclip_bigg(),
+        text_encoder_2=clips[1],
         tokenizer_2=tokenizer(),
         text_encoder_3=t5,
         tokenizer_3=tiny.t5_tokenizer(),
@@ -214,11 +220,11 @@ def sd35_pipeline(transformer: SD3Transformer2DModel, t5: T5EncoderModel) -> Sta
 
 
 def sd35_medium_pipeline() -> StableDiffusion3Pipeline:
-    return sd35_pipeline(sd35_medium_transformer(), t5_xxl())
+    return sd35_pipeline(sd35_medium_transformer(), t5_xxl(), [clip_vit_l_with_projection(), openclip_bigg()])
 
 
 def sd35_large_pipeline() -> StableDiffusion3Pipeline:
-    return sd35_pipeline(sd35_large_transformer(), t5_xxl())
+    return sd35_pipeline(sd35_large_transformer(), t5_xxl(), [clip_vit_l_with_projection(), openclip_bigg()])
 
 
 def flux_dev_pipeline() -> FluxPipeline:
