@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from .base import Backbone
 from .flux import FluxBackbone
+from .single_file import is_single_file, load_single_file
 from .source import PipelineSource, as_dtype, components_left_out, read_index
 from .stable_diffusion import StableDiffusionBackbone
 from .stable_diffusion_3 import StableDiffusion3Backbone
@@ -36,7 +37,8 @@ def load_backbone(
 
     Args:
         model (`str`, `Path` or [`~diffusers.DiffusionPipeline`]):
-            A Hub id, a folder that holds a pipeline, or a loaded pipeline, to which nothing below applies.
+            A Hub id, a folder that holds a pipeline, a single file (see [`backbones.single_file.load_single_file`]), or a loaded
+            pipeline, to which nothing below applies.
         encoder_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             Precision of the text encoders. The VAE is float32: it is small, and some overflow in half precision.
         denoiser_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
@@ -61,6 +63,11 @@ def load_backbone(
             pipeline.register_modules(safety_checker=None)
             pipeline.register_to_config(requires_safety_checker=False)
         source, empty = None, {}
+    elif is_single_file(str(model)):
+        dtype = as_dtype(
+            kwargs.pop("dtype", kwargs.pop("torch_dtype", {"default": denoiser_dtype, "vae": torch.float32}))
+        )
+        pipeline, source = load_single_file(str(model), dtype=dtype, **kwargs), None
     else:
         source, empty = _open(str(model), encoder_dtype, denoiser_dtype, without_denoiser, kwargs)
         pipeline = source.load_pipeline(**empty)
@@ -95,13 +102,15 @@ def load_pipeline(name: str, **kwargs) -> DiffusionPipeline:
 
     Args:
         name (`str`):
-            A Hub id, or a folder that holds a pipeline.
+            A Hub id, a folder that holds a pipeline, or a single file, see [`backbones.single_file.load_single_file`].
         **kwargs:
             Passed to [`~diffusers.DiffusionPipeline.from_pretrained`].
 
     Returns:
         [`~diffusers.DiffusionPipeline`]
     """
+    if is_single_file(name):
+        return load_single_file(name, **kwargs)
     return DiffusionPipeline.from_pretrained(name, **{**kwargs, **components_left_out(name, kwargs)})
 
 
