@@ -20,7 +20,14 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
 from make_base_pipeline import WORLDS, World, latents_of, make_tokenizer, pixels_of
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from trl_diffusion.quickstart.sampling import shipped
 from trl_diffusion.quickstart.world import SIZE, evaluation_prompts
