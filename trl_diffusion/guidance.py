@@ -37,8 +37,8 @@ def negative_preference_guidance(
 
     Raises:
         `ValueError`: If the pipeline has no such adapter (the message names those that it has), if adapters are fused into its
-            weights, if its family is not supported, or if it samples without an
-            unconditional branch although guidance was asked for (FLUX.1 without `true_cfg_scale`).
+            weights, if its family is not supported, or if a FLUX.1 samples without an unconditional branch, as it does without
+            `true_cfg_scale`. (Other pipelines have none at a `guidance_scale` of 1; the positive model then samples alone.)
 
     Example:
 
@@ -50,6 +50,12 @@ def negative_preference_guidance(
     ```
     """
     backbone_class = _backbone_class_of(pipeline)
+    hint = backbone_class.guidance_hint
+    if hint and not isinstance(pipeline, backbone_class.pipeline_class):
+        raise ValueError(
+            f"A `{type(pipeline).__name__}` does not tell which branch of guidance its transformer is called for. Use a "
+            f"`{backbone_class.pipeline_class.__name__}`."
+        )
     denoiser = getattr(pipeline, backbone_class.denoiser_name)
     layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
     known = sorted({name for layer in layers for name in layer.lora_A})
@@ -74,26 +80,32 @@ def negative_preference_guidance(
         else:
             denoiser.disable_lora()
 
-    seen: list[str] = []  # the branches of the calls
     context = None  # of the call, as the pipeline names it
+    is_alone = False  # whether the last call that the pipeline named was one of the conditional branch
+    no_branch = ValueError(
+        f"The pipeline samples without an unconditional branch, so `negative` would have no effect: {hint}."
+    )
+    replaced_context = vars(denoiser).get("cache_context")
+    own_context = getattr(denoiser, "cache_context", None)
 
     @contextmanager
     def cache_context(name: str, **kwargs):
         nonlocal context
         context = name
-        with type(denoiser).cache_context(denoiser, name, **kwargs):
-            yield
-        context = None
+        try:
+            with own_context(name, **kwargs):
+                yield
+        finally:
+            context = None
 
     def guided(*args, **kwargs):
+        nonlocal is_alone
         num_rows = next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim)
         branches = backbone_class.guidance_branches(pipeline, context, kwargs)
-        if backbone_class.guidance_hint and seen and "unconditional" not in (*seen, *branches):
-            raise ValueError(
-                "The pipeline samples without an unconditional branch, so `negative` would have no effect: "
-                f"{backbone_class.guidance_hint}."
-            )
-        seen.extend(branches)
+        if hint and context is not None:
+            if is_alone and branches == ("conditional",):
+                raise no_branch
+            is_alone = branches == ("conditional",)
         predictions = []
         for index, branch in enumerate(branches):
             switch(adapters[branch])
@@ -105,11 +117,12 @@ def negative_preference_guidance(
 
     guided.unguided = forward
     denoiser.forward = guided
-    replaced_context = vars(denoiser).get("cache_context")
-    if hasattr(denoiser, "cache_context"):
+    if own_context is not None:
         denoiser.cache_context = cache_context
     try:
         yield
+        if is_alone:  # in the last of its calls
+            raise no_branch
     finally:
         del denoiser.forward
         vars(denoiser).pop("cache_context", None)

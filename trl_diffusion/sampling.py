@@ -52,7 +52,8 @@ def sample_images(
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Show no progress.
         **kwargs:
-            Further arguments of the pipeline's call, such as `max_sequence_length` or `true_cfg_scale`.
+            Further arguments of the pipeline's call, such as `max_sequence_length`, or for true guidance of FLUX.1
+            `true_cfg_scale=2.0, negative_prompt=""`.
 
     Returns:
         `list[PIL.Image.Image]`: the images, in the order of the prompts.
@@ -60,11 +61,13 @@ def sample_images(
     if keys is None:
         keys = list(range(len(prompts)))
     guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-    images = []
+    images, further = [], kwargs
     bar = getattr(pipeline, "_progress_bar_config", {})
     try:
         for start in _progress(pipeline, range(0, len(prompts), batch_size), disable_tqdm):
             batch = slice(start, start + batch_size)
+            if isinstance(kwargs.get("negative_prompt"), str):  # one for each prompt, which FLUX.1 needs
+                further = kwargs | {"negative_prompt": [kwargs["negative_prompt"]] * len(prompts[batch])}
             images += pipeline(
                 prompts[batch],
                 generator=[keyed_generator(seed, key, "sample") for key in keys[batch]],
@@ -72,7 +75,7 @@ def sample_images(
                 height=height,
                 width=width,
                 **guidance,
-                **kwargs,
+                **further,
             ).images
     finally:
         pipeline.set_progress_bar_config(**bar)

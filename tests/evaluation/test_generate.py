@@ -158,6 +158,107 @@ class TestDrawing:
         assert not any(tmp_path.iterdir())
 
 
+FLOW = {"sd3": tiny.sd3_pipeline, "flux": tiny.flux_pipeline}
+FLOW_PROTOCOL = replace(PROTOCOL, height=32, width=32, max_sequence_length=16)
+
+
+@pytest.fixture(scope="module")
+def flow_specs(tmp_path_factory) -> dict[str, ModelSpec]:
+    """Of both flow families a pipeline, a LoRA on it, and the same with another one in the unconditional branch."""
+    root, specs = tmp_path_factory.mktemp("flow"), {}
+    for family, make in FLOW.items():
+        make().save_pretrained(root / family)
+        for seed, name in enumerate(("lora", "reversed")):
+            save_lora(make(), root / f"{family}-{name}", seed=seed, size=1.0)
+        base, lora, reversed_lora = (str(root / name) for name in (family, f"{family}-lora", f"{family}-reversed"))
+        specs[family] = resolve_model(family, base)
+        specs[f"{family}-lora"] = resolve_model("lora", lora, base)
+        specs[f"{family}-guided"] = resolve_model("guided", lora, base, reversed_lora)
+    return specs
+
+
+@pytest.mark.parametrize("family", FLOW)
+class TestFlowModels:
+    few = replace(PROMPTS, prompts=PROMPTS.prompts[:3])
+
+    def protocol(self, family: str, **settings) -> Protocol:
+        guidance = {"guidance_scale": None, "true_cfg_scale": 2.0} if family == "flux" else {"guidance_scale": 3.0}
+        return replace(FLOW_PROTOCOL, **{"images_per_prompt": 1} | guidance | settings)
+
+    @pytest.mark.parametrize("kind", ["", "-lora", "-guided"])
+    def test_an_image_is_the_pipelines_own(self, flow_specs, tmp_path, family, kind):
+        """For a pipeline, a LoRA and one with a negative LoRA: the plain call, with the noise of the image, in any batch."""
+        spec = flow_specs[family + kind]
+        rows = run(spec, tmp_path / "all", self.few, self.protocol(family), batch_size=2)
+        pipeline = load_pipeline(spec, torch.float32, torch.device("cpu"))
+        pipeline.set_progress_bar_config(disable=True)
+        settings = {"height": 32, "width": 32, "max_sequence_length": 16, "num_inference_steps": 2}
+        settings |= {"negative_prompt": "", "true_cfg_scale": 2.0} if family == "flux" else {"guidance_scale": 3.0}
+        with guidance_of(spec, pipeline):
+            for row in rows:
+                generator = keyed_generator(0, f"{row.prompt.id}/0", "sample")
+                image = pipeline(row.prompt.text, generator=generator, **settings).images[0]
+                assert abs(np.asarray(image).astype(int) - np.asarray(Image.open(row.path))).max() <= 1
+
+    def test_every_setting_changes_the_images(self, flow_specs, tmp_path, family):
+        """Guidance, tokens, the LoRA and the negative LoRA."""
+        changes = {"plain": {}, "tokens": {"max_sequence_length": 12}, "guidance": {"guidance_scale": 5.0}}
+        if family == "flux":
+            changes["true guidance"] = {"true_cfg_scale": 3.0}
+        made = [run(flow_specs[family], tmp_path / x, self.few, self.protocol(family, **changes[x])) for x in changes]
+        made += [
+            run(flow_specs[family + x], tmp_path / x, self.few, self.protocol(family)) for x in ("-lora", "-guided")
+        ]
+        for images in zip(*made, strict=True):
+            assert len({row.path.read_bytes() for row in images}) == len(made)
+
+    def test_the_record(self, flow_specs, tmp_path, family):
+        """The manifest names the pipeline's guidance where the protocol leaves it to the pipeline, and what was set."""
+        few = PROMPTS.select(1)
+        protocol = self.protocol(family, guidance_scale=None)
+        run(flow_specs[family], tmp_path, few, protocol)
+        manifest = json.loads((tmp_path / "images" / family / "manifest.json").read_text())
+        expected = {"guidance_scale": 3.5, "true_cfg_scale": 2.0} if family == "flux" else {"guidance_scale": 7.0}
+        assert manifest["protocol"] == {
+            **{"num_inference_steps": 2, "scheduler": None, "height": 32, "width": 32, "seed": 0},
+            **{"max_sequence_length": 16},
+            **expected,
+        }
+        run(flow_specs[family], tmp_path, few, replace(protocol, guidance_scale=expected["guidance_scale"]))
+        for tokens in (None, 12):
+            with pytest.raises(ValueError, match=f"`protocol.max_sequence_length` 16, not {tokens}"):
+                run(flow_specs[family], tmp_path, few, replace(protocol, max_sequence_length=tokens))
+
+    def test_another_scheduler_is_refused(self, flow_specs, tmp_path, family):
+        """A rectified flow keeps its own scheduler; the refused run leaves nothing that hinders the next one."""
+        with pytest.raises(
+            ValueError, match="'DDIMScheduler' does not fit a model with FlowMatchEulerDiscreteScheduler"
+        ):
+            run(flow_specs[family], tmp_path, self.few, self.protocol(family, scheduler="DDIMScheduler"))
+        assert len(run(flow_specs[family], tmp_path, self.few, self.protocol(family))) == 3
+
+    def test_a_negative_lora_needs_guidance(self, flow_specs, tmp_path, family):
+        """Without an unconditional branch the model is refused before it is loaded, with the flag to set."""
+        flag = "true_cfg_scale" if family == "flux" else "guidance_scale"
+        for scale in [1.0, None] if family == "flux" else [1.0]:
+            with pytest.raises(
+                ValueError, match=f"unconditional branch only with a `{flag}` above 1, .*Pass `--{flag}`"
+            ):
+                run(flow_specs[f"{family}-guided"], tmp_path, self.few, self.protocol(family, **{flag: scale}))
+        assert not any(tmp_path.rglob("*.png"))
+
+
+def test_a_protocol_of_several_families(specs, drawn, tmp_path, caplog):
+    """What a pipeline does not take is left out with a warning, and changes none of its images."""
+    with caplog.at_level(logging.WARNING):
+        run(specs["sd"], tmp_path, PROMPTS, replace(PROTOCOL, max_sequence_length=16, true_cfg_scale=2.0))
+    assert files(tmp_path) == drawn["sd"]
+    assert (
+        "sd is sampled without max_sequence_length and true_cfg_scale: a `StableDiffusionPipeline` takes"
+        in caplog.text
+    )
+
+
 class Killed(BaseException):
     """An interruption of a run."""
 
@@ -252,6 +353,17 @@ class TestGoingOn:
             run(spec, tmp_path, **settings)
         assert "Choose another `output_dir`, or delete that folder" in str(error.value)
         assert files(tmp_path) == before
+
+    def test_a_scale_left_to_the_pipeline(self, specs, tmp_path):
+        """Without a guidance scale a model has its pipeline's, and the record names it: 7.5 and None are one."""
+        few = PROMPTS.select(1)
+        run(specs["sd"], tmp_path, few, replace(PROTOCOL, guidance_scale=None))
+        before = files(tmp_path)
+        run(specs["sd"], tmp_path / "other", few, replace(PROTOCOL, guidance_scale=7.5))
+        assert files(tmp_path / "other") == before
+        run(specs["sd"], tmp_path, few, replace(PROTOCOL, guidance_scale=7.5))
+        with pytest.raises(ValueError, match="`protocol.guidance_scale` 7.5, not 5.0"):
+            run(specs["sd"], tmp_path, few, replace(PROTOCOL, guidance_scale=5.0))
 
     def test_other_versions_or_types_do_not_mix_in(self, specs, tmp_path, monkeypatch):
         """Other data types of the weights and other versions of diffusers and torch are refused too."""

@@ -7,19 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from tests import tiny
 from tests.evaluation.loras import save_lora
+from tests.test_single_file import sd_file
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer, negative_preference_guidance
 from trl_diffusion.evaluation import models as module
 from trl_diffusion.evaluation.models import (
+    default_guidance,
     guidance_of,
     load_pipeline,
     parse_model,
+    pipeline_class_of,
     resolve_dtype,
     resolve_model,
 )
@@ -209,6 +213,35 @@ class TestKinds:
         assert resolve_model("m", "user/base").kind == "pipeline"
 
 
+class TestSingleFiles:
+    def test_a_file_is_a_pipeline(self, folders, tmp_path):
+        """Its revision is its hash, its configuration that of `base`, and it loads as the model that it was made from."""
+        file = tmp_path / "model.safetensors"
+        save_file(sd_file(), file)
+        spec = resolve_model("m", str(file), base=folders["base"])
+        assert (spec.kind, spec.base) == ("pipeline", folders["base"]) and spec.revision.startswith("sha256:")
+        assert spec.describe()["path"] == "model.safetensors" and spec.describe()["base"] == "base"
+        assert pipeline_class_of(spec) is StableDiffusionPipeline
+        loaded, expected = (
+            load_pipeline(one, torch.float32, CPU) for one in (spec, resolve_model("b", folders["base"]))
+        )
+        assert np.array_equal(draw(loaded), draw(expected))
+        save_file({"x": torch.zeros(1)}, file)
+        assert resolve_model("m", str(file)).revision != spec.revision
+        (tmp_path / "model.bin").write_bytes(b"")
+        with pytest.raises(ValueError, match="model.bin is a file: pass its folder"):
+            resolve_model("m", str(tmp_path / "model.bin"))
+
+
+class TestClasses:
+    def test_defaults_of_the_pipelines(self, folders, tmp_path):
+        """The class is read before anything is loaded, for a LoRA that of its base; the scales are those of diffusers."""
+        for spec in (resolve_model("m", folders["base"]), resolve_model("m", folders["lora"], folders["base"])):
+            assert pipeline_class_of(spec) is StableDiffusionPipeline
+        classes = StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline
+        assert [default_guidance(one) for one in classes] == [7.5, 5.0, 7.0, 3.5]
+
+
 class TestLoading:
     def test_a_lora_keeps_its_strength(self, folders):
         """A LoRA whose alpha is not its rank gives the same images as in plain diffusers."""
@@ -286,11 +319,16 @@ class TestLoading:
 class TestTypes:
     def test_types(self):
         """The data type is given by name; by default, it is half precision on a CUDA device and single elsewhere."""
-        assert resolve_dtype("auto", torch.device("cuda", 1)) == torch.float16
-        assert resolve_dtype("auto", CPU) == resolve_dtype("auto", torch.device("mps")) == torch.float32
-        assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
+        assert resolve_dtype("auto", torch.device("cuda", 1), StableDiffusionPipeline) == torch.float16
+        for family in (StableDiffusion3Pipeline, FluxPipeline):  # float16 is too narrow for T5
+            assert resolve_dtype("auto", torch.device("cuda"), family) == torch.bfloat16
+            assert resolve_dtype("float16", torch.device("cuda"), family) == torch.float16
+        for device in (CPU, torch.device("mps")):
+            assert resolve_dtype("auto", device, StableDiffusionPipeline) == torch.float32
+            assert resolve_dtype("auto", device, FluxPipeline) == torch.float32
+        assert resolve_dtype("bfloat16", CPU, StableDiffusionPipeline) == torch.bfloat16
         with pytest.raises(ValueError, match="must be 'auto', 'float32', 'float16', 'bfloat16', got 'fp16'"):
-            resolve_dtype("fp16", CPU)
+            resolve_dtype("fp16", CPU, StableDiffusionPipeline)
 
     def test_a_pipeline_is_loaded_in_its_type(self, folders):
         """All weights have the data type, including those of a LoRA."""

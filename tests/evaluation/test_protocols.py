@@ -46,6 +46,8 @@ class TestFiles:
             "width": 768,
             "images_per_prompt": 4,
             "seed": -1,
+            "max_sequence_length": 128,
+            "true_cfg_scale": 2.5,
             "unknown": ["seed"],
             "source": "a paper",
         }
@@ -74,6 +76,8 @@ class TestFiles:
             ("height: -1", "`height` .* got -1"),
             ("seed: one", "`seed` .* got 'one'"),
             ("guidance_scale: high", "`guidance_scale` .* got 'high'"),
+            ("true_cfg_scale: '2'", "`true_cfg_scale` of the protocol must be a number, got '2'"),
+            ("max_sequence_length: 0", "`max_sequence_length` .* got 0"),
             ("scheduler: Euler", "must be a scheduler of diffusers, such as 'DDIMScheduler', got 'Euler'"),
             ("scheduler: UNet2DConditionModel", "must be a scheduler of diffusers"),
             ("unknown: [steps]", "`unknown` of the protocol lists steps; the settings are num_inference_steps"),
@@ -113,7 +117,7 @@ class TestFlags:
 
     def test_every_setting_has_a_flag(self):
         """Every setting of a protocol has a flag."""
-        other = dict(zip(SETTINGS, (3, 1.5, "DDIMScheduler", 8, 16, 2, 9), strict=True))
+        other = dict(zip(SETTINGS, (3, 1.5, "DDIMScheduler", 8, 16, 2, 9, 64, 3.0), strict=True))
         protocol = load_protocol("cpo_sdxl", **other)
         assert {name: getattr(protocol, name) for name in SETTINGS} == other and protocol.unknown == ()
 

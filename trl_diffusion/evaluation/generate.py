@@ -9,6 +9,7 @@ images.
 """
 
 import gc
+import inspect
 import io
 import json
 import logging
@@ -29,9 +30,18 @@ from tqdm.auto import tqdm
 from ..batching import batched, in_threads
 from ..files import write_file
 from ..sampling import sample_images
-from .models import METADATA_FILE, ModelSpec, guidance_of, is_image, load_pipeline, resolve_dtype
+from .models import (
+    METADATA_FILE,
+    ModelSpec,
+    default_guidance,
+    guidance_of,
+    is_image,
+    load_pipeline,
+    pipeline_class_of,
+    resolve_dtype,
+)
 from .prompts import Prompt, PromptSet, read_jsonl
-from .protocols import SETTINGS, Protocol
+from .protocols import OF_SOME_PIPELINES, Protocol
 
 
 logger = logging.getLogger(__name__)
@@ -97,7 +107,8 @@ def generate(
 
     Raises:
         `ValueError`: If the folder holds images that were sampled with other settings, another process is sampling
-            into it, the scheduler does not fit the model, the disk is full, or a folder of images is incomplete.
+            into it, the scheduler does not fit the model, the model has a negative LoRA and no unconditional branch, the disk
+            is full, or a folder of images is incomplete.
     """
     if spec.kind == "images":
         return match_images(Path(spec.path), prompt_set, protocol.images_per_prompt)
@@ -106,10 +117,15 @@ def generate(
     state = PartialState(cpu=use_cpu, timeout=PATIENCE)
     folder = Path(output_dir) / "images" / spec.name
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = resolve_dtype(dtype, state.device)
+    pipeline_class = pipeline_class_of(spec)
+    check_branches(spec, pipeline_class, protocol)
+    dtype = resolve_dtype(dtype, state.device, pipeline_class)
+    settings = protocol.describe()
+    if protocol.guidance_scale is None:
+        settings["guidance_scale"] = default_guidance(pipeline_class)
     manifest = {
         "prompts": {"name": prompt_set.name, "revision": prompt_set.revision, "digest": prompt_set.digest},
-        "protocol": {name: getattr(protocol, name) for name in SETTINGS if name != "images_per_prompt"},
+        "protocol": settings,
         "model": spec.describe(),
         "dtype": str(dtype).removeprefix("torch."),
         "versions": {package: version(package) for package in PACKAGES},
@@ -164,14 +180,13 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """
     path = folder / MANIFEST
     way_out = "Choose another `output_dir`, or delete that folder to sample all images again."
-    if not path.exists():
-        if any(folder.glob("*.png")):
-            raise ValueError(
-                f"{folder} holds images but no {MANIFEST}: their sampling settings are unknown. {way_out}"
-            )
+    if not any(folder.glob("*.png")):
         return
+    if not path.exists():
+        raise ValueError(f"{folder} holds images but no {MANIFEST}: their sampling settings are unknown. {way_out}")
     earlier, now = flat(json.loads(path.read_text(encoding="utf-8"))), flat(manifest)
-    changes = [f"`{name}` {earlier.get(name)!r}, not {now[name]!r}" for name in now if earlier.get(name) != now[name]]
+    names = [*now, *(name for name in earlier if name not in now)]
+    changes = [f"`{x}` {earlier.get(x)!r}, not {now.get(x)!r}" for x in names if earlier.get(x) != now.get(x)]
     if changes:
         raise ValueError(f"The images in {folder} were sampled with {'; '.join(changes)}. {way_out}")
 
@@ -233,6 +248,7 @@ def sample_rows(
         name (`str`):
             Name of the model, for the progress bar.
     """
+    further = further_settings(pipeline, protocol, name)
     with tqdm(total=len(rows), desc=f"Sampling with {name}", unit="image", disable=disable_tqdm) as bar:
         for batch in batched(rows, batch_size):
             images = sample_images(
@@ -246,9 +262,39 @@ def sample_rows(
                 width=protocol.width,
                 keys=[f"{row.prompt.id}/{row.index}" for row in batch],
                 disable_tqdm=True,
+                **further,
             )
             in_threads(write_image, zip(batch, images, strict=True))
             bar.update(len(batch))
+
+
+def further_settings(pipeline: DiffusionPipeline, protocol: Protocol, name: str) -> dict[str, Any]:
+    """
+    The arguments of the pipeline's call for the settings that only some pipelines take. Warns of those that this one does not
+    take: a protocol may be for models of several families.
+    """
+    given = {key: getattr(protocol, key) for key in OF_SOME_PIPELINES if getattr(protocol, key) is not None}
+    taken = inspect.signature(pipeline.__call__).parameters
+    if others := [key for key in given if key not in taken]:
+        logger.warning(f"{name} is sampled without {' and '.join(others)}: a `{type(pipeline).__name__}` takes none.")
+    settings = {key: value for key, value in given.items() if key in taken}
+    return settings | ({"negative_prompt": ""} if "true_cfg_scale" in settings else {})
+
+
+def check_branches(spec: ModelSpec, pipeline_class: type[DiffusionPipeline], protocol: Protocol) -> None:
+    """Refuses a negative LoRA where the model would be sampled without the unconditional branch that it is for."""
+    if spec.negative_lora is None:
+        return
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    name = "true_cfg_scale" if "true_cfg_scale" in parameters else "guidance_scale"
+    scale = getattr(protocol, name)
+    scale = parameters[name].default if scale is None and name in parameters else scale
+    if scale is not None and scale <= 1:
+        raise ValueError(
+            f"{spec.name} has a negative LoRA, and without guidance it would have no effect: a `{pipeline_class.__name__}` has an "
+            f"unconditional branch only with a `{name}` above 1, and it is {scale}. Pass `--{name}`, such as 2.0, or set it in the "
+            "protocol."
+        )
 
 
 def write_image(sample: tuple[ImageRow, PIL.Image.Image]) -> None:

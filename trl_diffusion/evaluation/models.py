@@ -4,17 +4,20 @@
 """The models to evaluate: pipelines, LoRAs, training checkpoints, and folders of existing images."""
 
 import hashlib
+import inspect
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from .. import backbones
+from ..backbones.single_file import family_of_file, is_single_file
 from ..guidance import negative_preference_guidance
 from ..revisions import commit_of, digest_of_file, pinned, resolve_revision
 from .prompts import SAFE_NAME
@@ -43,7 +46,7 @@ class ModelSpec:
         revision (`str`):
             Commit on the Hub, or hash of the folder.
         base (`str`, *optional*):
-            Folder or Hub id of the base pipeline of a LoRA.
+            Folder or Hub id of the base pipeline of a LoRA, or of the pipeline whose configuration a single file takes.
         base_revision (`str`, *optional*):
             Commit or hash of the base.
         negative_lora (`str`, *optional*):
@@ -109,12 +112,14 @@ def resolve_model(name: str, where: str, base: str | None = None, negative_lora:
         name (`str`):
             Name of the model in tables and folders.
         where (`str`):
-            - a pipeline: a folder or Hub id with `model_index.json`, such as a checkpoint of full fine-tuning;
+            - a pipeline: a folder or Hub id with `model_index.json`, such as a checkpoint of full fine-tuning, or a single
+              file, see [`backbones.single_file.load_single_file`];
             - a LoRA: a folder or Hub id with `pytorch_lora_weights.safetensors`, such as a checkpoint of LoRA
               training;
             - a folder of images, see [`evaluation.generate.match_images`].
         base (`str`, *optional*):
-            Folder or Hub id of the base pipeline of a LoRA. Defaults to the `base_model` in the LoRA's card.
+            Folder or Hub id of the base pipeline of a LoRA. Defaults to the `base_model` in the LoRA's card. For a single file,
+            the pipeline that gives its configuration, and whatever the file is without.
         negative_lora (`str`, *optional*):
             Folder or Hub id of a LoRA for the unconditional branch of guidance, see [`negative_preference_guidance`].
 
@@ -137,6 +142,8 @@ def resolve_model(name: str, where: str, base: str | None = None, negative_lora:
         base_kind, base_revision = _kind_and_revision(base)
         if base_kind != "pipeline":
             raise ValueError(f"The base of the LoRA {where} must be a pipeline, but {base} has no {PIPELINE_FILE}.")
+    elif base is not None and Path(where).is_file():
+        base_revision = _kind_and_revision(base)[1]
     else:
         base = None
     if negative_lora is not None:
@@ -161,9 +168,10 @@ def load_pipeline(spec: ModelSpec, dtype: torch.dtype, device: torch.device | st
     Returns:
         [`~diffusers.DiffusionPipeline`]: the pipeline, with the LoRA if there is one.
     """
+    source, revision = _source(spec)
     is_lora = spec.kind == "lora"
-    source, revision = (spec.base, spec.base_revision) if is_lora else (spec.path, spec.revision)
-    pipeline = backbones.load_pipeline(source, dtype=dtype, **pinned(revision)).to(device)
+    config = {} if is_lora or spec.base is None else {"config": spec.base}
+    pipeline = backbones.load_pipeline(source, dtype=dtype, **config, **pinned(revision)).to(device)
     if is_lora:
         pipeline.load_lora_weights(spec.path, weight_name=LORA_FILE, adapter_name=ADAPTER, **pinned(spec.revision))
     if spec.negative_lora is not None:
@@ -183,16 +191,42 @@ def guidance_of(spec: ModelSpec, pipeline: DiffusionPipeline) -> AbstractContext
     return negative_preference_guidance(pipeline, ADAPTER if spec.kind == "lora" else None, NEGATIVE_ADAPTER)
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def pipeline_class_of(spec: ModelSpec) -> type[DiffusionPipeline]:
+    """
+    The class of a model's pipeline, before the pipeline is loaded.
+
+    Args:
+        spec ([`ModelSpec`]):
+            The model, of kind `"pipeline"` or `"lora"`.
+
+    Returns:
+        `type`: [`~diffusers.DiffusionPipeline`] itself for a class that is not one of diffusers.
+    """
+    source, revision = _source(spec)
+    if is_single_file(source):
+        return family_of_file(source)
+    name = DiffusionPipeline.load_config(source, **pinned(revision))["_class_name"]
+    return getattr(diffusers, str(name), DiffusionPipeline)
+
+
+def default_guidance(pipeline_class: type[DiffusionPipeline]) -> float | None:
+    """The `guidance_scale` of a pipeline that is called without one; `None` where it has none."""
+    parameter = inspect.signature(pipeline_class.__call__).parameters.get("guidance_scale")
+    return None if parameter is None else parameter.default
+
+
+def resolve_dtype(dtype: str, device: torch.device, pipeline_class: type[DiffusionPipeline]) -> torch.dtype:
     """
     Determines the data type for sampling.
 
     Args:
         dtype (`str`):
-            `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: `float16` on a CUDA device, as in Diffusion-DPO's
-            notebook, and `float32` elsewhere.
+            `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: on a CUDA device `float16`, as in Diffusion-DPO's notebook,
+            but `bfloat16` for pipelines with a transformer, of which T5 and others overflow in `float16`; elsewhere `float32`.
         device (`torch.device`):
             Device of the model.
+        pipeline_class (`type`):
+            Class of its pipeline.
 
     Returns:
         `torch.dtype`
@@ -201,7 +235,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         `ValueError`: If the type is unknown.
     """
     if dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if "transformer" in pipeline_class.__init__.__annotations__ else torch.float16
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be 'auto', {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
     return DTYPES[dtype]
@@ -213,7 +249,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def _kind_and_revision(where: str) -> tuple[str, str]:
     folder = Path(where)
     if folder.is_file():
-        raise ValueError(f"{where} is a file: pass its folder.")
+        if folder.name == LORA_FILE or not is_single_file(where):
+            raise ValueError(f"{where} is a file: pass its folder.")
+        return "pipeline", digest_of_file(folder)
     if folder.is_dir():
         found = {name: folder / name for name in (PIPELINE_FILE, LORA_FILE) if (folder / name).is_file()}
         missing = f"the folder has no {PIPELINE_FILE} (a pipeline), no {LORA_FILE} (a LoRA) and no images"
@@ -279,6 +317,11 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_TYPES
 
 
+def _source(spec: ModelSpec) -> tuple[str, str]:
+    """Where the pipeline of a model is loaded from, and its revision."""
+    return (spec.base, spec.base_revision) if spec.kind == "lora" else (spec.path, spec.revision)
+
+
 def _label(where: str) -> str:
-    """A Hub id, or the last part of a folder's path."""
-    return Path(where).absolute().name if Path(where).is_dir() else where
+    """A Hub id, or the last part of a path."""
+    return Path(where).absolute().name if Path(where).exists() else where

@@ -22,8 +22,8 @@ class Protocol:
             Name of the protocol, followed by the changed settings, if any.
         num_inference_steps (`int`, *optional*, defaults to `50`):
             Sampling steps.
-        guidance_scale (`float`, *optional*, defaults to `7.5`):
-            Scale of classifier-free guidance.
+        guidance_scale (`float`, *optional*):
+            Scale of classifier-free guidance; for FLUX.1 dev, the scale that the transformer is told. Defaults to the pipeline's.
         scheduler (`str`, *optional*):
             Class name of a scheduler in diffusers, such as `"DDIMScheduler"`. Defaults to the pipeline's own.
         height (`int`, *optional*):
@@ -34,6 +34,11 @@ class Protocol:
             Number of images per prompt.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the noise.
+        max_sequence_length (`int`, *optional*):
+            Number of tokens that prompts are padded to for T5. Defaults to the pipeline's. Pipelines without T5 take none.
+        true_cfg_scale (`float`, *optional*):
+            Scale of classifier-free guidance of FLUX.1, with an empty negative prompt. Defaults to none. Other pipelines take
+            `guidance_scale` for it.
         unknown (`tuple[str, ...]`, *optional*):
             Settings that no public source of the paper confirms. Their values are this project's choice.
         source (`str`, *optional*):
@@ -45,26 +50,30 @@ class Protocol:
 
     name: str = "own"
     num_inference_steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
     scheduler: str | None = None
     height: int | None = None
     width: int | None = None
     images_per_prompt: int = 1
     seed: int = 0
+    max_sequence_length: int | None = None
+    true_cfg_scale: float | None = None
     unknown: tuple[str, ...] = ()
     source: str = ""
 
     def __post_init__(self):
-        for name in ("num_inference_steps", "height", "width", "images_per_prompt"):
+        for name in ("num_inference_steps", "height", "width", "images_per_prompt", "max_sequence_length"):
             value = getattr(self, name)
-            if value is None and name in ("height", "width"):
+            if value is None and name in ("height", "width", "max_sequence_length"):
                 continue
             if type(value) is not int or value < 1:
                 raise ValueError(f"`{name}` of the protocol must be a whole number of at least 1, got {value!r}.")
         if type(self.seed) is not int:
             raise ValueError(f"`seed` of the protocol must be a whole number, got {self.seed!r}.")
-        if type(self.guidance_scale) not in (int, float):
-            raise ValueError(f"`guidance_scale` of the protocol must be a number, got {self.guidance_scale!r}.")
+        for name in ("guidance_scale", "true_cfg_scale"):
+            value = getattr(self, name)
+            if value is not None and type(value) not in (int, float):
+                raise ValueError(f"`{name}` of the protocol must be a number, got {value!r}.")
         if self.scheduler is not None and not is_scheduler(self.scheduler):
             raise ValueError(
                 "`scheduler` of the protocol must be a scheduler of diffusers, such as 'DDIMScheduler', got "
@@ -76,7 +85,13 @@ class Protocol:
                 f"{', '.join(SETTINGS)}."
             )
 
+    def describe(self) -> dict[str, Any]:
+        """The settings that images depend on. Those that only some pipelines take are left out where they are not set."""
+        settings = {name: getattr(self, name) for name in SETTINGS if name != "images_per_prompt"}
+        return {name: value for name, value in settings.items() if value is not None or name not in OF_SOME_PIPELINES}
 
+
+OF_SOME_PIPELINES = ("max_sequence_length", "true_cfg_scale")
 SETTINGS = tuple(field.name for field in fields(Protocol) if field.name not in ("name", "unknown", "source"))
 
 
@@ -94,6 +109,8 @@ def load_protocol(
     width: int | None = None,
     images_per_prompt: int | None = None,
     seed: int | None = None,
+    max_sequence_length: int | None = None,
+    true_cfg_scale: float | None = None,
 ) -> Protocol:
     """
     Loads a protocol. Settings that are passed here replace those of the protocol, and are added to its name.
@@ -102,7 +119,8 @@ def load_protocol(
         name_or_path (`str` or `Path`, *optional*):
             A protocol of this package, see [`evaluation.protocols.shipped_protocols`], or a YAML file. By default, the
             defaults of [`evaluation.protocols.Protocol`] are used.
-        num_inference_steps, guidance_scale, scheduler, height, width, images_per_prompt, seed (*optional*):
+        num_inference_steps, guidance_scale, scheduler, height, width, images_per_prompt, seed, max_sequence_length, \
+            true_cfg_scale (*optional*):
             See [`evaluation.protocols.Protocol`].
 
     Returns:
@@ -119,6 +137,8 @@ def load_protocol(
         "width": width,
         "images_per_prompt": images_per_prompt,
         "seed": seed,
+        "max_sequence_length": max_sequence_length,
+        "true_cfg_scale": true_cfg_scale,
     }
     protocol = Protocol() if name_or_path is None else read_protocol(name_or_path)
     given = {name: value for name, value in given.items() if value is not None}

@@ -20,10 +20,10 @@ from ..metrics.kid import kid_result
 from ..metrics.scorer import Scorer
 from .gallery import write_gallery
 from .generate import ImageRow, generate
-from .models import ModelSpec
+from .models import ModelSpec, default_guidance, pipeline_class_of
 from .plots import save_plots
 from .prompts import PromptSet
-from .protocols import Protocol
+from .protocols import OF_SOME_PIPELINES, Protocol
 from .report import summarize, write_report
 from .scores import IMAGES_SCHEMA, score_models
 
@@ -114,14 +114,25 @@ def evaluate_models(
             "digest": prompt_set.digest,
             "number": len(prompt_set.prompts),
         },
-        "protocol": asdict(protocol),
-        "models": {spec.name: spec.describe() for spec in specs},
+        "protocol": {
+            name: value
+            for name, value in asdict(protocol).items()
+            if value is not None or name not in OF_SOME_PIPELINES
+        },
+        "models": {spec.name: spec.describe() | unset_guidance(spec, protocol) for spec in specs},
         "versions": {package: version(package) for package in PACKAGES},
     }
     corpus = compare_with_references(images, corpus_metrics, references, scoring_batch_size, use_cpu, disable_tqdm)
     summary = summarize(table, settings, corpus)
     write_report(summary, output_dir, save_plots(table, summary, output_dir), write_gallery(table, output_dir))
     return summary
+
+
+def unset_guidance(spec: ModelSpec, protocol: Protocol) -> dict[str, float | None]:
+    """The guidance scale that a model was sampled with, if the protocol leaves it to the pipeline."""
+    if protocol.guidance_scale is not None or spec.kind == "images":
+        return {}
+    return {"guidance_scale": default_guidance(pipeline_class_of(spec))}
 
 
 def table_of(images: dict[str, list[ImageRow]], output_dir: Path) -> pa.Table:

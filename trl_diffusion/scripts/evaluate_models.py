@@ -55,7 +55,8 @@ class EvaluateArguments:
             The models, each as `NAME=WHERE`: the Hub id or the folder of a pipeline, a LoRA or a checkpoint, or a folder of
             images. The first one is the baseline of the win rates.
         base_model (`str`, *optional*):
-            The pipeline to which LoRAs are added. Defaults to the one that the card of a LoRA names.
+            The pipeline to which LoRAs are added, and which gives a single file its configuration. Defaults to the one that the
+            card of a LoRA names.
         negative_loras (`list[str]`, *optional*):
             `NAME=WHERE`: a LoRA for the unconditional branch of guidance of the model NAME (Diffusion-NPO).
         prompts (`str`, *optional*, defaults to `"parti"`):
@@ -69,11 +70,11 @@ class EvaluateArguments:
         num_prompts (`int`, *optional*):
             Use only this many prompts, taken at equal distances.
         protocol (`str`, *optional*):
-            How to sample: `iapo_sd15`, `iapo_sdxl`, `cpo_sdxl`, or a YAML file. The next seven flags override it.
+            How to sample: `iapo_sd15`, `iapo_sdxl`, `cpo_sdxl`, or a YAML file. The next nine flags override it.
         num_inference_steps (`int`, *optional*):
             Sampling steps; 50 without a protocol.
         guidance_scale (`float`, *optional*):
-            Classifier-free guidance; 7.5 without a protocol.
+            Guidance; the pipeline's own without a protocol.
         scheduler (`str`, *optional*):
             A scheduler class of diffusers; the model's own without a protocol.
         height (`int`, *optional*), width (`int`, *optional*):
@@ -82,6 +83,10 @@ class EvaluateArguments:
             Images per prompt; 1 without a protocol.
         seed (`int`, *optional*):
             Seed of the noise; 0 without a protocol.
+        max_sequence_length (`int`, *optional*):
+            Tokens that prompts are padded to for T5, as in the training; the pipeline's own without a protocol.
+        true_cfg_scale (`float`, *optional*):
+            Classifier-free guidance of FLUX.1, whose `guidance_scale` is something else; none without a protocol.
         metrics (`list[str]`, *optional*, defaults to `["pickscore", "hpsv2", "aesthetic", "clip_score"]`):
             The metrics: `pickscore`, `hpsv2`, `hpsv2_1`, `aesthetic`, `clip_score`, `image_reward`, `fid`, `kid`,
             `num_negative_attributes`, `caption_match`.
@@ -96,7 +101,7 @@ class EvaluateArguments:
         scoring_batch_size (`int`, *optional*, defaults to `16`):
             Images scored per batch.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the models' weights. `"auto"`: float16 on a GPU, float32 on a CPU.
+            Type of the models' weights. `"auto"`: on a GPU float16, for pipelines with a transformer bfloat16; float32 on a CPU.
         use_cpu (`bool`, *optional*, defaults to `False`):
             Use the CPU, even if there is a GPU.
         retry_errors (`bool`, *optional*, defaults to `False`):
@@ -128,12 +133,16 @@ class EvaluateArguments:
         default=None, metadata={"help": "How to sample: `iapo_sd15`, `iapo_sdxl`, `cpo_sdxl`, or a YAML file."}
     )
     num_inference_steps: int | None = field(default=None, metadata={"help": "Sampling steps."})
-    guidance_scale: float | None = field(default=None, metadata={"help": "Classifier-free guidance."})
+    guidance_scale: float | None = field(default=None, metadata={"help": "Guidance."})
     scheduler: str | None = field(default=None, metadata={"help": "A scheduler class of diffusers."})
     height: int | None = field(default=None, metadata={"help": "Height in pixels."})
     width: int | None = field(default=None, metadata={"help": "Width in pixels."})
     images_per_prompt: int | None = field(default=None, metadata={"help": "Images per prompt."})
     seed: int | None = field(default=None, metadata={"help": "Seed of the noise."})
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "Tokens that prompts are padded to for T5, as in the training."}
+    )
+    true_cfg_scale: float | None = field(default=None, metadata={"help": "Classifier-free guidance of FLUX.1."})
     metrics: list[str] = field(
         default_factory=lambda: ["pickscore", "hpsv2", "aesthetic", "clip_score"],
         metadata={"help": "The metrics.", "choices": [*SCORERS, *OF_ALL_IMAGES, *JUDGED]},
@@ -153,7 +162,7 @@ class EvaluateArguments:
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Type of the models' weights; auto: float16 on a GPU, float32 on a CPU.",
+            "help": "Type of the models' weights; auto: half precision on a GPU, float32 on a CPU.",
             "choices": ["auto", "float32", "float16", "bfloat16"],
         },
     )
@@ -195,6 +204,8 @@ def main(args: EvaluateArguments, vlm_args: VLMArguments, detector_args: Detecto
         width=args.width,
         images_per_prompt=args.images_per_prompt,
         seed=args.seed,
+        max_sequence_length=args.max_sequence_length,
+        true_cfg_scale=args.true_cfg_scale,
     )
     scorers = get_scorers(args, vlm_args, detector_args)
     specs = get_models(args)

@@ -8,10 +8,15 @@ from importlib import resources
 from importlib.metadata import version
 from typing import NamedTuple
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..backbones import backbone_class_of
 from .diffusion_config import DiffusionConfig
+
+
+# The settings of each density of timesteps
+DENSITIES = {"logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}
 
 
 class Method(NamedTuple):
@@ -83,6 +88,8 @@ def diffusion_model_card(
         [`~huggingface_hub.ModelCard`]
     """
     base_model = hub_id(pipeline.config.get("_name_or_path"))
+    is_reversed = getattr(args, "reverse_preference", False)
+    is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
     dataset_name = hub_id(dataset_name)
     card_data = ModelCardData(
         base_model=base_model,
@@ -101,13 +108,14 @@ def diffusion_model_card(
         base_model=base_model,
         dataset_name=dataset_name,
         is_lora=is_lora,
-        is_reversed=getattr(args, "reverse_preference", False),
+        is_reversed=is_reversed,
         example_prompt=example_prompt,
         method=method.name,
         paper=method.paper,
         hyperparameters=_hyperparameters(args, method.unit, resolution, global_step) | further,
-        resolution=resolution,
-        global_step=global_step,
+        beta_is_of_velocity=is_flow and hasattr(args, "beta"),
+        loading_arguments=_loading_arguments(pipeline, is_flow),
+        call_arguments=_call_arguments(args, pipeline, resolution, needs_guidance=is_reversed and is_lora),
         versions={
             package: version(package)
             for package in ("trl-diffusion", "trl", "diffusers", "transformers", "peft", "torch", "datasets")
@@ -116,12 +124,33 @@ def diffusion_model_card(
 
 
 def hub_id(name: str | None) -> str | None:
-    """The name, unless it is a folder of this machine, which means nothing to anybody else."""
-    return name if name and not os.path.isdir(name) else None
+    """The name, unless it is a folder or a file of this machine, which means nothing to anybody else."""
+    return name if name and not os.path.exists(name) else None
+
+
+def _loading_arguments(pipeline: DiffusionPipeline, is_flow: bool) -> str:
+    """How the pipeline is loaded: T5 and flow transformers need the range of bfloat16, and what is not there is not looked for."""
+    backbone = backbone_class_of(pipeline)
+    names = *backbone.text_encoder_names, *backbone.tokenizer_names
+    left_out = [f"{name}=None" for name in names if getattr(pipeline, name) is None]
+    return ", ".join([f"dtype=torch.{'bfloat16' if is_flow else 'float16'}", *left_out])
+
+
+def _call_arguments(args: DiffusionConfig, pipeline: DiffusionPipeline, resolution: int, needs_guidance: bool) -> str:
+    """How the pipeline samples as it was trained; `needs_guidance` is whether it must have an unconditional branch."""
+    arguments = [f"height={resolution}", f"width={resolution}"]
+    if args.max_sequence_length is not None:
+        arguments.append(f"max_sequence_length={args.max_sequence_length}")
+    if needs_guidance and isinstance(pipeline, FluxPipeline):
+        arguments += ['negative_prompt=""', "true_cfg_scale=2.0"]
+    return ", ".join(arguments)
 
 
 def _hyperparameters(args: DiffusionConfig, unit: str, resolution: int, global_step: int) -> dict[str, object]:
     """What somebody needs to repeat a training: the trainer's own parameters, then those of every training."""
+    set_on_purpose = ["max_sequence_length", "embedded_guidance"]
+    if args.timestep_density != "uniform":
+        set_on_purpose += ["timestep_density", *DENSITIES[args.timestep_density]]
     own = {name: getattr(args, name) for name in type(args).__annotations__ if not name.startswith("_")}
     return own | {
         "learning_rate": args.learning_rate,
@@ -137,4 +166,5 @@ def _hyperparameters(args: DiffusionConfig, unit: str, resolution: int, global_s
         "size_conditions": args.size_conditions,
         "noise_source": args.noise_source,
         "seed": args.seed,
+        **{name: getattr(args, name) for name in set_on_purpose if getattr(args, name) is not None},
     }
