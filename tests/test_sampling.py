@@ -2,16 +2,27 @@
 # SPDX-License-Identifier: Apache-2.0
 
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import DiTPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from diffusers import (
+    DiTPipeline,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+)
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
 from tests import tiny
 from trl_diffusion import negative_preference_guidance, sample_images
+from trl_diffusion.backbones import backbone_class_of
 from trl_diffusion.randomness import keyed_generator
 
 
@@ -19,7 +30,10 @@ PIPELINES = {
     "sd": tiny.sd_pipeline,
     "sd_v": lambda: tiny.sd_pipeline("v_prediction"),
     "sdxl": tiny.sdxl_pipeline,
+    "sd3": tiny.sd3_pipeline,
+    "flux": tiny.flux_pipeline,
 }
+FAMILIES = ["sd", "sdxl", "sd3", "flux"]
 # Of other ranks and strengths, and on other modules: most layers have only one of them.
 LORAS = {
     "aligned": LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_v"]),
@@ -30,6 +44,10 @@ SCALE = 3.0
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
+def denoiser_of(pipeline) -> torch.nn.Module:
+    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+
+
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory) -> dict:
     """Folders of random LoRAs, as diffusers saves them."""
@@ -37,7 +55,7 @@ def loras(tmp_path_factory) -> dict:
     for family, make in PIPELINES.items():
         for seed, (name, config) in enumerate(LORAS.items()):
             pipeline = make()
-            model = get_peft_model(pipeline.unet, config)
+            model = get_peft_model(denoiser_of(pipeline), config)
             generator = torch.Generator().manual_seed(seed)
             weights = {
                 key.removeprefix("base_model.model."): 0.15 * torch.randn(weight.shape, generator=generator)
@@ -46,8 +64,13 @@ def loras(tmp_path_factory) -> dict:
             folders[family, name] = str(tmp_path_factory.mktemp(f"{family}-{name}"))
             pipeline.save_lora_weights(
                 folders[family, name],
-                unet_lora_layers=weights,
-                unet_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+                **{
+                    f"{backbone_class_of(pipeline).denoiser_name}_lora_{what}": value
+                    for what, value in (
+                        ("layers", weights),
+                        ("adapter_metadata", model.peft_config["default"].to_dict()),
+                    )
+                },
             )
     return folders
 
@@ -83,7 +106,13 @@ def branch(load):
 
 
 def draw(pipeline, prompt=PROMPT, seed: int | None = 0, **kwargs) -> torch.Tensor:
-    kwargs = {"guidance_scale": SCALE, "num_inference_steps": 3, "output_type": "pt"} | kwargs
+    guidance = {"guidance_scale": SCALE}
+    if hasattr(pipeline, "transformer"):
+        guidance |= {"height": 32, "width": 32, "max_sequence_length": 16}
+    if isinstance(pipeline, FluxPipeline):
+        negative = [""] * len(prompt) if isinstance(prompt, list) else ""
+        guidance |= {"true_cfg_scale": SCALE, "negative_prompt": negative}
+    kwargs = guidance | {"num_inference_steps": 3, "output_type": "pt"} | kwargs
     if seed is not None:
         kwargs["generator"] = torch.Generator().manual_seed(seed)
     return pipeline(prompt, **kwargs).images
@@ -92,7 +121,7 @@ def draw(pipeline, prompt=PROMPT, seed: int | None = 0, **kwargs) -> torch.Tenso
 def state(pipeline) -> list:
     return [
         (name, layer.active_adapters, layer.disable_adapters, dict(layer.scaling), list(layer.merged_adapters))
-        for name, layer in pipeline.unet.named_modules()
+        for name, layer in denoiser_of(pipeline).named_modules()
         if isinstance(layer, LoraLayer)
     ]
 
@@ -210,7 +239,7 @@ class TestPredictions:
         with negative_preference_guidance(pipeline, positive, "reversed"):
             assert torch.equal(draw(pipeline, guidance_scale=scale), expected)
 
-    @pytest.mark.parametrize("family", ["sd", "sdxl"])
+    @pytest.mark.parametrize("family", FAMILIES)
     def test_equal_branches_are_the_plain_pipeline(self, load, branch, family):
         """With one model in both branches, the images are those of the pipeline that has it."""
         pipeline = load(family)
@@ -226,7 +255,7 @@ class TestPredictions:
         with negative_preference_guidance(pipeline, None, {}):
             torch.testing.assert_close(draw(pipeline), plain, **CLOSE)
 
-    @pytest.mark.parametrize("family", ["sd", "sdxl"])
+    @pytest.mark.parametrize("family", FAMILIES)
     def test_several_images_of_several_prompts(self, load, family):
         """Two images of each of two prompts are the four that one draws alone, each from its own noise."""
         pipeline, prompts = load(family), ["a red circle", "a blue square"]
@@ -274,6 +303,131 @@ class TestPredictions:
             torch.testing.assert_close(draw(pipeline, **start), plain, **CLOSE)
         with negative_preference_guidance(pipeline, "aligned", "reversed"):
             assert (draw(pipeline, **start) - plain).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def drawn_by_hand_as_a_flow(conditional, unconditional, steps: int, negative_prompt: str = "", skip: float = 0.0):
+    """Euler's steps along the velocity of one pipeline for each branch; `skip` weighs SD3's guidance by skipped layers."""
+    backbones = [backbone_class_of(pipeline)(pipeline) for pipeline in (unconditional, conditional)]
+    scheduler = conditional.scheduler
+    mu = {"mu": calculate_shift(16, 4, 64, 0.5, 1.15)} if scheduler.config.use_dynamic_shifting else {}
+    scheduler.set_timesteps(steps, sigmas=np.linspace(1, 1 / steps, steps) if mu else None, **mu)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for backbone in backbones:
+        backbone.configure(16, 3.0 if isinstance(conditional, FluxPipeline) else None)
+    for t, sigma, following in zip(scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:], strict=False):
+        branches = [
+            backbone.predict(backbone.denoiser, x, t[None], backbone.encode_prompts([prompt]))
+            for backbone, prompt in zip(backbones, (negative_prompt, PROMPT), strict=True)
+        ]
+        prediction = branches[0] + SCALE * (branches[1] - branches[0])
+        if skip:
+            skipping = partial(conditional.transformer, skip_layers=[0])
+            conditions = backbones[1].encode_prompts([PROMPT])
+            prediction += skip * (branches[1] - backbones[1].predict(skipping, x, t[None], conditions))
+        x = x + (following - sigma) * prediction
+    return x
+
+
+class TestFlowModels:
+    def unpacked(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents if latents.ndim == 4 else FluxPipeline._unpack_latents(latents, 32, 32, 4)
+
+    @pytest.mark.parametrize("given", BRANCHES)
+    @pytest.mark.parametrize("family", ["sd3", "flux"])
+    def test_latents_are_those_of_a_loop_by_hand(self, load, branch, family, given):
+        """Every step is Euler's with v_neg(x, "") + g (v_pos(x, prompt) - v_neg(x, "")) of two separate models."""
+        positive, negative, *weights = BRANCHES[given]
+        pipeline = load(family)
+        plain = self.unpacked(draw(pipeline, output_type="latent"))
+        expected = drawn_by_hand_as_a_flow(*(branch(family, one) for one in weights), steps=3)
+        with negative_preference_guidance(pipeline, positive, negative):
+            drawn = self.unpacked(draw(pipeline, output_type="latent"))
+        torch.testing.assert_close(drawn, expected, **CLOSE)
+        assert (plain - drawn).abs().max() > 1e-2, "the branches are not those of the plain pipeline"
+
+    @pytest.mark.parametrize("family", ["sd3", "flux"])
+    def test_a_negative_prompt(self, load, branch, family):
+        """It is read by the negative model."""
+        pipeline = load(family)
+        models = [branch(family, {name: 1.0}) for name in ("aligned", "reversed")]
+        expected = drawn_by_hand_as_a_flow(*models, steps=2, negative_prompt="a dog")
+        with negative_preference_guidance(pipeline, "aligned", "reversed"):
+            drawn = draw(pipeline, negative_prompt="a dog", num_inference_steps=2, output_type="latent")
+        torch.testing.assert_close(self.unpacked(drawn), expected, **CLOSE)
+
+    def test_guidance_by_skipped_layers(self, load, branch):
+        """The third call of SD3, with skipped layers, is the positive model's."""
+        pipeline = load("sd3")
+        expected = drawn_by_hand_as_a_flow(*(branch("sd3", {x: 1.0}) for x in ("aligned", "reversed")), 2, skip=2.0)
+        skipping = {"skip_guidance_layers": [0], "skip_layer_guidance_scale": 2.0}
+        skipping |= {"skip_layer_guidance_start": -1, "skip_layer_guidance_stop": 2}
+        with negative_preference_guidance(pipeline, "aligned", "reversed"):
+            drawn = draw(pipeline, num_inference_steps=2, output_type="latent", **skipping)
+            without = draw(pipeline, num_inference_steps=2, output_type="latent")
+        torch.testing.assert_close(drawn, expected, **CLOSE)
+        assert (drawn - without).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("steps", [1, 2])
+    @pytest.mark.parametrize("missing", [{"true_cfg_scale": 1.0}, {"negative_prompt": None}])
+    def test_flux_without_an_unconditional_branch(self, load, missing, steps):
+        """It is refused with the arguments to pass, also after images that had one, and the pipeline is as it was."""
+        pipeline = load("flux")
+        before, image = state(pipeline), draw(pipeline)
+        for had_one in (False, True):
+            with pytest.raises(ValueError, match="`negative` would have no effect: pass `true_cfg_scale` above 1 and"):
+                with negative_preference_guidance(pipeline, "aligned", "reversed"):
+                    if had_one:
+                        draw(pipeline)
+                    draw(pipeline, num_inference_steps=steps, **missing)
+            assert state(pipeline) == before and torch.equal(draw(pipeline), image)
+
+    def test_sd3_without_guidance(self, load, branch):
+        """At a scale of 1 the positive model draws alone."""
+        pipeline = load("sd3")
+        with negative_preference_guidance(pipeline, "aligned", "reversed"):
+            assert torch.equal(
+                draw(pipeline, guidance_scale=1.0), draw(branch("sd3", {"aligned": 1.0}), guidance_scale=1.0)
+            )
+
+    def test_other_pipelines(self, load):
+        """SD3's image to image works like SD's; FLUX.1's does not name its branches, and is refused."""
+        start = {"image": tiny.image(0, 32, 32), "strength": 0.7, "num_inference_steps": 5}
+        pipeline = StableDiffusion3Img2ImgPipeline(**load("sd3").components)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.set_adapters("aligned")
+        plain = draw(pipeline, **start)
+        with negative_preference_guidance(pipeline, "aligned", "aligned"):
+            torch.testing.assert_close(draw(pipeline, **start), plain, **CLOSE)
+        with negative_preference_guidance(pipeline, "aligned", "reversed"):
+            assert (draw(pipeline, **start) - plain).abs().max() > 1e-2
+        with pytest.raises(
+            ValueError, match="A `FluxImg2ImgPipeline` does not tell which branch .* Use a `FluxPipeline`"
+        ):
+            with negative_preference_guidance(FluxImg2ImgPipeline(**load("flux").components), "aligned", "reversed"):
+                raise AssertionError("nothing is drawn")
+
+    def test_a_compiled_transformer(self, load):
+        """What `torch.compile` wraps is drawn with like the transformer itself."""
+        pipeline = load("flux")
+        with negative_preference_guidance(pipeline, "aligned", "reversed"):
+            expected = draw(pipeline)
+        pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+        with negative_preference_guidance(pipeline, "aligned", "reversed"):
+            torch.testing.assert_close(draw(pipeline), expected, **CLOSE)
+
+    @pytest.mark.parametrize("family", ["sd3", "flux"])
+    def test_samples_of_several_prompts(self, load, family):
+        """Each image of `sample_images` is what the pipeline draws alone, with one negative prompt for all."""
+        pipeline, prompts = load(family), ["a red circle", "a blue square", "a cat"]
+        settings = {"num_inference_steps": 2, "height": 32, "width": 32, "max_sequence_length": 16}
+        settings |= {"negative_prompt": "a dog", **({"true_cfg_scale": SCALE} if family == "flux" else {})}
+        with negative_preference_guidance(pipeline, "aligned", "reversed"):
+            together = sample_images(pipeline, prompts, batch_size=2, guidance_scale=SCALE, **settings)
+            for n, (prompt, image) in enumerate(zip(prompts, together, strict=True)):
+                generator = keyed_generator(0, n, "sample")
+                alone = draw(pipeline, prompt, None, generator=generator, output_type="np", **settings)[0]
+                assert abs(np.asarray(image) / 255 - alone).max() < 1.5 / 255
 
 
 class TestUnaffected:
@@ -352,10 +506,13 @@ SETTINGS = {
 
 
 class TestAfterwards:
-    @pytest.mark.parametrize("setting", SETTINGS)
-    def test_the_pipeline_is_as_it_was(self, load, setting):
+    @pytest.mark.parametrize(
+        ("family", "setting"),
+        [*(("sd", setting) for setting in SETTINGS), *((family, "two weighted") for family in ("sd3", "flux"))],
+    )
+    def test_the_pipeline_is_as_it_was(self, load, family, setting):
         """Active adapters, weights and images are the same to the last bit, however the context was left."""
-        pipeline = load()
+        pipeline = load(family)
         SETTINGS[setting](pipeline)
         before, image = state(pipeline), draw(pipeline, num_inference_steps=2)
 
@@ -379,7 +536,7 @@ class TestAfterwards:
                     assert "exception" in how
                 assert state(pipeline) == before
                 assert torch.equal(draw(pipeline, num_inference_steps=2), image)
-        assert "forward" not in vars(pipeline.unet)
+        assert not {"forward", "cache_context"} & vars(denoiser_of(pipeline)).keys()
 
     @pytest.mark.parametrize("trainable", [False, True])
     def test_what_is_trainable_is_as_it_was(self, load, trainable):
@@ -413,9 +570,10 @@ class TestAfterwards:
         with negative_preference_guidance(pipeline, "aligned", "reversed"):
             assert torch.equal(draw(pipeline), first)
 
-    def test_one_inside_another(self, load):
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_one_inside_another(self, load, family):
         """The inner one draws with its own adapters, the outer one is itself again after it."""
-        pipeline = load()
+        pipeline = load(family)
         with negative_preference_guidance(pipeline, None, "aligned"):
             inner = draw(pipeline)
         with negative_preference_guidance(pipeline, "aligned", "reversed"):
