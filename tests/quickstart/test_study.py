@@ -189,8 +189,9 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path):
         check_settings(Sizes(str(tmp_path), 2048, 5, 512))
 
 
+@pytest.mark.parametrize("file", ["study.json", "study_flow.json"])
 @pytest.mark.parametrize("world", RUN)
-def test_the_page_holds_the_tables_of_the_published_runs(world):
+def test_the_page_holds_the_tables_of_the_published_runs(world, file):
     """The tables of the documentation are those that the recorded runs give."""
-    study = json.loads((DOCS / "benchmarks" / "study.json").read_text())
+    study = json.loads((DOCS / "benchmarks" / file).read_text())
     assert table(study, world) in (DOCS / "study.md").read_text()
