@@ -156,16 +156,17 @@ def test_a_vae_without_a_posterior():
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("was_training", [False, True])
-def test_sampling_leaves_everything_as_it_was(fails, was_training):
+@pytest.mark.parametrize("family", ["sd", *tiny.FLOWS])
+def test_sampling_leaves_everything_as_it_was(family, fails, was_training):
     """Inside, the pipeline has the other denoiser, in evaluation; after, also after an error, its own and every mode."""
-    backbone = load_backbone(tiny.sd_pipeline())
-    own, other = backbone.denoiser, tiny.sd_pipeline(seed=1).unet
+    backbone = load_backbone(tiny.PIPELINES[family]())
+    own, other = backbone.denoiser, load_backbone(tiny.PIPELINES[family]()).denoiser
     own.train()
     other.train(was_training)
 
     def sample():
         with backbone.sampling_with(other) as pipeline:
-            assert pipeline is backbone.pipeline and pipeline.unet is other
+            assert pipeline is backbone.pipeline and getattr(pipeline, backbone.denoiser_name) is other
             assert not any(module.training for module in other.modules())
             if fails:
                 raise KeyError("stop")
@@ -175,7 +176,7 @@ def test_sampling_leaves_everything_as_it_was(fails, was_training):
             sample()
     else:
         sample()
-    assert backbone.pipeline.unet is own and backbone.denoiser is own and own.training
+    assert backbone.denoiser is own and own.training
     assert all(module.training == was_training for module in other.modules())
 
 

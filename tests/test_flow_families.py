@@ -3,6 +3,7 @@
 
 """Stable Diffusion 3 and FLUX.1 are trained as their pipelines sample: the same calls, the same timesteps, the same ODE."""
 
+import diffusers
 import pytest
 import torch
 
@@ -116,8 +117,12 @@ def test_only_dev_is_told_a_guidance_scale():
             load_backbone(pipeline).configure(None, 3.5)
 
 
-def test_t5_reads_what_clip_cannot():
-    """A prompt longer than CLIP's limit fits where T5 has tokens for it; the end of it changes the embeddings."""
+def test_t5_reads_what_clip_cannot(caplog):
+    """
+    A prompt longer than CLIP's limit fits where T5 has tokens for it; the end of it changes the embeddings. Nothing is said of
+    CLIP, and what T5 does not read is said.
+    """
+    diffusers.utils.logging.enable_propagation()
     long = " ".join(["a", *["and a"] * 6, "cat"])
     assert len(tiny.tokenizer()(long).input_ids) > tiny.tokenizer().model_max_length
     for name in ("sd3", "dev"):
@@ -127,7 +132,14 @@ def test_t5_reads_what_clip_cannot():
             backbone.encode_prompts([text])["prompt_embeds"] for text in (long, long.replace("cat", "dog"))
         )
         assert (first - second).abs().max() > 1e-3
-    assert not backbone_of("sd3 without T5").fits(long), "without T5, CLIP must read all of it"
+        assert "truncated" not in caplog.text
+        backbone.encode_prompts([f"{long} {long}"])
+        assert "`max_sequence_length` is set to" in caplog.text and "CLIP" not in caplog.text
+        caplog.clear()
+    backbone = backbone_of("sd3 without T5")
+    assert not backbone.fits(long), "without T5, CLIP must read all of it"
+    backbone.encode_prompts([long])
+    assert "CLIP can only handle" in caplog.text
 
 
 # ---- The same timesteps ----

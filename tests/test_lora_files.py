@@ -11,17 +11,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from trl_diffusion.backbones import load_backbone
 from trl_diffusion.trainer.lora import LORA_WEIGHTS_NAME, find_lora, read_lora
 
 
-PIPELINES = {"sd": tiny.sd_pipeline, "sdxl": tiny.sdxl_pipeline}
+PIPELINES = {family: tiny.PIPELINES[family] for family in ("sd", "sdxl", *tiny.FLOWS)}
 INPUTS = {"sample": (1, 4, 8, 8), "encoder_hidden_states": (1, 12, 16)}
+
+
+def denoiser_name(pipeline) -> str:
+    return "transformer" if hasattr(pipeline, "transformer") else "unet"
 
 
 def random_lora(pipeline, **config) -> PeftModel:
     """The pipeline's denoiser with a LoRA of random weights."""
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["to_q", "to_out.0"]} | config
-    model = get_peft_model(pipeline.unet, LoraConfig(**config))
+    model = get_peft_model(getattr(pipeline, denoiser_name(pipeline)), LoraConfig(**config))
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -36,9 +41,9 @@ def layers(model: PeftModel) -> dict[str, torch.Tensor]:
 
 def save(folder, family: str = "sd", metadata: bool = True, **config) -> PeftModel:
     pipeline = PIPELINES[family]()
-    model = random_lora(pipeline, **config)
-    described = {"unet_lora_adapter_metadata": model.peft_config["default"].to_dict()} if metadata else {}
-    pipeline.save_lora_weights(str(folder), unet_lora_layers=layers(model), **described)
+    name, model = denoiser_name(pipeline), random_lora(pipeline, **config)
+    described = {f"{name}_lora_adapter_metadata": model.peft_config["default"].to_dict()} if metadata else {}
+    pipeline.save_lora_weights(str(folder), **{f"{name}_lora_layers": layers(model)}, **described)
     return model
 
 
@@ -89,6 +94,20 @@ class TestReading:
         assert not torch.equal(predict(read), predict(saved))
         assert not set_peft_model_state_dict(read, weights).unexpected_keys
         assert torch.equal(predict(read), predict(saved))
+
+    @pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["plain", "dora", "rslora"])
+    @pytest.mark.parametrize("family", PIPELINES)
+    def test_diffusers_reads_the_same(self, tmp_path, family, config):
+        """The LoRA that is read, on a fresh base, and `load_lora_weights` of the same folder: difference 0."""
+        save(tmp_path, family, **config)
+        backbone, other = (load_backbone(PIPELINES[family]()) for _ in range(2))
+        before = tiny.predictions(backbone, backbone.denoiser)
+        other.pipeline.load_lora_weights(tmp_path)
+        weights, read = read_lora(tmp_path)
+        model = get_peft_model(backbone.denoiser, read)
+        assert not set_peft_model_state_dict(model, weights).unexpected_keys
+        assert torch.equal(tiny.predictions(backbone, model), tiny.predictions(backbone, other.denoiser))
+        assert (tiny.predictions(backbone, model) - before).abs().max() > 1e-3
 
     def test_weights_in_half_precision_stay_so(self, tmp_path):
         """The reader converts nothing."""

@@ -686,16 +686,21 @@ class TestSampleImages:
         assert torch.equal(self.first_latents(pipeline, ["a"] * 3, batch_size=2), torch.stack(expected[:3]))
         assert not (self.first_latents(pipeline, seed=1) == torch.stack(expected)).any()
 
-    def test_same_images_for_every_batch_size(self, load):
-        """One image a prompt, in their order, of the size that the model draws: the same but for rounding."""
-        pipeline = load(names=())
+    @pytest.mark.parametrize("family", ["sd", *tiny.FLOWS])
+    def test_same_images_for_every_batch_size(self, family):
+        """One image a prompt, in their order, of the size that is asked for: the same but for rounding."""
+        pipeline, settings = tiny.PIPELINES[family](), {"num_inference_steps": 2}
+        pipeline.set_progress_bar_config(disable=True)
+        if family != "sd":
+            settings |= {"height": 32, "width": 32, "max_sequence_length": 16}
         drawn = [
-            np.stack([np.asarray(image) for image in sample_images(pipeline, self.PROMPTS, 0, size, 2)]).astype(int)
+            np.stack([np.asarray(image) for image in sample_images(pipeline, self.PROMPTS, 0, size, **settings)])
             for size in (1, 2, 8)
         ]
+        drawn = [images.astype(int) for images in drawn]
         assert drawn[0].shape == (5, 32, 32, 3)
         assert max(abs(drawn[0] - other).max() for other in drawn[1:]) <= 1
-        alone = pipeline("a cat", num_inference_steps=2, generator=keyed_generator(0, 2, "sample")).images[0]
+        alone = pipeline("a cat", generator=keyed_generator(0, 2, "sample"), **settings).images[0]
         assert np.array_equal(np.asarray(alone), drawn[0][2])
 
     def test_no_prompts(self, load):

@@ -9,6 +9,7 @@ from datasets import Dataset
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -32,6 +33,7 @@ from transformers import (
 )
 
 from trl_diffusion import attribute_features, instance_pair_features
+from trl_diffusion.backbones import Backbone
 
 
 WORDS = ["a", "red", "blue", "circle", "square", "and", "cat", "dog"]
@@ -161,7 +163,7 @@ def t5_encoder() -> T5EncoderModel:
             eos_token_id=1,
             is_encoder_decoder=False,
         )
-    )
+    ).eval()  # as when it is loaded: T5 has dropout
 
 
 def flow_scheduler(**kwargs) -> FlowMatchEulerDiscreteScheduler:
@@ -271,7 +273,27 @@ def pairs(num_rows: int = 8, with_instances: bool = True) -> Dataset:
     return Dataset.from_list(rows, features=features)
 
 
-PIPELINES = {"sd": sd_pipeline, "sd_v": lambda: sd_pipeline("v_prediction"), "sdxl": sdxl_pipeline}
+PIPELINES = {
+    "sd": sd_pipeline,
+    "sd_v": lambda: sd_pipeline("v_prediction"),
+    "sdxl": sdxl_pipeline,
+    "sd3": sd3_pipeline,
+    "sd3_without_t5": lambda: sd3_pipeline(has_t5=False),
+    "flux": flux_pipeline,
+    "schnell": lambda: flux_pipeline(guidance_embeds=False),
+}
+UNETS = ("sd", "sd_v", "sdxl")
+FLOWS = ("sd3", "flux")
+FAMILIES = (*UNETS, *FLOWS)
+NUM_T5_TOKENS = 16
+
+
+def settings(pipeline: DiffusionPipeline) -> dict[str, int]:
+    """What a configuration must say of a tiny pipeline: few tokens for T5, and the size where the pipeline has that of FLUX.1."""
+    if isinstance(pipeline, FluxPipeline):
+        return {"resolution": 32, "max_sequence_length": NUM_T5_TOKENS}
+    return {"max_sequence_length": NUM_T5_TOKENS} if isinstance(pipeline, StableDiffusion3Pipeline) else {}
+
 
 # Trainings of three steps that write nothing
 FAST = {
@@ -338,6 +360,16 @@ def latents(trainer, batch: dict) -> torch.Tensor:
     """The latents of a batch as a trainer samples them."""
     keys = [trainer.randomness.key(row_id, column) for column in trainer.image_columns for row_id in batch["id"]]
     return trainer.encoder.sample_latents(batch, keys)
+
+
+@torch.no_grad()
+def predictions(backbone: Backbone, denoiser: torch.nn.Module) -> torch.Tensor:
+    """What a denoiser predicts, without dropout, for two prompts and random latents of 32x32 images, at two timesteps."""
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    sizes, crops = torch.tensor([[32, 32]] * 2), torch.zeros(2, 2, dtype=torch.int64)
+    conditions = backbone.encode_prompts(["a red circle", "a cat and a dog"])
+    conditions |= backbone.image_conditions(sizes, crops, (32, 32))
+    return backbone.predict(denoiser.eval(), latents, torch.tensor([10, 700]), conditions)
 
 
 def other_unet():

@@ -87,7 +87,9 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def watch(self, module: torch.nn.Module) -> None:
-        """Counts a module's parameters, and their gradients as they come."""
+        """Counts a module's parameters and buffers, and gradients as they come."""
+        for buffer in module.buffers():
+            self.put(buffer, "weights")
         for parameter in module.parameters():
             self.put(parameter, "weights")
             if parameter.requires_grad:
@@ -132,12 +134,15 @@ def policy_and_reference(case: Case) -> tuple[torch.nn.Module, torch.nn.Module |
 
 
 def make_fake(module: torch.nn.Module) -> None:
-    """Turns a module's parameters on the meta device into fake ones on the CPU."""
+    """Turns a module's parameters and buffers on the meta device into fake ones on the CPU."""
     for submodule in module.modules():
         for name, parameter in submodule._parameters.items():
             if parameter is not None:
                 fake = torch.empty(parameter.shape, dtype=parameter.dtype)
                 submodule._parameters[name] = torch.nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in submodule._buffers.items():
+            if buffer is not None:
+                submodule._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def training_step(policy, reference, batch, optimizer) -> None:

@@ -11,12 +11,23 @@ from datasets import Dataset
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 from tests import tiny
 from trl_diffusion import instance_pair_features
@@ -59,19 +70,51 @@ def clip_vit_l() -> CLIPTextModel:
     return CLIPTextModel(text_config(768, 12, 12, "quick_gelu"))
 
 
+def clip_vit_l_with_projection() -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(text_config(768, 12, 12, "quick_gelu"))
+
+
 def openclip_bigg() -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(text_config(1280, 32, 20, "gelu"))
 
 
-def vae(sample_size: int, **kwargs) -> AutoencoderKL:
+def t5_xxl() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=32128,
+            d_model=4096,
+            d_kv=64,
+            d_ff=10240,
+            num_layers=24,
+            num_heads=64,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+        )
+    )
+
+
+def vae(sample_size: int, latent_channels: int = 4, **kwargs) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
         layers_per_block=2,
-        latent_channels=4,
+        latent_channels=latent_channels,
         sample_size=sample_size,
         **kwargs,
+    )
+
+
+def flow_vae(scaling_factor: float, shift_factor: float) -> AutoencoderKL:
+    """The VAE of Stable Diffusion 3 and of FLUX.1, which differ in their statistics."""
+    return vae(
+        1024,
+        latent_channels=16,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        force_upcast=True,
     )
 
 
@@ -93,6 +136,45 @@ def sdxl_unet() -> UNet2DConditionModel:
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=6 * 256 + 1280,
     )
+
+
+def sd35_medium_transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=128,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=24,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        caption_projection_dim=1536,
+        pooled_projection_dim=2048,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    )
+
+
+def sd35_large_transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=128,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=38,
+        attention_head_dim=64,
+        num_attention_heads=38,
+        joint_attention_dim=4096,
+        caption_projection_dim=2432,
+        pooled_projection_dim=2048,
+        pos_embed_max_size=192,
+        qk_norm="rms_norm",
+    )
+
+
+def flux_dev_transformer() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(guidance_embeds=True)
 
 
 def sd15_pipeline() -> StableDiffusionPipeline:
@@ -118,6 +200,42 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
         unet=sdxl_unet(),
         scheduler=tiny.scheduler(),
         add_watermarker=False,
+    )
+
+
+def sd35_pipeline(
+    transformer: SD3Transformer2DModel, t5: T5EncoderModel, clips: list[CLIPTextModelWithProjection]
+) -> StableDiffusion3Pipeline:
+    return StableDiffusion3Pipeline(
+        vae=flow_vae(1.5305, 0.0609),
+        text_encoder=clips[0],
+        tokenizer=tokenizer(),
+        text_encoder_2=clips[1],
+        tokenizer_2=tokenizer(),
+        text_encoder_3=t5,
+        tokenizer_3=tiny.t5_tokenizer(),
+        transformer=transformer,
+        scheduler=tiny.flow_scheduler(shift=3.0),
+    )
+
+
+def sd35_medium_pipeline() -> StableDiffusion3Pipeline:
+    return sd35_pipeline(sd35_medium_transformer(), t5_xxl(), [clip_vit_l_with_projection(), openclip_bigg()])
+
+
+def sd35_large_pipeline() -> StableDiffusion3Pipeline:
+    return sd35_pipeline(sd35_large_transformer(), t5_xxl(), [clip_vit_l_with_projection(), openclip_bigg()])
+
+
+def flux_dev_pipeline() -> FluxPipeline:
+    return FluxPipeline(
+        vae=flow_vae(0.3611, 0.1159),
+        text_encoder=clip_vit_l(),
+        tokenizer=tokenizer(),
+        text_encoder_2=t5_xxl(),
+        tokenizer_2=tiny.t5_tokenizer(),
+        transformer=flux_dev_transformer(),
+        scheduler=tiny.flow_scheduler(shift=3.0, use_dynamic_shifting=True),
     )
 
 

@@ -61,12 +61,21 @@ def make_expert(folder: Path) -> list:
     return ["--expert", folder / "expert", "--criteria", folder / "criteria.yaml"]
 
 
-@pytest.mark.parametrize("script", ["instance_dpo", "complex_po"])
-def test_two_processes_equal_one(tmp_path, script):
+@pytest.mark.parametrize(
+    ("script", "family"),
+    [
+        ("instance_dpo", "sd"),
+        pytest.param("instance_dpo", "sd3", marks=pytest.mark.slow),
+        ("complex_po", "sd"),
+    ],
+)
+def test_two_processes_equal_one(tmp_path, script, family):
     """Two processes with a batch of 2 each train what one with a batch of 4 does, and log the same metrics."""
-    tiny.sd_pipeline().save_pretrained(tmp_path / "model")
+    pipeline = tiny.PIPELINES[family]()
+    pipeline.save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
     flags = ["--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "data"]
+    flags += [part for name, value in tiny.settings(pipeline).items() for part in (f"--{name}", value)]
     if script == "complex_po":
         flags += make_expert(tmp_path)
     dataset = tiny.pairs() if script == "instance_dpo" else tiny.paintings()

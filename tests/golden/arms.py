@@ -42,6 +42,16 @@ ARMS: dict[str, tuple[str, bool, str, dict[str, Any]]] = {
         f"cpo-{family}-lora-random": (family, True, "cpo", {"learning_rate": 1e-3, "beta": 50.0})
         for family in ("sd", "sd_v", "sdxl")
     },
+    **{
+        f"{trainer}-{family}-{'lora' if is_lora else 'full'}-{noise}": (family, is_lora, trainer, settings)
+        for family in tiny.FLOWS
+        for trainer, is_lora, noise, settings in (
+            ("iapo", True, "random", IAPO | {"timestep_density": "logit_normal"}),
+            ("iapo", False, "inversion", IAPO | INVERSION),
+            ("sft", True, "random", {"learning_rate": 1e-3}),
+            ("cpo", True, "random", {"learning_rate": 1e-3, "beta": 50.0}),
+        )
+    },
     "iapo-sd-lora-policy-inverts": (
         *("sd", True, "iapo"),
         IAPO | INVERSION | {"inversion_model": "policy", "inversion_eta": 0.1},
@@ -84,7 +94,8 @@ def record(name: str, changes: dict[str, Any] | None = None) -> dict[str, list[f
 
 
 def _trainer(name: str, family: str, is_lora: bool, settings: dict[str, Any], changes: dict[str, Any], folder: Path):
-    common = tiny.FAST | {"max_steps": STEPS, "use_cpu": True, "output_dir": str(folder)} | settings | changes
+    own = tiny.settings(tiny.PIPELINES[family]())
+    common = tiny.FAST | own | {"max_steps": STEPS, "use_cpu": True, "output_dir": str(folder)} | settings | changes
     if settings.get("precompute"):
         common["precompute_dir"] = str(folder / "cache")
     lora = tiny.lora(alpha=8) if is_lora else None
@@ -98,7 +109,7 @@ def _trainer(name: str, family: str, is_lora: bool, settings: dict[str, Any], ch
         return AttributeSFTTrainer(
             tiny.PIPELINES[family](), args=AttributeSFTConfig(attribute_dropout=0.3, **common), **data
         )
-    base = tiny.FAST | {"learning_rate": 0.05, "use_cpu": True, "criteria": common["criteria"]} | changes
+    base = tiny.FAST | own | {"learning_rate": 0.05, "use_cpu": True, "criteria": common["criteria"]} | changes
     expert = AttributeSFTTrainer(
         tiny.PIPELINES[family](),
         args=AttributeSFTConfig(str(folder / "expert"), **base),

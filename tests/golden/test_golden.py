@@ -19,7 +19,13 @@ def test_every_arm_is_recorded():
     assert GOLDEN.keys() == ARMS.keys()
 
 
-@pytest.mark.parametrize("name", ["iapo-sdxl-lora-inversion", "sft-sd_v-full-random", "cpo-sd-lora-random"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("iapo-sdxl-lora-inversion", "sft-sd_v-full-random", "cpo-sd-lora-random"),
+        *("iapo-flux-full-inversion", "cpo-sd3-lora-random"),
+    ],
+)
 def test_losses_are_the_recorded_ones(name):
     """Twenty steps log the losses that were recorded; 1e-4 leaves room for the rounding of another processor."""
     threads = torch.get_num_threads()

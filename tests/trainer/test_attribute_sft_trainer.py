@@ -7,12 +7,11 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import DDPMScheduler
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 
-from tests import tiny
-from tests.tiny import PIPELINES, max_difference, weights
+from tests import by_hand, tiny
+from tests.tiny import FAMILIES, PIPELINES, max_difference, weights
 from trl_diffusion import AttributeSFTConfig, AttributeSFTTrainer, attribute_features
 from trl_diffusion.randomness import keyed_noise
 
@@ -40,15 +39,15 @@ def make_trainer(tmp_path, pipeline, criteria, dataset=None, **kwargs) -> Attrib
     }
     return AttributeSFTTrainer(
         pipeline,
-        args=AttributeSFTConfig(**{**defaults, **kwargs}),
+        args=AttributeSFTConfig(**{**defaults, **tiny.settings(pipeline), **kwargs}),
         train_dataset=tiny.paintings() if dataset is None else dataset,
         **trainer_kwargs,
     )
 
 
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_is_the_squared_error_for_the_prompt_with_attributes(tmp_path, family, criteria):
-    """Loss of a batch = denoising error by diffusers' scheduler, for the prompt joined with its attributes."""
+    """Loss of a batch = denoising error by parts of diffusers, for the prompt joined with its attributes."""
     trainer = make_trainer(tmp_path, PIPELINES[family](), criteria, dataset=tiny.paintings(4))
     trainer.model.train()
     batch = trainer.data_collator([tiny.paintings(4)[0], tiny.paintings(4)[3]])
@@ -57,22 +56,13 @@ def test_the_loss_is_the_squared_error_for_the_prompt_with_attributes(tmp_path, 
     prompts = ["a, red, square, dog", "a and a, blue, circle, cat"]
     assert trainer.prompts(batch) == prompts
     ids, pipeline = batch["id"], trainer.backbone.pipeline
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     keys = [(42, 0, row_id, "") for row_id in ids]
     timesteps, noise = trainer.process.sample_timesteps(keys, (8, 8)), keyed_noise(keys, (4, 8, 8))
-    posterior = pipeline.vae.encode(batch["image_pixel_values"]).latent_dist
-    sampled = keyed_noise([(42, 0, row_id, "image") for row_id in ids], (4, 8, 8))
-    latents = (posterior.mean + posterior.std * sampled) * pipeline.vae.config.scaling_factor
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    target = noise if family != "sd_v" else scheduler.get_velocity(latents, noise, timesteps)
-    added = {}
-    if family == "sdxl":
-        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
-        time_ids = torch.tensor([[32, 32, 0, 0, 32, 32]] * 2).float()
-        added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
-    else:
-        embeds, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
-    expected = (trainer.model(noisy, timesteps, embeds, **added).sample - target).pow(2).mean(dim=[1, 2, 3])
+    posterior_keys = [(42, 0, row_id, "image") for row_id in ids]
+    latents = by_hand.latents(pipeline, batch["image_pixel_values"], posterior_keys)
+    noisy, target = by_hand.noised(pipeline, latents, noise, timesteps)
+    prediction = by_hand.predict(pipeline, trainer.model, noisy, timesteps, prompts)
+    expected = (prediction - target).pow(2).mean(dim=[1, 2, 3])
     torch.testing.assert_close(outputs["losses"], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -203,13 +193,14 @@ def test_the_expert_is_saved_with_what_it_was_trained_on(tmp_path, criteria):
         assert torch.equal(pipeline.unet(**inputs).sample, trainer.model(**inputs).sample)
 
 
-def test_gradient_accumulation_equals_a_larger_batch(tmp_path, criteria):
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_gradient_accumulation_equals_a_larger_batch(tmp_path, family, criteria):
     """8 images at once, or one at a time and accumulated: the same weights, dropped attributes included."""
     ends = []
     for batch_size in (8, 1):
         trainer = make_trainer(
             tmp_path,
-            tiny.sd_pipeline(),
+            PIPELINES[family](),
             criteria,
             dataset=tiny.paintings(16),
             per_device_train_batch_size=batch_size,
@@ -227,24 +218,26 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path, criteria):
     assert max_difference(ends[0], start) > 1e-3
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, criteria):
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, family, criteria):
     """Stopped in the middle of an epoch and resumed: the same weights, bit for bit."""
     settings = {"dataset": tiny.paintings(10), "max_steps": 6, "random_flip": True, "prompt_dropout": 0.3}
     settings |= {"center_crop": False, "attribute_dropout": 0.3, "criteria": criteria}
-    whole = make_trainer(tmp_path / "whole", tiny.sd_pipeline(), **settings)
+    whole = make_trainer(tmp_path / "whole", PIPELINES[family](), **settings)
     whole.train()
-    make_trainer(tmp_path / "cut", tiny.sd_pipeline(), save_strategy="steps", save_steps=3, **settings).train()
-    resumed = make_trainer(tmp_path / "cut", tiny.sd_pipeline(), **settings)
+    make_trainer(tmp_path / "cut", PIPELINES[family](), save_strategy="steps", save_steps=3, **settings).train()
+    resumed = make_trainer(tmp_path / "cut", PIPELINES[family](), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     assert max_difference(weights(whole.model), weights(resumed.model)) == 0
 
 
 @pytest.mark.parametrize("peft_config", [LoraConfig(r=4), None], ids=["lora", "full"])
-def test_samples_are_drawn_beside_the_base(tmp_path, criteria, peft_config):
+@pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
+def test_samples_are_drawn_beside_the_base(tmp_path, criteria, family, peft_config):
     """Also where all weights are trained: before training the two columns are one."""
     trainer = make_trainer(
         tmp_path,
-        tiny.sd_pipeline(),
+        PIPELINES[family](),
         criteria,
         peft_config=peft_config,
         sample_prompts=["a, red, cat"],

@@ -8,12 +8,11 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import DDPMScheduler
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from tests import tiny
-from tests.tiny import PIPELINES, lora, max_difference, weights
+from tests import by_hand, tiny
+from tests.tiny import FAMILIES, FLOWS, PIPELINES, UNETS, lora, max_difference, weights
 from trl_diffusion import (
     AttributeSFTConfig,
     AttributeSFTTrainer,
@@ -21,6 +20,7 @@ from trl_diffusion import (
     ComplexPOTrainer,
     attribute_features,
 )
+from trl_diffusion.backbones import load_backbone
 from trl_diffusion.noising import timestep_weights
 from trl_diffusion.randomness import keyed_noise
 from trl_diffusion.trainer.noised_batch import NoisedBatch
@@ -47,7 +47,8 @@ def criteria(tmp_path_factory) -> str:
 def train_expert(folder, pipeline, criteria, **kwargs) -> AttributeSFTTrainer:
     """An expert whose predictions differ well from the base's."""
     peft_config = kwargs.pop("peft_config", lora(8, 16))
-    args = AttributeSFTConfig(str(folder), criteria=criteria, learning_rate=0.05, **{**FAST, **kwargs})
+    settings = {**FAST, **tiny.settings(pipeline), **kwargs}
+    args = AttributeSFTConfig(str(folder), criteria=criteria, learning_rate=0.05, **settings)
     trainer = AttributeSFTTrainer(pipeline, args, train_dataset=tiny.paintings(), peft_config=peft_config)
     trainer.train()
     trainer.save_model()
@@ -57,7 +58,7 @@ def train_expert(folder, pipeline, criteria, **kwargs) -> AttributeSFTTrainer:
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory, criteria) -> dict[str, str]:
     """A folder with an expert for each family."""
-    folders = {family: tmp_path_factory.mktemp(f"expert_{family}") for family in PIPELINES}
+    folders = {family: tmp_path_factory.mktemp(f"expert_{family}") for family in FAMILIES}
     for family, folder in folders.items():
         train_expert(folder, PIPELINES[family](), criteria)
     return {family: str(folder) for family, folder in folders.items()}
@@ -66,11 +67,17 @@ def experts(tmp_path_factory, criteria) -> dict[str, str]:
 def make_trainer(tmp_path, pipeline, expert, criteria, dataset=None, **kwargs) -> ComplexPOTrainer:
     trainer_kwargs = {"peft_config": kwargs.pop("peft_config", lora())}
     trainer_kwargs |= {name: kwargs.pop(name) for name in ("eval_dataset",) if name in kwargs}
-    args = {"output_dir": str(tmp_path), "criteria": criteria, "learning_rate": 1e-3, **FAST, **kwargs}
+    args = {
+        "output_dir": str(tmp_path),
+        "criteria": criteria,
+        "learning_rate": 1e-3,
+        **FAST,
+        **tiny.settings(pipeline),
+    }
     return ComplexPOTrainer(
         pipeline,
         expert,
-        args=ComplexPOConfig(**args),
+        args=ComplexPOConfig(**args | kwargs),
         train_dataset=tiny.paintings() if dataset is None else dataset,
         **trainer_kwargs,
     )
@@ -94,7 +101,7 @@ def logged(trainer: ComplexPOTrainer, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("loss_type", ["stabilized", "unstabilized"])
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_before_the_first_step_the_loss_is_ln_2(tmp_path, family, loss_type, experts, criteria):
     """Policy equals reference before training: to the rounding of one forward against another."""
     trainer = make_trainer(
@@ -121,8 +128,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
-@pytest.mark.parametrize("family", PIPELINES)
+# Every case of every UNet; a flow model has every other one
+FAMILY_CASES = [(family, case) for family in UNETS for case in CASES]
+FAMILY_CASES += [("sd3", case) for case in CASES[::2]] + [("flux", case) for case in CASES[1::2]]
+
+
+@pytest.mark.parametrize(
+    ("family", "case"), FAMILY_CASES, ids=["-".join(map(str, (f, *case.values()))) for f, case in FAMILY_CASES]
+)
 def test_adapters_on_one_base_equal_three_separate_models(tmp_path, family, case, experts, criteria):
     """Targets, reference and loss = three pipelines of diffusers and the published formula, written out."""
     trainer = make_trainer(tmp_path, PIPELINES[family](), experts[family], criteria, beta=500.0, **case)
@@ -149,21 +162,14 @@ def test_adapters_on_one_base_equal_three_separate_models(tmp_path, family, case
     ids = batch["id"]
     keys = [(42, 0, row_id, "") for row_id in ids]
     timesteps, noise = trainer.process.sample_timesteps(keys, (8, 8)), keyed_noise(keys, (4, 8, 8))
-    posterior = reference.vae.encode(batch["image_pixel_values"]).latent_dist
-    sampled = keyed_noise([(42, 0, row_id, "image") for row_id in ids], (4, 8, 8))
-    latents = (posterior.mean + posterior.std * sampled) * reference.vae.config.scaling_factor
-    noisy = DDPMScheduler.from_config(reference.scheduler.config).add_noise(latents, noise, timesteps)
+    posterior_keys = [(42, 0, row_id, "image") for row_id in ids]
+    latents = by_hand.latents(reference, batch["image_pixel_values"], posterior_keys)
+    noisy, _ = by_hand.noised(reference, latents, noise, timesteps)
 
     @torch.no_grad()
     def predict(pipeline, prompts):
-        added = {}
-        if family == "sdxl":
-            embeds, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
-            time_ids = torch.tensor([[32, 32, 0, 0, 32, 32]] * 2).float()
-            added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
-        else:
-            embeds, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
-        return pipeline.unet(noisy, timesteps, embeds, **added).sample
+        denoiser = getattr(pipeline, trainer.backbone.denoiser_name)
+        return by_hand.predict(pipeline, denoiser, noisy, timesteps, prompts)
 
     strength = case.get("target_strength", 1.0)
     e_plain = predict(expert, plain)
@@ -293,20 +299,16 @@ def test_a_step_is_two_forwards_on_one_base(tmp_path, strength, rows, experts, c
     assert adapters["expert"] == 2 * adapters["default"] > 0  # ranks 8 and 4
 
 
-def test_only_the_policys_adapter_moves(tmp_path, experts, criteria):
-    """Base, expert, VAE and text encoder stay as they were, and get no gradient."""
-    trainer = make_trainer(tmp_path, tiny.sd_pipeline(), experts["sd"], criteria, learning_rate=0.01)
-    pipeline = trainer.backbone.pipeline
-    before = weights(trainer.model)
-    others = [weights(pipeline.vae), weights(pipeline.text_encoder)]
+@pytest.mark.parametrize("family", ["sd", *FLOWS])
+def test_only_the_policys_adapter_moves(tmp_path, family, experts, criteria):
+    """Base, expert, VAE and text encoders stay as they were, and get no gradient."""
+    trainer = make_trainer(tmp_path, PIPELINES[family](), experts[family], criteria, learning_rate=0.01)
+    encoders = [getattr(trainer.backbone.pipeline, name) for name in trainer.backbone.encoder_names]
+    before, others = weights(trainer.model), [weights(encoder) for encoder in encoders]
     trainer.train()
     moved = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
     assert moved and all("lora_" in name and ".default." in name for name in moved)
-    assert (
-        max_difference(weights(pipeline.vae), others[0])
-        == max_difference(weights(pipeline.text_encoder), others[1])
-        == 0
-    )
+    assert max(max_difference(weights(encoder), start) for encoder, start in zip(encoders, others, strict=True)) == 0
     trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert trainable and all(".default." in name for name in trainable)
 
@@ -314,21 +316,22 @@ def test_only_the_policys_adapter_moves(tmp_path, experts, criteria):
 # ---- Equivalent runs ----
 
 
-def test_gradient_accumulation_equals_a_larger_batch(tmp_path, experts, criteria):
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_gradient_accumulation_equals_a_larger_batch(tmp_path, family, experts, criteria):
     """8 images at once, or one at a time and accumulated: the same weights."""
     ends = []
     for batch_size in (8, 1):
         trainer = make_trainer(
             tmp_path,
-            tiny.sd_pipeline(),
-            experts["sd"],
+            PIPELINES[family](),
+            experts[family],
             criteria,
             dataset=tiny.paintings(16),
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=8 // batch_size,
             max_steps=4,
             optim="sgd",
-            learning_rate=0.1,
+            learning_rate=0.2,
             max_grad_norm=0.0,
             beta=200.0,
             prompt_dropout=0.3,
@@ -340,14 +343,15 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path, experts, criteria
     assert max_difference(ends[0], start) > 1e-2
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, experts, criteria):
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, family, experts, criteria):
     """Stopped in the middle of an epoch and resumed: the same weights and losses, bit for bit."""
-    settings = {"expert": experts["sd"], "criteria": criteria, "dataset": tiny.paintings(10), "max_steps": 6}
+    settings = {"expert": experts[family], "criteria": criteria, "dataset": tiny.paintings(10), "max_steps": 6}
     settings |= {"random_flip": True, "prompt_dropout": 0.3, "center_crop": False, "attribute_targets": "paired"}
-    whole = make_trainer(tmp_path / "whole", tiny.sd_pipeline(), **settings)
+    whole = make_trainer(tmp_path / "whole", PIPELINES[family](), **settings)
     whole.train()
-    make_trainer(tmp_path / "cut", tiny.sd_pipeline(), save_strategy="steps", save_steps=3, **settings).train()
-    resumed = make_trainer(tmp_path / "cut", tiny.sd_pipeline(), **settings)
+    make_trainer(tmp_path / "cut", PIPELINES[family](), save_strategy="steps", save_steps=3, **settings).train()
+    resumed = make_trainer(tmp_path / "cut", PIPELINES[family](), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     assert max_difference(weights(whole.model), weights(resumed.model)) == 0
     assert logged(whole, "loss")[3:] == logged(resumed, "loss")[3:]
@@ -366,8 +370,9 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, experts, criteria):
     assert max_difference(*ends) == 0
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
-@pytest.mark.parametrize("alpha", [4, 8])
+@pytest.mark.parametrize(
+    ("family", "alpha"), [("sd", 4), ("sd", 8), ("sdxl", 4), ("sdxl", 8), ("sd3", 8), ("flux", 8)]
+)
 def test_a_saved_lora_reloads_in_diffusers_with_difference_0(tmp_path, family, alpha, experts, criteria):
     """The file holds the policy alone, and gives its predictions, without the expert."""
     trainer = make_trainer(
@@ -376,22 +381,10 @@ def test_a_saved_lora_reloads_in_diffusers_with_difference_0(tmp_path, family, a
     trainer.train()
     trainer.save_model()
     assert not any("expert" in key for key in load_file(tmp_path / "pytorch_lora_weights.safetensors"))
-    pipeline = PIPELINES[family]()
-    pipeline.load_lora_weights(str(tmp_path))
-    generator = torch.Generator().manual_seed(0)
-    width = 16 if family == "sd" else 32
-    inputs = {
-        "sample": torch.randn(1, 4, 8, 8, generator=generator),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 12, width, generator=generator),
-    }
-    if family == "sdxl":
-        time_ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
-        inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(1, 16, generator=generator), "time_ids": time_ids}
-    trainer.model.eval()
-    pipeline.unet.eval()
-    with torch.no_grad():
-        assert torch.equal(pipeline.unet(**inputs).sample, trainer.model(**inputs).sample)
+    backbone = load_backbone(PIPELINES[family]())
+    backbone.pipeline.load_lora_weights(str(tmp_path))
+    expected = tiny.predictions(backbone, trainer.model)
+    assert torch.equal(tiny.predictions(backbone, backbone.denoiser), expected)
 
 
 def test_it_trains_under_bf16_autocast(tmp_path, experts, criteria):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests import tiny
-from tests.tiny import FAST, PIPELINES, lora, losses, max_difference, weights
+from tests.tiny import FAST, FLOWS, PIPELINES, UNETS, lora, losses, max_difference, weights
 from trl_diffusion import (
     AttributeSFTConfig,
     AttributeSFTTrainer,
@@ -33,9 +33,10 @@ from trl_diffusion.trainer.reference import check_untrained
 
 def iapo(folder, pipeline=None, dataset=None, **kwargs) -> InstanceDPOTrainer:
     given = {name: kwargs.pop(name) for name in ("eval_dataset", "peft_config", "ref_model") if name in kwargs}
+    pipeline = pipeline or tiny.sd_pipeline()
     return InstanceDPOTrainer(
-        pipeline or tiny.sd_pipeline(),
-        args=InstanceDPOConfig(str(folder), **{**FAST, "use_cpu": True, **kwargs}),
+        pipeline,
+        args=InstanceDPOConfig(str(folder), **{**FAST, "use_cpu": True, **tiny.settings(pipeline), **kwargs}),
         train_dataset=tiny.pairs() if dataset is None else dataset,
         **given,
     )
@@ -259,13 +260,16 @@ def test_drift_is_warned_of_with_advice_that_is_not_followed_already(tmp_path, e
 # ---- The first step ----
 
 
-@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bf16"])
-@pytest.mark.parametrize("noise_source", ["random", "inversion"])
-@pytest.mark.parametrize("family", PIPELINES)
+SOURCES = ("random", "inversion")
+SETTINGS = [(family, source, bf16) for family in UNETS for source in SOURCES for bf16 in (False, True)]
+SETTINGS += [(family, "inversion", True) for family in FLOWS]  # the rest of theirs is tested with the first loss
+
+
+@pytest.mark.parametrize(("family", "noise_source", "bf16"), SETTINGS)
 @pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
-def test_an_untrained_policy_is_its_reference_in_every_setting(tmp_path, peft_config, family, noise_source, precision):
+def test_an_untrained_policy_is_its_reference_in_every_setting(tmp_path, peft_config, family, noise_source, bf16):
     """Training begins without a complaint."""
-    settings = {"noise_source": noise_source, "inversion_steps": 2, "max_steps": 1, **precision}
+    settings = {"noise_source": noise_source, "inversion_steps": 2, "max_steps": 1, "bf16": bf16}
     trainer = iapo(tmp_path, PIPELINES[family](), peft_config=peft_config, **settings)
     trainer.train()
     assert trainer.state.global_step == 1
@@ -431,8 +435,10 @@ def test_precomputing_leaves_the_denoiser_in_its_mode(tmp_path):
     assert not trainer.backbone.denoiser.training
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
-@pytest.mark.parametrize("resolution", [None, 64])
+SIZES = [(family, resolution) for family in ("sd", "sdxl", "sd3") for resolution in (None, 64)]
+
+
+@pytest.mark.parametrize(("family", "resolution"), [*SIZES, ("flux", 64)])
 def test_samples_have_the_size_that_is_trained_at(tmp_path, family, resolution):
     """With policy and reference; by default it is the model's own."""
     trainer = iapo(tmp_path, PIPELINES[family](), resolution=resolution, num_inference_steps=1)

@@ -6,22 +6,20 @@ import math
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from diffusers import DDPMScheduler, FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, PixArtSigmaPipeline
 from peft import LoHaConfig, LoraConfig
 
-from tests import tiny
-from tests.tiny import FAST, PIPELINES, lora, losses, max_difference, weights
+from tests import by_hand, tiny
+from tests.tiny import FAMILIES, FAST, FLOWS, PIPELINES, lora, losses, max_difference, weights
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
+from trl_diffusion.backbones import load_backbone
 from trl_diffusion.randomness import keyed_noise
 
 
 def make_trainer(tmp_path, pipeline, dataset=None, peft_config=None, **kwargs) -> InstanceDPOTrainer:
     eval_dataset = kwargs.pop("eval_dataset", None)
     data_collator = kwargs.pop("data_collator", None)
-    defaults = {
-        "output_dir": str(tmp_path),
-        **FAST,
-    }
+    defaults = {"output_dir": str(tmp_path), **FAST, **tiny.settings(pipeline)}
     return InstanceDPOTrainer(
         pipeline,
         args=InstanceDPOConfig(**{**defaults, **kwargs}),
@@ -32,11 +30,16 @@ def make_trainer(tmp_path, pipeline, dataset=None, peft_config=None, **kwargs) -
     )
 
 
+# Of all families all weights or a LoRA, of those of flows one of both: for laws that take a while to show
+KINDS = [("sd", None), ("sd", lora()), ("sd3", None), ("flux", lora())]
+KIND_IDS = ["sd-full", "sd-lora", "sd3-full", "flux-lora"]
+
+
 # ---- The objective ----
 
 
 @pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_before_the_first_step_the_loss_is_ln_2_and_the_margins_are_0(tmp_path, family, peft_config):
     """Policy equals reference before training, to the last bit, in training and in evaluation."""
     trainer = make_trainer(tmp_path, PIPELINES[family](), peft_config=peft_config, eval_dataset=tiny.pairs(3))
@@ -52,10 +55,10 @@ def test_before_the_first_step_the_loss_is_ln_2_and_the_margins_are_0(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("family", "size_conditions"), [*((family, "target") for family in PIPELINES), ("sdxl", "original")]
+    ("family", "size_conditions"), [*((family, "target") for family in FAMILIES), ("sdxl", "original")]
 )
 def test_the_loss_is_the_published_formula_on_keyed_noise(tmp_path, family, size_conditions):
-    """Loss of a batch = Diffusion-DPO by diffusers' scheduler, on noise and timestep that the pair shares."""
+    """Loss of a batch = Diffusion-DPO by parts of diffusers, on noise and timestep that the pair shares."""
     settings = {"w_neg": 1.0, "beta": 500.0, "size_conditions": size_conditions}
     trainer = make_trainer(tmp_path, PIPELINES[family](), dataset=tiny.pairs(2), **settings)
     with torch.no_grad():  # let the policy differ from the reference
@@ -67,30 +70,20 @@ def test_the_loss_is_the_published_formula_on_keyed_noise(tmp_path, family, size
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
 
     ids, pipeline = batch["id"], trainer.backbone.pipeline
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     keys = [(42, 0, row_id, "") for row_id in ids]
     timesteps, noise = trainer.process.sample_timesteps(keys, (8, 8)), keyed_noise(keys, (4, 8, 8))
     assert len(set(timesteps.tolist())) == len(ids)
     squared = {"policy": [], "reference": []}
     for column in ("chosen", "rejected"):
-        posterior = pipeline.vae.encode(batch[f"{column}_pixel_values"]).latent_dist
-        sampled = keyed_noise([(42, 0, row_id, column) for row_id in ids], (4, 8, 8))
-        latents = (posterior.mean + posterior.std * sampled) * pipeline.vae.config.scaling_factor
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        target = noise if family != "sd_v" else scheduler.get_velocity(latents, noise, timesteps)
-        added = {}
-        if family == "sdxl":
-            embeds, _, pooled, _ = pipeline.encode_prompt(batch["prompt"], do_classifier_free_guidance=False)
-            if size_conditions == "original":
-                sizes = [batch[f"{column}_original_sizes"], batch[f"{column}_crop_top_lefts"]]
-                time_ids = torch.cat([*sizes, torch.full((len(ids), 2), 32)], dim=1)
-            else:
-                time_ids = torch.tensor([[32, 32, 0, 0, 32, 32]] * len(ids))
-            added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids.float()}}
-        else:
-            embeds, _ = pipeline.encode_prompt(batch["prompt"], "cpu", 1, False)
-        for name, unet in (("policy", trainer.model), ("reference", trainer.reference.denoiser)):
-            prediction = unet(noisy, timesteps, embeds, **added).sample
+        posterior_keys = [(42, 0, row_id, column) for row_id in ids]
+        latents = by_hand.latents(pipeline, batch[f"{column}_pixel_values"], posterior_keys)
+        noisy, target = by_hand.noised(pipeline, latents, noise, timesteps)
+        time_ids = None
+        if size_conditions == "original":
+            sizes = [batch[f"{column}_original_sizes"], batch[f"{column}_crop_top_lefts"]]
+            time_ids = torch.cat([*sizes, torch.full((len(ids), 2), 32)], dim=1)
+        for name, denoiser in (("policy", trainer.model), ("reference", trainer.reference.denoiser)):
+            prediction = by_hand.predict(pipeline, denoiser, noisy, timesteps, batch["prompt"], time_ids)
             squared[name].append((prediction - target).pow(2).mean(dim=[1, 2, 3]))
     model_diff = squared["policy"][0] - squared["policy"][1]
     ref_diff = squared["reference"][0] - squared["reference"][1]
@@ -100,7 +93,8 @@ def test_the_loss_is_the_published_formula_on_keyed_noise(tmp_path, family, size
     assert loss.item() == pytest.approx(expected.mean().item(), abs=1e-4)
 
 
-def test_w_neg_1_is_training_without_instances(tmp_path):
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_w_neg_1_is_training_without_instances(tmp_path, family):
     """With `w_neg=1` the instances change nothing; with `w_neg=0` they do."""
     ends = {}
     for name, dataset, w_neg in (
@@ -108,7 +102,7 @@ def test_w_neg_1_is_training_without_instances(tmp_path):
         ("one", tiny.pairs(), 1.0),
         ("zero", tiny.pairs(), 0.0),
     ):
-        trainer = make_trainer(tmp_path, tiny.sd_pipeline(), dataset=dataset, w_neg=w_neg)
+        trainer = make_trainer(tmp_path, PIPELINES[family](), dataset=dataset, w_neg=w_neg)
         trainer.train()
         ends[name] = weights(trainer.model)
     assert max_difference(ends["plain"], ends["one"]) == 0
@@ -130,6 +124,29 @@ def test_masks_reach_each_image_of_the_pair(tmp_path):
         covered = inside.reshape(8, 4, 8, 4).mean(dim=(1, 3)) == 1
         # the other instance agrees with the label: where it overlaps, the average of the two is above 0
         assert mask[covered].min() == 0 and mask.mean().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["sd", *FLOWS])
+def test_what_lies_in_a_conflict_sends_no_gradient(tmp_path, family):
+    """
+    With `w_neg=0` the gradient of the loss with respect to what the denoiser returns is exactly 0 at the positions of a box in
+    conflict, and nowhere else: also where the denoiser returns a sequence of patches, which the box cuts through.
+    """
+    box = [4, 8, 20, 28]  # in latents the columns 1 to 4 and the rows 2 to 6
+    instances = [{"label": "x", "chosen_box": box, "rejected_box": box, "preference": "rejected"}]
+    row = {**tiny.pairs(1)[0], "instances": instances, "chosen": tiny.image(0, 32), "rejected": tiny.image(1, 32)}
+    trainer = make_trainer(tmp_path, PIPELINES[family](), dataset=Dataset.from_list([row], tiny.pairs(1).features))
+    trainer.model.train()
+    outputs = []
+    trainer.model.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    (gradient,) = torch.autograd.grad(loss, outputs[-1])
+    if family == "flux":
+        gradient = by_hand.unpacked(gradient)
+    assert gradient.shape == (2, 4, 8, 8)
+    outside = torch.ones(8, 8, dtype=torch.bool)
+    outside[2:7, 1:5] = False
+    assert torch.equal(gradient != 0, outside.expand_as(gradient))
 
 
 def test_sdxl_is_told_the_size_that_is_trained_at(tmp_path):
@@ -157,25 +174,46 @@ def test_sdxl_can_be_told_each_images_own_size_and_crop(tmp_path):
 # ---- What may move, and what may not ----
 
 
-def test_full_training_moves_the_policy_and_never_the_reference(tmp_path):
-    """The frozen copy, the VAE and the text encoder stay as they were."""
-    trainer = make_trainer(tmp_path, tiny.sd_pipeline())
-    pipeline = trainer.backbone.pipeline
-    frozen = [trainer.reference.denoiser, pipeline.vae, pipeline.text_encoder]
+@pytest.mark.parametrize("family", ["sd", *FLOWS])
+def test_full_training_moves_the_policy_and_never_the_reference(tmp_path, family):
+    """The frozen copy, the VAE and the text encoders stay as they were."""
+    trainer = make_trainer(tmp_path, PIPELINES[family]())
+    encoders = [getattr(trainer.backbone.pipeline, name) for name in trainer.backbone.encoder_names]
+    frozen = [trainer.reference.denoiser, *encoders]
     before, policy = [weights(module) for module in frozen], weights(trainer.model)
     trainer.train()
-    assert [max_difference(weights(module), start) for module, start in zip(frozen, before, strict=True)] == [0, 0, 0]
+    assert max(max_difference(weights(module), start) for module, start in zip(frozen, before, strict=True)) == 0
     assert max_difference(weights(trainer.model), policy) > 1e-4
 
 
-def test_lora_training_moves_the_adapters_only_and_keeps_no_second_model(tmp_path):
+@pytest.mark.parametrize("family", ["sd", *FLOWS])
+def test_lora_training_moves_the_adapters_only_and_keeps_no_second_model(tmp_path, family):
     """The base under a LoRA stays as it was, and the reference costs no parameter."""
-    trainer = make_trainer(tmp_path, tiny.sd_pipeline(), peft_config=lora())
+    trainer = make_trainer(tmp_path, PIPELINES[family](), peft_config=lora())
     assert trainer.reference.denoiser is None
     before = weights(trainer.model)
     trainer.train()
     moved = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
     assert moved and all("lora_" in name for name in moved)
+
+
+@pytest.mark.parametrize("family", ["sd", *FLOWS])
+def test_four_pairs_are_learned_by_heart(tmp_path, family):
+    """Seen 20 times at one timestep and noise each, the policy prefers the chosen image of every pair."""
+    trainer = make_trainer(
+        tmp_path,
+        PIPELINES[family](),
+        dataset=tiny.pairs(4, with_instances=False),
+        peft_config=lora(8, 8),
+        per_device_train_batch_size=4,
+        max_steps=20,
+        learning_rate=3e-3,
+        beta=200.0,
+    )
+    trainer.randomness.moment = lambda: 0
+    trainer.train()
+    assert trainer.state.log_history[-2]["rewards/accuracies"] == 1
+    assert losses(trainer)[-1] < 0.5
 
 
 def test_another_reference_is_the_one_compared_to(tmp_path):
@@ -200,13 +238,14 @@ def test_the_model_cannot_be_its_own_reference(tmp_path, peft_config):
 # ---- Equivalent runs ----
 
 
-def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_gradient_accumulation_equals_a_larger_batch(tmp_path, family):
     """8 pairs at once, or one at a time and accumulated: the same weights."""
     ends = []
     for batch_size in (8, 1):
         trainer = make_trainer(
             tmp_path,
-            tiny.sd_pipeline(),
+            PIPELINES[family](),
             dataset=tiny.pairs(16),
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=8 // batch_size,
@@ -224,27 +263,28 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
 
 
 @pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, peft_config):
+@pytest.mark.parametrize("family", ["sd", *FLOWS])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, family, peft_config):
     """Stopped in the middle of an epoch and resumed: the same weights and losses, bit for bit."""
     settings = {"dataset": tiny.pairs(10), "max_steps": 6, "random_flip": True, "prompt_dropout": 0.3}
     settings |= {"center_crop": False, "peft_config": peft_config}
-    whole = make_trainer(tmp_path / "whole", tiny.sd_pipeline(), **settings)
+    whole = make_trainer(tmp_path / "whole", PIPELINES[family](), **settings)
     whole.train()
-    make_trainer(tmp_path / "cut", tiny.sd_pipeline(), save_strategy="steps", save_steps=3, **settings).train()
-    resumed = make_trainer(tmp_path / "cut", tiny.sd_pipeline(), **settings)
+    make_trainer(tmp_path / "cut", PIPELINES[family](), save_strategy="steps", save_steps=3, **settings).train()
+    resumed = make_trainer(tmp_path / "cut", PIPELINES[family](), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     assert resumed.state.global_step == 6
     assert max_difference(weights(whole.model), weights(resumed.model)) == 0
     assert losses(whole)[3:] == losses(resumed)[3:]
 
 
-@pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
-def test_gradient_checkpointing_changes_nothing(tmp_path, peft_config):
+@pytest.mark.parametrize(("family", "peft_config"), KINDS, ids=KIND_IDS)
+def test_gradient_checkpointing_changes_nothing(tmp_path, family, peft_config):
     """Recomputed activations give the same weights, and are really recomputed."""
     ends = []
     for checkpointing in (False, True):
         trainer = make_trainer(
-            tmp_path, tiny.sd_pipeline(), peft_config=peft_config, activation_checkpointing=checkpointing
+            tmp_path, PIPELINES[family](), peft_config=peft_config, activation_checkpointing=checkpointing
         )
         trainer.train()
         assert trainer.backbone.denoiser.is_gradient_checkpointing == checkpointing
@@ -252,16 +292,17 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, peft_config):
     assert max_difference(*ends) == 0
 
 
-def test_evaluation_repeats_itself_and_does_not_touch_the_training(tmp_path):
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_evaluation_repeats_itself_and_does_not_touch_the_training(tmp_path, family):
     """Evaluation is at fixed timesteps and noise: no batch size, no repetition and no training step changes it."""
-    trainer = make_trainer(tmp_path, tiny.sd_pipeline(), per_device_eval_batch_size=2, eval_dataset=tiny.pairs(5))
+    trainer = make_trainer(tmp_path, PIPELINES[family](), per_device_eval_batch_size=2, eval_dataset=tiny.pairs(5))
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_errors/chosen"] == second["eval_errors/chosen"]
-    whole = make_trainer(tmp_path, tiny.sd_pipeline(), per_device_eval_batch_size=5, eval_dataset=tiny.pairs(5))
+    whole = make_trainer(tmp_path, PIPELINES[family](), per_device_eval_batch_size=5, eval_dataset=tiny.pairs(5))
     assert whole.evaluate()["eval_errors/chosen"] == pytest.approx(first["eval_errors/chosen"], abs=1e-6)
     trainer.train()
     evaluating = make_trainer(
-        tmp_path, tiny.sd_pipeline(), eval_strategy="steps", eval_steps=1, eval_dataset=tiny.pairs(5)
+        tmp_path, PIPELINES[family](), eval_strategy="steps", eval_steps=1, eval_dataset=tiny.pairs(5)
     )
     evaluating.train()
     assert max_difference(weights(trainer.model), weights(evaluating.model)) == 0
@@ -295,48 +336,35 @@ def test_evaluation_of_several_datasets_names_each(tmp_path):
 # ---- Saving: what diffusers loads ----
 
 
+SAVED = ["sd", "sdxl", *FLOWS]
+
+
 @pytest.mark.parametrize("alpha", [4, 8])
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", SAVED)
 def test_a_saved_lora_reloads_in_diffusers_with_difference_0(tmp_path, family, alpha):
     """`load_lora_weights` on a fresh base gives the trained denoiser, at alpha = r and at alpha = 2 r."""
     trainer = make_trainer(tmp_path, PIPELINES[family](), peft_config=lora(4, alpha), learning_rate=0.05)
     trainer.train()
     trainer.save_model()
-    pipeline = PIPELINES[family]()
-    base = pipeline.unet
-    inputs = unet_inputs(family)
-    before = base(**inputs).sample
-    pipeline.load_lora_weights(tmp_path)
-    torch.manual_seed(0)
-    expected = trainer.model.eval()(**inputs).sample
-    assert (pipeline.unet.eval()(**inputs).sample - expected).abs().max() == 0
+    backbone = load_backbone(PIPELINES[family]())
+    before = tiny.predictions(backbone, backbone.denoiser)
+    backbone.pipeline.load_lora_weights(tmp_path)
+    expected = tiny.predictions(backbone, trainer.model)
+    assert (tiny.predictions(backbone, backbone.denoiser) - expected).abs().max() == 0
     assert (before - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", SAVED)
 def test_saved_weights_reload_in_diffusers_with_difference_0(tmp_path, family):
     """`from_pretrained` gives the trained pipeline."""
     trainer = make_trainer(tmp_path, PIPELINES[family]())
     trainer.train()
     trainer.save_model()
-    classes = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
-    pipeline = classes[family].from_pretrained(tmp_path)
-    inputs = unet_inputs(family)
-    assert (pipeline.unet.eval()(**inputs).sample - trainer.model.eval()(**inputs).sample).abs().max() == 0
+    backbone = load_backbone(DiffusionPipeline.from_pretrained(tmp_path))
+    assert type(backbone.pipeline) is type(trainer.backbone.pipeline)
+    expected = tiny.predictions(backbone, trainer.model)
+    assert (tiny.predictions(backbone, backbone.denoiser) - expected).abs().max() == 0
     assert not list(tmp_path.rglob("*.bin"))
-
-
-def unet_inputs(family: str) -> dict:
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "sample": torch.randn(2, 4, 8, 8, generator=generator),
-        "timestep": torch.tensor([10, 700]),
-        "encoder_hidden_states": torch.randn(2, 12, 32 if family == "sdxl" else 16, generator=generator),
-    }
-    if family == "sdxl":
-        time_ids = torch.full((2, 6), 32.0)
-        inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 16, generator=generator), "time_ids": time_ids}
-    return inputs
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
@@ -369,10 +397,10 @@ def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path):
 # ---- Precision and optimizers ----
 
 
-@pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
-def test_bf16_keeps_errors_in_float32_and_the_first_margin_at_0(tmp_path, peft_config):
+@pytest.mark.parametrize(("family", "peft_config"), KINDS, ids=KIND_IDS)
+def test_bf16_keeps_errors_in_float32_and_the_first_margin_at_0(tmp_path, family, peft_config):
     """Under bf16 autocast the errors are float32, and policy and reference still agree to the last bit."""
-    trainer = make_trainer(tmp_path, tiny.sd_pipeline(), peft_config=peft_config, bf16=True, use_cpu=True, beta=5000)
+    trainer = make_trainer(tmp_path, PIPELINES[family](), peft_config=peft_config, bf16=True, use_cpu=True, beta=5000)
     recorded = []
     trainer.record = lambda metrics: recorded.append(metrics) or InstanceDPOTrainer.record(trainer, metrics)
     trainer.train()
@@ -551,9 +579,10 @@ def test_a_wrong_setting_is_named(tmp_path, kwargs, message):
 
 
 def test_a_family_that_is_not_supported_is_named_with_those_that_are(tmp_path):
-    """FLUX is refused until there is a backbone for it."""
-    pipeline = FluxPipeline(None, None, None, None, None, None, None)
-    with pytest.raises(ValueError, match="`FluxPipeline`.*`StableDiffusionPipeline`, `StableDiffusionXLPipeline`"):
+    """PixArt is refused until there is a backbone for it."""
+    pipeline = PixArtSigmaPipeline(None, None, None, None, None)
+    supported = "`StableDiffusionPipeline`, `StableDiffusionXLPipeline`, `StableDiffusion3Pipeline`, `FluxPipeline`"
+    with pytest.raises(ValueError, match=f"`PixArtSigmaPipeline`.*{supported}"):
         make_trainer(tmp_path, pipeline)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.tiny import FAST, PIPELINES, lora, max_difference, weights
+from tests.tiny import FAMILIES, FAST, FLOWS, PIPELINES, UNETS, lora, max_difference, weights
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
 from trl_diffusion.inversion import invert_latents
 from trl_diffusion.trainer.noised_batch import NoisedBatch
@@ -15,13 +15,10 @@ from trl_diffusion.trainer.noised_batch import NoisedBatch
 
 def make_trainer(folder, pipeline=None, dataset=None, peft_config=None, **kwargs) -> InstanceDPOTrainer:
     given = {name: kwargs.pop(name) for name in ("eval_dataset", "ref_model") if name in kwargs}
-    defaults = {
-        "noise_source": "inversion",
-        "inversion_steps": 4,
-        **FAST,
-    }
+    pipeline = pipeline or tiny.sd_pipeline()
+    defaults = {"noise_source": "inversion", "inversion_steps": 4, **FAST, **tiny.settings(pipeline)}
     return InstanceDPOTrainer(
-        pipeline or tiny.sd_pipeline(),
+        pipeline,
         args=InstanceDPOConfig(str(folder), **{**defaults, **kwargs}),
         train_dataset=tiny.pairs() if dataset is None else dataset,
         peft_config=peft_config,
@@ -45,13 +42,21 @@ def noise(trainer, rows=(0, 1, 2)) -> NoisedBatch:
         return next(trainer.noised_batches(trainer.model, batch))
 
 
-@pytest.mark.parametrize("inversion_model", ["reference", "policy"])
-@pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
-@pytest.mark.parametrize("family", PIPELINES)
-def test_before_the_first_step_the_loss_is_ln_2_and_the_margins_are_0(tmp_path, family, peft_config, inversion_model):
+KINDS = [(family, kind, model) for family in UNETS for kind in ("full", "lora") for model in ("reference", "policy")]
+KINDS += [
+    ("sd3", "full", "reference"),
+    ("sd3", "lora", "policy"),
+    ("flux", "lora", "reference"),
+    ("flux", "full", "policy"),
+]
+
+
+@pytest.mark.parametrize(("family", "kind", "inversion_model"), KINDS)
+def test_before_the_first_step_the_loss_is_ln_2_and_the_margins_are_0(tmp_path, family, kind, inversion_model):
     """Whoever inverts: policy and reference agree to the last bit on what arrives."""
     settings = {"inversion_model": inversion_model, "inversion_eta": 0.1, "eval_dataset": tiny.pairs(2)}
-    trainer = make_trainer(tmp_path, PIPELINES[family](), peft_config=peft_config, max_steps=2, **settings)
+    settings |= {"peft_config": lora() if kind == "lora" else None}
+    trainer = make_trainer(tmp_path, PIPELINES[family](), max_steps=2, **settings)
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-7) and metrics["eval_rewards/margins"] == 0
     trainer.train()
@@ -77,7 +82,7 @@ def test_inversion_moves_with_the_policy_where_the_policy_inverts_and_only_there
             assert torch.equal(before.frozen["ref_pred"], after.frozen["ref_pred"])
 
 
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_pair_shares_its_timestep_and_each_image_has_its_noise(tmp_path, family):
     """The noise explains the noised latents, and is another for chosen and rejected; random noise is one for both."""
     trainer = make_trainer(tmp_path, PIPELINES[family]())
@@ -92,7 +97,7 @@ def test_a_pair_shares_its_timestep_and_each_image_has_its_noise(tmp_path, famil
     assert torch.equal(*random.noise.chunk(2))
 
 
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_each_image_is_inverted_with_its_own_prompt_and_size(tmp_path, family):
     """A batch's inversion is each image's own walk with its own conditions, by the reference's denoiser."""
     trainer = make_trainer(tmp_path, PIPELINES[family]())
@@ -130,9 +135,10 @@ def test_masks_still_apply(tmp_path):
 
 
 @pytest.mark.parametrize("inversion_model", ["reference", "policy"])
-def test_no_gradient_flows_through_the_walk(tmp_path, inversion_model):
+@pytest.mark.parametrize("family", ["sd", *FLOWS])
+def test_no_gradient_flows_through_the_walk(tmp_path, family, inversion_model):
     """Noised latents and the reference's predictions are constants of the loss, whoever inverts."""
-    trainer = make_trainer(tmp_path, inversion_model=inversion_model)
+    trainer = make_trainer(tmp_path, PIPELINES[family](), inversion_model=inversion_model)
     trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[row] for row in (0, 1)])
     pairs = next(trainer.noised_batches(trainer.model, batch))
@@ -140,7 +146,8 @@ def test_no_gradient_flows_through_the_walk(tmp_path, inversion_model):
     tensors += [*pairs.batch["conditions"].values(), pairs.batch["masks"]]
     assert not any(tensor.requires_grad for tensor in tensors)
     trainer.compute_loss(trainer.model, batch).backward()
-    assert trainer.model.conv_out.weight.grad.abs().max() > 0
+    output = trainer.model.conv_out if family == "sd" else trainer.model.proj_out
+    assert output.weight.grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in trainer.reference.denoiser.parameters())
 
 
@@ -190,9 +197,10 @@ def test_eta_adds_randomness_that_is_each_images_own(tmp_path):
     assert torch.equal(noise(trainer).noisy_latents, pairs.noisy_latents)
 
 
-def test_a_walk_asks_the_denoiser_as_often_as_it_has_steps(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["sd", *FLOWS])
+def test_a_walk_asks_the_denoiser_as_often_as_it_has_steps(tmp_path, family, monkeypatch):
     """Of a batch, only those that are on their way; then reference and policy once each."""
-    trainer = make_trainer(tmp_path, timestep_range=[600, 1000])
+    trainer = make_trainer(tmp_path, PIPELINES[family](), timestep_range=[300, 1000])
     pairs = noise(trainer)
     calls, predict = [], trainer.backbone.predict
     monkeypatch.setattr(
@@ -205,18 +213,20 @@ def test_a_walk_asks_the_denoiser_as_often_as_it_has_steps(tmp_path, monkeypatch
     batch = trainer.data_collator([trainer.train_dataset[row] for row in (0, 1, 2)])
     trainer.compute_loss(trainer.model, batch)
     lengths = [len(trainer.process.inversion_timesteps(timestep, 4)) for timestep in pairs.timesteps.tolist()]
+    assert len(set(lengths)) > 1
     expected = [(True, sum(step < length for length in lengths)) for step in range(max(lengths))]
     assert calls == [*expected, (True, 6), (False, 6)]
 
 
-def test_evaluation_inverts_at_fixed_timesteps_and_repeats_itself(tmp_path):
+@pytest.mark.parametrize("family", ["sd", *FLOWS])
+def test_evaluation_inverts_at_fixed_timesteps_and_repeats_itself(tmp_path, family):
     """No batch size, no repetition and no training of the policy changes the reference's errors."""
     settings = {"eval_dataset": tiny.pairs(5), "inversion_eta": 0.1}
-    trainer = make_trainer(tmp_path, per_device_eval_batch_size=2, **settings)
+    trainer = make_trainer(tmp_path, PIPELINES[family](), per_device_eval_batch_size=2, **settings)
     first = trainer.evaluate()
     move_policy(trainer)
     second = trainer.evaluate()
-    whole = make_trainer(tmp_path, per_device_eval_batch_size=5, **settings).evaluate()
+    whole = make_trainer(tmp_path, PIPELINES[family](), per_device_eval_batch_size=5, **settings).evaluate()
     assert first["eval_errors/ref_chosen"] == second["eval_errors/ref_chosen"]
     assert first["eval_errors/chosen"] != second["eval_errors/chosen"]
     assert whole["eval_errors/ref_chosen"] == pytest.approx(first["eval_errors/ref_chosen"], abs=1e-5)

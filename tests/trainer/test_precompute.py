@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import CLIPTextModel
 
 from tests import tiny
-from tests.tiny import FAST, PIPELINES, lora, max_difference, weights
+from tests.tiny import FAST, FLOWS, PIPELINES, lora, max_difference, weights
 from trl_diffusion import (
     AttributeSFTConfig,
     AttributeSFTTrainer,
@@ -40,9 +40,11 @@ ROOT = Path(__file__).parents[2]
 def iapo(folder, pipeline=None, dataset=None, precompute=True, **kwargs) -> InstanceDPOTrainer:
     names = ("eval_dataset", "data_collator", "peft_config", "ref_model", "callbacks")
     given = {name: kwargs.pop(name) for name in names if name in kwargs}
+    pipeline = pipeline or tiny.sd_pipeline()
     settings = {"precompute": precompute, "precompute_dir": str(folder / "cache"), "beta": 50.0}
+    settings |= tiny.settings(pipeline)
     return InstanceDPOTrainer(
-        pipeline or tiny.sd_pipeline(),
+        pipeline,
         args=InstanceDPOConfig(**{"output_dir": str(folder), **FAST, **settings, **kwargs}),
         train_dataset=tiny.pairs(6) if dataset is None else dataset,
         **given,
@@ -57,9 +59,11 @@ def criteria(tmp_path_factory) -> str:
 
 
 def expert_trainer(folder, criteria, pipeline=None, dataset=None, precompute=True, **kwargs) -> AttributeSFTTrainer:
+    pipeline = pipeline or tiny.sd_pipeline()
     settings = {"precompute": precompute, "precompute_dir": str(folder / "cache"), "criteria": criteria}
+    settings |= tiny.settings(pipeline)
     return AttributeSFTTrainer(
-        pipeline or tiny.sd_pipeline(),
+        pipeline,
         args=AttributeSFTConfig(str(folder), **{**FAST, **settings, **kwargs}),
         train_dataset=tiny.paintings(6) if dataset is None else dataset,
         peft_config=lora(),
@@ -69,7 +73,7 @@ def expert_trainer(folder, criteria, pipeline=None, dataset=None, precompute=Tru
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory, criteria) -> dict[str, str]:
     """A folder with an expert for each family."""
-    folders = {family: tmp_path_factory.mktemp(f"expert_{family}") for family in ("sd", "sdxl")}
+    folders = {family: tmp_path_factory.mktemp(f"expert_{family}") for family in ("sd", "sdxl", *FLOWS)}
     for family, folder in folders.items():
         trainer = expert_trainer(folder, criteria, PIPELINES[family](), precompute=False, learning_rate=0.05)
         trainer.train()
@@ -79,9 +83,11 @@ def experts(tmp_path_factory, criteria) -> dict[str, str]:
 
 def cpo(folder, expert, criteria, pipeline=None, dataset=None, precompute=True, **kwargs) -> ComplexPOTrainer:
     eval_dataset = kwargs.pop("eval_dataset", None)
+    pipeline = pipeline or tiny.sd_pipeline()
     settings = {"precompute": precompute, "precompute_dir": str(folder / "cache"), "criteria": criteria, "beta": 50.0}
+    settings |= tiny.settings(pipeline)
     return ComplexPOTrainer(
-        pipeline or tiny.sd_pipeline(),
+        pipeline,
         expert,
         args=ComplexPOConfig(str(folder), **{**FAST, **settings, **kwargs}),
         train_dataset=tiny.paintings(6) if dataset is None else dataset,
@@ -103,7 +109,7 @@ def encoder_calls(pipeline) -> dict[str, int]:
         return encode(pixel_values, *args, **kwargs)
 
     pipeline.vae.encode = noted
-    for name in ("text_encoder", "text_encoder_2"):
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         if getattr(pipeline, name, None) is not None:
             getattr(pipeline, name).register_forward_pre_hook(
                 lambda module, args, kwargs, name=name: counts.update(
@@ -171,6 +177,10 @@ AUGMENTED = {"prompt_dropout": 0.5, "random_flip": True, "center_crop": False}
         ("sdxl", "full", "random"),
         ("sdxl", "full", "inversion_eta"),
         ("sdxl", "lora", "inversion"),
+        ("sd3", "full", "inversion_eta"),
+        ("sd3", "lora", "random"),
+        ("flux", "full", "random"),
+        ("flux", "lora", "inversion"),
     ],
 )
 def test_a_step_gets_the_same_live_and_precomputed(tmp_path, family, kind, source):
@@ -205,6 +215,7 @@ def test_another_reference_inverts_and_predicts(tmp_path):
         ("sd", "lora", "random"),
         ("sdxl", "full", "random"),
         ("sdxl", "lora", "inversion"),
+        ("flux", "full", "random"),
     ],
 )
 def test_training_for_two_epochs_is_the_same_live_and_precomputed(tmp_path, family, kind, source):
@@ -238,10 +249,13 @@ CPO_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", CPO_SETTINGS)
-def test_cpo_trains_the_same_live_and_precomputed(tmp_path, experts, criteria, setting):
+CPO_FAMILIES = [("sdxl" if setting in ("strength", "dropout") else "sd", setting) for setting in CPO_SETTINGS]
+CPO_FAMILIES += [("sd3", "inversion"), ("flux", "ref_preds")]
+
+
+@pytest.mark.parametrize(("family", "setting"), CPO_FAMILIES)
+def test_cpo_trains_the_same_live_and_precomputed(tmp_path, experts, criteria, family, setting):
     """Every prompt that training and evaluation ask for is in the cache, and the losses are the same."""
-    family = "sdxl" if setting in ("strength", "dropout") else "sd"
     settings = {"random_flip": True, "center_crop": False, "max_steps": -1, "num_train_epochs": 2}
     settings |= {"eval_dataset": tiny.paintings(8).select([6, 7]), **CPO_SETTINGS[setting]}
     expert = experts[family]
@@ -329,17 +343,25 @@ def test_accumulation_over_the_end_of_an_epoch_uses_each_epochs_own_noise(tmp_pa
     torch.testing.assert_close(one, other, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
-@pytest.mark.parametrize("save_steps", [4, 5], ids=["within_an_epoch", "between_epochs"])
-def test_a_resumed_run_with_inversion_is_the_uninterrupted_one(tmp_path, precompute, save_steps):
+RESUMED = [("sd", kind, save_steps) for kind in ("live", "precomputed") for save_steps in (4, 5)]
+
+
+# Within an epoch, and between two
+@pytest.mark.parametrize(("family", "kind", "save_steps"), [*RESUMED, ("flux", "precomputed", 4)])
+def test_a_resumed_run_with_inversion_is_the_uninterrupted_one(tmp_path, family, kind, save_steps):
     """The same weights and losses, bit for bit."""
     settings = AUGMENTED | {"dataset": tiny.pairs(10), "max_steps": 8, "noise_source": "inversion"}
-    settings |= {"inversion_eta": 0.1, "precompute": precompute, "peft_config": lora(), "inversion_steps": 4}
-    whole = iapo(tmp_path, output_dir=str(tmp_path / "whole"), **settings)
+    settings |= {
+        "inversion_eta": 0.1,
+        "precompute": kind == "precomputed",
+        "peft_config": lora(),
+        "inversion_steps": 4,
+    }
+    whole = iapo(tmp_path, PIPELINES[family](), output_dir=str(tmp_path / "whole"), **settings)
     whole.train()
     cut = settings | {"output_dir": str(tmp_path / "cut")}
-    iapo(tmp_path, save_strategy="steps", save_steps=save_steps, **cut).train()
-    resumed = iapo(tmp_path, **cut)
+    iapo(tmp_path, PIPELINES[family](), save_strategy="steps", save_steps=save_steps, **cut).train()
+    resumed = iapo(tmp_path, PIPELINES[family](), **cut)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{save_steps}"))
     assert logs(resumed, "loss")[save_steps:] == logs(whole, "loss")[save_steps:]
     assert max_difference(weights(whole.model), weights(resumed.model)) == 0
@@ -348,16 +370,15 @@ def test_a_resumed_run_with_inversion_is_the_uninterrupted_one(tmp_path, precomp
 # ---- The encoders ----
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", *FLOWS])
 def test_each_image_and_each_prompt_is_encoded_once_and_none_in_training(tmp_path, family):
     """12 images of train_dataset, 4 of eval_dataset, and 3 prompts; of each kind one more, to tell its size."""
     pipeline = PIPELINES[family]()
     calls = encoder_calls(pipeline)
     trainer = iapo(tmp_path, pipeline, prompt_dropout=0.5, eval_dataset=tiny.pairs(2), num_train_epochs=2, max_steps=6)
     assert calls["vae"] in (12 + 2 + 4 + 2, 12 + 4)
-    assert calls["text_encoder"] in (3, 4)
-    if family == "sdxl":
-        assert calls["text_encoder_2"] in (3, 4)
+    for name in trainer.backbone.text_encoder_names:
+        assert calls[name] in (3, 4)
     calls.clear()
     trainer.train()
     trainer.evaluate()
@@ -571,6 +592,36 @@ def test_what_depends_on_a_change_is_encoded_again(tmp_path, base_cache, capsys,
         assert_same_batches(live, again, epochs=(0,), tolerance=3e-2 if change == "bf16" else 5e-6)
 
 
+FLOW_CHANGES = {
+    "tokens": ("sd3", {"max_sequence_length": 8}, {PROMPTS, INVERSIONS}),
+    "density": ("sd3", {"timestep_density": "logit_normal"}, {INVERSIONS}),
+    "guidance": ("flux", {"embedded_guidance": 3.5}, {INVERSIONS}),
+    "shift": ("sd3", {}, {INVERSIONS}),
+    "t5": ("flux", {}, {PROMPTS, INVERSIONS}),
+}
+
+
+@pytest.mark.parametrize("change", FLOW_CHANGES)
+def test_what_depends_on_a_change_of_a_flow_model_is_encoded_again(tmp_path, capsys, change):
+    """Its tokens, density, guidance and shift, and T5; the result is the live one."""
+    family, settings, needed = FLOW_CHANGES[change]
+    iapo(tmp_path, PIPELINES[family](), **BASE)
+    computed(capsys)
+
+    def changed():
+        pipeline = tiny.sd3_pipeline(shift=5.0) if change == "shift" else PIPELINES[family]()
+        if change == "t5":
+            with torch.no_grad():
+                for weight in pipeline.text_encoder_2.parameters():
+                    weight.mul_(1.1)
+        return pipeline
+
+    again = iapo(tmp_path, changed(), **BASE | settings)
+    assert computed(capsys) == needed
+    live = iapo(tmp_path, changed(), precompute=False, **BASE | settings)
+    assert_same_batches(live, again, epochs=(0,))
+
+
 def test_new_prompts_to_evaluate_on_leave_the_inversions_alone(tmp_path, capsys):
     """Inversions are of the training rows and their prompts."""
     iapo(tmp_path, noise_source="inversion")
@@ -756,7 +807,7 @@ def test_only_an_evaluation_can_be_precomputed(tmp_path):
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
 def test_a_dataset_that_was_not_precomputed_is_evaluated_like_any_other(tmp_path, family):
     """`evaluate` of another dataset, whose prompts no cache holds, gives what it gives without `precompute`."""
     other = tiny.pairs(3).map(

@@ -3,7 +3,10 @@
 
 """What families of flow transformers share: the scheduler's shift, sizes in patches, prompts as long as T5 reads them."""
 
+import logging
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -71,6 +74,20 @@ class FlowBackbone(Backbone):
         scheme = "none" if density == "uniform" else density
         sample = partial(compute_density_for_timestep_sampling, scheme, **settings)
         self.process.density = lambda num, generator: sample(num, generator=generator)
+
+    @contextmanager
+    def clip_reads_the_beginning(self) -> Iterator[None]:
+        """Where T5 reads a prompt's end, holds back the pipeline's warning of every batch that CLIP does not."""
+
+        def is_told(record: logging.LogRecord) -> bool:
+            return "tokenizer" in self.prompt_limits or "CLIP can only handle" not in record.getMessage()
+
+        logger = logging.getLogger(type(self.pipeline).__module__)
+        logger.addFilter(is_told)
+        try:
+            yield
+        finally:
+            logger.removeFilter(is_told)
 
     @property
     def size_multiple(self) -> int:

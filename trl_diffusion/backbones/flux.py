@@ -41,9 +41,10 @@ class FluxBackbone(FlowBackbone):
         return {"tokenizer_2": self.max_sequence_length}
 
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
-        prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
-            [prompt or "" for prompt in prompts], device=self.device, max_sequence_length=self.max_sequence_length
-        )
+        with self.clip_reads_the_beginning():
+            prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
+                [prompt or "" for prompt in prompts], device=self.device, max_sequence_length=self.max_sequence_length
+            )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions) -> torch.Tensor:

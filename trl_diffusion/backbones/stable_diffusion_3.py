@@ -46,14 +46,15 @@ class StableDiffusion3Backbone(FlowBackbone):
         return {name: getattr(self.pipeline, name).model_max_length for name in self.tokenizer_names}
 
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
-        prompt_embeds, _, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
-            [prompt or "" for prompt in prompts],
-            prompt_2=None,
-            prompt_3=None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-        )
+        with self.clip_reads_the_beginning():
+            prompt_embeds, _, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
+                [prompt or "" for prompt in prompts],
+                prompt_2=None,
+                prompt_3=None,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+            )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions) -> torch.Tensor:

@@ -76,7 +76,7 @@ MODELS = {
         expert="flow_painting_expert",
         pair_training={"beta": 100.0, "learning_rate": 5e-5, **SHARED},
         painting_training={"learning_rate": 1e-3, **SHARED},
-        painting_beta=20.0,
+        painting_beta=5.0,
         target_modules=[
             *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
             *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "context_embedder"),

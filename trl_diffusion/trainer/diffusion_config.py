@@ -17,6 +17,8 @@ from ..data.buckets import bucket_sizes
 
 logger = get_logger(__name__)
 
+DENSITY_SETTINGS = {"uniform": (), "logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}
+
 
 @dataclass
 class DiffusionConfig(_BaseConfig):
@@ -384,8 +386,7 @@ def check_not_sharded(is_sharded: bool) -> None:
 def configure_backbone(backbone: Backbone, args: DiffusionConfig) -> None:
     """Passes on what a backbone leaves to the run. Raises a `ValueError` where its family leaves no choice."""
     backbone.configure(args.max_sequence_length, args.embedded_guidance)
-    densities = {"logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}
-    settings = {name: getattr(args, name) for name in densities.get(args.timestep_density, ())}
+    settings = {name: getattr(args, name) for name in DENSITY_SETTINGS[args.timestep_density]}
     backbone.set_timestep_density(args.timestep_density, **settings)
     backbone.process.restrict(args.timestep_range)
 

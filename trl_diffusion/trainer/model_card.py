@@ -12,11 +12,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPi
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..backbones import backbone_class_of
-from .diffusion_config import DiffusionConfig
-
-
-# The settings of each density of timesteps
-DENSITIES = {"logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}
+from .diffusion_config import DENSITY_SETTINGS, DiffusionConfig
 
 
 class Method(NamedTuple):
@@ -150,7 +146,7 @@ def _hyperparameters(args: DiffusionConfig, unit: str, resolution: int, global_s
     """What somebody needs to repeat a training: the trainer's own parameters, then those of every training."""
     set_on_purpose = ["max_sequence_length", "embedded_guidance"]
     if args.timestep_density != "uniform":
-        set_on_purpose += ["timestep_density", *DENSITIES[args.timestep_density]]
+        set_on_purpose += ["timestep_density", *DENSITY_SETTINGS[args.timestep_density]]
     own = {name: getattr(args, name) for name in type(args).__annotations__ if not name.startswith("_")}
     return own | {
         "learning_rate": args.learning_rate,
