@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from datasets import load_dataset
 from PIL import Image
 from safetensors import safe_open
 
 from tests import tiny
+from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer, visualization
 from trl_diffusion.cli.main import COMMANDS, main
 from trl_diffusion.quickstart.paintings import painting_dataset
 from trl_diffusion.quickstart.sampling import shipped
@@ -129,6 +132,35 @@ def test_show_masks_draws_a_picture_a_row(folders, tmp_path, capsys):
     assert pictures == ["0000.png", "0001.png", "0002.png"]
     assert Image.open(tmp_path / "0000.png").width == 2 * (512 + 8) + 8
     assert "Drew 3 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make", [tiny.sd_pipeline, tiny.sd3_pipeline, tiny.flux_pipeline])
+def test_show_masks_draws_those_of_the_training(folders, tmp_path, monkeypatch, make):
+    """For each family, the masks in the pictures are the ones that the trainer weighs the errors of the latents with."""
+    drawn = []
+    monkeypatch.setattr(
+        visualization, "mask_overlay", lambda pixels, mask, *rest: drawn.append(mask) or tiny.image(0, 32, 32)
+    )
+    flags = [
+        "--dataset_name",
+        str(folders / "data"),
+        "--num_rows",
+        "2",
+        "--resolution",
+        "32",
+        "--vae_scale_factor",
+        "4",
+    ]
+    assert main(["show-masks", *flags, "--w_neg", "0.25", "--output_dir", str(tmp_path / "masks")]) == 0
+    settings = {"resolution": 32, "w_neg": 0.25} | ({} if make is tiny.sd_pipeline else {"max_sequence_length": 16})
+    args = InstanceDPOConfig(str(tmp_path / "out"), **tiny.FAST | settings)
+    dataset = load_dataset(str(folders / "data"), split="train").select(range(2))
+    trainer = InstanceDPOTrainer(make(), args=args, train_dataset=dataset, peft_config=tiny.lora())
+    batch = trainer.data_collator(list(dataset))
+    masks = trainer.prepare_batch(batch, tiny.latents(trainer, batch))["masks"]
+    assert masks.shape == (4, 8, 8)  # the chosen images of both rows, then the rejected ones
+    assert torch.equal(torch.stack([drawn[n] for n in (0, 2, 1, 3)]), masks)
+    assert masks.min() < 0.9 < 1 < masks.max()
 
 
 def test_annotating_pairs_and_going_on(tmp_path, capsys):

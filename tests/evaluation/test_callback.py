@@ -72,6 +72,33 @@ def test_what_is_logged_are_the_scores_of_what_is_drawn(tmp_path, peft_config):
     assert wins != 0.5
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_samples_of_flow_models(tmp_path, family):
+    """Samples and scores in training are of the tokens that are trained with, base and policy alike."""
+    pipeline = tiny.sd3_pipeline() if family == "sd3" else tiny.flux_pipeline()
+    settings = {"resolution": 32, "max_sequence_length": 16, "sample_prompts": PROMPTS, "num_inference_steps": 2}
+    args = InstanceDPOConfig(str(tmp_path), **tiny.FAST | settings | {"max_steps": 1, "learning_rate": 0.05})
+    trainer = InstanceDPOTrainer(pipeline, args=args, train_dataset=tiny.pairs(4), peft_config=tiny.lora())
+    encode_prompt, lengths = pipeline.encode_prompt, set()
+
+    def spy(*args, **kwargs):
+        lengths.add(kwargs["max_sequence_length"])
+        return encode_prompt(*args, **kwargs)
+
+    pipeline.encode_prompt = spy
+    trainer.add_callback(EvaluationCallback(trainer, PROMPTS, [Brightness()], steps=1))
+    trainer.train()
+    assert lengths == {16}
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"step-000000.png", "step-000001.png"}
+    entries = [entry for entry in trainer.state.log_history if "eval_brightness" in entry]
+    new = tiny.sd3_pipeline() if family == "sd3" else tiny.flux_pipeline()
+    settings = {"num_inference_steps": 2, "height": 32, "width": 32, "max_sequence_length": 16}
+    base = [np.asarray(image).mean() for image in sample_images(new, PROMPTS, seed=args.seed, **settings)]
+    assert entries[0]["eval_brightness"] == pytest.approx(np.mean(base))
+    trained = [np.asarray(image).mean() for image in trainer.sample(PROMPTS)]
+    assert entries[-1]["eval_brightness"] == pytest.approx(np.mean(trained)) != np.mean(base)
+
+
 @pytest.mark.parametrize("peft_config", [None, tiny.lora()], ids=["full", "lora"])
 def test_a_method_without_a_reference_is_compared_to_the_model_before(tmp_path, peft_config):
     """Fine-tuning has no reference; its base is the model before training, at every evaluation."""
