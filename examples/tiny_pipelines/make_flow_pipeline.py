@@ -3,8 +3,8 @@
 
 """Make a flow base model of the quickstart: a tiny Stable Diffusion 3 pipeline whose transformer is trained from scratch.
 
-    python examples/tiny_pipelines/make_flow_pipeline.py --output_dir flow_base_pipeline
-    python examples/tiny_pipelines/make_flow_pipeline.py --world paintings --output_dir flow_painting_base
+    python -m examples.tiny_pipelines.make_flow_pipeline --output_dir flow_base_pipeline
+    python -m examples.tiny_pipelines.make_flow_pipeline --world paintings --output_dir flow_painting_base
 
 It learns the same small worlds as the pipelines of `make_base_pipeline.py`, and takes the VAE of the one that comes with the
 quickstart. The three text encoders are random and stay so: their states tell words apart, and the transformer learns what
@@ -19,16 +19,25 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
-from make_base_pipeline import WORLDS, World, latents_of, make_tokenizer, pixels_of
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
+from trl_diffusion.quickstart.models import MODELS
 from trl_diffusion.quickstart.sampling import shipped
 from trl_diffusion.quickstart.world import SIZE, evaluation_prompts
 
+from .make_base_pipeline import WORLDS, World, latents_of, make_tokenizer, pixels_of
 
-VAES = {"scenes": "base_pipeline", "paintings": "painting_base"}  # the shipped pipelines that have them
+
+ENOUGH = {"scenes": (20_000, 2500), "paintings": (30_000, 4500)}  # training images and steps
 CLIP_LENGTH = 10  # tokens; the attributes of a painting reach beyond it, and T5 reads all of them
-T5_LENGTH = 16
+T5_LENGTH = MODELS["flow"].conditions["max_sequence_length"]
 CLIP_WIDTH = 32
 T5_WIDTH = 2 * CLIP_WIDTH  # the states of the two CLIP encoders side by side are as wide as those of T5
 
@@ -38,7 +47,8 @@ T5_WIDTH = 2 * CLIP_WIDTH  # the states of the two CLIP encoders side by side ar
 
 def load_vae(world: str) -> AutoencoderKL:
     """The VAE of the world's UNet pipeline. A Stable Diffusion 3 pipeline also shifts latents: by nothing here."""
-    vae = AutoencoderKL.from_pretrained(shipped(VAES[world]), subfolder="vae", dtype=torch.float32)
+    folder = shipped(getattr(MODELS["unet"], world))
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
     vae.register_to_config(shift_factor=0.0)
     return vae.requires_grad_(False)
 
@@ -48,7 +58,7 @@ def make_t5_tokenizer(words: list[str]) -> T5Tokenizer:
     tokens = ["▁", *(word if word == "," else f"▁{word}" for word in words)]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((token, -1.0) for token in tokens)]
     tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH)
-    assert all(len(tokenizer(f"a{word}" if word == "," else word).input_ids) in (2, 3) for word in words)
+    assert all(tokenizer.unk_token_id not in tokenizer(word).input_ids for word in words)
     return tokenizer
 
 
@@ -203,8 +213,10 @@ def main():
     parser.add_argument("--world", choices=WORLDS, default="scenes", help="The world to learn.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the pipeline.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the weights and of the training data.")
-    parser.add_argument("--num_scenes", type=int, default=20_000, help="Number of training images.")
-    parser.add_argument("--num_steps", type=int, default=2500, help="Training steps, with 64 images each.")
+    parser.add_argument("--num_scenes", type=int, help="Number of training images; by default what the world needs.")
+    parser.add_argument(
+        "--num_steps", type=int, help="Training steps, with 64 images each; by default what the world needs."
+    )
     parser.add_argument("--num_layers", type=int, default=4, help="Layers of the transformer.")
     parser.add_argument("--num_heads", type=int, default=4, help="Attention heads of the transformer, 32 wide each.")
     parser.add_argument("--num_samples", type=int, default=768, help="Images to score at the end; 0 for none.")
@@ -214,9 +226,12 @@ def main():
     torch.manual_seed(args.seed)
     pipeline = make_pipeline(args.world, args.num_layers, args.num_heads)
     rng = np.random.default_rng(args.seed)
-    scenes = [world.sample(rng) for _ in range(args.num_scenes)]
+    num_scenes, num_steps = (
+        given or needed for given, needed in zip((args.num_scenes, args.num_steps), ENOUGH[args.world], strict=True)
+    )
+    scenes = [world.sample(rng) for _ in range(num_scenes)]
     latents = latents_of(pipeline.vae, pixels_of(scenes, world.render))
-    train_transformer(pipeline, latents, [scene.prompt for scene in scenes], args.num_steps, 64, args.seed)
+    train_transformer(pipeline, latents, [scene.prompt for scene in scenes], num_steps, 64, args.seed)
 
     # Half precision halves the folder. diffusers reads it back in single precision, transformers would not.
     pipeline.to(torch.float16)
