@@ -134,12 +134,15 @@ def policy_and_reference(case: Case) -> tuple[torch.nn.Module, torch.nn.Module |
 
 
 def make_fake(module: torch.nn.Module) -> None:
-    """Turns a module's parameters and buffers on the meta device into fake ones on the CPU."""
+    """Turns a module's parameters and buffers on the meta device into fake ones on the CPU; what is shared stays shared."""
+    made = {}
     for submodule in module.modules():
         for name, parameter in submodule._parameters.items():
             if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                submodule._parameters[name] = torch.nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                if parameter not in made:
+                    fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[parameter] = torch.nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                submodule._parameters[name] = made[parameter]
         for name, buffer in submodule._buffers.items():
             if buffer is not None:
                 submodule._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
