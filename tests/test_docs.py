@@ -416,6 +416,19 @@ def test_python_of_complex_po_trainer(tiny_hub):
     check_metrics(trainer, "complex_po_trainer.md")
 
 
+def test_python_of_models(tiny_hub, tmp_path):
+    """The page's trainer trains Stable Diffusion 3, here a tiny one."""
+    (code,) = blocks("models.md", "python")
+    tiny.sd3_pipeline().save_pretrained(tmp_path / "sd3")
+    scope = {}
+    exec(code.replace("stabilityai/stable-diffusion-3.5-medium", str(tmp_path / "sd3")), scope)
+    trainer = scope["trainer"]
+    assert type(trainer.backbone.pipeline).__name__ == "StableDiffusion3Pipeline"
+    trainer.args.max_steps = 1
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_python_names_exist(page):
     """Every Python block compiles, also on a page that is not run, and imports only names that this package has."""
@@ -440,6 +453,7 @@ def test_every_page_with_python_is_run():
         "evaluation.md",
         "instance_dpo_trainer.md",
         "metrics.md",
+        "models.md",
         "quickstart.md",
         "speed.md",
     }
