@@ -12,6 +12,7 @@ from trl_diffusion.randomness import keyed_generator, keyed_noise
 
 
 SHAPE = (4, 8, 8)
+SIZE = SHAPE[1:]
 
 
 def keys(num: int, seed: int = 0, step: int = 0) -> list[tuple]:
@@ -52,11 +53,11 @@ def test_noise_does_not_depend_on_the_batch(shape):
 def test_timesteps_do_not_depend_on_the_batch(scheduler):
     """A row's timestep is the same alone, in a batch and in another order."""
     sample_timesteps = process_of(scheduler).sample_timesteps
-    batch = sample_timesteps(keys(20))
+    batch = sample_timesteps(keys(20), SIZE)
     assert batch.shape == (20,)
     assert batch.dtype == torch.int64
-    assert torch.equal(sample_timesteps(keys(20)[::-1]), batch.flip(0))
-    assert [sample_timesteps([key]).item() for key in keys(20)] == batch.tolist()
+    assert torch.equal(sample_timesteps(keys(20)[::-1], SIZE), batch.flip(0))
+    assert [sample_timesteps([key], SIZE).item() for key in keys(20)] == batch.tolist()
 
 
 def test_every_part_of_the_key_matters():
@@ -92,23 +93,23 @@ def test_global_generator_is_neither_read_nor_moved(scheduler):
     sample_timesteps = process_of(scheduler).sample_timesteps
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first = keyed_noise(keys(2), SHAPE), sample_timesteps(keys(2))
+    first = keyed_noise(keys(2), SHAPE), sample_timesteps(keys(2), SIZE)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
-    second = keyed_noise(keys(2), SHAPE), sample_timesteps(keys(2))
+    second = keyed_noise(keys(2), SHAPE), sample_timesteps(keys(2), SIZE)
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 
 
 def test_timesteps_include_low_and_exclude_high(scheduler):
     """Timesteps in [3, 7) are 3, 4, 5 and 6, and all of them occur."""
-    assert set(process_of(scheduler, timestep_range=[3, 7]).sample_timesteps(keys(300)).tolist()) == {3, 4, 5, 6}
-    assert process_of(scheduler, timestep_range=[999, 1000]).sample_timesteps(keys(3)).tolist() == [999] * 3
+    assert set(process_of(scheduler, timestep_range=[3, 7]).sample_timesteps(keys(300), SIZE).tolist()) == {3, 4, 5, 6}
+    assert process_of(scheduler, timestep_range=[999, 1000]).sample_timesteps(keys(3), SIZE).tolist() == [999] * 3
 
 
 def test_timesteps_are_uniform(scheduler):
     """Ten equal parts of the range are hit 500 times each by 5000 keys, to five standard deviations."""
-    counts = torch.bincount(process_of(scheduler).sample_timesteps(keys(5000)) // 100, minlength=10)
+    counts = torch.bincount(process_of(scheduler).sample_timesteps(keys(5000), SIZE) // 100, minlength=10)
     assert counts.sum() == 5000
     assert (counts - 500).abs().max() < 5 * (5000 * 0.1 * 0.9) ** 0.5
 
@@ -125,7 +126,7 @@ def test_timesteps_are_uniform(scheduler):
 )
 def test_evaluation_timesteps_by_hand(scheduler, low, high, num, expected):
     """Timesteps of an evaluation are the middles of equal shares: 62.5, 187.5, ... cut to integers for 8 of 1000."""
-    assert process_of(scheduler, timestep_range=[low, high]).evaluation_timesteps(num) == expected
+    assert process_of(scheduler, timestep_range=[low, high]).evaluation_timesteps(num, SIZE) == expected
 
 
 def test_add_noise_equals_diffusers(scheduler, sample):

@@ -18,8 +18,7 @@ from tests.benchmark.measure import ForwardCounter, Rounds, Stopwatch, Stopwatch
 from tests.benchmark.models import PROMPTS, build_pipeline, image_pairs
 from tests.benchmark.steps import Given, PixelPairs, Script, cast, floor_step, yardstick_step
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
-from trl_diffusion.backbones import load_backbone
-from trl_diffusion.process import Process
+from trl_diffusion.backbones import Backbone, load_backbone
 from trl_diffusion.trainer.row_randomness import RowRandomness
 
 
@@ -78,16 +77,17 @@ class Benchmark:
         backbone = load_backbone(pipeline)
         backbone.to(torch.device(args.device))
         self.resolution = args.resolution or backbone.default_resolution
-        self.timesteps = self.batch_timesteps(backbone.process)
+        self.timesteps = self.batch_timesteps(backbone)
         self.given = self.given_batch(backbone)
         # What the yardstick is, and the reference of the floor
         self.frozen = cast(pipeline.unet.requires_grad_(False).train(), self.dtype)
         self.counter.watch(self.frozen)
 
-    def batch_timesteps(self, process: Process) -> list[int]:
+    def batch_timesteps(self, backbone: Backbone) -> list[int]:
         """A timestep for each micro batch of the run. Those of the measured rounds are spread evenly, within rounds too."""
         args, micro_batches = self.args, self.args.gradient_accumulation_steps
-        spread = process.evaluation_timesteps(args.steps * micro_batches)
+        side = self.resolution // backbone.vae_scale_factor
+        spread = backbone.process.evaluation_timesteps(args.steps * micro_batches, (side, side))
         rounds = [spread[index :: args.steps] for index in range(args.steps)]
         warm_up = [rounds[index % args.steps] for index in range(args.warmup)]
         return [timestep for micro_batches in (*warm_up, *rounds) for timestep in micro_batches]
