@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -285,15 +285,16 @@ def scale_silent_words(
 
 
 def measure(
-    pipeline: StableDiffusionPipeline, world: World, num_samples: int, seed: int, guidance_scale: float = 2.0
+    pipeline: DiffusionPipeline, world: World, num_samples: int, seed: int, guidance_scale: float = 2.0, **kwargs
 ) -> dict[str, float]:
-    """Generate images with the settings of the quickstart, and score them."""
+    """Generate images with the settings of the quickstart, or with others of the pipeline's call, and score them."""
+    settings = {"num_inference_steps": 10, "guidance_scale": guidance_scale, **kwargs}
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     prompts, images = evaluation_prompts(num_samples, seed, world.sample), []
     for start in range(0, num_samples, 128):
         batch = prompts[start : start + 128]
-        images += pipeline(batch, num_inference_steps=10, guidance_scale=guidance_scale, generator=generator).images
+        images += pipeline(batch, generator=generator, **settings).images
     return world.score(images, prompts)
 
 

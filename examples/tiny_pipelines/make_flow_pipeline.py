@@ -30,9 +30,9 @@ from transformers import (
 
 from trl_diffusion.quickstart.models import MODELS
 from trl_diffusion.quickstart.sampling import shipped
-from trl_diffusion.quickstart.world import SIZE, evaluation_prompts
+from trl_diffusion.quickstart.world import SIZE
 
-from .make_base_pipeline import WORLDS, World, latents_of, make_tokenizer, pixels_of
+from .make_base_pipeline import WORLDS, latents_of, make_tokenizer, measure, pixels_of
 
 
 ENOUGH = {"scenes": (20_000, 2500), "paintings": (30_000, 4500)}  # training images and steps
@@ -187,27 +187,6 @@ def train_transformer(
     average.copy_to(parameters)
 
 
-# ----- measuring -----
-
-
-def measure(
-    pipeline: StableDiffusion3Pipeline, world: World, num_samples: int, seed: int, num_inference_steps: int
-) -> dict[str, float]:
-    """Generate images with a guidance of 2, as the quickstart does, and score them."""
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
-    prompts, images = evaluation_prompts(num_samples, seed, world.sample), []
-    for start in range(0, num_samples, 128):
-        images += pipeline(
-            prompts[start : start + 128],
-            num_inference_steps=num_inference_steps,
-            guidance_scale=2.0,
-            max_sequence_length=T5_LENGTH,
-            generator=generator,
-        ).images
-    return world.score(images, prompts)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=WORLDS, default="scenes", help="The world to learn.")
@@ -241,7 +220,8 @@ def main():
     if args.num_samples:
         pipeline = StableDiffusion3Pipeline.from_pretrained(args.output_dir)  # measured as others will load it
         for num_inference_steps in (10, 16):
-            print(num_inference_steps, measure(pipeline, world, args.num_samples, args.seed + 1, num_inference_steps))
+            settings = {"num_inference_steps": num_inference_steps, "max_sequence_length": T5_LENGTH}
+            print(num_inference_steps, measure(pipeline, world, args.num_samples, args.seed + 1, **settings))
 
 
 if __name__ == "__main__":

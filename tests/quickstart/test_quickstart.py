@@ -26,15 +26,15 @@ def threads():
 
 
 UNET = MODELS["unet"]
-ARMS = iapo.EXPERIMENTS["unet"].arms
+ARMS = iapo.EXPERIMENT.arms
 SMALL = {"num_pairs": 64, "num_paintings": 64, "max_steps": 2, "num_samples": 16}
 CPO_ARMS = ["base", "sft", "cpo", "cpo_stabilised", "cpo_paired"]
 
 
-def run_small(experiment, name: str, folder, seed: int = 0) -> list[bytes]:
+def run_small(experiment, name: str, folder, seed: int = 0, model: str = "unet") -> list[bytes]:
     """The first images of an arm that is trained on annotated rows for two steps."""
     annotations, _ = annotate(experiment, 64, seed, str(folder))
-    _, images = run_arm(experiment, name, annotations, 64, 2, 16, seed, str(folder))
+    _, images = run_arm(experiment, model, name, annotations, 64, 2, 16, seed, str(folder))
     return [image.tobytes() for image in images]
 
 
@@ -71,18 +71,31 @@ def test_it_repeats_itself_and_every_arm_trains(tmp_path, half, arms):
     """The same seed gives the same images, bit for bit; another arm or another seed gives others."""
     images = {}
     for key, name, seed in (("once", arms[0], 0), ("twice", arms[0], 0), ("other", arms[1], 0), ("seed", arms[0], 1)):
-        images[key] = run_small(half.EXPERIMENTS["unet"], name, tmp_path, seed)
+        images[key] = run_small(half.EXPERIMENT, name, tmp_path, seed)
     assert images["once"] == images["twice"]
     assert images["once"] != images["other"] and images["once"] != images["seed"]
 
 
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("half, arm", [(iapo, "dpo"), (cpo, "sft")])
-def test_training_leaves_the_shipped_pipeline_alone(tmp_path, half, arm):
-    """What comes with the package is read and never written."""
-    before = load_pipeline(half.EXPERIMENTS["unet"].base).unet.state_dict()
-    run_small(half.EXPERIMENTS["unet"], arm, tmp_path)
-    after = load_pipeline(half.EXPERIMENTS["unet"].base).unet.state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in after.items())
+def test_training_leaves_the_shipped_pipeline_alone(tmp_path, half, arm, kind):
+    """What comes with the package is read and never written, whichever kind of model is trained."""
+
+    def shipped_weights() -> dict[str, torch.Tensor]:
+        model = MODELS[kind]
+        return getattr(load_pipeline(getattr(model, half.EXPERIMENT.name)), model.denoiser).state_dict()
+
+    before = shipped_weights()
+    run_small(half.EXPERIMENT, arm, tmp_path, model=kind)
+    assert all(torch.equal(value, before[name]) for name, value in shipped_weights().items())
+
+
+@pytest.mark.parametrize("half, arm", [(iapo, "iapo_covering"), (cpo, "cpo_paired")])
+def test_the_flow_model_is_trained(tmp_path, half, arm):
+    """With `--model flow` the same arms train the other base, by its own expert: its images change, and are not the UNet's."""
+    trained, base = (run_small(half.EXPERIMENT, name, tmp_path, model="flow") for name in (arm, "base"))
+    assert trained != base
+    assert base != run_small(half.EXPERIMENT, "base", tmp_path)
 
 
 @pytest.mark.slow
@@ -113,10 +126,10 @@ def test_instances_and_attributes_help(tmp_path, seed):
 def test_a_reversed_adapter_in_the_unconditional_branch_helps(tmp_path):
     """Guidance away from a model trained with the preference reversed gives fewer negatives, aligned or not."""
     paintings = painting_dataset(2048, seed=21)
-    pipeline, prompts = load_pipeline(cpo.EXPERIMENTS["unet"].base), evaluation_prompts(512, 21, sample_painting)
+    pipeline, prompts = load_pipeline(UNET.paintings), evaluation_prompts(512, 21, sample_painting)
     for name in ("aligned", "reversed"):
         trainer = ComplexPOTrainer(
-            load_pipeline(cpo.EXPERIMENTS["unet"].base),
+            load_pipeline(UNET.paintings),
             expert=shipped(UNET.expert),
             args=ComplexPOConfig(
                 str(tmp_path / name),

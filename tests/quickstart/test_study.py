@@ -17,6 +17,7 @@ from examples.study.runs import check_settings, collect, run_seed
 from examples.study.tables import FIGURES, picture, table
 from trl_diffusion.masks import instance_masks
 from trl_diffusion.quickstart import iapo
+from trl_diffusion.quickstart.models import MODELS
 from trl_diffusion.quickstart.sampling import load_pipeline
 from trl_diffusion.quickstart.world import preference_dataset
 
@@ -108,7 +109,7 @@ def test_a_reference_that_moves_breaks_the_core(healthy, sizes, monkeypatch, one
         monkeypatch.setattr(instance_dpo.InstanceDPOTrainer, "reference", moving)
     pairs = preference_dataset(sizes.num_rows, seed=SEED)
     settings = {"output_dir": sizes.output_dir, "seed": SEED, "max_steps": sizes.max_steps, "w_neg": 1.0}
-    trained = last_metrics(iapo.train(load_pipeline(iapo.EXPERIMENTS["unet"].base), pairs, settings))
+    trained = last_metrics(iapo.train(load_pipeline(MODELS["unet"].scenes), pairs, settings))
     if thawed:
         assert trained["rewards/margins"] == 0 and trained["loss"] == pytest.approx(math.log(2))
         with pytest.raises(AssertionError):

@@ -64,9 +64,7 @@ def load_backbone(
             pipeline.register_to_config(requires_safety_checker=False)
         source, empty = None, {}
     elif is_single_file(str(model)):
-        dtype = as_dtype(
-            kwargs.pop("dtype", kwargs.pop("torch_dtype", {"default": denoiser_dtype, "vae": torch.float32}))
-        )
+        dtype = _given_dtype(kwargs) or {"default": denoiser_dtype, "vae": torch.float32}
         pipeline, source = load_single_file(str(model), dtype=dtype, **kwargs), None
     else:
         source, empty = _open(str(model), encoder_dtype, denoiser_dtype, without_denoiser, kwargs)
@@ -74,6 +72,12 @@ def load_backbone(
     backbone_class = backbone_class_of(pipeline)
     backbone_class.check(pipeline)
     return backbone_class(pipeline, source)
+
+
+def _given_dtype(kwargs: dict[str, Any]) -> torch.dtype | dict[str, torch.dtype] | None:
+    """Takes the precision that was asked for, by either of its names, out of the arguments."""
+    given = [kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs]
+    return as_dtype(given[0]) if given else None
 
 
 def _open(
@@ -84,8 +88,8 @@ def _open(
     kwargs: dict[str, Any],
 ) -> tuple[PipelineSource, dict[str, torch.nn.Module]]:
     """Where a pipeline is loaded from, and its denoiser without weights, by its name, if it is loaded without."""
-    given = [kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs]
-    unrounded = dtype = as_dtype(given[0]) if given else torch.float32
+    given = _given_dtype(kwargs)
+    unrounded = dtype = given or torch.float32
     class_name = read_index(name, kwargs)["_class_name"]
     families = [family for family in BACKBONES if family.pipeline_class.__name__ == class_name]
     if families and not given and (encoder_dtype, denoiser_dtype) != (torch.float32, torch.float32):

@@ -103,9 +103,9 @@ class Backbone(ABC):
         """Width and height of an image must be multiples of this number of pixels."""
 
     @property
-    @abstractmethod
     def prompt_limits(self) -> dict[str, int]:
-        """The longest prompt in tokens, special ones included, by the name of the tokenizer."""
+        """The longest prompt in tokens, special ones included, by the name of the tokenizer: by default what each one says."""
+        return {name: getattr(self.pipeline, name).model_max_length for name in self.tokenizer_names}
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:

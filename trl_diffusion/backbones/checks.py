@@ -58,6 +58,11 @@ def check_module(name: str, module: torch.nn.Module) -> None:
             )
 
 
+def tokenizer_of(text_encoder_name: str) -> str:
+    """Name of the tokenizer that belongs to a text encoder."""
+    return text_encoder_name.replace("text_encoder", "tokenizer")
+
+
 def check_vae_scale(pipeline: DiffusionPipeline, denoiser_name: str, denoiser_channels: int) -> None:
     """
     Refuses a VAE that is not a plain `AutoencoderKL` with the denoiser's channels and a scale.
@@ -131,7 +136,7 @@ def check_text_encoder(pipeline: DiffusionPipeline, name: str, wanted: str) -> N
     Raises:
         `ValueError`: As all checks.
     """
-    encoder, token = getattr(pipeline, name), "tokenizer" + name.removeprefix("text_encoder")
+    encoder, token = getattr(pipeline, name), tokenizer_of(name)
     tokenizer = getattr(pipeline, token)
     if all(parent.__name__ != wanted for parent in type(encoder).__mro__):
         refuse(
@@ -164,6 +169,15 @@ def refuse_reference(what: str) -> None:
     )
 
 
+def check_other_weights(pipeline: DiffusionPipeline, reference: DiffusionPipeline, denoiser_name: str) -> None:
+    """Refuses a reference of another family, or one that shares the weights that are trained."""
+    if type(pipeline) is not type(reference):
+        refuse_reference(f"it is a `{type(reference).__name__}` and the policy is a `{type(pipeline).__name__}`")
+    trained = {id(parameter) for parameter in getattr(pipeline, denoiser_name).parameters()}
+    if any(id(parameter) in trained for parameter in getattr(reference, denoiser_name).parameters()):
+        refuse_reference(f"its `{denoiser_name}` has the weights that are trained, and would move with them")
+
+
 def check_same_inputs(
     pipeline: DiffusionPipeline,
     reference: DiffusionPipeline,
@@ -192,18 +206,12 @@ def check_same_inputs(
     Raises:
         `ValueError`: If the reference does not fit.
     """
-    if type(pipeline) is not type(reference):
-        refuse_reference(f"it is a `{type(reference).__name__}` and the policy is a `{type(pipeline).__name__}`")
-    policy_denoiser, denoiser = (getattr(each, denoiser_name) for each in (pipeline, reference))
-    trained = {id(parameter) for parameter in policy_denoiser.parameters()}
-    if any(id(parameter) in trained for parameter in denoiser.parameters()):
-        refuse_reference(f"its `{denoiser_name}` has the weights that are trained, and would move with them")
     for key in denoiser_keys:
-        own, other = policy_denoiser.config.get(key), denoiser.config.get(key)
+        own, other = (getattr(each, denoiser_name).config.get(key) for each in (pipeline, reference))
         if own != other:
             refuse_reference(f"its `{denoiser_name}.config.{key}` is {other!r} and the policy's is {own!r}")
     for name in encoder_names:
-        token = "tokenizer" + name.removeprefix("text_encoder")
+        token = tokenizer_of(name)
         own, other = getattr(pipeline, token), getattr(reference, token)
         if own.get_vocab() != other.get_vocab() or own.model_max_length != other.model_max_length:
             refuse_reference(f"its `{token}` is another one")

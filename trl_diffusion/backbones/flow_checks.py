@@ -16,11 +16,13 @@ from diffusers import (
 from .checks import (
     check_ignored,
     check_module,
+    check_other_weights,
     check_same_inputs,
     check_text_encoder,
     check_vae_scale,
     refuse,
     refuse_reference,
+    tokenizer_of,
 )
 
 
@@ -50,8 +52,7 @@ INPUTS = (
 def check_flow_pipeline(pipeline: DiffusionPipeline) -> None:
     """Refuses a pipeline of Stable Diffusion 3 or FLUX.1 that cannot be trained rightly."""
     encoders = text_encoders(pipeline)
-    tokenizers = ["tokenizer" + name.removeprefix("text_encoder") for name in encoders]
-    for name in ("scheduler", "transformer", "vae", *tokenizers, *encoders):
+    for name in ("scheduler", "transformer", "vae", *map(tokenizer_of, encoders), *encoders):
         if getattr(pipeline, name, None) is None:
             refuse(f"`{name}` is None", "training needs it", f"Load the pipeline without `{name}=None`")
     check_scheduler(pipeline.scheduler, is_flux=isinstance(pipeline, FluxPipeline))
@@ -183,11 +184,11 @@ def check_embeddings(pipeline: DiffusionPipeline) -> None:
 
 def check_flow_reference(pipeline: DiffusionPipeline, reference: DiffusionPipeline) -> None:
     """Refuses a reference that cannot be given what the policy is given, see [`backbones.checks.check_same_inputs`]."""
-    if type(pipeline) is type(reference):
-        own, other = (each.scheduler.config.num_train_timesteps for each in (pipeline, reference))
-        if own != other:
-            refuse_reference(f"its `scheduler.config.num_train_timesteps` is {other} and the policy's is {own}")
-        if text_encoders(pipeline) != text_encoders(reference):
-            refuse_reference("only one of them has T5")
+    check_other_weights(pipeline, reference, "transformer")
+    own, other = (each.scheduler.config.num_train_timesteps for each in (pipeline, reference))
+    if own != other:
+        refuse_reference(f"its `scheduler.config.num_train_timesteps` is {other} and the policy's is {own}")
+    if text_encoders(pipeline) != text_encoders(reference):
+        refuse_reference("only one of them has T5")
     names = tuple(text_encoders(pipeline))
     check_same_inputs(pipeline, reference, "transformer", INPUTS, names, ("scaling_factor", "shift_factor"))

@@ -39,10 +39,6 @@ class StableDiffusionBackbone(Backbone):
         # VAE and UNet halve the sides without rest
         return self.vae_scale_factor * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
 
-    @property
-    def prompt_limits(self) -> dict[str, int]:
-        return {name: getattr(self.pipeline, name).model_max_length for name in self.tokenizer_names}
-
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         prompt_embeds, _ = self.pipeline.encode_prompt(
             [prompt or "" for prompt in prompts],

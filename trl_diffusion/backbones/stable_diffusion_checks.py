@@ -15,11 +15,13 @@ from diffusers import (
 from .checks import (
     check_ignored,
     check_module,
+    check_other_weights,
     check_same_inputs,
     check_text_encoder,
     check_vae_scale,
     refuse,
     refuse_reference,
+    tokenizer_of,
 )
 
 
@@ -282,17 +284,16 @@ def check_reference(pipeline: DiffusionPipeline, reference: DiffusionPipeline) -
     Raises:
         `ValueError`: If the reference does not fit.
     """
-
-    if type(pipeline) is type(reference):
-        (alphas, prediction), (ref_alphas, ref_prediction) = map(
-            training_schedule, (pipeline.scheduler, reference.scheduler)
+    check_other_weights(pipeline, reference, "unet")
+    (alphas, prediction), (ref_alphas, ref_prediction) = map(
+        training_schedule, (pipeline.scheduler, reference.scheduler)
+    )
+    if prediction != ref_prediction:
+        refuse_reference(
+            f"its `scheduler.config.prediction_type` is {ref_prediction!r} and the policy's is {prediction!r}"
         )
-        if prediction != ref_prediction:
-            refuse_reference(
-                f"its `scheduler.config.prediction_type` is {ref_prediction!r} and the policy's is {prediction!r}"
-            )
-        if alphas.shape != ref_alphas.shape or not torch.allclose(alphas, ref_alphas, rtol=0, atol=1e-6):
-            refuse_reference("the configuration of its `scheduler` gives another noise schedule")
+    if alphas.shape != ref_alphas.shape or not torch.allclose(alphas, ref_alphas, rtol=0, atol=1e-6):
+        refuse_reference("the configuration of its `scheduler` gives another noise schedule")
     check_same_inputs(
         *(pipeline, reference, "unet"),
         ("in_channels", "out_channels", "addition_embed_type", "addition_time_embed_dim")
@@ -307,7 +308,7 @@ def _text_encoder_names(pipeline: DiffusionPipeline) -> tuple[str, ...]:
 
 
 def _tokenizer_names(pipeline: DiffusionPipeline) -> tuple[str, ...]:
-    return ("tokenizer", "tokenizer_2") if isinstance(pipeline, StableDiffusionXLPipeline) else ("tokenizer",)
+    return tuple(map(tokenizer_of, _text_encoder_names(pipeline)))
 
 
 def _alphas_cumprod(scheduler: SchedulerMixin) -> torch.Tensor:

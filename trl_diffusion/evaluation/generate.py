@@ -41,7 +41,7 @@ from .models import (
     resolve_dtype,
 )
 from .prompts import Prompt, PromptSet, read_jsonl
-from .protocols import OF_SOME_PIPELINES, Protocol
+from .protocols import OF_SOME_PIPELINES, SETTINGS, Protocol
 
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,10 @@ def generate(
     pipeline_class = pipeline_class_of(spec)
     check_branches(spec, pipeline_class, protocol)
     dtype = resolve_dtype(dtype, state.device, pipeline_class)
-    settings = protocol.describe()
+    # What an image depends on
+    settings = {
+        key: value for key, value in protocol.describe().items() if key in SETTINGS and key != "images_per_prompt"
+    }
     if protocol.guidance_scale is None:
         settings["guidance_scale"] = default_guidance(pipeline_class)
     manifest = {

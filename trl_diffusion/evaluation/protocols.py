@@ -3,7 +3,7 @@
 
 """Sampling settings of a comparison: those of a paper, with unknown ones marked, or the user's own."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,10 @@ class Protocol:
             )
 
     def describe(self) -> dict[str, Any]:
-        """The settings that images depend on. Those that only some pipelines take are left out where they are not set."""
-        settings = {name: getattr(self, name) for name in SETTINGS if name != "images_per_prompt"}
-        return {name: value for name, value in settings.items() if value is not None or name not in OF_SOME_PIPELINES}
+        """All fields by name; settings that only some pipelines take are left out where they are not set."""
+        return {
+            name: value for name, value in asdict(self).items() if value is not None or name not in OF_SOME_PIPELINES
+        }
 
 
 OF_SOME_PIPELINES = ("max_sequence_length", "true_cfg_scale")

@@ -5,7 +5,6 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +22,7 @@ from .generate import ImageRow, generate
 from .models import ModelSpec, default_guidance, pipeline_class_of
 from .plots import save_plots
 from .prompts import PromptSet
-from .protocols import OF_SOME_PIPELINES, Protocol
+from .protocols import Protocol
 from .report import summarize, write_report
 from .scores import IMAGES_SCHEMA, score_models
 
@@ -114,11 +113,7 @@ def evaluate_models(
             "digest": prompt_set.digest,
             "number": len(prompt_set.prompts),
         },
-        "protocol": {
-            name: value
-            for name, value in asdict(protocol).items()
-            if value is not None or name not in OF_SOME_PIPELINES
-        },
+        "protocol": protocol.describe(),
         "models": {spec.name: spec.describe() | unset_guidance(spec, protocol) for spec in specs},
         "versions": {package: version(package) for package in PACKAGES},
     }

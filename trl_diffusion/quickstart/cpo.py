@@ -21,7 +21,7 @@ from ..trainer.attribute_sft_trainer import AttributeSFTTrainer
 from ..trainer.complex_po_config import ComplexPOConfig
 from ..trainer.complex_po_trainer import ComplexPOTrainer
 from .experiment import FAST, Arm, Experiment, results_table
-from .models import MODELS, model_of
+from .models import TinyModel, model_of
 from .oracle import OracleVLM
 from .paintings import inspect_painting, painting_dataset, sample_painting
 from .sampling import shipped
@@ -92,34 +92,27 @@ def score(images: list[Image.Image], prompts: list[str]) -> dict[str, float]:
     }
 
 
-EXPERIMENTS = {
-    kind: Experiment(
-        name="paintings",
-        model=model,
-        base=model.paintings,
-        arms={
-            "sft": Arm("SFT on the best", train_sft, {}),
-            "cpo": Arm("CPO", train_cpo, {"loss_type": "unstabilized"}),
-            "cpo_stabilised": Arm("CPO-S", train_cpo, {}),
-            "cpo_paired": Arm("CPO-S, paired", train_cpo, {"attribute_targets": "paired", "target_strength": 2.0}),
-        },
-        figures={"negatives": ("negatives", ".2f"), "match": ("matches", ".3f")},
-        unlabelled_rows=unlabelled_paintings,
-        find_columns=image_columns,
-        annotation_task=annotation_task,
-        sample_scene=sample_painting,
-        score=score,
-    )
-    for kind, model in MODELS.items()
-}
+EXPERIMENT = Experiment(
+    name="paintings",
+    arms={
+        "sft": Arm("SFT on the best", train_sft, {}),
+        "cpo": Arm("CPO", train_cpo, {"loss_type": "unstabilized"}),
+        "cpo_stabilised": Arm("CPO-S", train_cpo, {}),
+        "cpo_paired": Arm("CPO-S, paired", train_cpo, {"attribute_targets": "paired", "target_strength": 2.0}),
+    },
+    figures={"negatives": ("negatives", ".2f"), "match": ("matches", ".3f")},
+    unlabelled_rows=unlabelled_paintings,
+    find_columns=image_columns,
+    annotation_task=annotation_task,
+    sample_scene=sample_painting,
+    score=score,
+)
 
 
-def report(
-    experiment: Experiment, results: dict[str, dict[str, float]], counts: dict[str, int], max_steps: int
-) -> str:
+def report(model: TinyModel, results: dict[str, dict[str, float]], counts: dict[str, int], max_steps: int) -> str:
     """Markdown that says what was run and what came out."""
-    num_samples, model = results["base"]["n"], experiment.model
-    training, strength = model.painting_training, experiment.arms["cpo_paired"].settings["target_strength"]
+    num_samples, training = results["base"]["n"], model.painting_training
+    strength = EXPERIMENT.arms["cpo_paired"].settings["target_strength"]
     return f"""## CPO: can a model learn qualities from an expert that can tell them apart?
 
 A tiny {model.title} pipeline generates paintings of one shape on a ground. The outline is whole or bitten, the colour vivid or
@@ -128,7 +121,7 @@ pale, the place in the middle or aside, the ground bright or murky. Each quality
 {counts["positive_attributes"]} positive and {counts["negative_attributes"]} negative qualities in {counts["ok"]} paintings. The
 expert, a LoRA that comes with the package, was trained with the qualities in its prompts and generates those that a prompt names.
 
-{results_table(experiment, results)}
+{results_table(EXPERIMENT, results)}
 
 The table shows the mean number of negative qualities, out of 4, in {num_samples} images per model, all from the same prompts and
 noise (standard error about {1 / num_samples**0.5:.2f}), and the share of images that show the colour and kind that the prompt

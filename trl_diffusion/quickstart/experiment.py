@@ -16,7 +16,7 @@ from PIL import Image
 from ..annotation.join import join_annotations, load_annotations
 from ..annotation.records import prepare_rows
 from ..annotation.run import Task, run, run_locally
-from .models import TinyModel
+from .models import MODELS
 from .sampling import generate, load_pipeline
 from .world import evaluation_prompts
 
@@ -59,11 +59,7 @@ class Experiment:
 
     Args:
         name (`str`):
-            Name of the world, such as `"scenes"`.
-        model ([`quickstart.models.TinyModel`]):
-            The kind of model.
-        base (`str`):
-            Folder of the pipeline that every arm starts from.
+            Name of the world, `"scenes"` or `"paintings"`.
         arms (`dict[str, Arm]`):
             The ways to train it, by their names in `results.json`.
         figures (`dict[str, tuple[str, str]]`):
@@ -81,8 +77,6 @@ class Experiment:
     """
 
     name: str
-    model: TinyModel
-    base: str
     arms: dict[str, Arm]
     figures: dict[str, tuple[str, str]]
     unlabelled_rows: Callable[[int, int], Dataset]
@@ -119,6 +113,7 @@ def annotate(experiment: Experiment, num_rows: int, seed: int, output_dir: str) 
 
 def run_arm(
     experiment: Experiment,
+    model: str,
     name: str,
     annotations: str,
     num_rows: int,
@@ -133,6 +128,8 @@ def run_arm(
     Args:
         experiment ([`Experiment`]):
             The experiment.
+        model (`str`):
+            The kind of model, a key of [`quickstart.models.MODELS`].
         name (`str`):
             The arm, or `"base"` to train nothing.
         annotations (`str`):
@@ -153,7 +150,7 @@ def run_arm(
     """
     torch.set_num_threads(1)
     start = time.perf_counter()
-    pipeline = load_pipeline(experiment.base)
+    pipeline = load_pipeline(getattr(MODELS[model], experiment.name))
     if name in experiment.arms:
         arm = experiment.arms[name]
         rows = join_annotations(experiment.unlabelled_rows(num_rows, seed), load_annotations(annotations))

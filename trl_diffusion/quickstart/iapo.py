@@ -17,7 +17,7 @@ from ..annotation.run import Task
 from ..trainer.instance_dpo_config import InstanceDPOConfig
 from ..trainer.instance_dpo_trainer import InstanceDPOTrainer
 from .experiment import FAST, Arm, Experiment, results_table
-from .models import MODELS, model_of
+from .models import TinyModel, model_of
 from .oracle import OracleDetector, OracleVLM
 from .world import inspect_image, preference_dataset, sample_scene
 
@@ -36,8 +36,8 @@ def annotation_task(source: dict[str, Any], columns: dict[str, str]) -> Task:
 def train(pipeline: DiffusionPipeline, pairs: Dataset, settings: dict[str, Any]) -> InstanceDPOTrainer:
     """Trains all weights of the pipeline's denoiser, in place."""
     model = model_of(pipeline)
-    args = InstanceDPOConfig(**FAST, **model.conditions, **model.pair_training | settings)
-    trainer = InstanceDPOTrainer(pipeline, args=args, train_dataset=pairs)
+    settings = FAST | model.conditions | model.pair_training | {"beta": model.pair_beta} | settings
+    trainer = InstanceDPOTrainer(pipeline, args=InstanceDPOConfig(**settings), train_dataset=pairs)
     trainer.train()
     return trainer
 
@@ -52,38 +52,30 @@ def score(images: list[Image.Image], prompts: list[str]) -> dict[str, float]:
     return shares | {"n": len(findings)}
 
 
-EXPERIMENTS = {
-    kind: Experiment(
-        name="scenes",
-        model=model,
-        base=model.scenes,
-        arms={
-            "dpo": Arm("Diffusion-DPO", train, {"w_neg": 1.0}),
-            "iapo": Arm("IAPO", train, {"w_neg": 0.0}),
-            "iapo_covering": Arm("IAPO, covering", train, {"w_neg": 0.0, "mask_overlap": "covering"}),
-        },
-        figures={
-            "clean_a": ("A clean", ".3f"),
-            "clean_b": ("B clean", ".3f"),
-            "match_a": ("A matches", ".3f"),
-            "match_b": ("B matches", ".3f"),
-        },
-        unlabelled_rows=unlabelled_pairs,
-        find_columns=pair_columns,
-        annotation_task=annotation_task,
-        sample_scene=sample_scene,
-        score=score,
-    )
-    for kind, model in MODELS.items()
-}
+EXPERIMENT = Experiment(
+    name="scenes",
+    arms={
+        "dpo": Arm("Diffusion-DPO", train, {"w_neg": 1.0}),
+        "iapo": Arm("IAPO", train, {"w_neg": 0.0}),
+        "iapo_covering": Arm("IAPO, covering", train, {"w_neg": 0.0, "mask_overlap": "covering"}),
+    },
+    figures={
+        "clean_a": ("A clean", ".3f"),
+        "clean_b": ("B clean", ".3f"),
+        "match_a": ("A matches", ".3f"),
+        "match_b": ("B matches", ".3f"),
+    },
+    unlabelled_rows=unlabelled_pairs,
+    find_columns=pair_columns,
+    annotation_task=annotation_task,
+    sample_scene=sample_scene,
+    score=score,
+)
 
 
-def report(
-    experiment: Experiment, results: dict[str, dict[str, float]], counts: dict[str, int], max_steps: int
-) -> str:
+def report(model: TinyModel, results: dict[str, dict[str, float]], counts: dict[str, int], max_steps: int) -> str:
     """Markdown that says what was run and what came out."""
-    num_samples, model = results["base"]["n"], experiment.model
-    training = model.pair_training
+    num_samples, training = results["base"]["n"], model.pair_training
     return f"""## IAPO: does it help to know which object contradicts the label?
 
 A tiny {model.title} pipeline generates scenes of two shapes, A (large, left) and B (smaller, right). About half of the time
@@ -93,7 +85,7 @@ label is wrong about B. The training data do not say this: `annotate-instances` 
 models. It found {counts["instances"]} instances in {counts["ok"]} pairs, and {counts["conflicts"]} of them
 ({counts["conflicts"] / counts["instances"]:.1%}) are better in the rejected image.
 
-{results_table(experiment, results)}
+{results_table(EXPERIMENT, results)}
 
 Each number is a share of {num_samples} images per model. All models start from the same prompts and noise (standard error at
 most {0.5 / num_samples**0.5:.3f}). *Clean*: the shape has no bite. *Matches*: its colour and kind are those of the prompt. A
@@ -108,4 +100,4 @@ method that breaks images has fewer matches.
 ![Images of every model from the same noise](samples.png)
 
 {max_steps} optimizer steps of {training["per_device_train_batch_size"]} pairs, learning rate
-{training["learning_rate"]}, beta {training["beta"]:.0f}, all weights of the {model.denoiser}."""
+{training["learning_rate"]}, beta {model.pair_beta:.0f}, all weights of the {model.denoiser}."""

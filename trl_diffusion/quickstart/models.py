@@ -23,12 +23,10 @@ class TinyModel:
             Name of the component that is trained.
         scenes (`str`), paintings (`str`), expert (`str`):
             Folders of the two pipelines, and of the expert on the paintings.
-        pair_training (`dict[str, Any]`):
-            Settings of a training on pairs of scenes, of all weights.
-        painting_training (`dict[str, Any]`):
-            Settings of a training on paintings, of a LoRA; without `beta`, which is `painting_beta`.
-        painting_beta (`float`):
-            beta of these trainings.
+        pair_training (`dict[str, Any]`), painting_training (`dict[str, Any]`):
+            Settings of every training on pairs of scenes, of all weights, and on paintings, of a LoRA.
+        pair_beta (`float`), painting_beta (`float`):
+            `beta` of those that learn from a preference.
         target_modules (`list[str]`):
             The modules that this LoRA adapts.
         conditions (`dict[str, Any]`):
@@ -42,6 +40,7 @@ class TinyModel:
     paintings: str
     expert: str
     pair_training: dict[str, Any]
+    pair_beta: float
     painting_training: dict[str, Any]
     painting_beta: float
     target_modules: list[str]
@@ -57,7 +56,8 @@ MODELS = {
         scenes="base_pipeline",
         paintings="painting_base",
         expert="painting_expert",
-        pair_training={"beta": 2000.0, "learning_rate": 3e-5, **SHARED},
+        pair_training={"learning_rate": 3e-5, **SHARED},
+        pair_beta=2000.0,
         painting_training={"learning_rate": 3e-3, **SHARED},
         painting_beta=100.0,
         # A UNet this small has attention at 4x4 only, so the other layers have to learn too
@@ -74,7 +74,8 @@ MODELS = {
         scenes="flow_base_pipeline",
         paintings="flow_painting_base",
         expert="flow_painting_expert",
-        pair_training={"beta": 100.0, "learning_rate": 5e-5, **SHARED},
+        pair_training={"learning_rate": 5e-5, **SHARED},
+        pair_beta=100.0,
         painting_training={"learning_rate": 1e-3, **SHARED},
         painting_beta=5.0,
         target_modules=[

@@ -90,7 +90,7 @@ def main(args: QuickstartArguments) -> None:
     start = time.perf_counter()
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    experiments = {"scenes": iapo.EXPERIMENTS[args.model], "paintings": cpo.EXPERIMENTS[args.model]}
+    experiments = {"scenes": iapo.EXPERIMENT, "paintings": cpo.EXPERIMENT}
     num_rows = {"scenes": args.num_pairs, "paintings": args.num_paintings}
     num_arms = sum(len(experiment.arms) for experiment in experiments.values())
     print(
@@ -108,7 +108,9 @@ def main(args: QuickstartArguments) -> None:
         sizes = (args.max_steps, args.num_samples, args.seed, args.output_dir)
         runs = {
             world: {
-                name: pool.submit(run_arm, experiment, name, annotations[world][0], num_rows[world], *sizes)
+                name: pool.submit(
+                    run_arm, experiment, args.model, name, annotations[world][0], num_rows[world], *sizes
+                )
                 for name in ("base", *experiment.arms)
             }
             for world, experiment in experiments.items()
@@ -128,7 +130,7 @@ def main(args: QuickstartArguments) -> None:
         "versions": {package: version(package) for package in PACKAGES},
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (folder / "report.md").write_text(report(experiments, results, args.max_steps))
+    (folder / "report.md").write_text(report(results, args.max_steps))
     print(
         f"Done in {results['seconds']:.0f} seconds: look at {folder / 'report.md'}, {folder / 'samples.png'} and "
         f"{folder / 'paintings.png'}."
@@ -145,15 +147,17 @@ def comparison(experiment: "Experiment", images: list[list["Image"]], num_sample
     return image_grid([list(row) for row in zip(*images, strict=True)], columns, prompts, size=160)
 
 
-def report(experiments: dict[str, "Experiment"], results: dict, max_steps: int) -> str:
+def report(results: dict, max_steps: int) -> str:
     """A page of Markdown that says what was run and what came out."""
     from trl_diffusion.quickstart import cpo, iapo
+    from trl_diffusion.quickstart.models import MODELS
 
+    model = MODELS[results["model"]]
     return f"""# Quickstart
 
-{iapo.report(experiments["scenes"], results, results["annotations"]["scenes"], max_steps)}
+{iapo.report(model, results, results["annotations"]["scenes"], max_steps)}
 
-{cpo.report(experiments["paintings"], results["cpo"], results["annotations"]["paintings"], max_steps)}
+{cpo.report(model, results["cpo"], results["annotations"]["paintings"], max_steps)}
 
 Seed {results["seed"]}; {results["seconds"]:.0f} seconds in all.
 {", ".join(f"{package} {number}" for package, number in results["versions"].items())}.
