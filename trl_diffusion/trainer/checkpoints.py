@@ -1,17 +1,28 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Saving a training as diffusers reads it, and loading it again."""
+"""Saving a training as diffusers reads it, loading it again, and pushing what was saved."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model_state_dict
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress
 
 from ..backbones.base import Backbone
+from ..files import write_file
+from ..hub import hub_id
 from .lora import LORA_WEIGHTS_NAME, load_lora_into, read_lora
 from .run_record import check_resumed_run, compare_loras, describe_lora
+
+
+NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]  # as the Trainer's own push
 
 
 def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path) -> None:
@@ -31,6 +42,7 @@ def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path)
     else:
         with backbone.complete() as pipeline:
             pipeline.save_pretrained(folder)
+        _forget_paths(Path(folder))
 
 
 def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path, record: dict[str, Any]) -> None:
@@ -66,3 +78,76 @@ def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path,
     if errors:
         raise ValueError(f"The LoRA of the checkpoint {folder} is another than `peft_config`: {'; '.join(errors)}.")
     load_lora_into(model, weights, f"The LoRA of the checkpoint {folder}")
+
+
+class BestCheckpointCallback(TrainerCallback):
+    """Keeps the path of the best checkpoint out of the saved state, and finds this checkpoint again when the run is resumed."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.should_save:
+            _forget_best_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def may_push(args: TrainingArguments, in_progress: PushInProgress | None) -> bool:
+    """Whether a checkpoint is pushed when it is saved, although another push may still be in progress."""
+    is_free = args.hub_always_push or in_progress is None or in_progress.is_done()
+    return args.hub_strategy != HubStrategy.END and is_free
+
+
+def push_checkpoint(
+    args: TrainingArguments, repo_id: str, checkpoint: str | Path, in_progress: PushInProgress | None
+) -> PushInProgress:
+    """
+    Pushes the output directory, and a checkpoint as `hub_strategy` says, in the background. What transformers would push besides,
+    the pickled `training_args.bin`, holds paths of the machine and the token.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The configuration.
+        repo_id (`str`):
+            The repository.
+        checkpoint (`str` or `Path`):
+            The checkpoint, already saved.
+        in_progress (`PushInProgress` or `None`):
+            Pushes that may still be in progress.
+
+    Returns:
+        `PushInProgress`: the pushes that are in progress now.
+    """
+    folder = Path(checkpoint)
+    _forget_best_checkpoint(folder)
+    message = f"Training in progress, {folder.name.replace('checkpoint-', 'step ')}"
+    pushes = [{"folder_path": args.output_dir, "commit_message": message, "ignore_patterns": NOT_PUSHED}]
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
+        pushes.append({"folder_path": folder, "path_in_repo": name, "commit_message": f"{message}, checkpoint"})
+    where = {"repo_id": repo_id, "revision": args.hub_revision, "token": args.hub_token, "run_as_future": True}
+    jobs = [HfApi().upload_folder(**push, **where) for push in pushes]
+    unfinished = [] if in_progress is None or in_progress.is_done() else in_progress.jobs
+    return PushInProgress([*unfinished, *jobs])
+
+
+def _forget_best_checkpoint(checkpoint: Path) -> None:
+    file = checkpoint / TRAINER_STATE_NAME
+    if file.exists():
+        _write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"best_model_checkpoint": None})
+
+
+def _forget_paths(folder: Path) -> None:
+    """Takes out of a saved pipeline where its parts were loaded from, but for the Hub id of the whole."""
+    for file in (folder / "model_index.json", *folder.glob("*/*config.json")):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        name = config.pop("_name_or_path", None)
+        if name and file.parent == folder and hub_id(name):
+            config["_name_or_path"] = name
+        if name:
+            _write_json(file, config)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    write_file(file, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())

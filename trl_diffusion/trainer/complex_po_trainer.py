@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from ..criteria import Criteria
 from ..data.collators import AttributeCollator
 from ..data.formats import check_attribute_columns
+from ..hub import hub_id
 from ..losses import complex_po_diagnostics, complex_po_loss, reflected_target, strengthened_target
 from ..noising import per_sample_errors, timestep_weights
 from .attribute_sft_trainer import AttributeSFTTrainer
@@ -31,7 +32,7 @@ from .attributes import (
 )
 from .complex_po_config import ComplexPOConfig
 from .diffusion_trainer import DiffusionTrainer, Metrics
-from .model_card import Method, hub_id
+from .model_card import Method
 from .noised_batch import NoisedBatch
 from .policy import evaluation_mode
 

@@ -1,8 +1,10 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..backbones import Backbone
 from ..data.buckets import bucket_sizes
+from ..hub import NO_TOKEN, has_token
 
 
 logger = get_logger(__name__)
@@ -271,6 +274,8 @@ class DiffusionConfig(_BaseConfig):
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 4 if torch.cuda.is_available() and not self.use_cpu else 0
         super().__post_init__()
+        if self.push_to_hub and not has_token(self.hub_token):
+            logger.warning(f"`push_to_hub` is set, and the push will fail. {NO_TOKEN}")
         if self.dataloader_pin_memory:
             self.accelerator_config.non_blocking = True  # from pinned memory a batch is copied while the GPU works
 
@@ -322,6 +327,11 @@ class DiffusionConfig(_BaseConfig):
                 "Leave it off: columns that training does not need do no harm."
             )
 
+    def to_json_string(self) -> str:
+        """The configuration as JSON, with the last part of each absolute path only: TensorBoard stores it, and it is pushed."""
+        known = {name: Path(value).name if is_absolute(value) else value for name, value in self.to_dict().items()}
+        return json.dumps(known, indent=2)
+
     @property
     def reference_inverts(self) -> bool:
         """Whether noised images come from inversion by the reference."""
@@ -337,6 +347,11 @@ class DiffusionConfig(_BaseConfig):
         """The type of mixed precision, if any."""
         # Of the two parameters or of `accelerate launch`
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
+
+
+def is_absolute(value: Any) -> bool:
+    """Whether a parameter is a path of this machine."""
+    return isinstance(value, str | Path) and Path(value).is_absolute()
 
 
 def check_choice(args: DiffusionConfig, name: str, values: tuple[str, ...]) -> None:

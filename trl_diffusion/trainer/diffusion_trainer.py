@@ -23,9 +23,10 @@ from ..data.caching import TensorCache
 from ..data.collators import ImageCollator
 from ..data.formats import all_datasets, each_dataset, prepare_dataset
 from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
+from ..hub import pushing
 from ..sampling import sample_images
 from .callbacks import HealthCallback, SampleImagesCallback
-from .checkpoints import load_weights, save_weights
+from .checkpoints import BestCheckpointCallback, load_weights, may_push, push_checkpoint, save_weights
 from .diffusion_config import DiffusionConfig, check_data_settings, check_not_sharded, collator_settings
 from .encoding import BatchEncoder
 from .fingerprints import base_fingerprint, module_fingerprint
@@ -114,9 +115,8 @@ class DiffusionTrainer(_BaseTrainer):
         )
         self.prepare_prompts()
         if args.precompute:  # before the denoiser is in memory
-            self.files = Precomputation(
-                self.encoder, self.data_collator, args.per_device_eval_batch_size, args.precompute_dir
-            )
+            settings = args.per_device_eval_batch_size, args.precompute_dir
+            self.files = Precomputation(self.encoder, self.data_collator, *settings)
             warn_of_unused_rows(train_dataset, args)
             prompts_of = self.prompts_of if self.has_fixed_prompts else None
             train_dataset, eval_dataset = self.files.datasets(train_dataset, eval_dataset, prompts_of)
@@ -146,7 +146,8 @@ class DiffusionTrainer(_BaseTrainer):
         if self.uses_reference or args.sample_prompts or args.reference_inverts:
             self.set_reference(ref_model)
         self.health = HealthCallback(self.accelerator.scaler)
-        self.add_callback(self.health)
+        for callback in (self.health, BestCheckpointCallback):
+            self.add_callback(callback)
         if args.sample_prompts:
             self.add_callback(SampleImagesCallback(self.sample, self.callback_handler.callbacks))
         if train_dataset is not None and args.precompute and (args.reference_inverts or args.precompute_ref_preds):
@@ -327,8 +328,8 @@ class DiffusionTrainer(_BaseTrainer):
     def predict_with_policy(self, model: torch.nn.Module, noised: NoisedBatch) -> torch.Tensor:
         """The policy's prediction `(n * B, C, h, w)`; in the first step it must be the reference's, if both are one model."""
         model_pred = self._predict(model, noised)
-        is_untrained = self.model.training and self.state.global_step == 0 and self.reference_is_initial_policy
-        if is_untrained and "ref_pred" in noised.frozen:
+        is_untrained = self.model.training and self.state.global_step == 0
+        if is_untrained and self.reference_is_initial_policy and "ref_pred" in noised.frozen:
             check_untrained(model_pred, noised.frozen["ref_pred"], self.args.half_dtype or torch.float32)
         return model_pred
 
@@ -366,8 +367,8 @@ class DiffusionTrainer(_BaseTrainer):
         self.meters.averages("evaluation")  # of an evaluation that was stopped
         with evaluation_mode(self.model), self.encoder.keeping_encoders():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name, value in self.meters.averages("evaluation").items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        averages = self.meters.averages("evaluation").items()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in averages})
         return output
 
     def sample(self, prompts: list[str], with_reference: bool = False) -> list[PIL.Image.Image]:
@@ -414,8 +415,16 @@ class DiffusionTrainer(_BaseTrainer):
         super()._save_checkpoint(model, trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._save(self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
+        if self.is_world_process_zero() and may_push(self.args, self.push_in_progress):
+            self._save(self.args.output_dir)
+            job = push_checkpoint(self.args, self.hub_model_id, checkpoint_folder, self.push_in_progress)
+            self.push_in_progress = job
+
+    def push_to_hub(self, *args, **kwargs):
+        if self.hub_model_id is None:  # else it is saved before anything that may fail
+            self.save_model(_internal_call=True)
+        with pushing(f"The model is saved in {self.args.output_dir}.", kwargs.get("token") or self.args.hub_token):
+            return super().push_to_hub(*args, **kwargs)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
         """Writes the model card, `README.md` in the output directory, by default named after it or after `hub_model_id`."""
@@ -430,15 +439,12 @@ class DiffusionTrainer(_BaseTrainer):
             global_step=self.state.global_step,
             example_prompt=self._example_prompt,
             further=self._card_parameters,
-            model_name=model_name
-            or (self.args.hub_model_id or Path(self.args.output_dir).absolute().name).split("/")[-1],
+            model_name=model_name,
             model_id=self.hub_model_id,
             dataset_name=dataset_name,
             tags=[tags] if isinstance(tags, str) else tags or [],
         )
-        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         card.save(Path(self.args.output_dir) / "README.md")
 
     def _send_telemetry(self) -> None:
-        # TRL counts the use of its own trainers and of transformers' models here; neither is what this is.
-        pass
+        """TRL counts the use of its own trainers and of transformers' models here; neither is what this is."""

@@ -3,15 +3,16 @@
 
 """The model card."""
 
-import os
 from importlib import resources
 from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..backbones import backbone_class_of
+from ..hub import hub_id
 from .diffusion_config import DENSITY_SETTINGS, DiffusionConfig
 
 
@@ -46,7 +47,7 @@ def diffusion_model_card(
     global_step: int,
     example_prompt: str,
     further: dict[str, object],
-    model_name: str,
+    model_name: str | None,
     model_id: str | None,
     dataset_name: str | None,
     tags: list[str],
@@ -71,8 +72,8 @@ def diffusion_model_card(
             Prompt of the quick start.
         further (`dict[str, object]`):
             Parameters that are not in `args`, or that the card states in another way.
-        model_name (`str`):
-            Name of the model.
+        model_name (`str` or `None`):
+            Name of the model, by default that of its repository or output directory.
         model_id (`str` or `None`):
             Hub id of the model.
         dataset_name (`str` or `None`):
@@ -83,6 +84,7 @@ def diffusion_model_card(
     Returns:
         [`~huggingface_hub.ModelCard`]
     """
+    model_name = model_name or (args.hub_model_id or Path(args.output_dir).absolute().name).split("/")[-1]
     base_model = hub_id(pipeline.config.get("_name_or_path"))
     is_reversed = getattr(args, "reverse_preference", False)
     is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
@@ -117,11 +119,6 @@ def diffusion_model_card(
             for package in ("trl-diffusion", "trl", "diffusers", "transformers", "peft", "torch", "datasets")
         },
     )
-
-
-def hub_id(name: str | None) -> str | None:
-    """The name, unless it is a folder or a file of this machine, which means nothing to anybody else."""
-    return name if name and not os.path.exists(name) else None
 
 
 def _loading_arguments(pipeline: DiffusionPipeline, is_flow: bool) -> str:

@@ -141,10 +141,10 @@ class _TrackableConfig(FrozenDict):
     """A diffusers model's configuration with the two methods that trackers call on one of transformers."""
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(self)
+        return {name: value for name, value in self.items() if name != "_name_or_path"}  # of this machine
 
     def to_json_string(self) -> str:
-        return json.dumps(dict(self), indent=2, default=str)
+        return json.dumps(self.to_dict(), indent=2, default=str)
 
 
 def _enable_gradient_checkpointing(denoiser, activation_checkpointing_kwargs=None, every_n_layers=1, offload=False):
