@@ -36,6 +36,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 from trl_diffusion.annotation.join import entries, find_runs, join_annotations, read_manifest
 from trl_diffusion.annotation.records import STATUSES
 from trl_diffusion.annotation.run import Row
+from trl_diffusion.hub import pushing
 from trl_diffusion.scripts.annotation import AnnotationArguments, load_rows
 from trl_diffusion.trainer.diffusion_trainer import DiffusionTrainer
 
@@ -621,5 +622,6 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
         if args.push_to_hub:
             pushed = {config: info for config, info in infos.items() if config == ANNOTATIONS or args.push_images}
             streamed = builders[images] if args.push_images and args.no_images else None
-            push(folder, args.push_to_hub, builders[ANNOTATIONS], described, pushed, streamed, args.private)
+            with pushing(f"The dataset is saved in {args.output_dir}."):
+                push(folder, args.push_to_hub, builders[ANNOTATIONS], described, pushed, streamed, args.private)
             print(f"Pushed to https://huggingface.co/datasets/{args.push_to_hub}.")

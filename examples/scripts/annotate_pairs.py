@@ -9,7 +9,7 @@ python examples/scripts/annotate_pairs.py --dataset_name my_pairs --output_dir a
 ```
 
 `my_pairs` has the columns `prompt`, `chosen` and `rejected`, see docs/source/dataset_formats.md. If it is stopped,
-the same command continues. Without `--push_to_hub` the dataset is written to `annotations/dataset`. `--vlm oracle --detector oracle`
+the same command continues. The dataset is also written to `annotations/dataset`. `--vlm oracle --detector oracle`
 annotates the scenes of the quickstart without any model.
 
 For more than a few thousand pairs use the command `trl-diffusion annotate-instances` with a server. For a dataset with a card use
@@ -29,6 +29,7 @@ from trl_diffusion.annotation.planner import Planner
 from trl_diffusion.annotation.records import pair_columns, prepare_rows
 from trl_diffusion.annotation.run import run, run_locally
 from trl_diffusion.annotation.transformers_vlm import TransformersVLM
+from trl_diffusion.hub import pushing
 from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
 
 
@@ -53,7 +54,7 @@ if __name__ == "__main__":
     print(f"{finished.counts['conflicts']} of {finished.counts['instances']} instances contradict their pair's label.")
 
     dataset = join_annotations(pairs, load_annotations(finished.folder))
+    dataset.save_to_disk(args.output_dir / "dataset")
     if args.push_to_hub:
-        dataset.push_to_hub(args.push_to_hub, split=args.split)
-    else:
-        dataset.save_to_disk(args.output_dir / "dataset")
+        with pushing(f"The dataset is saved in {args.output_dir / 'dataset'}."):
+            dataset.push_to_hub(args.push_to_hub, split=args.split)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset, load_dataset_builder
+from huggingface_hub import HfApi
 
 from datasets_builders import common
 from datasets_builders.pickapic_instance import PickapicInstance
@@ -319,6 +320,21 @@ def test_flags_that_do_not_fit_are_refused(world, tmp_path):
     with pytest.raises(ValueError, match="as USER/NAME, got 'name'"):
         sources.build_pairs(world / "source", world / "annotations", tmp_path / "new", "--push_to_hub", "name")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_push_that_fails_leaves_the_folder(world, tmp_path, monkeypatch):
+    """Without a token the Hub refuses: the error says how to log in and where the dataset is, and the dataset is there."""
+
+    def refused(*args, **kwargs):
+        raise OSError("401 Unauthorized")
+
+    monkeypatch.setattr(HfApi, "create_repo", refused)
+    monkeypatch.setattr("trl_diffusion.hub.get_token", lambda: None)
+    with pytest.raises(
+        ValueError, match="401 Unauthorized. The dataset is saved in .*new. There is no token: run `hf auth login`"
+    ):
+        sources.build_pairs(world / "source", world / "annotations", tmp_path / "new", "--push_to_hub", REPO)
+    assert load_dataset(str(tmp_path / "new"), split="train").num_rows
 
 
 def test_rows_that_the_source_has_once_more_are_no_matter(world, tmp_path):
