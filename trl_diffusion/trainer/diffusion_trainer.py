@@ -356,10 +356,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            metrics = self.meters.averages("train")
-            if "loss" not in logs:
-                metrics.pop("loss", None)
-            logs.update(metrics)  # the loss over rows: the Trainer's is over steps, which may differ in their rows
+            self.meters.add_averages("train", logs)
             self.health.warn_once(self.health_warnings(logs))
         super().log(logs, start_time)
 
@@ -367,8 +364,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.meters.averages("evaluation")  # of an evaluation that was stopped
         with evaluation_mode(self.model), self.encoder.keeping_encoders():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        averages = self.meters.averages("evaluation").items()
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in averages})
+        self.meters.add_averages("evaluation", output.metrics, f"{metric_key_prefix}_")
         return output
 
     def sample(self, prompts: list[str], with_reference: bool = False) -> list[PIL.Image.Image]:

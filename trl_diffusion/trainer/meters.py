@@ -47,6 +47,22 @@ class Meters:
                 where = where & ~self.is_padding.repeat(len(where) // len(self.is_padding))
             self.recorded[mode][name].append((values.detach().float(), where))
 
+    def add_averages(self, mode: str, logs: dict[str, float], prefix: str = "") -> None:
+        """
+        Adds the averages to what the Trainer logs. The loss is then the mean over rows; the Trainer's is over steps, which may
+        differ in their rows.
+
+        Args:
+            mode (`str`):
+                `"train"` or `"evaluation"`.
+            logs (`dict[str, float]`):
+                What is logged, changed in place. The loss is left out where it has none.
+            prefix (`str`, *optional*, defaults to `""`):
+                Before each name.
+        """
+        averages = {f"{prefix}{name}": value for name, value in self.averages(mode).items()}
+        logs.update({name: value for name, value in averages.items() if name != "loss" or "loss" in logs})
+
     def averages(self, mode: str) -> dict[str, float]:
         """
         The mean of each metric since the last call, over the samples of all processes that have it.
