@@ -35,15 +35,17 @@ def save_annotations(annotations: Dataset, path: str | Path) -> None:
     if path.suffix not in (".jsonl", ".csv", ".parquet"):
         raise ValueError(f"{path} must end in .jsonl, .csv or .parquet.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    features = annotations.features
-    named = Features({name: without_labels(feature) for name, feature in features.items()})
-    rows = annotations.with_format(None).map(Named(features, as_text=path.suffix == ".csv"), features=None)
-    if path.suffix == ".csv":
+    as_text = path.suffix == ".csv"
+    named = {name: without_labels(feature) for name, feature in annotations.features.items()}
+    if as_text:
+        named = {name: Value("string") if isinstance(feature, List) else feature for name, feature in named.items()}
+    rows = annotations.with_format(None).map(Named(annotations.features, as_text), features=Features(named))
+    if as_text:
         rows.to_csv(path)
     elif path.suffix == ".jsonl":
-        rows.cast(named).to_json(path, force_ascii=False)
+        rows.to_json(path, force_ascii=False)
     else:
-        rows.cast(named).to_parquet(path)
+        rows.to_parquet(path)
 
 
 class Named:

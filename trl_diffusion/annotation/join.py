@@ -273,7 +273,8 @@ class Join:
     def __getstate__(self) -> dict:
         # `datasets` hashes this state to find a result in its cache. Counts and index do not change the result.
         state = self.__dict__ | {"counts": Counter()}
-        state.pop("index", None)
+        for name in ("index", "statuses", "preference"):  # cached properties
+            state.pop(name, None)
         return state
 
     @cached_property

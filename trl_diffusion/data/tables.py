@@ -3,9 +3,11 @@
 
 """What files of rows cannot say themselves: which texts are lists, and which are paths of images."""
 
+import ast
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,16 +77,35 @@ class ReadLists:
     def read(self, number: int, text: str) -> list | None:
         if not text.strip():
             return None
-        try:
-            found = json.loads(text)
-        except json.JSONDecodeError:
-            found = None
+        found = read_list(text)
         if not isinstance(found, list):
             raise ValueError(
                 f"`{self.name}` in row {number} of {self.where}, counted from 0, is a text that is no JSON list: {text[:80]!r}. "
                 "Write the lists with `json.dumps`, or write JSON lines or Parquet, which hold lists."
             )
         return found
+
+
+def read_list(text: str) -> Any:
+    """
+    Reads a list: JSON, what `str` makes of a Python list, or what numpy makes of an array of strings, which `Dataset.to_csv` writes.
+
+    Args:
+        text (`str`):
+            The text.
+
+    Returns:
+        `list`, or something else if the text is no list.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        if re.fullmatch(r"\[\s*('[^']*'\s*)*\]", text):  # ['a' 'b'], which Python would read as ['ab']
+            return re.findall(r"'([^']*)'", text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return None
 
 
 def with_lists(dataset: Source, where: str) -> Source:
