@@ -92,8 +92,9 @@ def names_both_images(folder: Path) -> bool:
         if path.suffix == ".parquet":
             return True
         with path.open(encoding="utf-8-sig") as file:
-            if re.search(r"\bchosen", file.readline()):
-                return True
+            line = file.readline()
+        if re.search(r"""(^|[,;\t{ "])chosen(_file_name)?"?\s*[,;\t:\n]""", line):
+            return True
     return False
 
 
@@ -196,8 +197,9 @@ class Captions:
 
     def of(self, name: str) -> dict[str, Any]:
         """The `prompt` of an image, and what else the file of captions says of it."""
-        if name in self.table:
-            return self.table[name]
+        for key in (name, *(f"{folder.name}/{name}" for folder in self.image_folders)):
+            if key in self.table:
+                return self.table[key]
         texts = []
         for folder in self.places:
             for suffix in CAPTION_SUFFIXES:

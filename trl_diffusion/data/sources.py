@@ -7,6 +7,7 @@ import glob
 import logging
 import os
 import re
+import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,10 +106,10 @@ def read_hub(name: str, config_name: str | None, revision: str | None, streaming
     """Loads a dataset of the Hub."""
     try:
         return load_dataset(name, name=config_name, revision=revision, streaming=streaming)
-    except DatasetNotFoundError as error:
+    except (DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
-            f"There is neither a file or folder {name} nor a dataset of this name on the Hub that you may read: "
-            f"{first_line(error)} If it is private or gated, run `hf auth login`."
+            f"There is no file or folder {name}, and no dataset of this name could be read from the Hub: {first_line(error)} "
+            "If it is private or gated, run `hf auth login`."
         ) from error
     except RuntimeError as error:
         if "scripts" not in str(error):
@@ -180,18 +181,19 @@ def visible_files(folder: Path) -> Iterator[Path]:
 
 def of_one_format(folder: Path, tables: list[Path]) -> list[Path]:
     """The tables of the most common format. Others are named in a warning."""
-    counts = Counter(map(format_of, tables)).most_common()
+    suffixes = {path: path.suffixes[-2] if path.suffix.lower() in COMPRESSIONS else path.suffix for path in tables}
+    counts = Counter(suffixes.values()).most_common()
     if len(counts) > 1 and counts[0][1] == counts[1][1]:
         names = ", ".join(str(path.relative_to(folder)) for path in tables[:6])
         raise ValueError(
             f"The folder {folder} holds files of several formats: {names}. Name the file that holds the rows."
         )
-    others = [str(path.relative_to(folder)) for path in tables if format_of(path) != counts[0][0]]
+    others = [str(path.relative_to(folder)) for path in tables if suffixes[path] != counts[0][0]]
     if others:
         logger.warning(
             f"Of the files in {folder.name}, {', '.join(others[:6])} are not read: they have another format."
         )
-    return [path for path in tables if format_of(path) == counts[0][0]]
+    return [path for path in tables if suffixes[path] == counts[0][0]]
 
 
 def by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
@@ -300,28 +302,26 @@ def read_files(files: dict[str, list[Path]], streaming: bool) -> dict[str, Sourc
                     f"{path} cannot be read as a dataset: its name must end in one of {', '.join(FORMATS)}, which "
                     f"{' or '.join(COMPRESSIONS)} may follow."
                 )
-            folders[path.parent, format_of(path), path.name.split(".")[0] if format_of(path) == "json" else ""].append(
-                path
-            )
-        parts = [read_group(split, group, builder, streaming) for (_, builder, _), group in folders.items()]
+            folders[path.parent, format_of(path)].append(path)
+        parts = [read_group(split, group, builder, streaming) for (_, builder), group in folders.items()]
         splits[split] = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
     return splits
 
 
 def read_group(split: str, files: list[Path], builder: str, streaming: bool) -> Source:
     """Reads the files of one folder."""
-    settings = csv_settings(files[0]) if builder == "csv" else {}
+    names = ", ".join(str(path) for path in files[:5])
+    if not any(path.stat().st_size for path in files):
+        raise ValueError(f"{names} cannot be read: it is empty.")
     try:
-        dataset = load_dataset(
-            builder,
-            data_files={split: [unpacked(path) for path in files]},
-            split=split,
-            streaming=streaming,
-            **settings,
-        )
-    except (DatasetGenerationError, ValueError, TypeError, OSError, pa.ArrowException) as error:
-        names = ", ".join(str(path) for path in files[:5])
-        raise ValueError(f"{names} cannot be read: {first_line(error.__cause__ or error)}") from error
+        settings = csv_settings(files[0]) if builder == "csv" else {}
+        data_files = {split: [glob.escape(unpacked(path)) for path in files]}
+        dataset = load_dataset(builder, data_files=data_files, split=split, streaming=streaming, **settings)
+    except (DatasetGenerationError, ValueError, TypeError, OSError, tarfile.TarError, pa.ArrowException) as error:
+        reason = first_line(error.__cause__ or error)
+        if "corresponds to no data" in reason:
+            reason = "it has no rows."
+        raise ValueError(f"{names} cannot be read: {reason}") from error
     if builder == "webdataset":
         return with_keys(dataset)
     where = str(files[0])
