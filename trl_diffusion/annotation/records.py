@@ -3,7 +3,6 @@
 
 """The rows of an annotation run: how they are read from a dataset, filled in by the roles, and written."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,8 +24,6 @@ from ..data.presets import (
 )
 from .images import StoredImage
 
-
-logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1  # increases with every change of the features below or of their meaning
 STATUSES = ("ok", "rejected", "error")
@@ -258,7 +255,6 @@ def pair_columns(present: list[str], mapping: dict[str, str] | None = None) -> d
             return _present(PAIR_COLUMNS, present)
         refuse_what_has_no_pairs(present)
         if found := recognise(present, PAIR):
-            logger.warning(f"{found[0]}.")
             return _present({"id": "id"} | found[1], present)
         raise ValueError(
             f"The dataset has the columns {', '.join(present)}: neither `prompt`, `chosen` and `rejected` nor those of "
@@ -275,7 +271,6 @@ def image_columns(present: list[str], mapping: dict[str, str] | None = None) -> 
     `id`, `prompt`, `image` and `image_uid`.
     """
     if mapping is None and not set(SINGLE) <= set(present) and (found := recognise(present, SINGLE)):
-        logger.warning(f"{found[0]}.")
         return _present({"id": "id"} | found[1], present)
     return _mapped(IMAGE_COLUMNS, mapping or {}, present)
 

@@ -6,6 +6,7 @@
 import ast
 import csv
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from datasets import Dataset, Features, Image, IterableDataset, Value
 from .image_files import IMAGE_SUFFIXES
 from .presets import Source, column_names, refuse_what_has_no_pairs, with_column
 
+
+logger = logging.getLogger(__name__)
 
 LISTS = ("instances", "positive_attributes", "negative_attributes", "dropped", "answers")
 TEXTS = ("id", "prompt", "caption", "text")
@@ -253,6 +256,7 @@ def without_hpdv2_lists(dataset: Source, where: str) -> Source:
     paths = next((name for name in ("file_path", "image_path") if name in present), None)
     if paths is None or "human_preference" not in present:
         return dataset
+    logger.warning(f"Read as HPDv2: `{paths}` and `human_preference` as two images and a label.")
     return dataset.map(Unlisted(paths, where), remove_columns=[paths, "human_preference"])
 
 

@@ -178,9 +178,9 @@ def load_prompts(
     source = str(source)
     if source in BENCHMARKS:
         name, (rows, commit) = source, read_benchmark(BENCHMARKS[source], revision)
-    elif Path(source).suffix in READERS:
+    elif Path(source).suffix in READERS or (Path(source).is_file() and not format_of(Path(source))):
         name, rows, commit = Path(source).name, read_file(Path(source), prompt_column), None
-    elif Path(source).exists() or format_of(Path(source)):
+    elif Path(source).is_dir() or format_of(Path(source)):
         name, rows, commit = Path(source).name, read_source(source, prompt_column, split), None
     elif HUB_ID.fullmatch(source):
         name, (rows, commit) = source, read_dataset(source, prompt_column, split, revision)

@@ -173,6 +173,8 @@ def load_rows(
     declared = dataset.info.splits or {}
     rows = declared[args.dataset_split].num_examples if args.dataset_split in declared else None
     dataset, columns = prepare_rows(dataset, find_columns, args.mapping)
+    if changed := [f"`{column}` as `{name}`" for name, column in columns.items() if name != column]:
+        print(f"Read {', '.join(changed)}.")
     return dataset, columns, len(dataset) if isinstance(dataset, Dataset) else rows
 
 
