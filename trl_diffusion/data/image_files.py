@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Image
+from datasets.fingerprint import Hasher
 
 
 logger = logging.getLogger(__name__)
@@ -168,10 +169,30 @@ def first(names: Any, maximum: int = 3) -> str:
 def in_order(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Dataset:
     """A dataset of rows with paths of images, with some columns first."""
     dataset = Dataset.from_list(rows)
-    for name in ("chosen", "rejected", "image"):
-        if name in columns:
-            dataset = dataset.cast_column(name, Image())
-    return dataset.select_columns([*columns, *(name for name in dataset.column_names if name not in columns)])
+    images = [name for name in ("chosen", "rejected", "image") if name in columns]
+    for name in images:
+        dataset = dataset.cast_column(name, Image())
+    dataset = dataset.select_columns([*columns, *(name for name in dataset.column_names if name not in columns)])
+    return stamped(dataset, [row[name] for row in rows for name in images])
+
+
+def stamped(dataset: Dataset, paths: list[str]) -> Dataset:
+    """
+    Makes the fingerprint of a dataset depend on its image files, so that what was computed from it is computed again when a file
+    has changed.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset, changed in place.
+        paths (`list[str]`):
+            The files.
+
+    Returns:
+        [`~datasets.Dataset`]
+    """
+    stamps = [(stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, paths)]
+    dataset._fingerprint = Hasher.hash([dataset._fingerprint, paths, stamps])
+    return dataset
 
 
 # ----- captions -----

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, Value
 
-from .image_files import IMAGE_SUFFIXES
+from .image_files import IMAGE_SUFFIXES, stamped
 from .presets import Source, column_names, refuse_what_has_no_pairs, with_column
 
 
@@ -203,14 +203,17 @@ def with_images(dataset: Source, file: Path) -> Source:
     Raises:
         `ValueError`: If files are missing. Of a stream, when the row is read.
     """
+    found: list[str] = []
     for name in list(image_paths(dataset)):
         find = FindImages(name, file)
         dataset = with_column(dataset, name, find)
+        if isinstance(dataset, Dataset):
+            found += [path for path in dataset[name][:] if path and "://" not in path]
         if dataset.features is not None:
             dataset = dataset.cast_column(name, Image())
         if name.endswith("file_name"):
             dataset = dataset.rename_column(name, name.removesuffix("file_name").rstrip("_") or "image")
-    return dataset
+    return stamped(dataset, found) if found else dataset
 
 
 def image_paths(dataset: Source) -> Iterator[str]:
