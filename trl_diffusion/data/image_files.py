@@ -4,15 +4,17 @@
 """Datasets that are folders of images: pairs in two folders, and single images with captions."""
 
 import csv
+import hashlib
 import json
 import logging
 import os
 import re
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Image
-from datasets.fingerprint import Hasher
 
 
 logger = logging.getLogger(__name__)
@@ -143,20 +145,29 @@ def pairs_in_folders(folder: Path, chosen: Path, rejected: Path) -> Dataset:
 def images_by_stem(folder: Path) -> dict[str, Path]:
     """The images in a folder and below, by their relative path without suffix."""
     found: dict[str, Path] = {}
+    for image in visible_files(folder.absolute()):
+        if image.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        stem = stem_in(image, folder.absolute())
+        if stem in found:
+            raise ValueError(
+                f"{found[stem]} and {image} have one name without their suffixes, so it is not clear which belongs to the "
+                "pair. Remove or rename one of them."
+            )
+        found[stem] = image
+    return found
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """The files in a folder and below, without hidden ones and those of `__MACOSX`."""
     for path, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        for name in sorted(names):
-            image = Path(path).absolute() / name
-            if name.startswith(".") or image.suffix.lower() not in IMAGE_SUFFIXES:
-                continue
-            stem = image.relative_to(folder.absolute()).with_suffix("").as_posix()
-            if stem in found:
-                raise ValueError(
-                    f"{found[stem]} and {image} have one name without their suffixes, so it is not clear which belongs to the "
-                    "pair. Remove or rename one of them."
-                )
-            found[stem] = image
-    return found
+        yield from (Path(path) / name for name in sorted(names) if not name.startswith("."))
+
+
+def stem_in(path: Path, folder: Path) -> str:
+    """The path of a file in a folder, without its suffix."""
+    return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def first(names: Any, maximum: int = 3) -> str:
@@ -190,8 +201,11 @@ def stamped(dataset: Dataset, paths: list[str]) -> Dataset:
     Returns:
         [`~datasets.Dataset`]
     """
-    stamps = [(stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, paths)]
-    dataset._fingerprint = Hasher.hash([dataset._fingerprint, paths, stamps])
+    digest = hashlib.blake2b(dataset._fingerprint.encode(), digest_size=8)
+    for path in dict.fromkeys(paths):
+        stat = os.stat(path)
+        digest.update(f"{path}\0{stat.st_mtime_ns}\0{stat.st_size}\0".encode("utf-8", "surrogateescape"))
+    dataset._fingerprint = digest.hexdigest()
     return dataset
 
 
@@ -213,7 +227,11 @@ class Captions:
     def __init__(self, folder: Path, image_folders: list[Path]):
         self.folder, self.image_folders = folder, image_folders
         self.table = read_captions(folder)
-        self.places = [*image_folders, folder, *(folder / name for name in CAPTION_FOLDERS)]
+        self.texts: dict[str, list[Path]] = defaultdict(list)
+        for place in (*image_folders, folder, *(folder / name for name in CAPTION_FOLDERS)):
+            for path in visible_files(place):
+                if path.suffix.lower() in CAPTION_SUFFIXES:
+                    self.texts[stem_in(path, place)].append(path)
         self.missing: list[str] = []
 
     def of(self, name: str) -> dict[str, Any]:
@@ -221,12 +239,7 @@ class Captions:
         for key in (name, *(f"{folder.name}/{name}" for folder in self.image_folders)):
             if key in self.table:
                 return self.table[key]
-        texts = []
-        for folder in self.places:
-            for suffix in CAPTION_SUFFIXES:
-                path = folder / f"{name}{suffix}"
-                if path.is_file():
-                    texts.append(path.read_text(encoding="utf-8-sig").strip())
+        texts = [path.read_text(encoding="utf-8-sig").strip() for path in self.texts.get(name, [])]
         if len(set(texts)) > 1:
             raise ValueError(
                 f"The captions of {name} in {self.folder} differ: {' and '.join(map(repr, sorted(set(texts))))}. Both images of a "
@@ -317,7 +330,7 @@ def captioned_images(folder: Path, images: list[Path]) -> Dataset:
     captions = Captions(folder, [])
     rows = []
     for path in images:
-        name = path.relative_to(folder).with_suffix("").as_posix()
+        name = stem_in(path, folder)
         rows.append(captions.of(name) | {"id": name, "image": str(path.absolute())})
     captions.check([row["id"] for row in rows])
     repeats = sorted({part for row in rows for part in row["id"].split("/")[:-1] if re.match(r"\d+_", part)})

@@ -421,9 +421,10 @@ def with_column(dataset: Source, name: str, function: Callable[[list], list]) ->
     if isinstance(dataset, IterableDataset):
         return without_decoding(dataset).map(Replacement(name, function), batched=True, batch_size=100)
     values = function(dataset.with_format(None).select_columns([name])[:][name])
-    feature = Features.from_arrow_schema(pa.table({name: values}).schema)[name]
+    array = pa.array(values)  # which is hashed much faster than a list
+    feature = Features.from_arrow_schema(pa.schema({name: array.type}))[name]
     order = dataset.column_names
-    return dataset.remove_columns(name).add_column(name, values, feature=feature).select_columns(order)
+    return dataset.remove_columns(name).add_column(name, array, feature=feature).select_columns(order)
 
 
 class Replacement:

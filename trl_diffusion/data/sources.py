@@ -9,7 +9,6 @@ import os
 import re
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,7 +26,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import metadata_load
 
-from .image_files import IMAGE_SUFFIXES, captioned_images, find_pair_folders, pairs_in_folders
+from .image_files import IMAGE_SUFFIXES, captioned_images, find_pair_folders, pairs_in_folders, visible_files
 from .presets import Source, without_decoding
 from .tables import csv_settings, with_images, with_lists, without_hpdv2_lists
 
@@ -170,13 +169,6 @@ def has_configurations(folder: Path) -> bool:
     """Whether the card in a folder describes the files of the dataset."""
     card = folder / "README.md"
     return card.exists() and "configs" in (metadata_load(card) or {})
-
-
-def visible_files(folder: Path) -> Iterator[Path]:
-    """The files in a folder and below, without hidden ones and those of `__MACOSX`."""
-    for path, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        yield from (Path(path) / name for name in sorted(names) if not name.startswith("."))
 
 
 def of_one_format(folder: Path, tables: list[Path]) -> list[Path]:

@@ -155,7 +155,7 @@ class FindImages:
         folder = file.absolute().parent
         self.column, self.file = column, file
         self.roots = [str(folder), str(folder / file.name.split(".")[0]), str(folder / "images")]
-        self.listings: dict[str, frozenset[str]] = {}
+        self.listings: dict[str, list[tuple[str, frozenset[str]]]] = {}
 
     def __call__(self, paths: list) -> list:
         found = [self.find(path) if isinstance(path, str) else path for path in paths]
@@ -171,19 +171,21 @@ class FindImages:
     def find(self, path: str) -> str | None:
         if "://" in path:
             return path
-        for root in self.roots:
-            place = os.path.normpath(os.path.join(root, path.replace("\\", "/")))
-            if os.path.basename(place) in self.names(os.path.dirname(place)):
-                return place
+        folder, _, name = path.replace("\\", "/").rpartition("/")
+        if path.startswith("/") and not folder:
+            folder = "/"
+        for place, names in self.places(folder):
+            if name in names:
+                return os.path.join(place, name)
         return None
 
-    def names(self, folder: str) -> frozenset[str]:
-        """The names in a folder, which is listed once: to ask for each file takes long on network drives."""
+    def places(self, folder: str) -> list[tuple[str, frozenset[str]]]:
+        """Where a folder may be, and the names in it. It is listed once: to ask for each file takes long on network drives."""
         if folder not in self.listings:
-            try:
-                self.listings[folder] = frozenset(os.listdir(folder))
-            except OSError:
-                self.listings[folder] = frozenset()
+            found = (os.path.normpath(os.path.join(root, folder)) for root in self.roots)
+            self.listings[folder] = [
+                (place, frozenset(os.listdir(place))) for place in dict.fromkeys(found) if os.path.isdir(place)
+            ]
         return self.listings[folder]
 
 
