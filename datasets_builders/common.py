@@ -314,7 +314,7 @@ def make_card(
 
 def public(name: str) -> str:
     """The name of a dataset or model for publication: of a local path, only the last part."""
-    is_path = Path(name).is_dir() or Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
+    is_path = Path(name).exists() or Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
     return Path(name).name if is_path else name
 
 

@@ -441,3 +441,23 @@ def test_csv_keeps_every_text(tmp_path):
     dataset = load_source(str(path))["train"]
     assert dataset.features == Features({"id": Value("string"), "prompt": Value("string")})
     assert dataset["prompt"][:] == ["NA", "", "1e5"] and dataset["id"][:] == ["01", "02", "03"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_columns_may_hold_names_of_files(tmp_path, streaming):
+    """A file name in a column that is not read, such as an uid, need not exist."""
+    layouts.write_images(tmp_path / "images")
+    found = [row | {"chosen_uid": "0.png", "instances": json.dumps(row["instances"])} for row in layouts.rows()]
+    dataset = load(layouts.write(tmp_path / "a.jsonl", layouts.lines(found)), streaming)
+    assert contents(dataset) == pairs() and [row["instances"] for row in dataset] == INSTANCES
+    assert {row["chosen_uid"] for row in dataset} == {"0.png"}
+
+
+def test_a_changed_image_changes_the_fingerprint(tmp_path):
+    """Latents that were computed from other images are not used again."""
+    paths = [layouts.jsonl(tmp_path / "rows"), layouts.two_folders(tmp_path / "folders")]
+    before = [load(path)._fingerprint for path in paths]
+    assert [load(path)._fingerprint for path in paths] == before
+    layouts.write(tmp_path / "rows/images/002_w.png", png(50))
+    layouts.write(tmp_path / "folders/w/002.png", png(50))
+    assert not set(before) & {load(path)._fingerprint for path in paths}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, IterableDataset, concatenate_datasets
+from datasets import Dataset, Features, Image, IterableDataset, Value, concatenate_datasets
 
 
 logger = logging.getLogger(__name__)
@@ -145,6 +145,27 @@ def refuse_what_has_no_pairs(present: list[str]) -> None:
         raise ValueError(
             "These are the ranked lists of HPDv2's `test.json`, not pairs: use `train.json`, or write pairs with the columns "
             "`prompt`, `chosen` and `rejected`."
+        )
+
+
+def refuse_archived_images(dataset: Source, columns: dict[str, str]) -> None:
+    """
+    Refuses HPDv3 as it is on the Hub, where the paths of its images lead into archives.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The dataset.
+        columns (`dict[str, str]`):
+            From our names to its columns.
+
+    Raises:
+        `ValueError`: If the images are paths that no file has told the folder of.
+    """
+    feature = (dataset.features or {}).get(columns.get("chosen"))
+    if columns.get("chosen") == "path1" and isinstance(feature, Value):
+        raise ValueError(
+            "The images of HPDv3 are in archives on the Hub, which its rows name by paths. Download the repository, unpack the "
+            "images, and name its `train.json` with `--dataset_name`."
         )
 
 
@@ -282,6 +303,7 @@ def training_columns(dataset: Source, mapping: dict[str, str] | None = None) -> 
     found = recognise(present, PAIR) or recognise(present, SINGLE)
     if found is None:
         return dataset
+    refuse_archived_images(dataset, found[1])
     return renamed(dataset, kept_columns(present, found[1]) | found[1], found[0])
 
 

@@ -18,14 +18,24 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, Value
 
 from .image_files import IMAGE_SUFFIXES, stamped
-from .presets import Source, column_names, refuse_what_has_no_pairs, with_column
+from .presets import FIELDS, Source, column_names, refuse_what_has_no_pairs, with_column
 
 
 logger = logging.getLogger(__name__)
 
 LISTS = ("instances", "positive_attributes", "negative_attributes", "dropped", "answers")
 TEXTS = ("id", "prompt", "caption", "text")
-IMAGE = ("file_name", "_file_name")
+IMAGE_NAMES = {
+    *FIELDS["chosen"],
+    *FIELDS["rejected"],
+    "image",
+    "image_0",
+    "image_1",
+    "path1",
+    "path2",
+    "jpg_0",
+    "jpg_1",
+}
 
 
 # ----- CSV -----
@@ -127,8 +137,8 @@ def with_lists(dataset: Source, where: str) -> Source:
     Raises:
         `ValueError`: If a text is no JSON list.
     """
-    for name in LISTS:
-        if is_text((dataset.features or {}).get(name)):
+    for name in first_texts(dataset):
+        if name in LISTS:
             dataset = with_column(dataset, name, ReadLists(name, where))
     return dataset
 
@@ -206,7 +216,7 @@ def with_images(dataset: Source, file: Path) -> Source:
         `ValueError`: If files are missing. Of a stream, when the row is read.
     """
     found: list[str] = []
-    for name in list(image_paths(dataset)):
+    for name in list(image_paths(dataset, file)):
         find = FindImages(name, file)
         dataset = with_column(dataset, name, find)
         if isinstance(dataset, Dataset):
@@ -218,22 +228,32 @@ def with_images(dataset: Source, file: Path) -> Source:
     return stamped(dataset, found) if found else dataset
 
 
-def image_paths(dataset: Source) -> Iterator[str]:
-    """The columns whose first text is the name of an image file."""
-    first: dict[str, Any] = {}
+def image_paths(dataset: Source, file: Path) -> Iterator[str]:
+    """The columns whose first text is the name of an image file. Where the column may hold anything, that file must exist."""
+    for name, text in first_texts(dataset).items():
+        if (
+            name in TEXTS
+            or "\n" in text
+            or "://" in text
+            or Path(text.replace("\\", "/")).suffix.lower() not in IMAGE_SUFFIXES
+        ):
+            continue
+        if name in IMAGE_NAMES or name.endswith("file_name") or FindImages(name, file).find(text):
+            yield name
+
+
+def first_texts(dataset: Source) -> dict[str, str]:
+    """The first text in each column of texts; of a stream, those of its first row."""
     if isinstance(dataset, IterableDataset):
-        first = next(iter(dataset), {})
-    else:
-        for name, feature in dataset.features.items():
-            if is_text(feature):
-                texts = dataset.data.column(name)
-                known = pc.index(pc.is_valid(texts), True).as_py()
-                first[name] = texts[known].as_py() if known >= 0 else None
-    for name in column_names(dataset):
-        text = first.get(name)
-        if isinstance(text, str) and name not in TEXTS and "\n" not in text:
-            if Path(text.replace("\\", "/")).suffix.lower() in IMAGE_SUFFIXES and "://" not in text:
-                yield name
+        return {name: value for name, value in next(iter(dataset), {}).items() if isinstance(value, str)}
+    texts = {}
+    for name, feature in dataset.features.items():
+        if is_text(feature):
+            column = dataset.data.column(name)
+            known = pc.index(pc.is_valid(column), True).as_py()
+            if known >= 0:
+                texts[name] = column[known].as_py()
+    return texts
 
 
 # ----- HPDv2 -----
