@@ -6,6 +6,7 @@ import logging
 import os
 
 import datasets
+import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, IterableDataset, Value
 
@@ -63,6 +64,19 @@ def test_files_of_rows(tmp_path, layout, streaming):
     assert isinstance(dataset, IterableDataset if streaming else Dataset)
     assert contents(dataset) == pairs()
     assert [row["instances"] for row in dataset] == INSTANCES
+
+
+@pytest.mark.parametrize("packing", ["gzip", "zstd"])
+@pytest.mark.parametrize("layout", ["comma", "tab", "json_list", "parquet_images", "arrow", "tar_plain"])
+def test_packed_files(tmp_path, layout, packing):
+    """Each format is read packed as well."""
+    path = getattr(layouts, layout)(tmp_path / "data")
+    packed = path.with_name(path.name + {"gzip": ".gz", "zstd": ".zst"}[packing])
+    with pa.output_stream(str(packed), compression=packing) as file:
+        file.write(path.read_bytes())
+    path.unlink()
+    prefix = "pairs/" if layout == "tar_plain" else ""
+    assert contents(load(packed)) == pairs(ids=[prefix + row_id for row_id in IDS])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -235,7 +249,8 @@ def test_the_names_of_images_tell_no_split(tmp_path):
 def test_splits_of_shards(tmp_path):
     """`validation_unique-00000-of-00001.parquet` is the split `validation_unique`, as `datasets` names it."""
     folder = layouts.folder_of_parquet(tmp_path / "data")
-    (folder / "train-00000-of-00001.parquet").rename(folder / "validation_unique-00000-of-00001.parquet")
+    name = "validation_unique-00000-of-00001-33ead111845fc9c4.parquet"  # as in Pick-a-Pic
+    (folder / "train-00000-of-00001.parquet").rename(folder / name)
     assert contents(load(folder, split="validation_unique")) == pairs()
 
 

@@ -59,7 +59,7 @@ SPLITS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
+SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")  # as `push_to_hub` names files; a hash may follow
 
 
 def load_source(
@@ -227,8 +227,7 @@ def by_top_folder(folder: Path, images: list[Path]) -> dict[str, list[Path]]:
 
 def split_of(path: Path) -> str | None:
     """The split that a relative path names: in its file name, else in a folder."""
-    shard = SHARD.fullmatch(path.name.split(".")[0])
-    if shard and (shard[1] in SPLITS or re.fullmatch(r"\w+", shard[1])):
+    if shard := SHARD.match(path.name):
         return shard[1]
     for part in reversed(path.parts):
         for split, words in SPLITS.items():
@@ -325,8 +324,9 @@ def first_line(error: BaseException) -> str:
 
 
 def unpacked(path: Path) -> str:
-    """A file that `datasets` reads: what is packed with zstd is unpacked into its cache, for it needs another package."""
-    if path.suffix.lower() != ".zst":
+    """A file that `datasets` reads: zstd, for which it needs another package, and packed Parquet are unpacked into its cache."""
+    packing = COMPRESSIONS.get(path.suffix.lower())
+    if packing is None or (packing == "gzip" and format_of(path) not in ("parquet", "arrow")):
         return str(path)
     stat = path.stat()
     target = (
@@ -335,7 +335,7 @@ def unpacked(path: Path) -> str:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}")
-        with pa.input_stream(str(path), compression="zstd") as packed, partial.open("wb") as file:
+        with pa.input_stream(str(path), compression=packing) as packed, partial.open("wb") as file:
             while block := packed.read(1 << 20):
                 file.write(block)
         partial.replace(target)
