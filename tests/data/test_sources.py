@@ -186,6 +186,21 @@ def test_public_layouts(tmp_path, layout, messages, caplog):
     assert InstancePairCollator(8)(list(dataset))["chosen_pixel_values"].shape == (len(found), 3, 8, 8)
 
 
+@pytest.mark.parametrize(
+    ("layout", "ids"),
+    [("hpdv3", "images/{0}_w images/{0}_l"), ("hpdv2", "{0}_w {0}_l"), ("hpdv3_parquet", "images/{0}_w images/{0}_l")],
+)
+def test_streams_of_paths_have_ids(tmp_path, layout, ids):
+    """Without a column `id`, the paths of the images are the id, in the order of the columns."""
+    path = getattr(layouts, layout.removesuffix("_parquet"))(tmp_path / "data")
+    if layout.endswith("parquet"):
+        Dataset.from_json(str(path)).to_parquet(path.with_suffix(".parquet"))
+        path = path.with_suffix(".parquet")
+    found = contents(load(path, streaming=True))
+    assert [row[1:] for row in found] == [row[1:] for row in pairs()]
+    assert [set(row[0].split()) for row in found] == [set(ids.format(row_id).split()) for row_id in IDS]
+
+
 def test_open_image_preferences(tmp_path):
     """These have the trainers' columns: rows are numbered, and other columns do no harm."""
     assert contents(load(layouts.open_image_preferences(tmp_path / "data"))) == pairs(ids=["0", "1", "2", "3"])

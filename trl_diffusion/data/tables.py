@@ -201,7 +201,8 @@ class FindImages:
 
 def with_images(dataset: Source, file: Path) -> Source:
     """
-    Makes columns of paths columns of images. `chosen_file_name` becomes `chosen`, and `file_name` becomes `image`.
+    Makes columns of paths columns of images. `chosen_file_name` becomes `chosen`, and `file_name` becomes `image`. The rows of a
+    stream without ids get the paths of their images as ids, for they cannot be numbered.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -216,7 +217,13 @@ def with_images(dataset: Source, file: Path) -> Source:
         `ValueError`: If files are missing. Of a stream, when the row is read.
     """
     found: list[str] = []
-    for name in list(image_paths(dataset, file)):
+    names = list(image_paths(dataset, file))
+    if names and isinstance(dataset, IterableDataset) and "id" not in column_names(dataset):
+        features = dataset.features
+        dataset = dataset.map(PathIds(names))
+        if features is not None:
+            dataset = dataset.cast(Features({**features, "id": Value("string")}))
+    for name in names:
         find = FindImages(name, file)
         dataset = with_column(dataset, name, find)
         if isinstance(dataset, Dataset):
@@ -226,6 +233,16 @@ def with_images(dataset: Source, file: Path) -> Source:
         if name.endswith("file_name"):
             dataset = dataset.rename_column(name, name.removesuffix("file_name").rstrip("_") or "image")
     return stamped(dataset, found) if found else dataset
+
+
+class PathIds:
+    """Gives a row the paths of its images, without suffixes, as id."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"id": " ".join(os.path.splitext(row[name])[0] for name in self.names if row[name])}
 
 
 def image_paths(dataset: Source, file: Path) -> Iterator[str]:
