@@ -123,6 +123,19 @@ def test_a_webdataset_of_pick_a_pic(tmp_path, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_the_way_out_of_ambiguous_files(tmp_path, streaming):
+    """The flag that the message proposes is accepted as it stands."""
+    samples = {
+        str(n): {"w.png": png(n), "l.png": png(100 + n), "caption.txt": PROMPTS[n], "text.txt": "x"} for n in range(4)
+    }
+    path = layouts.tar(tmp_path / "a.tar", samples)
+    with pytest.raises(ValueError, match="`prompt` may be any of the columns `caption.txt`, `text.txt`") as error:
+        load(path, streaming)
+    columns = str(error.value).split("--columns '")[1].split("'`")[0]
+    assert contents(load(path, streaming, columns)) == pairs(ids=["a/0", "a/1", "a/2", "a/3"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_deep_fields(tmp_path, streaming):
     """Several dots go down several levels, also for the id."""
     samples = {

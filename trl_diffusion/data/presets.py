@@ -3,6 +3,7 @@
 
 """The columns of public preference datasets, and how those of a dataset become the trainers' columns."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -100,9 +101,10 @@ def recognise(present: list[str], names: tuple[str, ...]) -> tuple[str, dict[str
     if all(candidates.values()):
         if doubtful := {name: columns for name, columns in candidates.items() if len(columns) > 1 and not found}:
             name, columns = next(iter(doubtful.items()))
+            example = json.dumps({name: columns[0] for name, columns in candidates.items()})
             raise ValueError(
-                f"`{name}` may be any of the columns {', '.join(f'`{column}`' for column in columns)}. Name it with "
-                f'`--columns`, such as `--columns \'{{"{name}": "{columns[0]}"}}\'`.'
+                f"`{name}` may be any of the columns {', '.join(f'`{column}`' for column in columns)}. Name the columns with "
+                f"`--columns`, such as `--columns '{example}'`."
             )
         if all(len(columns) == 1 for columns in candidates.values()):
             mapping = {name: columns[0] for name, columns in candidates.items()}
