@@ -57,7 +57,7 @@ class SourceConfig(BuilderConfig):
         annotations_dir (`str`, *optional*, defaults to `""`):
             Folder of a run, or the `output_dir` of runs.
         source (`str`, *optional*, defaults to `""`):
-            The annotated dataset: a Hub id, a folder of Parquet files or images, or a folder from `save_to_disk`.
+            The annotated dataset: a Hub id, a file or a folder, see [`data.sources.load_source`].
         source_config (`str`, *optional*):
             Configuration of the source.
         source_revision (`str`, *optional*):
@@ -538,7 +538,7 @@ def make_parser(name: str, images: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dataset_name",
         required=True,
-        help="The annotated dataset: a Hub id, a folder of Parquet files or images, or a folder from `save_to_disk`.",
+        help="The annotated dataset: a Hub id, a file of rows, or a folder of files or images.",
     )
     parser.add_argument("--dataset_config", help="Configuration of the dataset.")
     parser.add_argument("--dataset_revision", help="Branch, tag or commit on the Hub.")

@@ -9,18 +9,17 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
+from ..data.columns import column_names, with_nested_columns
 from ..data.formats import PREFERENCES
 from ..data.presets import (
     OPTIONAL_COLUMNS,
     PAIR,
     PICK_A_PIC_COLUMNS,
     SINGLE,
-    column_names,
     is_unlabelled,
     read_label,
     recognise,
     refuse_what_has_no_pairs,
-    with_nested_columns,
 )
 from .images import StoredImage
 

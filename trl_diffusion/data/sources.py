@@ -26,8 +26,8 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import metadata_load
 
+from .columns import Source, without_decoding
 from .image_files import IMAGE_SUFFIXES, captioned_images, find_pair_folders, pairs_in_folders, visible_files
-from .presets import Source, without_decoding
 from .tables import csv_settings, with_images, with_lists, without_hpdv2_lists
 
 

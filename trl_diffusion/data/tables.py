@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, Value
 
+from .columns import Source, column_names, with_column
 from .image_files import IMAGE_SUFFIXES, stamped
-from .presets import FIELDS, Source, column_names, refuse_what_has_no_pairs, with_column
+from .presets import FIELDS, refuse_what_has_no_pairs
 
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from datasets import load_dataset
 from huggingface_hub import HfApi, hf_hub_download
 
-from ..data.presets import column_names, with_nested_columns, without_decoding
+from ..data.columns import column_names, with_nested_columns, without_decoding
 from ..data.sources import format_of, load_source
 from ..revisions import commit_of
 
