@@ -58,7 +58,7 @@ class SourceConfig(BuilderConfig):
         annotations_dir (`str`, *optional*, defaults to `""`):
             Folder of a run, or the `output_dir` of runs.
         source (`str`, *optional*, defaults to `""`):
-            The annotated dataset: a Hub id, a folder of Parquet files or images, or a folder from `save_to_disk`.
+            The annotated dataset: a Hub id, a file or a folder, see [`data.sources.load_source`].
         source_config (`str`, *optional*):
             Configuration of the source.
         source_revision (`str`, *optional*):
@@ -315,7 +315,7 @@ def make_card(
 
 def public(name: str) -> str:
     """The name of a dataset or model for publication: of a local path, only the last part."""
-    is_path = Path(name).is_dir() or Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
+    is_path = Path(name).exists() or Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
     return Path(name).name if is_path else name
 
 
@@ -539,7 +539,7 @@ def make_parser(name: str, images: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dataset_name",
         required=True,
-        help="The annotated dataset: a Hub id, a folder of Parquet files or images, or a folder from `save_to_disk`.",
+        help="The annotated dataset: a Hub id, a file of rows, or a folder of files or images.",
     )
     parser.add_argument("--dataset_config", help="Configuration of the dataset.")
     parser.add_argument("--dataset_revision", help="Branch, tag or commit on the Hub.")

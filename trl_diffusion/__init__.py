@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .annotation.files import save_annotations
     from .annotation.join import join_annotations, load_annotations
     from .criteria import Criteria
     from .data.formats import attribute_features, instance_pair_features
@@ -48,6 +49,7 @@ _MODULES = {
     "load_annotations": "annotation.join",
     "negative_preference_guidance": "guidance",
     "sample_images": "sampling",
+    "save_annotations": "annotation.files",
 }
 
 __all__ = sorted(_MODULES)

@@ -207,7 +207,10 @@ def test_rows_without_an_annotation_are_counted(runs, caplog):
     source, counts = concatenate_datasets([sources.pairs(12, seed=1), sources.pairs()]), Counter()
     with caplog.at_level(logging.WARNING):
         joined = join_annotations(source, annotations, counts=counts)
-    assert caplog.messages == ["12 of 36 rows of the source have no annotation and are left out."]
+    assert caplog.messages == [
+        "12 of 36 rows of the source have no annotation and are left out: those with the ids world-1-00000, world-1-00001, "
+        "world-1-00002, world-1-00003, world-1-00004 and 7 more."
+    ]
     assert len(joined) == 24 and counts == {"joined": 24, "missing": 12}
     caplog.clear()
     counts.clear()
@@ -229,7 +232,11 @@ def test_annotations_that_are_left_out_are_logged(runs, caplog):
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         join_annotations(sources.pick_a_pic().select(range(12)), annotations)
-    assert caplog.messages[1] == "6 of 11 usable annotations have no row in the source."
+    absent = [row["id"] for row in annotations if row["status"] == 0 and not row["tie"] and int(row["id"]) >= 1012]
+    assert len(absent) == 6
+    assert caplog.messages[1] == (
+        f"6 of 11 usable annotations have no row in the source: those with the ids {', '.join(absent[:5])} and 1 more."
+    )
 
 
 def test_ids_that_never_meet(runs):

@@ -38,6 +38,7 @@ from trl_diffusion.annotation.records import (
 )
 from trl_diffusion.annotation.run import MANIFEST, Task, run, run_locally
 from trl_diffusion.data.formats import PREFERENCES
+from trl_diffusion.data.sources import load_source
 
 
 @pytest.fixture(scope="module")
@@ -496,6 +497,7 @@ def test_annotations_alone_are_pushed_by_default(world, tmp_path, hub):
         ast.parse(block)
     annotations = load_dataset(str(hub.folder), split="train")
     assert list(annotations) == list(load_annotations(world / "annotations", "train"))
+    assert list(load_source(str(hub.folder))["train"]) == list(annotations)  # what `--dataset_name` reads
     assert rows(join_annotations(sources.pairs(24), annotations)) == rows(
         load_dataset(str(tmp_path / "out"), split="train")
     )

@@ -5,10 +5,12 @@ import csv
 import json
 from types import SimpleNamespace
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data import layouts
 from trl_diffusion.evaluation import prompts as module
 from trl_diffusion.evaluation.prompts import Prompt, PromptSet, load_prompts, make_prompts
 
@@ -318,3 +320,40 @@ class TestHub:
             ValueError, match="user/name is not a file, and https://huggingface.co/datasets/user/name could not"
         ):
             load_prompts("user/name")
+
+
+class TestSources:
+    """Prompts of files and folders that the other commands read as datasets."""
+
+    @pytest.mark.parametrize(
+        ("layout", "column", "prefix"),
+        [
+            ("jsonl_gz", "prompt", ""),
+            ("jsonl_zst", "prompt", ""),
+            ("arrow", "prompt", ""),
+            ("folder_of_splits", "prompt", ""),
+            ("image_folder_csv", "prompt", ""),
+            ("tar_json", "json.caption", "pairs-"),
+            ("tar_plain", "prompt.txt", "pairs-"),
+        ],
+    )
+    def test_prompts_and_ids_are_those_of_the_rows(self, tmp_path, monkeypatch, layout, column, prefix):
+        """A slash in an id, which is part of file names, becomes a hyphen."""
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        prompts = load_prompts(getattr(layouts, layout)(tmp_path / "data"), prompt_column=column).prompts
+        assert [prompt.text for prompt in prompts] == layouts.PROMPTS
+        assert [prompt.id for prompt in prompts] == [prefix + row_id for row_id in layouts.IDS]
+
+    def test_json_of_objects(self, tmp_path):
+        """A list of objects has columns, as JSON lines have."""
+        (tmp_path / "a.json").write_text(json.dumps([{"id": "x", "caption": "a cat", "group": "g"}]))
+        assert load_prompts(tmp_path / "a.json", prompt_column="caption").prompts == (Prompt("x", "a cat", "g"),)
+
+    def test_mistakes(self, tmp_path, monkeypatch):
+        """The column and the split are named."""
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        folder = layouts.folder_of_jsonl(tmp_path / "data")
+        with pytest.raises(ValueError, match="data has no 'text'; it has 'id', 'prompt'"):
+            load_prompts(folder, prompt_column="text")
+        with pytest.raises(ValueError, match="data has no split 'test'; it has train"):
+            load_prompts(folder, split="test")

@@ -9,7 +9,7 @@ Annotations hold the uids of the images, not the images. A source can be streame
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,13 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset
 
-from ..data.formats import ATTRIBUTE_COLUMNS, attribute_features, instance_pair_features
-from .records import Record, image_columns, pair_columns, prepare_rows, read_id, read_image
+from ..data.formats import PREFERENCES, shortened
+from ..data.presets import training_columns
+from ..data.sources import load_source
+from ..data.tables import with_lists
+from .files import name_reader, read_bool
+from .joined_rows import join_image, join_pair, joined_features
+from .records import STATUSES, id_text, image_columns, pair_columns, prepare_rows, read_id
 from .run import MANIFEST, Row
 
 
@@ -37,7 +42,8 @@ def load_annotations(folder: str | Path, split: str | None = None, allow_incompl
 
     Args:
         folder (`str` or `Path`):
-            Folder of a run, or the `output_dir` of runs.
+            Folder of a run, the `output_dir` of runs, a file that [`annotation.files.save_annotations`] wrote, or a folder that
+            `save_to_disk` wrote.
         split (`str`, *optional*):
             Split to load. Required if the `output_dir` holds runs of several splits.
         allow_incomplete (`bool`, *optional*, defaults to `False`):
@@ -49,6 +55,15 @@ def load_annotations(folder: str | Path, split: str | None = None, allow_incompl
     Raises:
         `ValueError`: If there is no such run, if there are several, or if the run is not finished.
     """
+    if (
+        Path(folder).is_file()
+        or (Path(folder) / "state.json").exists()
+        or (Path(folder) / "dataset_dict.json").exists()
+    ):
+        splits = load_source(str(folder))
+        if (split or "train") not in splits:
+            raise ValueError(f"{folder} has the splits {', '.join(splits)}: choose one with `split`.")
+        return splits[split or "train"]
     runs = find_runs(folder)
     if split is None and len(runs) > 1:
         raise ValueError(f"{folder} holds runs of the splits {', '.join(runs)}: choose one with `split`.")
@@ -157,7 +172,7 @@ def join_annotations(
     """
     Joins annotations with their source dataset. The result has the columns of the trainers.
 
-    Rows are matched by id, and each image is checked by its uid. The bytes of the images do not change. Rows that are
+    Rows are matched by id, and each image is checked by its uid, if the annotations have uids. The bytes of the images do not change. Rows that are
     rejected, are errors or have no annotation are left out, and their number is logged. For a stream, rows without
     annotation are logged while they are read: the 1st, the 10th, the 100th and so on.
 
@@ -175,10 +190,11 @@ def join_annotations(
             The dataset, in any order. A stream stays a stream: rows are read only when they are requested. A dataset
             in memory is copied to the cache of `datasets`, with its images.
         annotations ([`~datasets.Dataset`]):
-            Annotations of pairs or of single images, from [`annotation.join.load_annotations`] or a published dataset.
+            Annotations of pairs or of single images, from [`annotation.join.load_annotations`] or a published dataset; or
+            the rows of a joined dataset without their images.
         columns (`dict[str, str]`, *optional*):
             From our column names to those of the source, see [`annotation.records.pair_columns`]. Defaults to the
-            trainers' columns or those of Pick-a-Pic v2.
+            trainers' columns or those of a public dataset.
         ties (`bool`, *optional*, defaults to `False`):
             Whether to return only the ties. They are not for training: the choice of their chosen image is arbitrary.
         counts (`Counter`, *optional*):
@@ -191,8 +207,8 @@ def join_annotations(
         columns of [`data.formats.instance_pair_features`] or [`data.formats.attribute_features`].
 
     Raises:
-        `ValueError`: If `annotations` are not annotations, or if no row of a dataset in memory has one. When rows are
-            read, if the images of a row are not those that were annotated.
+        `ValueError`: If `annotations` are not annotations, if their statuses or preferences are integers without names, or if
+            no row of a dataset in memory has one. When rows are read, if the images of a row are not those that were annotated.
     """
     if not isinstance(annotations, Dataset):
         raise ValueError(
@@ -204,48 +220,29 @@ def join_annotations(
             f"`source` must be a `datasets.Dataset` or `datasets.IterableDataset`, got `{type(source).__name__}`: "
             'pass one split, such as `source["train"]`.'
         )
-    annotations = annotations.with_format(None)
+    annotations = with_lists(annotations.with_format(None), "the annotations")
     features = joined_features(annotations.features)
     is_pair = "instances" in features
     if ties and not is_pair:
         raise ValueError("`ties=True` is for annotations of pairs; single images have no ties.")
+    if is_pair and "chosen_uid" not in annotations.features:
+        logger.warning(
+            "The annotations have no uids: rows are matched by their ids alone, and their images are not checked."
+        )
+        source, columns = training_columns(source, columns), None
     source, columns = prepare_rows(source, pair_columns if is_pair else image_columns, columns)
     join = Join(annotations, columns, features, ties, Counter() if counts is None else counts)
     join.log_left_out()
     if isinstance(source, IterableDataset):
         stream = source.map(join, batched=True, batch_size=ROWS_AT_ONCE, remove_columns=list(columns.values()))
         return stream.cast(features)  # if `map` is given the features, it does not decode the images of a stream
-    return source.select(join.annotated([str(row_id) for row_id in source[columns["id"]][:]])).map(
+    return source.select(join.annotated([id_text(row_id) for row_id in source[columns["id"]][:]])).map(
         join,
         batched=True,
         batch_size=ROWS_AT_ONCE,
         remove_columns=source.column_names,
         features=features,
         desc="Joining annotations",
-    )
-
-
-def joined_features(annotated: Features) -> Features:
-    """
-    Determines the columns of the joined dataset.
-
-    Args:
-        annotated ([`~datasets.Features`]):
-            Columns of the annotations.
-
-    Returns:
-        [`~datasets.Features`]: the trainers' columns. Attributes keep their type in the annotations.
-
-    Raises:
-        `ValueError`: If the columns are not those of annotations.
-    """
-    if {"id", "status", "chosen_uid", "rejected_uid", "tie", "instances"} <= set(annotated):
-        return instance_pair_features()
-    if {"id", "status", "image_uid", *ATTRIBUTE_COLUMNS} <= set(annotated):
-        return Features({**attribute_features(), **{name: annotated[name] for name in ATTRIBUTE_COLUMNS}})
-    raise ValueError(
-        f"`annotations` has the columns {', '.join(annotated)}, which are not those of annotations. Load them with "
-        "`load_annotations`, or from the configuration `annotations` of a published dataset."
     )
 
 
@@ -276,19 +273,19 @@ class Join:
     def __getstate__(self) -> dict:
         # `datasets` hashes this state to find a result in its cache. Counts and index do not change the result.
         state = self.__dict__ | {"counts": Counter()}
-        state.pop("index", None)
+        for name in ("index", "statuses", "preference"):  # cached properties
+            state.pop(name, None)
         return state
 
     @cached_property
     def index(self) -> tuple[dict[str, int], dict[str, str]]:
         """Maps row ids to the index of their annotation, and the ids of unused annotations to the reason."""
-        statuses = self.annotations.features["status"].names
-        ids, codes = self.annotations["id"][:], self.annotations["status"][:]
+        ids = [id_text(row_id) for row_id in self.annotations["id"][:]]
         ties = self.annotations["tie"][:] if "tie" in self.annotations.features else [False] * len(ids)
         used, others = {}, {}
-        for number, (row_id, status, tie) in enumerate(zip(ids, codes, ties, strict=True)):
-            if statuses[status] != "ok":
-                others[row_id] = statuses[status]
+        for number, (row_id, status, tie) in enumerate(zip(ids, self.statuses, map(read_bool, ties), strict=True)):
+            if status != "ok":
+                others[row_id] = status
             elif tie != self.ties:
                 others[row_id] = "tie" if tie else "no tie"
             elif row_id in used:
@@ -299,12 +296,30 @@ class Join:
                 used[row_id] = number
         return used, others
 
+    @cached_property
+    def statuses(self) -> list[str]:
+        """The status of each annotation."""
+        if "status" not in self.annotations.features:
+            return ["ok"] * len(self.annotations)
+        return list(
+            map(name_reader(self.annotations.features["status"], "status", STATUSES), self.annotations["status"][:])
+        )
+
+    @cached_property
+    def preference(self) -> Callable[[Any], str]:
+        """Reads a preference."""
+        feature = self.annotations.features["instances"].feature
+        if not isinstance(feature, dict):  # there are no instances at all
+            return str
+        return name_reader(feature["preference"], "instances.preference", PREFERENCES)
+
     def log_left_out(self) -> None:
         """Logs how many annotations are not used."""
         used, _ = self.index
-        names = self.annotations.features["status"].names
-        statuses = Counter(names[status] for status in self.annotations["status"][:])
-        left_out = {name: statuses[name] for name in names if name != "ok"} | {"ties": statuses["ok"] - len(used)}
+        if self.is_pair:
+            self.preference  # noqa: B018 refuses integers without names before any row is read
+        statuses = Counter(self.statuses)
+        left_out = {name: statuses[name] for name in STATUSES if name != "ok"} | {"ties": statuses["ok"] - len(used)}
         if self.ties:
             logger.warning(
                 f"{len(used):,} of {len(self.annotations):,} annotations are ties, which are not for training."
@@ -335,14 +350,22 @@ class Join:
         if ids and not numbers:
             raise ValueError(
                 f"None of the {len(ids):,} rows of the source has an annotation. The first id of the source is "
-                f"{ids[0]!r}, that of the annotations is {self.annotations['id'][0]!r}: name the column of the ids with "
-                "`columns`, or pass the dataset and split that were annotated."
+                f"{ids[0]!r}, that of the annotations is {id_text(self.annotations['id'][0])!r}: name the column of the ids with "
+                "`columns`, or pass the dataset and split that were annotated." + zeros_lost(ids, [*used, *others])
             )
         if missing := len(ids) - len(numbers):
             self.counts["missing"] += missing
-            logger.warning(f"{missing:,} of {len(ids):,} rows of the source have no annotation and are left out.")
-        if absent := len(used) - len(used.keys() & set(ids)):
-            logger.warning(f"{absent:,} of {len(used):,} usable annotations have no row in the source.")
+            without = [row_id for row_id in ids if row_id not in used and row_id not in others]
+            logger.warning(
+                f"{missing:,} of {len(ids):,} rows of the source have no annotation and are left out: those with the ids "
+                f"{shortened(without, 5)}."
+            )
+        known = set(ids)
+        if absent := [row_id for row_id in used if row_id not in known]:
+            logger.warning(
+                f"{len(absent):,} of {len(used):,} usable annotations have no row in the source: those with the ids "
+                f"{shortened(absent, 5)}."
+            )
         return numbers
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
@@ -360,7 +383,9 @@ class Join:
             return None
         annotation = self.annotations[used[row_id]]
         joined = (
-            join_pair(row, self.columns, annotation) if self.is_pair else join_image(row, self.columns, annotation)
+            join_pair(row, self.columns, annotation, self.preference)
+            if self.is_pair
+            else join_image(row, self.columns, annotation)
         )
         if joined is None and row_id in others:
             self.leave_out(row_id, others[row_id])  # the source has this id twice, and the other row is the used one
@@ -387,52 +412,8 @@ class Join:
             )
 
 
-def join_pair(row: Row, columns: dict[str, str], annotation: Row) -> Row | None:
-    """
-    Joins a pair with its annotation.
-
-    Args:
-        row (`dict`):
-            A row of the source, with undecoded images.
-        columns (`dict[str, str]`):
-            From our column names to those of the source.
-        annotation (`dict`):
-            The annotation of the row.
-
-    Returns:
-        `dict`: a training row, or `None` if the images are not those that were annotated.
-
-    Raises:
-        `ValueError`: If the file of an image cannot be read.
-    """
-    names = ("image_0", "image_1") if "image_0" in columns else ("chosen", "rejected")
-    images = dict(read_stored(row, columns, name) for name in names)
-    chosen, rejected = annotation["chosen_uid"], annotation["rejected_uid"]
-    if set(images) != {chosen, rejected}:
-        return None
-    instance = ("label", "chosen_box", "rejected_box", "preference")
-    return {
-        "id": annotation["id"],
-        "prompt": row[columns["prompt"]] or "",
-        "chosen": images[chosen],
-        "rejected": images[rejected],
-        "instances": [{name: found[name] for name in instance} for found in annotation["instances"]],
-    }
-
-
-def join_image(row: Row, columns: dict[str, str], annotation: Row) -> Row | None:
-    """Joins an image with its annotation, as [`annotation.join.join_pair`] does for pairs."""
-    uid, image = read_stored(row, columns, "image")
-    if uid != annotation["image_uid"]:
-        return None
-    attributes = {name: annotation[name] for name in ATTRIBUTE_COLUMNS}
-    return {"id": annotation["id"], "prompt": row[columns["prompt"]] or "", "image": image} | attributes
-
-
-def read_stored(row: Row, columns: dict[str, str], name: str) -> tuple[str, dict[str, bytes | None]]:
-    """Reads an image of a row: its uid, and the image as a dataset stores it."""
-    record = Record(read_id(row, columns), "")
-    image, uid = read_image(record, row, columns, name)
-    if image is None:
-        raise ValueError(f"An image of the row with id {record.id!r} cannot be read: {record.reason}.")
-    return uid, {"bytes": image.data, "path": None}
+def zeros_lost(ids: list[str], annotated: list[str]) -> str:
+    """Tells if ids differ in leading zeros alone, which a number does not have."""
+    if {row_id.lstrip("0") for row_id in ids} & {row_id.lstrip("0") for row_id in annotated}:
+        return " The ids differ in leading zeros alone: one side was read as numbers. Store the ids as text."
+    return ""

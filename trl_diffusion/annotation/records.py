@@ -9,7 +9,18 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
+from ..data.columns import column_names, with_nested_columns
 from ..data.formats import PREFERENCES
+from ..data.presets import (
+    OPTIONAL_COLUMNS,
+    PAIR,
+    PICK_A_PIC_COLUMNS,
+    SINGLE,
+    is_unlabelled,
+    read_label,
+    recognise,
+    refuse_what_has_no_pairs,
+)
 from .images import StoredImage
 
 
@@ -17,18 +28,7 @@ SCHEMA_VERSION = 1  # increases with every change of the features below or of th
 STATUSES = ("ok", "rejected", "error")
 
 PAIR_COLUMNS = {"id": "id", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
-PICK_A_PIC_COLUMNS = {
-    "id": "ranking_id",
-    "prompt": "caption",
-    "image_0": "jpg_0",
-    "image_1": "jpg_1",
-    "label_0": "label_0",
-    "image_0_uid": "image_0_uid",
-    "image_1_uid": "image_1_uid",
-    "has_label": "has_label",
-}
 IMAGE_COLUMNS = {"id": "id", "prompt": "prompt", "image": "image"}
-OPTIONAL_COLUMNS = {"image_0_uid", "image_1_uid", "chosen_uid", "rejected_uid", "image_uid", "has_label"}
 
 
 @dataclass
@@ -241,19 +241,20 @@ def pair_columns(present: list[str], mapping: dict[str, str] | None = None) -> d
         mapping (`dict[str, str]`, *optional*):
             The user's mapping from our names to the dataset's columns. Our names are `id`, `prompt`, and either
             `chosen` and `rejected`, or `image_0`, `image_1` and `label_0`; uids such as `chosen_uid` are optional.
-            Defaults to the trainers' columns or those of Pick-a-Pic v2.
+            Defaults to the trainers' columns, or to those of a public dataset, see [`data.presets.recognise`].
 
     Returns:
         `dict[str, str]`: from our names to the dataset's columns.
 
     Raises:
-        `ValueError`: If a column is missing or a name is unknown.
+        `ValueError`: If a column is missing or ambiguous, or a name is unknown.
     """
-    layouts = (PAIR_COLUMNS, PICK_A_PIC_COLUMNS)
     if mapping is None:
-        for layout in layouts:
-            if all(column in present for name, column in layout.items() if name not in {*OPTIONAL_COLUMNS, "id"}):
-                return _present(layout, present)
+        if set(PAIR) <= set(present):
+            return _present(PAIR_COLUMNS, present)
+        refuse_what_has_no_pairs(present)
+        if found := recognise(present, PAIR):
+            return _present({"id": "id"} | found[1], present)
         raise ValueError(
             f"The dataset has the columns {', '.join(present)}: neither `prompt`, `chosen` and `rejected` nor those of "
             "Pick-a-Pic (`caption`, `jpg_0`, `jpg_1`, `label_0`). Name its columns with `--columns`, such as "
@@ -268,11 +269,13 @@ def image_columns(present: list[str], mapping: dict[str, str] | None = None) -> 
     Finds the columns of a dataset of images, as [`annotation.records.pair_columns`] does for pairs. Our names are
     `id`, `prompt`, `image` and `image_uid`.
     """
+    if mapping is None and not set(SINGLE) <= set(present) and (found := recognise(present, SINGLE)):
+        return _present({"id": "id"} | found[1], present)
     return _mapped(IMAGE_COLUMNS, mapping or {}, present)
 
 
 def _mapped(layout: dict[str, str], mapping: dict[str, str], present: list[str]) -> dict[str, str]:
-    uids = {name: name for name in OPTIONAL_COLUMNS if name.removesuffix("_uid") in layout}
+    uids = {name: name for name in sorted(OPTIONAL_COLUMNS) if name.removesuffix("_uid") in layout}
     known = uids | layout
     if unknown := set(mapping) - set(known):
         raise ValueError(f"`--columns` names {', '.join(sorted(unknown))}; it may name {', '.join(known)}.")
@@ -286,7 +289,7 @@ def _mapped(layout: dict[str, str], mapping: dict[str, str], present: list[str])
 
 
 def _needed(name: str, mapping: dict[str, str]) -> bool:
-    return name in mapping or name not in {*OPTIONAL_COLUMNS, "id"}
+    return name in mapping or name not in OPTIONAL_COLUMNS
 
 
 def _present(columns: dict[str, str], present: list[str]) -> dict[str, str]:
@@ -317,7 +320,9 @@ def prepare_rows(
     Raises:
         `ValueError`: If there are no rows, a column is missing, or a stream has no ids.
     """
-    present = dataset.column_names or list(next(iter(dataset), {}))
+    if mapping:
+        dataset = with_nested_columns(dataset, mapping.values())
+    present = column_names(dataset)
     if not present:
         raise ValueError("The dataset has no rows.")
     columns = find_columns(present, mapping)
@@ -355,12 +360,12 @@ def read_pair(row: dict[str, Any], columns: dict[str, str], tie_policy: str = "d
     record = PairRecord(read_id(row, columns), row[columns["prompt"]] or "")
     names = ("chosen", "rejected")
     if "image_0" in columns:
-        label = row[columns["label_0"]]
-        if "has_label" in columns and row[columns["has_label"]] is False:
+        label = read_label(row[columns["label_0"]])
+        if "has_label" in columns and is_unlabelled(row[columns["has_label"]]):
             record.reject("the pair has no label: has_label is false")
             return record
-        if label not in (0, 0.5, 1):
-            record.reject(f"the pair has no label: {columns['label_0']} is {label}")
+        if label is None:
+            record.reject(f"the pair has no label: {columns['label_0']} is {row[columns['label_0']]}")
             return record
         names = ("image_1", "image_0") if label == 0 else ("image_0", "image_1")
         record.tie = label == 0.5
@@ -391,9 +396,14 @@ def read_attribute_image(row: dict[str, Any], columns: dict[str, str]) -> ImageR
 
 def read_id(row: dict[str, Any], columns: dict[str, str]) -> str:
     value = row[columns["id"]]
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # NaN, where other rows have numbers
         raise ValueError(f"A row has no `{columns['id']}`: every row needs an id, which links it to its annotation.")
-    return str(value)
+    return id_text(value)
+
+
+def id_text(value: Any) -> str:
+    """An id as text. Integers may have become floats, in a column with gaps."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def read_image(

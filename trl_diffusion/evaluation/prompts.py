@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 from datasets import load_dataset
 from huggingface_hub import HfApi, hf_hub_download
 
+from ..data.columns import column_names, with_nested_columns, without_decoding
+from ..data.sources import format_of, load_source
 from ..revisions import commit_of
 
 
@@ -153,8 +155,9 @@ def load_prompts(
     Args:
         source (`str` or `Path`):
             - `"parti"`, `"hpdv2"` or `"pickapic"`;
-            - a file: `.txt` with one prompt per line, `.json` with a list of strings, or `.jsonl`, `.csv`, `.tsv` or
-              `.parquet` with columns;
+            - a file: `.txt` with one prompt per line, `.json` with a list of strings or of objects, or `.jsonl`, `.csv`,
+              `.tsv` or `.parquet` with columns;
+            - another file or a folder of rows or of images with captions, see [`data.sources.load_source`];
             - a dataset of the Hub. Of Parquet files, only the needed columns are downloaded, no images.
         limit (`int`, *optional*):
             Maximum number of prompts, which are evenly spaced, see [`evaluation.prompts.PromptSet.select`].
@@ -175,14 +178,16 @@ def load_prompts(
     source = str(source)
     if source in BENCHMARKS:
         name, (rows, commit) = source, read_benchmark(BENCHMARKS[source], revision)
-    elif Path(source).suffix in READERS or Path(source).exists():
+    elif Path(source).suffix in READERS or (Path(source).is_file() and not format_of(Path(source))):
         name, rows, commit = Path(source).name, read_file(Path(source), prompt_column), None
+    elif Path(source).is_dir() or format_of(Path(source)):
+        name, rows, commit = Path(source).name, read_source(source, prompt_column, split), None
     elif HUB_ID.fullmatch(source):
         name, (rows, commit) = source, read_dataset(source, prompt_column, split, revision)
     else:
         raise ValueError(
             f"There are no prompts called {source!r}. Choose one of {', '.join(BENCHMARKS)}, a file "
-            f"({', '.join(READERS)}) or a dataset of the Hub, such as user/name."
+            f"({', '.join(READERS)}), a folder of rows or a dataset of the Hub, such as user/name."
         )
     prompts = make_prompts(rows, name)
     digest = hashlib.sha256(json.dumps([(prompt.id, prompt.text) for prompt in prompts]).encode()).hexdigest()
@@ -307,6 +312,35 @@ def read_dataset(repo_id: str, prompt_column: str, split: str, revision: str | N
         ) from error
 
 
+def read_source(source: str, prompt_column: str, split: str) -> list[Row]:
+    """
+    Reads the prompts of a dataset on the disk. Its images are not decoded.
+
+    Args:
+        source (`str`):
+            A file or folder that [`data.sources.load_source`] reads.
+        prompt_column (`str`):
+            Column of the prompts. A dot names a field of a column of objects.
+        split (`str`):
+            The split.
+
+    Returns:
+        `list[dict]`: rows for [`evaluation.prompts.make_prompts`].
+
+    Raises:
+        `ValueError`: If it cannot be read, or lacks the split or the column.
+    """
+    splits = load_source(source, streaming=True)
+    if split not in splits:
+        raise ValueError(f"{source} has no split {split!r}; it has {', '.join(splits)}.")
+    dataset = with_nested_columns(without_decoding(splits[split]), [prompt_column])
+    present = column_names(dataset)
+    check_column(prompt_column, present, source)
+    columns = [name for name in ("id", prompt_column, "group") if name in present]
+    rows = chosen_columns(dataset.select_columns(columns), source, prompt_column)
+    return [row | {"id": row["id"] if row["id"] is None else str(row["id"]).replace("/", "-")} for row in rows]
+
+
 def read_file(path: Path, prompt_column: str, group_column: str = "group") -> list[Row]:
     """
     Reads a file of prompts.
@@ -315,7 +349,7 @@ def read_file(path: Path, prompt_column: str, group_column: str = "group") -> li
         path (`Path`):
             The file.
         prompt_column (`str`):
-            Column of the prompts. Ignored for `.txt` and `.json`.
+            Column of the prompts. Ignored for `.txt`, and for `.json` with strings.
         group_column (`str`, *optional*, defaults to `"group"`):
             Column of the groups, if there is one.
 
@@ -333,7 +367,7 @@ def read_file(path: Path, prompt_column: str, group_column: str = "group") -> li
         rows = READERS[path.suffix](path)
     except (ValueError, csv.Error, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read as a file of prompts: {error}.") from error
-    if path.suffix in (".txt", ".json"):
+    if path.suffix == ".txt" or (path.suffix == ".json" and all(list(row) == ["prompt"] for row in rows)):
         prompt_column = "prompt"
     return chosen_columns(rows, str(path), prompt_column, group_column)
 
@@ -366,8 +400,8 @@ def read_txt(path: Path) -> list[Row]:
 def read_json(path: Path) -> list[Row]:
     texts = json.loads(read_text(path))
     if not isinstance(texts, list):
-        raise ValueError("it is not a list of strings")
-    return [{"prompt": text} for text in texts]
+        raise ValueError("it is not a list of strings or objects")
+    return [text if isinstance(text, dict) else {"prompt": text} for text in texts]
 
 
 def read_jsonl(path: Path) -> list[Row]:

@@ -3,7 +3,6 @@
 
 """What the annotation commands share: their flags, loading the rows, and running the annotation."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset
 
+from .dataset_arguments import COLUMNS_HELP, read_mapping
 from .judges import ORACLE, VLMArguments
 
 
@@ -25,7 +25,7 @@ class AnnotationArguments(VLMArguments):
 
     Parameters:
         dataset_name (`str`, *optional*):
-            The dataset: a Hub id, a folder of Parquet files or images, or a folder that `save_to_disk` wrote.
+            The dataset: a Hub id, a file or a folder, see [`data.sources.load_source`].
         dataset_config (`str`, *optional*):
             Configuration of the dataset.
         dataset_split (`str`, *optional*, defaults to `"train"`):
@@ -35,7 +35,8 @@ class AnnotationArguments(VLMArguments):
         dataset_streaming (`bool`, *optional*, defaults to `False`):
             Stream the dataset, so that it is not stored on the disk.
         columns (`str`, *optional*):
-            JSON that maps the names used here to the dataset's columns.
+            JSON that maps the names used here to the dataset's columns. A name with a dot is a field of a column of objects,
+            such as `json.caption`.
         output_dir (`str`, *optional*, defaults to `"annotations"`):
             Where the folder of the run is created.
         rows_per_shard (`int`, *optional*, defaults to `128`):
@@ -56,7 +57,7 @@ class AnnotationArguments(VLMArguments):
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "A Hub id, a folder of Parquet files or images, or a folder that `save_to_disk` wrote."},
+        metadata={"help": "A Hub id, a file of rows, or a folder of files or images."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     dataset_split: str = field(default="train", metadata={"help": "The split to annotate."})
@@ -64,9 +65,7 @@ class AnnotationArguments(VLMArguments):
     dataset_streaming: bool = field(
         default=False, metadata={"help": "Stream the dataset, so that it is not stored on the disk."}
     )
-    columns: str | None = field(
-        default=None, metadata={"help": "JSON that maps the names used here to the dataset's columns."}
-    )
+    columns: str | None = field(default=None, metadata={"help": COLUMNS_HELP})
     output_dir: str = field(default="annotations", metadata={"help": "Where the folder of the run is created."})
     rows_per_shard: int = field(
         default=128, metadata={"help": "Rows per shard, and the most rows that are lost when the run is stopped."}
@@ -100,17 +99,7 @@ class AnnotationArguments(VLMArguments):
     @property
     def mapping(self) -> dict[str, str] | None:
         """`columns` as a dictionary."""
-        if self.columns is None or isinstance(self.columns, dict):  # a YAML file gives a dictionary
-            return self.columns
-        try:
-            mapping = json.loads(self.columns)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`--columns` is not valid JSON: {error}.") from error
-        if not isinstance(mapping, dict) or not all(isinstance(column, str) for column in mapping.values()):
-            raise ValueError(
-                f"`--columns` must be a JSON object whose values are names of columns, got {self.columns}."
-            )
-        return mapping
+        return read_mapping(self.columns)
 
     @property
     def source(self) -> dict[str, Any]:
@@ -184,6 +173,8 @@ def load_rows(
     declared = dataset.info.splits or {}
     rows = declared[args.dataset_split].num_examples if args.dataset_split in declared else None
     dataset, columns = prepare_rows(dataset, find_columns, args.mapping)
+    if changed := [f"`{column}` as `{name}`" for name, column in columns.items() if name != column]:
+        print(f"Read {', '.join(changed)}.")
     return dataset, columns, len(dataset) if isinstance(dataset, Dataset) else rows
 
 

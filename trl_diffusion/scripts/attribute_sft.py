@@ -28,11 +28,10 @@ def main(script_args, training_args, model_args) -> None:
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    from trl import ScriptArguments
-
     from trl_diffusion import AttributeSFTConfig, ModelConfig
+    from trl_diffusion.scripts.dataset_arguments import DatasetArguments
 
-    parser = TrlParser((ScriptArguments, AttributeSFTConfig, ModelConfig), prog=prog)
+    parser = TrlParser((DatasetArguments, AttributeSFTConfig, ModelConfig), prog=prog)
     parser.set_defaults(use_peft=True)
     return parser
 

@@ -21,11 +21,13 @@ The same command with `--reverse_preference` trains the adapter for `negative_pr
 from dataclasses import dataclass, field
 from functools import partial
 
-from trl import ScriptArguments, TrlParser
+from trl import TrlParser
+
+from trl_diffusion.scripts.dataset_arguments import DatasetArguments
 
 
 @dataclass
-class ComplexPOScriptArguments(ScriptArguments):
+class ComplexPOScriptArguments(DatasetArguments):
     """
     Arguments of `trl-diffusion complex-po`, besides those of the training and of the model.
 

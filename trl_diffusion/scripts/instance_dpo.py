@@ -36,11 +36,10 @@ def main(script_args, training_args, model_args) -> None:
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    from trl import ScriptArguments
-
     from trl_diffusion import InstanceDPOConfig, ModelConfig
+    from trl_diffusion.scripts.dataset_arguments import DatasetArguments
 
-    return TrlParser((ScriptArguments, InstanceDPOConfig, ModelConfig), prog=prog)
+    return TrlParser((DatasetArguments, InstanceDPOConfig, ModelConfig), prog=prog)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ trl-diffusion show-masks --dataset_name user/pickapic-instance --num_rows 8 --ou
 
 from dataclasses import dataclass, field
 
-from trl import ScriptArguments, TrlParser
+from trl import TrlParser
+
+from trl_diffusion.scripts.dataset_arguments import DatasetArguments
 
 
 @dataclass
-class ShowMasksArguments(ScriptArguments):
+class ShowMasksArguments(DatasetArguments):
     """
     Arguments of `trl-diffusion show-masks`.
 
@@ -58,13 +60,12 @@ def main(args: ShowMasksArguments) -> None:
     from trl_diffusion.data.collators import InstancePairCollator
     from trl_diffusion.data.formats import check_preference, prepare_dataset
     from trl_diffusion.masks import instance_masks
-    from trl_diffusion.scripts.utils import get_split, load_splits
+    from trl_diffusion.scripts.utils import get_datasets
     from trl_diffusion.visualization import image_grid, mask_overlay
 
     if args.num_rows < 1:
         raise ValueError(f"`--num_rows` must be at least 1, got {args.num_rows}.")
-    splits = load_splits(args.dataset_name, args.dataset_config, streaming=args.dataset_streaming)
-    dataset = get_split(splits, args.dataset_train_split, "--dataset_train_split")
+    dataset, _ = get_datasets(args, evaluates=False)
     dataset = prepare_dataset(
         dataset, "dataset", ("prompt", "chosen", "rejected", "instances"), ("chosen", "rejected")
     )

@@ -4,18 +4,19 @@
 """What the commands share: loading datasets, and the training of every trainer."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import LoraConfig
-from trl import ScriptArguments
 
+from ..data.presets import training_columns
+from ..data.sources import load_source
 from ..trainer.model_config import ModelConfig
 
 
 if TYPE_CHECKING:
     from ..trainer.diffusion_config import DiffusionConfig
+    from .dataset_arguments import DatasetArguments
 
 
 def load_splits(
@@ -26,7 +27,7 @@ def load_splits(
 
     Args:
         name (`str`, *optional*):
-            `--dataset_name`: a Hub id, a folder of Parquet files or images, or a folder that `save_to_disk` wrote.
+            `--dataset_name`: a Hub id, a file or a folder, see [`data.sources.load_source`].
         config (`str`, *optional*):
             Configuration of the dataset.
         revision (`str`, *optional*):
@@ -38,14 +39,11 @@ def load_splits(
         `DatasetDict` or `IterableDatasetDict`
 
     Raises:
-        `ValueError`: If no dataset is named.
+        `ValueError`: If no dataset is named, or it does not exist or cannot be read.
     """
     if not name:
-        raise ValueError("`--dataset_name` is missing: give the Hub id of a dataset, or a folder.")
-    if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
-        dataset = load_from_disk(name)
-        return dataset if isinstance(dataset, DatasetDict) else DatasetDict(train=dataset)
-    return load_dataset(name, name=config, revision=revision, streaming=streaming)
+        raise ValueError("`--dataset_name` is missing: give the Hub id of a dataset, or a file or folder.")
+    return load_source(name, config, revision, streaming)
 
 
 def get_split(splits: DatasetDict | IterableDatasetDict, name: str, flag: str) -> Dataset | IterableDataset:
@@ -72,13 +70,13 @@ def get_split(splits: DatasetDict | IterableDatasetDict, name: str, flag: str) -
 
 
 def get_datasets(
-    script_args: ScriptArguments, evaluates: bool
+    script_args: "DatasetArguments", evaluates: bool
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """
-    Loads the splits that a command trains and evaluates on.
+    Loads the splits that a command trains and evaluates on, with the trainers' columns.
 
     Args:
-        script_args ([`~trl.ScriptArguments`]):
+        script_args ([`DatasetArguments`]):
             The dataset and its splits.
         evaluates (`bool`):
             Whether the training evaluates, so that the second split is needed.
@@ -87,13 +85,15 @@ def get_datasets(
         `tuple`: the split to train on, and the split to evaluate on or `None`.
 
     Raises:
-        `ValueError`: If no dataset is named, or a split is missing.
+        `ValueError`: If no dataset is named, a split is missing, or a column that `--columns` names.
     """
-    splits = load_splits(script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming)
-    train_dataset = get_split(splits, script_args.dataset_train_split, "--dataset_train_split")
+    args, mapping = script_args, script_args.mapping
+    splits = load_splits(args.dataset_name, args.dataset_config, args.dataset_revision, args.dataset_streaming)
+    train_dataset = get_split(splits, args.dataset_train_split, "--dataset_train_split")
     if not evaluates:
-        return train_dataset, None
-    return train_dataset, get_split(splits, script_args.dataset_test_split, "--dataset_test_split")
+        return training_columns(train_dataset, mapping), None
+    test_dataset = get_split(splits, args.dataset_test_split, "--dataset_test_split")
+    return training_columns(train_dataset, mapping), training_columns(test_dataset, mapping)
 
 
 def get_model(model_args: ModelConfig, training_args: "DiffusionConfig") -> str:
@@ -146,7 +146,7 @@ def get_peft_config(model_args: ModelConfig) -> LoraConfig | None:
 
 
 def train(
-    trainer_class: Callable, script_args: ScriptArguments, training_args: "DiffusionConfig", model_args: ModelConfig
+    trainer_class: Callable, script_args: "DatasetArguments", training_args: "DiffusionConfig", model_args: ModelConfig
 ) -> None:
     """
     Trains, or resumes if `resume_from_checkpoint` says so, saves the model and its card, and pushes them if `push_to_hub`
@@ -155,7 +155,7 @@ def train(
     Args:
         trainer_class (`Callable`):
             The trainer's class. Arguments that only this trainer has are set with `functools.partial`.
-        script_args ([`~trl.ScriptArguments`]):
+        script_args ([`DatasetArguments`]):
             The dataset and its splits.
         training_args ([`DiffusionConfig`]):
             The trainer's config.
