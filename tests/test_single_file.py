@@ -5,6 +5,7 @@
 
 import inspect
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,123 @@ def test_a_training_from_a_file_is_that_from_the_folder(files, tmp_path):
     assert load_pipeline(str(tmp_path / "out")).unet.config.sample_size == 8
 
 
+def part_of(weights, *prefixes: str):
+    """The weights but for those of some beginnings."""
+    return {key: weight for key, weight in weights.items() if not key.startswith(prefixes)}
+
+
+def in_type(weights, dtype: torch.dtype):
+    return {key: weight.to(dtype) for key, weight in weights.items()}
+
+
+VAE, CLIP, CLIPS = "first_stage_model.", "cond_stage_model.", "conditioner."
+# Files as people have them: the pipeline, the weights, and how much the prediction of a rounded file may differ
+LAYOUTS = {
+    "SD float32": ("sd", lambda sd, _: sd, 0),
+    "SD float16": ("sd", lambda sd, _: in_type(sd, torch.float16), 0.01),
+    "SD bfloat16": ("sd", lambda sd, _: in_type(sd, torch.bfloat16), 0.05),
+    "SD float8": ("sd", lambda sd, _: in_type(sd, torch.float8_e4m3fn), 0.5),
+    "SD with EMA": ("sd", lambda sd, _: sd | averages(sd), 0),
+    "SD without VAE": ("sd", lambda sd, _: part_of(sd, VAE), 0),
+    "SD without text encoder": ("sd", lambda sd, _: part_of(sd, CLIP), 0),
+    "SD, the UNet alone": ("sd", lambda sd, _: part_of(sd, VAE, CLIP), 0),
+    "SDXL": ("sdxl", lambda _, xl: xl, 0),
+    "SDXL float16": ("sdxl", lambda _, xl: in_type(xl, torch.float16), 0.01),
+    "SDXL without VAE": ("sdxl", lambda _, xl: part_of(xl, VAE), 0),
+    "SDXL without text encoders": ("sdxl", lambda _, xl: part_of(xl, CLIPS), 0),
+    "SDXL, the UNet alone": ("sdxl", lambda _, xl: part_of(xl, VAE, CLIPS), 0),
+}
+
+
+def averages(weights):
+    """The running mean of a UNet as the original code names it, with other numbers."""
+    names = {key: key.removeprefix("model.").replace(".", "") for key in weights if key.startswith(UNET)}
+    return {f"model_ema.{name}": weights[key] + 1 for key, name in names.items()} | {"model_ema.decay": torch.ones(1)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
+def test_layouts(files, tmp_path, layout, ending):
+    """The prediction is that of the pipeline, exactly where the file is not rounded, and in the type that was asked for."""
+    family, make, tolerance = LAYOUTS[layout]
+    weights = make(sd_file(), sdxl_file(load_pipeline(files["sdxl"][1])))
+    path = tmp_path / f"model.{ending}"
+    if ending == "ckpt":
+        torch.save({"state_dict": weights, "epoch": 3}, path)
+    else:
+        save_file(weights, path)
+    found, expected = load_backbone(path, config=files[family][1]), load_backbone(files[family][1])
+    assert found.denoiser.dtype == found.pipeline.vae.dtype == torch.float32
+    difference = tiny.predictions(found, found.denoiser) - tiny.predictions(expected, expected.denoiser)
+    assert difference.abs().max() <= tolerance
+    images = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    difference = found.encode_images(images)[0] - expected.encode_images(images)[0]
+    assert difference.abs().max() <= tolerance
+
+
+def test_a_file_that_says_that_it_predicts_velocity(files, tmp_path):
+    """The key `v_pred` of some files needs a configuration that agrees."""
+    tiny.sd_pipeline("v_prediction").save_pretrained(tmp_path / "v")
+    save_file(sd_file() | {"v_pred": torch.zeros(0)}, tmp_path / "v.safetensors")
+    backbone = load_backbone(tmp_path / "v.safetensors", config=tmp_path / "v")
+    assert backbone.process.describe() == load_backbone(tmp_path / "v").process.describe()
+    with pytest.raises(ValueError, match="predicts velocity .*`v_pred`.* says 'epsilon'"):
+        load_backbone(tmp_path / "v.safetensors", config=files["sd"][1])
+
+
+class Code:
+    """A pickle that runs code when it is read."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def test_files_that_cannot_be_read(tmp_path, files, monkeypatch):
+    """Each is refused with what is wrong with it, for a training and for an evaluation; no code of a pickle is run."""
+    monkeypatch.chdir(tmp_path)
+    data = Path(files["sd"][0]).read_bytes()
+    torch.save({"state_dict": sd_file(), "callbacks": Code()}, tmp_path / "code.ckpt")
+    torch.save(sd_file(), tmp_path / "cut.ckpt")
+    cut = (tmp_path / "cut.ckpt").read_bytes()[:3000]
+    for name, content, message in (
+        ("a.safetensors", b"", "it is empty"),
+        ("a.ckpt", b"", "it is empty"),
+        ("a.safetensors", data[:-1000], f"damaged, with {len(data) - 1000:,} bytes in place of {len(data):,}"),
+        ("a.safetensors", data[:100], "it is cut off within its first"),
+        ("a.safetensors", b"<!DOCTYPE html><html>Log in</html>", "it is a web page"),
+        ("a.ckpt", b"\n<html>Log in</html>", "it is a web page"),
+        ("a.safetensors", b'{"error": "unauthorized"}', 'it is the message of a server .*"unauthorized"'),
+        ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("a.ckpt", cut, "it is damaged, or holds more than weights"),
+        ("a.ckpt", (tmp_path / "code.ckpt").read_bytes(), "could be code and is not loaded"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        for load in (load_backbone, load_pipeline):
+            with pytest.raises(ValueError, match=f"{name} cannot be read: .*{message}"):
+                load(name, config=files["sd"][1])
+    assert not Path("ran").exists()
+
+
+def test_weights_that_are_missing_or_do_not_fit(tmp_path, files):
+    """In every component; numbers that are not finite and quantized weights are refused too."""
+    weights = sd_file()
+    scales = {f"{UNET}out.2.scale_weight": torch.ones(1)}
+    integers = {f"{UNET}out.2.weight": weights[f"{UNET}out.2.weight"].to(torch.int8)}
+    nan = {f"{UNET}out.2.bias": torch.full((4,), torch.nan)}
+    for changed, message in (
+        (part_of(weights, "first_stage_model.decoder.conv_out.bias"), "is without some of the weights"),
+        (part_of(weights, "cond_stage_model.transformer.text_model.final"), "is without some of the weights"),
+        (weights | {f"{UNET}out.2.bias": torch.zeros(7)}, "does not fit .*conv_out.bias expected shape"),
+        (weights | nan, "`unet` has weights that are not finite, such as conv_out.bias"),
+        (weights | scales, "holds quantized weights"),
+        (weights | integers, "holds quantized weights"),
+    ):
+        save_file(changed, tmp_path / "m.safetensors")
+        for load in (load_backbone, load_pipeline):
+            with pytest.raises(ValueError, match=message):
+                load(str(tmp_path / "m.safetensors"), config=files["sd"][1])
+
+
 def test_folders_and_names_that_are_no_file(tmp_path, files):
     """A Hub id and a pipeline's folder are none; a folder that holds only files is refused with the first one's path."""
     assert not is_single_file("user/model") and not is_single_file(files["sd"][1])
@@ -131,6 +249,23 @@ def test_folders_and_names_that_are_no_file(tmp_path, files):
     ("weights", "message"),
     [
         ({"x": (1,)}, "holds no model that is known. .* `StableDiffusionPipeline`"),
+        ({"unet.lora_A.weight": (1,)}, "holds a LoRA.* Pass the model that it was trained on"),
+        ({"lora_unet_mid_block.lora_up.weight": (1,)}, "holds a LoRA"),
+        ({"lora_unet_mid_block.hada_w1_a": (1,)}, "holds a LoRA"),
+        ({"control_model.time_embed.0.weight": (1, 1)}, "holds a ControlNet"),
+        ({"controlnet_cond_embedding.conv_in.weight": (1,)}, "holds a ControlNet"),
+        ({"ip_adapter.1.to_k_ip.weight": (1,), "image_proj.proj.weight": (1,)}, "holds an IP-Adapter"),
+        ({"emb_params": (1, 8)}, "holds a textual inversion"),
+        ({"decoder.conv_in.weight": (1,), "encoder.conv_in.weight": (1,)}, "holds a VAE.* Pass it as `vae`"),
+        ({"text_model.embeddings.token_embedding.weight": (1,)}, "holds a text encoder"),
+        ({"encoder.block.0.layer.0.SelfAttention.q.weight": (1,), "shared.weight": (1,)}, "holds a text encoder"),
+        ({"time_embedding.linear_1.weight": (1,)}, "holds the UNet of a pipeline's folder.* the whole pipeline"),
+        ({"transformer_blocks.0.attn.to_q.weight": (1,)}, "holds the transformer of a pipeline's folder"),
+        ({f"{UNET}input_blocks.0.0.weight": (8, 8, 3, 3)}, "'instruct-pix2pix'"),
+        ({f"{UNET}input_blocks.0.0.weight": (8, 5, 3, 3), f"{UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (1, 1024)}, "5 channels .depth maps"),
+        ({f"{UNET}input_blocks.0.0.weight": (8, 8, 3, 3), f"{UNET}label_emb.0.0.weight": (1, 2816)}, "kind 'instruct-pix2pix'|8 channels"),
+        ({f"{UNET}input_blocks.0.0.weight": (8, 4, 3, 3), f"{UNET}label_emb.0.0.weight": (1, 2560)}, "'xl_refiner'"),
+        ({f"{UNET}input_blocks.0.0.weight": (8, 9, 3, 3), "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (1,)}, "'xl_inpaint'"),
         ({"edm_mean": (1,)}, "a model of the kind 'playground-v2-5'. .* `StableDiffusionXLPipeline`"),
         ({f"{UNET}input_blocks.0.0.weight": (8, 9, 3, 3)}, "a model of the kind 'inpainting'"),
         ({"double_blocks.0.img_attn.norm.key_norm.scale": (8,), "guidance_in.in_layer.bias": (8,), "img_in.weight": (8, 384)}, "'flux-fill'"),
