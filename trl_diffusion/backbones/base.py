@@ -288,7 +288,7 @@ class Backbone(ABC):
             is_apart = half_dtype is not None and name == "vae" and encoder.config.force_upcast
             if encoder.dtype not in (torch.float32, half_dtype) and not is_apart:
                 self.casts[name] = half_dtype or torch.float32
-                encoder.to(self.casts[name])
+                torch.nn.Module.to(encoder, self.casts[name])  # that of diffusers warns of every cast
         return list(self.casts)
 
     def to(self, device: torch.device, channels_last: bool = False) -> None:
@@ -327,7 +327,7 @@ class Backbone(ABC):
         try:
             if self.source is not None:
                 for name, module in self.source.load(self.pipeline, names).items():
-                    module = module.to(self.casts[name]) if name in self.casts else module
+                    torch.nn.Module.to(module, self.casts.get(name))
                     setattr(self.pipeline, name, module.requires_grad_(False).eval())
             self._place(names)
             yield
@@ -444,10 +444,8 @@ class Backbone(ABC):
 def _in_float32(module: torch.nn.Module) -> Iterator[None]:
     """Casts a module to float32 while the context lasts, which rounds nothing."""
     dtype = module.dtype
-    if dtype != torch.float32:  # diffusers warns of any cast, also of one that changes nothing
-        module.to(torch.float32)
+    torch.nn.Module.to(module, torch.float32)  # that of diffusers warns of every cast
     try:
         yield
     finally:
-        if dtype != torch.float32:
-            module.to(dtype)
+        torch.nn.Module.to(module, dtype)

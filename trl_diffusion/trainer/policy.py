@@ -104,9 +104,8 @@ def make_backbone(model: str | DiffusionPipeline, args: DiffusionConfig, peft_co
         way_out = (
             "" if args.half_dtype else " Set `bf16=True` or `fp16=True` to keep what is frozen in half precision."
         )
-        logger.warning(
-            f"This run computes in {computed}, to which {', '.join(f'`{name}`' for name in cast)} are cast.{way_out}"
-        )
+        names = ", ".join(f"`{name}`" for name in cast)
+        logger.warning(f"This run computes in {computed}. Cast to it from another precision: {names}.{way_out}")
     if peft_config is not None:
         _cast(backbone.denoiser, args.half_dtype or torch.float32)
         check_lora_config(_with_targets(peft_config, backbone.lora_target_modules), backbone.denoiser)
