@@ -154,7 +154,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     @classmethod
     def default_args(cls, model: str | DiffusionPipeline) -> DiffusionConfig:
-        name = model if isinstance(model, str) else type(model).__name__
+        name = type(model).__name__ if isinstance(model, DiffusionPipeline) else model
         return cls.config_class(f"{Path(name).name}-{cls._output_suffix}")
 
     def make_collator(self, **settings: Any) -> ImageCollator:
