@@ -5,11 +5,16 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
 from .randomness import keyed_generator
+
+
+class NotFiniteError(ValueError):
+    """Says that a pipeline drew something that is no image."""
 
 
 @torch.no_grad()
@@ -57,6 +62,9 @@ def sample_images(
 
     Returns:
         `list[PIL.Image.Image]`: the images, in the order of the prompts.
+
+    Raises:
+        [`NotFiniteError`]: If pixels are not finite, which would be black.
     """
     if keys is None:
         keys = list(range(len(prompts)))
@@ -68,18 +76,37 @@ def sample_images(
             batch = slice(start, start + batch_size)
             if isinstance(kwargs.get("negative_prompt"), str):  # one for each prompt, which FLUX.1 needs
                 further = kwargs | {"negative_prompt": [kwargs["negative_prompt"]] * len(prompts[batch])}
-            images += pipeline(
+            pixels = pipeline(
                 prompts[batch],
                 generator=[keyed_generator(seed, key, "sample") for key in keys[batch]],
                 num_inference_steps=num_inference_steps,
                 height=height,
                 width=width,
+                output_type="np",
                 **guidance,
                 **further,
             ).images
+            _check_finite(pixels, prompts[batch])
+            images += pipeline.numpy_to_pil(pixels)
     finally:
         pipeline.set_progress_bar_config(**bar)
     return images
+
+
+def only_colour(image: PIL.Image.Image) -> tuple[int, int, int] | None:
+    """The colour of all pixels of an image, or `None` if they differ."""
+    extrema = image.convert("RGB").getextrema()
+    return tuple(low for low, _ in extrema) if all(low == high for low, high in extrema) else None
+
+
+def _check_finite(pixels: np.ndarray, prompts: list[str]) -> None:
+    is_finite = np.isfinite(pixels).reshape(len(prompts), -1).all(axis=1)
+    if broken := [prompt for prompt, finite in zip(prompts, is_finite, strict=True) if not finite]:
+        raise NotFiniteError(
+            f"{len(broken)} of {len(prompts)} images have pixels that are not finite, such as the one of {broken[0]!r}: a model "
+            "overflowed. Sample in bfloat16 or float32, or use a VAE that was made for half precision, such as "
+            "madebyollin/sdxl-vae-fp16-fix for Stable Diffusion XL."
+        )
 
 
 def _progress(pipeline: DiffusionPipeline, batches: Iterable[int], disable: bool) -> Iterable[int]:

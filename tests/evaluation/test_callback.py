@@ -5,6 +5,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tests import tiny
 from trl_diffusion import (
@@ -194,3 +195,34 @@ def test_it_needs_prompts_scorers_and_steps(tmp_path, prompts, scorers, steps):
     """No prompts, no scorers and an interval of zero steps are refused."""
     with pytest.raises(ValueError, match="at least (one|1)"):
         EvaluationCallback(make_trainer(tmp_path), prompts, scorers, steps)
+
+
+def overflowing(value: float):
+    """A pipeline whose VAE decodes everything to one number."""
+    pipeline = tiny.sd_pipeline()
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.weight.zero_()
+        pipeline.vae.decoder.conv_out.bias.fill_(value)
+    return pipeline
+
+
+def test_samples_that_are_no_pictures(tmp_path, caplog):
+    """Neither stops the training nor counts as a score: what is not finite is said, and what is of one colour with its prompts."""
+    for value, said in (
+        (0.5, "3 of 3 samples of step 0 are of one colour: a red circle"),
+        (torch.nan, "There are no samples"),
+    ):
+        pipeline = overflowing(0.5)
+        settings = tiny.FAST | {"max_steps": 1, "num_inference_steps": 1, "sample_prompts": PROMPTS}
+        args = InstanceDPOConfig(str(tmp_path / str(value)), **settings)
+        trainer = InstanceDPOTrainer(pipeline, args=args, train_dataset=tiny.pairs(4))
+        pipeline.vae.decoder.conv_out.bias.data.fill_(value)  # after the checks, as an overflow
+        trainer.add_callback(EvaluationCallback(trainer, PROMPTS, [Brightness()], steps=1))
+        caplog.clear()
+        trainer.train()
+        assert said in caplog.text and trainer.state.global_step == 1
+        assert not any("eval_brightness" in entry for entry in trainer.state.log_history)
+        assert (tmp_path / str(value) / "samples").exists() == (value == 0.5)
+    assert "There are no scores of step 0. 3 of 3 images have pixels that are not finite" in caplog.text
+    with pytest.raises(ValueError, match="not finite, such as the one of 'a red circle'"):
+        trainer.sample(PROMPTS)

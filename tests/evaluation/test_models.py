@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from tests import tiny
 from tests.evaluation.loras import save_lora
-from tests.test_single_file import sd_file
+from tests.original_layouts import sd_file
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer, negative_preference_guidance
 from trl_diffusion.evaluation import models as module
 from trl_diffusion.evaluation.models import (
@@ -327,8 +327,8 @@ class TestTypes:
             assert resolve_dtype("auto", device, StableDiffusionPipeline) == torch.float32
             assert resolve_dtype("auto", device, FluxPipeline) == torch.float32
         assert resolve_dtype("bfloat16", CPU, StableDiffusionPipeline) == torch.bfloat16
-        with pytest.raises(ValueError, match="must be 'auto', 'float32', 'float16', 'bfloat16', got 'fp16'"):
-            resolve_dtype("fp16", CPU, StableDiffusionPipeline)
+        with pytest.raises(ValueError, match="`dtype` is 'int8'. Pass `auto`, 'float32'"):
+            resolve_dtype("int8", CPU, StableDiffusionPipeline)
 
     def test_a_pipeline_is_loaded_in_its_type(self, folders):
         """All weights have the data type, including those of a LoRA."""

@@ -4,6 +4,7 @@
 """An evaluation samples, scores and reports, and repeats no work."""
 
 import json
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from trl_diffusion.evaluation import run
@@ -213,3 +216,43 @@ def test_mistakes_in_the_flags(settings, message):
     """Mistakes in the flags are found before anything is launched."""
     with pytest.raises(ValueError, match=message):
         EvaluateArguments(**settings)
+
+
+def test_images_of_one_colour_are_no_pictures(folder, tmp_path, monkeypatch, caplog):
+    """They are named, counted and left out of every score: the means, win rates and FID are those of the other images."""
+    monkeypatch.setattr(run, "InceptionFeatures", Means)
+    settings = {"corpus_metrics": ("fid",), "references": folder / "references"}
+    evaluate(folder, tmp_path)
+    black = tmp_path / "images" / "second" / "00001_0.png"
+    Image.new("RGB", (32, 32)).save(black)
+    summary = evaluate(folder, tmp_path, **settings)
+    assert "1 of 6 images of second are of one colour: images/second/00001_0.png. They are not scored." in caplog.text
+    others = [path for path in sorted(black.parent.glob("*.png")) if path != black]
+    score = summary["scores"]["second"]["brightness"]
+    assert score["num_scored"] == 5 and score["num_errors"] == 1
+    assert score["errors"] == [{"image": "images/second/00001_0.png", "reason": "all of it is the colour (0, 0, 0)"}]
+    table = pq.read_table(tmp_path / "scores.parquet").to_pylist()
+    assert {row["image"] for row in table if row["brightness"] is None} == {"images/second/00001_0.png"}
+    expected = fid_from_features(Means()(others), Means()(folder / "references"))
+    assert summary["scores"]["second"]["fid"]["value"] == pytest.approx(expected)
+    assert "00001\\_0.png: all of it is the colour" in (tmp_path / "report.md").read_text()
+    for path in others:
+        Image.new("L", (32, 32), 128).save(path)
+    with pytest.raises(ValueError, match="6 of 6 images of second are of one colour: .* There is nothing to score"):
+        evaluate(folder, tmp_path, **settings)
+
+
+def test_images_that_are_not_finite_are_not_written(folder, tmp_path):
+    """A VAE that overflows stops the run with the prompt and the way out, before a black image is written."""
+    shutil.copytree(folder / "first", tmp_path / "overflows")
+    path = tmp_path / "overflows" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_in.weight"].fill_(3e38)
+    save_file(weights, path, metadata={"format": "pt"})
+    shutil.copy(folder / "prompts.txt", tmp_path)
+    with pytest.raises(
+        ValueError,
+        match="images have pixels that are not finite, such as the one of 'a red circle'.*bfloat16 or float32, or use a VAE",
+    ):
+        evaluate(tmp_path, tmp_path / "out", ("overflows",))
+    assert not list((tmp_path / "out").rglob("*.png"))

@@ -11,12 +11,16 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .base import Backbone
+from .checks import class_of_diffusers
+from .dtypes import given_dtype
 from .flux import FluxBackbone
-from .single_file import is_single_file, load_single_file
-from .source import PipelineSource, as_dtype, components_left_out, read_index
+from .names import find_model
+from .single_file import load_single_file
+from .source import PipelineSource, read_index
 from .stable_diffusion import StableDiffusionBackbone
 from .stable_diffusion_3 import StableDiffusion3Backbone
 from .stable_diffusion_xl import StableDiffusionXLBackbone
+from .weights import check_finite
 
 
 logger = logging.getLogger(__name__)
@@ -37,8 +41,8 @@ def load_backbone(
 
     Args:
         model (`str`, `Path` or [`~diffusers.DiffusionPipeline`]):
-            A Hub id, a folder that holds a pipeline, a single file (see [`backbones.single_file.load_single_file`]), or a loaded
-            pipeline, to which nothing below applies.
+            A Hub id, a folder that holds a pipeline, a single file or its link on the Hub (see
+            [`backbones.single_file.load_single_file`]), or a loaded pipeline, to which nothing below applies.
         encoder_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             Precision of the text encoders. The VAE is float32: it is small, and some overflow in half precision.
         denoiser_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
@@ -47,7 +51,8 @@ def load_backbone(
             Give the denoiser no weights before [`~backbones.base.Backbone.load_denoiser`] is called.
         **kwargs:
             Passed to [`~diffusers.DiffusionPipeline.from_pretrained`], such as `revision` and `variant`. A `dtype`, or a
-            `torch_dtype`, goes before the two above; it may be a string, or a `dict` by component.
+            `torch_dtype`, goes before the two above; it may be a string, or a `dict` by component. `vae` may be the name of a VAE,
+            see [`backbones.vae.load_vae`]. `config` is for single files.
 
     Returns:
         [`backbones.base.Backbone`]
@@ -57,27 +62,25 @@ def load_backbone(
             see [`backbones.base.Backbone.check`].
     """
     if isinstance(model, DiffusionPipeline):
+        if kwargs:
+            logger.warning(
+                f"`model_init_kwargs` ({', '.join(kwargs)}) says how to load a model: a loaded pipeline is taken as it is."
+            )
         pipeline = model
         if getattr(pipeline, "safety_checker", None) is not None:
             logger.warning("The pipeline's safety checker is removed: it would turn samples black.")
             pipeline.register_modules(safety_checker=None)
             pipeline.register_to_config(requires_safety_checker=False)
         source, empty = None, {}
-    elif is_single_file(str(model)):
-        dtype = _given_dtype(kwargs) or {"default": denoiser_dtype, "vae": torch.float32}
-        pipeline, source = load_single_file(str(model), dtype=dtype, **kwargs), None
+    elif Path(name := find_model(model)).is_file():
+        dtype = given_dtype(kwargs) or {"default": denoiser_dtype, "vae": torch.float32}
+        pipeline, source = load_single_file(name, dtype=dtype, **kwargs), None
     else:
-        source, empty = _open(str(model), encoder_dtype, denoiser_dtype, without_denoiser, kwargs)
+        source, empty = _open(name, encoder_dtype, denoiser_dtype, without_denoiser, kwargs)
         pipeline = source.load_pipeline(**empty)
     backbone_class = backbone_class_of(pipeline)
     backbone_class.check(pipeline)
     return backbone_class(pipeline, source)
-
-
-def _given_dtype(kwargs: dict[str, Any]) -> torch.dtype | dict[str, torch.dtype] | None:
-    """Takes the precision that was asked for, by either of its names, out of the arguments."""
-    given = [kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs]
-    return as_dtype(given[0]) if given else None
 
 
 def _open(
@@ -88,7 +91,9 @@ def _open(
     kwargs: dict[str, Any],
 ) -> tuple[PipelineSource, dict[str, torch.nn.Module]]:
     """Where a pipeline is loaded from, and its denoiser without weights, by its name, if it is loaded without."""
-    given = _given_dtype(kwargs)
+    given = given_dtype(kwargs)
+    if config := kwargs.pop("config", None):
+        logger.warning(f"`config` is {config}, which is for single files: {name} has its own configuration.")
     unrounded = dtype = given or torch.float32
     class_name = read_index(name, kwargs)["_class_name"]
     families = [family for family in BACKBONES if family.pipeline_class.__name__ == class_name]
@@ -112,15 +117,26 @@ def load_pipeline(name: str, **kwargs) -> DiffusionPipeline:
 
     Returns:
         [`~diffusers.DiffusionPipeline`]
+
+    Raises:
+        `ValueError`: If there is no such model, or its weights do not fit or are not finite.
     """
-    if is_single_file(name):
-        return load_single_file(name, **kwargs)
-    return DiffusionPipeline.from_pretrained(name, **{**kwargs, **components_left_out(name, kwargs)})
+    name = find_model(name)
+    if Path(name).is_file():
+        pipeline = load_single_file(name, **kwargs)
+    else:
+        kwargs.pop("config", None)
+        dtype = kwargs.pop("dtype", torch.float32)
+        pipeline = PipelineSource(name, dtype, dtype, **kwargs).load_pipeline()
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            check_finite(part, module)
+    return pipeline
 
 
 def backbone_class_of(pipeline: DiffusionPipeline) -> type[Backbone]:
     """
-    The backbone of a pipeline's family.
+    The backbone of a pipeline's family. A subclass of the user's own is of the family, one of diffusers is for another task.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -133,7 +149,7 @@ def backbone_class_of(pipeline: DiffusionPipeline) -> type[Backbone]:
         `ValueError`: If the family is not supported.
     """
     for backbone_class in BACKBONES:
-        if type(pipeline) is backbone_class.pipeline_class:
+        if class_of_diffusers(pipeline) is backbone_class.pipeline_class:
             return backbone_class
     supported = ", ".join(f"`{backbone_class.pipeline_class.__name__}`" for backbone_class in BACKBONES)
     raise ValueError(

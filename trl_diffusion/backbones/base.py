@@ -76,6 +76,7 @@ class Backbone(ABC):
         self.device = torch.device("cpu")
         self.channels_last = False
         self.offloaded: tuple[str, ...] = ()
+        self.casts: dict[str, torch.dtype] = {}
 
     # ---- What a family says of itself ----
 
@@ -270,6 +271,26 @@ class Backbone(ABC):
             check_module(name, self.denoiser)
         return self.denoiser
 
+    def cast_encoders(self, half_dtype: torch.dtype | None) -> list[str]:
+        """
+        Casts the encoders whose precision does not go with that of a run: to float32 without mixed precision, and another half
+        precision to that of the run. A VAE that is kept out of autocast (`force_upcast`) keeps its own.
+
+        Args:
+            half_dtype (`torch.dtype` or `None`):
+                The type of mixed precision, if any.
+
+        Returns:
+            `list[str]`: the names of those that were cast, now and whenever they are loaded again.
+        """
+        for name in self.encoder_names:
+            encoder = getattr(self.pipeline, name)
+            is_apart = half_dtype is not None and name == "vae" and encoder.config.force_upcast
+            if encoder.dtype not in (torch.float32, half_dtype) and not is_apart:
+                self.casts[name] = half_dtype or torch.float32
+                torch.nn.Module.to(encoder, self.casts[name])  # that of diffusers warns of every cast
+        return list(self.casts)
+
     def to(self, device: torch.device, channels_last: bool = False) -> None:
         """Moves the encoders to a device (the Trainer moves the denoiser), and lays out the VAE as asked."""
         self.device, self.channels_last = device, channels_last
@@ -306,6 +327,7 @@ class Backbone(ABC):
         try:
             if self.source is not None:
                 for name, module in self.source.load(self.pipeline, names).items():
+                    torch.nn.Module.to(module, self.casts.get(name))
                     setattr(self.pipeline, name, module.requires_grad_(False).eval())
             self._place(names)
             yield
@@ -315,7 +337,8 @@ class Backbone(ABC):
     @contextmanager
     def complete(self) -> Iterator[DiffusionPipeline]:
         """
-        Lends the pipeline to be saved, with all encoders, in the precision that they have without mixed precision.
+        Lends the pipeline to be saved, with all encoders, in the precision that they have without mixed precision. One of the user's
+        own class is lent as one of its family, whose name is saved, so that plain diffusers loads it.
 
         Yields:
             [`~diffusers.DiffusionPipeline`]
@@ -328,10 +351,12 @@ class Backbone(ABC):
             lent = self.source.load(self.pipeline, names, is_rounded=False)
         own = {name: components[name] for name in lent}
         components.update(lent)
+        own_class, self.pipeline.__class__ = type(self.pipeline), self.pipeline_class
         try:
             yield self.pipeline
         finally:
             components.update(own)
+            self.pipeline.__class__ = own_class
 
     def fits(self, prompt: str) -> bool:
         """Whether the text encoders read the whole of a prompt."""
@@ -343,7 +368,8 @@ class Backbone(ABC):
     @contextmanager
     def sampling_with(self, denoiser: torch.nn.Module) -> Iterator[DiffusionPipeline]:
         """
-        Lends the pipeline with another denoiser in evaluation mode; afterwards pipeline and denoiser are as they were.
+        Lends the pipeline with another denoiser in evaluation mode, and with its VAE in float32, as the latents are; afterwards
+        pipeline and denoiser are as they were.
 
         Args:
             denoiser (`torch.nn.Module`):
@@ -355,7 +381,7 @@ class Backbone(ABC):
         own, was_training = self.denoiser, denoiser.training
         setattr(self.pipeline, self.denoiser_name, denoiser.eval())
         try:
-            with self.encoders_on_device():
+            with self.encoders_on_device(), _in_float32(self.pipeline.vae):
                 yield self.pipeline
         finally:
             setattr(self.pipeline, self.denoiser_name, own)
@@ -412,3 +438,14 @@ class Backbone(ABC):
         self.pipeline.save_lora_weights(
             folder, **{f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": config.to_dict()}
         )
+
+
+@contextmanager
+def _in_float32(module: torch.nn.Module) -> Iterator[None]:
+    """Casts a module to float32 while the context lasts, which rounds nothing."""
+    dtype = module.dtype
+    torch.nn.Module.to(module, torch.float32)  # that of diffusers warns of every cast
+    try:
+        yield
+    finally:
+        torch.nn.Module.to(module, dtype)

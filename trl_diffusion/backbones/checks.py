@@ -14,8 +14,15 @@ import copy
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from .weights import check_finite
+
 
 HALF_PRECISION = 2**-8  # a little more than what rounding to bfloat16 or float16 changes
+
+
+def class_of_diffusers(pipeline: DiffusionPipeline) -> type[DiffusionPipeline]:
+    """The class of a pipeline, or the one of diffusers that its class was made from."""
+    return next(parent for parent in type(pipeline).__mro__ if parent.__module__.partition(".")[0] == "diffusers")
 
 
 def check_module(name: str, module: torch.nn.Module) -> None:
@@ -56,6 +63,7 @@ def check_module(name: str, module: torch.nn.Module) -> None:
                 "such weights can be neither cast nor saved into a plain pipeline",
                 "Load it without `quantization_config`, in float32, bfloat16 or float16",
             )
+    check_finite(name, module)
 
 
 def tokenizer_of(text_encoder_name: str) -> str:
@@ -171,7 +179,7 @@ def refuse_reference(what: str) -> None:
 
 def check_other_weights(pipeline: DiffusionPipeline, reference: DiffusionPipeline, denoiser_name: str) -> None:
     """Refuses a reference of another family, or one that shares the weights that are trained."""
-    if type(pipeline) is not type(reference):
+    if class_of_diffusers(pipeline) is not class_of_diffusers(reference):
         refuse_reference(f"it is a `{type(reference).__name__}` and the policy is a `{type(pipeline).__name__}`")
     trained = {id(parameter) for parameter in getattr(pipeline, denoiser_name).parameters()}
     if any(id(parameter) in trained for parameter in getattr(reference, denoiser_name).parameters()):

@@ -17,20 +17,19 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from diffusers.loaders.single_file_utils import (
-    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
-    infer_diffusers_model_type,
-    load_single_file_checkpoint,
-)
+from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 
+from .dtypes import check_components, dtype_of
+from .files import read_checkpoint
+from .kinds import kind_of
+from .names import find_model
 from .source import components_left_out, read_index
+from .stable_diffusion_checks import check_velocity
+from .vae import load_vae
 
 
 logger = logging.getLogger(__name__)
 
-ENDINGS = (".safetensors", ".ckpt")
-LORA_FILE = "pytorch_lora_weights.safetensors"
-INDEX = "model_index.json"
 # The families that are supported, by what diffusers calls a checkpoint
 FAMILIES = {
     "v1": StableDiffusionPipeline,
@@ -77,28 +76,13 @@ def is_single_file(name: str) -> bool:
         `bool`
 
     Raises:
-        `ValueError`: If there is no such file, or for a folder with such files and no pipeline.
+        `ValueError`: If there is none, see [`backbones.names.find_model`].
     """
-    path = Path(name)
-    if path.is_dir() and not (path / INDEX).exists():
-        files = sorted(file.name for file in path.iterdir() if file.name.endswith(ENDINGS))
-        if LORA_FILE in files:
-            raise ValueError(
-                f"{name} holds a LoRA ({LORA_FILE}) and no pipeline: pass the model that it was trained on."
-            )
-        if files:
-            raise ValueError(
-                f"{name} holds no pipeline ({INDEX}), but the file {files[0]}: pass {path / files[0]} itself."
-            )
-    if not name.endswith(ENDINGS) or path.is_dir():
-        return False
-    if not path.is_file() and not name.startswith(("https://huggingface.co/", "https://hf.co/")):
-        raise ValueError(f"There is no file {name}.")
-    return True
+    return Path(find_model(name)).is_file()
 
 
 def load_single_file(
-    name: str, config: str | None = None, dtype: torch.dtype | dict[str, torch.dtype] = torch.float32, **kwargs
+    name: str, config: str | Path | None = None, dtype: torch.dtype | dict[str, torch.dtype] = torch.float32, **kwargs
 ) -> DiffusionPipeline:
     """
     Loads a pipeline from one file. Components that the file is without, in files of FLUX.1 and Stable Diffusion 3 often all but
@@ -107,7 +91,7 @@ def load_single_file(
     Args:
         name (`str`):
             The file, or its link on the Hub.
-        config (`str`, *optional*):
+        config (`str` or `Path`, *optional*):
             Folder or Hub id of a pipeline of the same architecture, which gives configuration, tokenizers and scheduler.
             Defaults to the one on the Hub that diffusers takes for this kind of checkpoint.
         dtype (`torch.dtype` or `dict[str, torch.dtype]`, *optional*, defaults to `torch.float32`):
@@ -122,12 +106,14 @@ def load_single_file(
         `ValueError`: If the file holds no model of a supported family, `config` is of another model or cannot be had, or weights
             are missing.
     """
-    checkpoint = load_single_file_checkpoint(name)
-    kind = _kind(checkpoint, name)
+    checkpoint = read_checkpoint(name)
+    kind = kind_of(checkpoint, name, FAMILIES)
     pipeline_class, parts = FAMILIES[kind], PREFIXES[FAMILIES[kind]]
-    config = config or DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    config = find_model(config or DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
     kwargs |= _checked_config(config, pipeline_class, name, kwargs)
     _check_guidance(kind, name, config)
+    if "v_pred" in checkpoint:
+        check_velocity(name, config)
     missing = [
         part
         for part, prefixes in parts.items()
@@ -135,22 +121,30 @@ def load_single_file(
     ]
     del checkpoint
     dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
+    check_components(dtype, read_index(config, kwargs))
     default = dtypes.get("default", torch.float32)
+    if isinstance(kwargs.get("vae"), str | Path):
+        kwargs["vae"] = load_vae(kwargs["vae"], dtype_of("vae", dtype), config, kwargs)
     if missing:
         logger.warning(f"{name} is without {', '.join(f'`{part}`' for part in missing)}; taken from {config}.")
         denoiser = "transformer" if pipeline_class in (StableDiffusion3Pipeline, FluxPipeline) else "unet"
         others = {part: None for part in (denoiser, *parts) if part not in missing}
         donor = DiffusionPipeline.from_pretrained(config, dtype=dtype, **{**kwargs, **others})
         kwargs |= {part: getattr(donor, part) for part in missing}
-    if "vae" not in kwargs and "vae" in dtypes:  # in its own precision, not rounded to the default before
-        kwargs["vae"] = AutoencoderKL.from_single_file(name, config=config, subfolder="vae", dtype=dtypes["vae"])
     try:
+        if "vae" not in kwargs and "vae" in dtypes:  # in its own precision, not rounded to the default before
+            kwargs["vae"] = AutoencoderKL.from_single_file(name, config=config, subfolder="vae", dtype=dtypes["vae"])
         pipeline = pipeline_class.from_single_file(name, config=config, dtype=default, **kwargs)
     except NotImplementedError as error:  # what got no weight has no data that could be copied
+        raise _is_without(name, pipeline_class, config) from error
+    except ValueError as error:  # of diffusers, with advice that does not help here
         raise ValueError(
-            f"{name} is without some of the weights of a `{pipeline_class.__name__}` as {config} describes it. Pass a `config` of the "
-            "same architecture, or a complete file."
+            f"{name} does not fit {config}, which gives its configuration: {str(error).split('. If you')[0]}. Pass a `config` of the "
+            "same architecture."
         ) from error
+    modules = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
+    if any(parameter.is_meta for module in modules for parameter in module.parameters()):
+        raise _is_without(name, pipeline_class, config)
     for part in dtypes.keys() & pipeline.components.keys():
         getattr(pipeline, part).to(dtypes[part])
     return pipeline
@@ -170,21 +164,14 @@ def family_of_file(name: str) -> type[DiffusionPipeline]:
     Raises:
         `ValueError`: If the file holds no model of a supported family.
     """
-    return FAMILIES[_kind(load_single_file_checkpoint(name), name)]
+    return FAMILIES[kind_of(read_checkpoint(name), name, FAMILIES)]
 
 
-def _kind(checkpoint: dict[str, torch.Tensor], name: str) -> str:
-    kind = infer_diffusers_model_type(checkpoint)
-    # diffusers takes whatever it does not know for Stable Diffusion 1
-    is_unknown = kind == "v1" and "model.diffusion_model.input_blocks.0.0.weight" not in checkpoint
-    if is_unknown or kind not in FAMILIES:
-        supported = ", ".join(f"`{family.__name__}`" for family in PREFIXES)
-        raise ValueError(
-            f"{name} holds {'no model that is known' if is_unknown else f'a model of the kind {kind!r}'}. A single file must hold a "
-            f"text-to-image model of one of {supported}, with weights named as in the original code; a LoRA, or a file out of a "
-            f"pipeline's folder, is none: pass the folder with {INDEX}."
-        )
-    return kind
+def _is_without(name: str, pipeline_class: type[DiffusionPipeline], config: str) -> ValueError:
+    return ValueError(
+        f"{name} is without some of the weights of a `{pipeline_class.__name__}` as {config} describes it. Pass a `config` of the "
+        "same architecture, or a complete file."
+    )
 
 
 def _checked_config(

@@ -12,6 +12,10 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 
+from .dtypes import check_components, dtype_of
+from .vae import load_vae
+from .weights import load_checked
+
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +55,10 @@ class PipelineSource:
         unrounded_dtype (`torch.dtype` or `dict[str, torch.dtype]`):
             The same without mixed precision.
         **kwargs:
-            Passed to [`~diffusers.DiffusionPipeline.from_pretrained`].
+            Passed to [`~diffusers.DiffusionPipeline.from_pretrained`]. A `vae` may be a name, see [`backbones.vae.load_vae`].
+
+    Raises:
+        `ValueError`: If a precision is given to a component that the pipeline does not have.
     """
 
     def __init__(
@@ -63,9 +70,14 @@ class PipelineSource:
     ):
         self.name = name
         self.dtype, self.unrounded_dtype = dtype, unrounded_dtype
+        self.vae_name = kwargs.pop("vae") if isinstance(kwargs.get("vae"), str | Path) else None
         self.kwargs = kwargs | components_left_out(name, kwargs)
+        check_components(dtype, read_index(name, kwargs))
         # Whatever changes on the Hub meanwhile, all components are of one commit
-        self.folder = name if Path(name).is_dir() else str(DiffusionPipeline.download(name, **self.kwargs))
+        not_needed = {} if self.vae_name is None else {"vae": None}
+        self.folder = (
+            name if Path(name).is_dir() else str(DiffusionPipeline.download(name, **self.kwargs, **not_needed))
+        )
 
     @property
     def is_rounded(self) -> bool:
@@ -74,9 +86,18 @@ class PipelineSource:
 
     def load_pipeline(self, **components: torch.nn.Module) -> DiffusionPipeline:
         """Loads the pipeline, but for some components that are given."""
-        pipeline = DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, **{**self.kwargs, **components})
+        pipeline = self._from_pretrained(self.dtype, components)
         pipeline.register_to_config(_name_or_path=self.name)
         return pipeline
+
+    def _from_pretrained(
+        self, dtype: torch.dtype | dict[str, torch.dtype], components: dict[str, Any]
+    ) -> DiffusionPipeline:
+        if self.vae_name is not None and "vae" not in components:
+            components = components | {
+                "vae": load_vae(self.vae_name, dtype_of("vae", dtype), self.folder, self.kwargs)
+            }
+        return load_checked(self.folder, dtype, self.kwargs | components)
 
     def load(
         self, pipeline: DiffusionPipeline, names: tuple[str, ...], is_rounded: bool = True
@@ -103,7 +124,7 @@ class PipelineSource:
             if name not in names
         }
         dtype = self.dtype if is_rounded else self.unrounded_dtype
-        loaded = DiffusionPipeline.from_pretrained(self.folder, dtype=dtype, **{**self.kwargs, **others})
+        loaded = self._from_pretrained(dtype, others)
         return {name: getattr(loaded, name) for name in names}
 
     def empty(self, name: str) -> torch.nn.Module | None:
@@ -157,28 +178,3 @@ def components_left_out(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         logger.warning(f"The safety checker of {name} is not loaded: it would turn some images black.")
         left_out |= {"safety_checker": None, "requires_safety_checker": False}
     return left_out
-
-
-def as_dtype(value: Any) -> torch.dtype | dict[str, torch.dtype]:
-    """
-    Reads a precision as a configuration file may give it.
-
-    Args:
-        value (`str`, `torch.dtype` or `dict`):
-            Such as `"bfloat16"` or `{"default": "bfloat16", "vae": "float32"}`.
-
-    Returns:
-        `torch.dtype` or `dict[str, torch.dtype]`
-
-    Raises:
-        `ValueError`: If it names no type of PyTorch.
-    """
-    if isinstance(value, dict):
-        return {name: as_dtype(one) for name, one in value.items()}
-    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(
-            f"`dtype` in `model_init_kwargs` is {value!r}. Pass 'float32', 'bfloat16' or 'float16', or one of these for each "
-            "component, by its name."
-        )
-    return dtype

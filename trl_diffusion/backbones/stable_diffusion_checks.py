@@ -158,6 +158,16 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
         )
 
 
+def check_velocity(name: str, config: str) -> None:
+    """Refuses the configuration of a model that predicts noise for a single file that says of itself that it predicts velocity."""
+    prediction_type = DDPMScheduler.load_config(config, subfolder="scheduler").get("prediction_type")
+    if prediction_type != "v_prediction":
+        raise ValueError(
+            f"{name} holds a model that predicts velocity (its key `v_pred`), and the scheduler of `config`, {config}, says "
+            f"{prediction_type!r}. Pass a pipeline whose scheduler has `prediction_type='v_prediction'`."
+        )
+
+
 def check_denoiser(pipeline: DiffusionPipeline) -> None:
     """Refuses a UNet that needs more than noised latents, a timestep and a prompt, or predicts something else."""
     unet = pipeline.unet

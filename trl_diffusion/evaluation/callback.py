@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from ..metrics.scorer import Scorer, Scores
 from ..metrics.win_rate import win_rate
+from ..sampling import NotFiniteError, only_colour
 
 
 logger = get_logger(__name__)
@@ -69,10 +70,14 @@ class EvaluationCallback(TrainerCallback):
     def _evaluate(self, state, control):
         if not state.is_world_process_zero:
             return
-        if not self.base_scores:
-            images = self.trainer.sample(self.prompts, with_reference=True)
-            self.base_scores = {scorer.name: self._score(scorer, images).values for scorer in self.scorers}
-        images, logs = self.trainer.sample(self.prompts), {}
+        try:
+            if not self.base_scores:
+                images = self.trainer.sample(self.prompts, with_reference=True)
+                self.base_scores = {scorer.name: self._score(scorer, images).values for scorer in self.scorers}
+            images, logs = self.trainer.sample(self.prompts), {}
+        except NotFiniteError as error:
+            logger.warning(f"There are no scores of step {state.global_step}. {error}")
+            return
         for scorer in self.scorers:
             scores, base_scores = self._score(scorer, images), self.base_scores[scorer.name]
             if scores.errors:
@@ -98,4 +103,8 @@ class EvaluationCallback(TrainerCallback):
         control.should_log = should_log  # which a log takes back: the step's own is still to come
 
     def _score(self, scorer: Scorer, images: list[PIL.Image.Image]) -> Scores:
-        return scorer.score(images, self.prompts, batch_size=self.trainer.args.per_device_eval_batch_size)
+        scores = scorer.score(images, self.prompts, batch_size=self.trainer.args.per_device_eval_batch_size)
+        for place, image in enumerate(images):
+            if only_colour(image):  # no picture
+                scores.values[place], scores.errors[place] = None, "all of it is one colour"
+        return scores

@@ -17,7 +17,9 @@ from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from .. import backbones
-from ..backbones.single_file import family_of_file, is_single_file
+from ..backbones.dtypes import as_dtype
+from ..backbones.names import ENDINGS, find_model
+from ..backbones.single_file import family_of_file
 from ..guidance import negative_preference_guidance
 from ..revisions import commit_of, digest_of_file, pinned, resolve_revision
 from .prompts import SAFE_NAME
@@ -28,7 +30,6 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_FILE = "metadata.jsonl"
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
 ADAPTER, NEGATIVE_ADAPTER = "evaluated", "negative"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class ModelSpec:
             Folder or Hub id of the LoRA for the unconditional branch of guidance.
         negative_lora_revision (`str`, *optional*):
             Commit or hash of this LoRA.
+        vae (`str`, *optional*):
+            The VAE in place of the pipeline's.
+        vae_revision (`str`, *optional*):
+            Commit or hash of this VAE.
     """
 
     name: str
@@ -63,6 +68,8 @@ class ModelSpec:
     base_revision: str | None = None
     negative_lora: str | None = None
     negative_lora_revision: str | None = None
+    vae: str | None = None
+    vae_revision: str | None = None
 
     def describe(self) -> dict[str, str | None]:
         """What the images depend on. Of folders, only the last part of the path is given, because they may be moved."""
@@ -74,6 +81,8 @@ class ModelSpec:
             "base_revision": self.base_revision,
             "negative_lora": self.negative_lora and _label(self.negative_lora),
             "negative_lora_revision": self.negative_lora_revision,
+            "vae": self.vae and _label(self.vae),
+            "vae_revision": self.vae_revision,
         }
 
 
@@ -104,7 +113,9 @@ def parse_model(text: str) -> tuple[str, str]:
     return name, where
 
 
-def resolve_model(name: str, where: str, base: str | None = None, negative_lora: str | None = None) -> ModelSpec:
+def resolve_model(
+    name: str, where: str, base: str | None = None, negative_lora: str | None = None, vae: str | None = None
+) -> ModelSpec:
     """
     Determines the kind and the revision of a model.
 
@@ -122,6 +133,8 @@ def resolve_model(name: str, where: str, base: str | None = None, negative_lora:
             the pipeline that gives its configuration, and whatever the file is without.
         negative_lora (`str`, *optional*):
             Folder or Hub id of a LoRA for the unconditional branch of guidance, see [`negative_preference_guidance`].
+        vae (`str`, *optional*):
+            The VAE in place of the pipeline's, see [`backbones.vae.load_vae`].
 
     Returns:
         [`ModelSpec`]
@@ -129,6 +142,7 @@ def resolve_model(name: str, where: str, base: str | None = None, negative_lora:
     Raises:
         `ValueError`: If `where` is none of these, the base is unknown, or `negative_lora` is not a LoRA.
     """
+    where, base, negative_lora, vae = map(_located, (where, base, negative_lora, vae))
     kind, revision = _kind_and_revision(where)
     if kind == "images":
         if negative_lora is not None:
@@ -150,7 +164,10 @@ def resolve_model(name: str, where: str, base: str | None = None, negative_lora:
         negative_kind, negative_lora_revision = _kind_and_revision(negative_lora)
         if negative_kind != "lora":
             raise ValueError(f"`negative_lora` must be a LoRA, but {negative_lora} has no {LORA_FILE}.")
-    return ModelSpec(name, where, kind, revision, base, base_revision, negative_lora, negative_lora_revision)
+    vae_revision = vae and _vae_revision(vae)
+    return ModelSpec(
+        *(name, where, kind, revision, base, base_revision, negative_lora, negative_lora_revision, vae, vae_revision)
+    )
 
 
 def load_pipeline(spec: ModelSpec, dtype: torch.dtype, device: torch.device | str) -> DiffusionPipeline:
@@ -171,6 +188,7 @@ def load_pipeline(spec: ModelSpec, dtype: torch.dtype, device: torch.device | st
     source, revision = _source(spec)
     is_lora = spec.kind == "lora"
     config = {} if is_lora or spec.base is None else {"config": spec.base}
+    config |= {} if spec.vae is None else {"vae": spec.vae}
     pipeline = backbones.load_pipeline(source, dtype=dtype, **config, **pinned(revision)).to(device)
     if is_lora:
         pipeline.load_lora_weights(spec.path, weight_name=LORA_FILE, adapter_name=ADAPTER, **pinned(spec.revision))
@@ -203,7 +221,7 @@ def pipeline_class_of(spec: ModelSpec) -> type[DiffusionPipeline]:
         `type`: [`~diffusers.DiffusionPipeline`] itself for a class that is not one of diffusers.
     """
     source, revision = _source(spec)
-    if is_single_file(source):
+    if Path(source).is_file():
         return family_of_file(source)
     name = DiffusionPipeline.load_config(source, **pinned(revision))["_class_name"]
     return getattr(diffusers, str(name), DiffusionPipeline)
@@ -221,7 +239,7 @@ def resolve_dtype(dtype: str, device: torch.device, pipeline_class: type[Diffusi
 
     Args:
         dtype (`str`):
-            `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"`: on a CUDA device `float16`, as in Diffusion-DPO's notebook,
+            `"float32"`, `"float16"`, `"bfloat16"` (or `"fp32"`, `"fp16"`, `"bf16"`), or `"auto"`: on a CUDA device `float16`, as in Diffusion-DPO's notebook,
             but `bfloat16` for pipelines with a transformer, of which T5 and others overflow in `float16`; elsewhere `float32`.
         device (`torch.device`):
             Device of the model.
@@ -238,9 +256,7 @@ def resolve_dtype(dtype: str, device: torch.device, pipeline_class: type[Diffusi
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if "transformer" in pipeline_class.__init__.__annotations__ else torch.float16
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be 'auto', {', '.join(map(repr, DTYPES))}, got {dtype!r}.")
-    return DTYPES[dtype]
+    return as_dtype(dtype, "`dtype`", or_auto=True)
 
 
 # ----- kinds of models -----
@@ -249,8 +265,9 @@ def resolve_dtype(dtype: str, device: torch.device, pipeline_class: type[Diffusi
 def _kind_and_revision(where: str) -> tuple[str, str]:
     folder = Path(where)
     if folder.is_file():
-        if folder.name == LORA_FILE or not is_single_file(where):
+        if folder.name == LORA_FILE or folder.suffix.lower() not in ENDINGS:
             raise ValueError(f"{where} is a file: pass its folder.")
+        find_model(where)
         return "pipeline", digest_of_file(folder)
     if folder.is_dir():
         found = {name: folder / name for name in (PIPELINE_FILE, LORA_FILE) if (folder / name).is_file()}
@@ -269,7 +286,25 @@ def _kind_and_revision(where: str) -> tuple[str, str]:
         return "lora", digest_of_file(found[LORA_FILE]) if folder.is_dir() else commit_of(found[LORA_FILE], LORA_FILE)
     if folder.is_dir() and any(is_image(path) or path.name == METADATA_FILE for path in folder.iterdir()):
         return "images", resolve_revision(where)
+    try:
+        find_model(where)  # says what a folder holds in their place
+    except ValueError as error:
+        raise ValueError(f"{where!r} cannot be evaluated: {missing}. {error}") from error
     raise ValueError(f"{where!r} cannot be evaluated: {missing}.")
+
+
+def _located(where: str | None) -> str | None:
+    """A path or Hub id, with `~` for the home folder, and a linked file downloaded."""
+    if where is None or where.startswith(("http://", "https://")):
+        return where and find_model(where)
+    return str(Path(where).expanduser()) if where.startswith("~") else where
+
+
+def _vae_revision(where: str) -> str:
+    path = Path(where)
+    if path.is_file():
+        return digest_of_file(path)
+    return resolve_revision(str(path / "vae") if (path / PIPELINE_FILE).is_file() else where)
 
 
 def _files_on_hub(repo_id: str, names: tuple[str, ...]) -> tuple[dict[str, Path], str]:

@@ -24,7 +24,7 @@ from .plots import save_plots
 from .prompts import PromptSet
 from .protocols import Protocol
 from .report import summarize, write_report
-from .scores import IMAGES_SCHEMA, score_models
+from .scores import IMAGES_SCHEMA, one_colour, score_models
 
 
 PACKAGES = ("trl-diffusion", "diffusers", "transformers", "torch")
@@ -83,7 +83,7 @@ def evaluate_models(
         sample.
 
     Raises:
-        `ValueError`: If two models have the same name, or `references` or a package is missing. See also
+        `ValueError`: If two models have the same name, all images of one are of one colour, or `references` or a package is missing. See also
             [`evaluation.generate.generate`] and [`evaluation.scores.score_models`].
     """
     names = [spec.name for spec in specs]
@@ -103,9 +103,9 @@ def evaluate_models(
     if not PartialState(cpu=use_cpu).is_main_process:
         return None
 
-    table = score_models(
-        table_of(images, output_dir), scorers, output_dir, scoring_batch_size, retry_errors, disable_tqdm
-    )
+    rows = table_of(images, output_dir)
+    flat = one_colour(rows, output_dir)
+    table = score_models(rows, scorers, output_dir, scoring_batch_size, retry_errors, disable_tqdm, flat)
     settings = {
         "prompts": {
             "source": prompt_set.name,
@@ -116,6 +116,9 @@ def evaluate_models(
         "protocol": protocol.describe(),
         "models": {spec.name: spec.describe() | unset_guidance(spec, protocol) for spec in specs},
         "versions": {package: version(package) for package in PACKAGES},
+    }
+    images = {
+        model: [row for row in of_model if relative(row, output_dir) not in flat] for model, of_model in images.items()
     }
     corpus = compare_with_references(images, corpus_metrics, references, scoring_batch_size, use_cpu, disable_tqdm)
     summary = summarize(table, settings, corpus)
@@ -139,12 +142,17 @@ def table_of(images: dict[str, list[ImageRow]], output_dir: Path) -> pa.Table:
             "prompt": row.prompt.text,
             "group": row.prompt.group,
             "index": row.index,
-            "image": Path(os.path.relpath(row.path, output_dir)).as_posix(),
+            "image": relative(row, output_dir),
         }
         for model, of_model in images.items()
         for row in of_model
     ]
     return pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA)
+
+
+def relative(row: ImageRow, output_dir: Path) -> str:
+    """The file of an image, relative to the folder of the evaluation."""
+    return Path(os.path.relpath(row.path, output_dir)).as_posix()
 
 
 def compare_with_references(

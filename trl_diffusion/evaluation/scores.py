@@ -17,7 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import PIL.Image
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
@@ -25,6 +27,7 @@ from tqdm.auto import tqdm
 from ..batching import batched, in_threads
 from ..files import write_file
 from ..metrics.scorer import Scorer
+from ..sampling import only_colour
 
 
 logger = logging.getLogger(__name__)
@@ -83,6 +86,7 @@ def score_models(
     batch_size: int = 16,
     retry_errors: bool = False,
     disable_tqdm: bool = False,
+    left_out: dict[str, str] | None = None,
 ) -> pa.Table:
     """
     Scores the images of all models that have no cached score, and writes `scores.parquet`.
@@ -102,6 +106,8 @@ def score_models(
             Whether to score images again that were errors in an earlier run.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Whether to hide the progress bars.
+        left_out (`dict[str, str]`, *optional*):
+            Images that are not scored, and the reasons, see [`evaluation.scores.one_colour`].
 
     Returns:
         `pyarrow.Table`: the columns of `images`, and a column of `float64` for each metric, null for missing scores.
@@ -117,7 +123,7 @@ def score_models(
     table, metrics = images, {}
     for name, load in scorers.items():
         values, metrics[name] = score_metric(
-            name, load, images, digests, output_dir, batch_size, retry_errors, disable_tqdm
+            name, load, images, digests, output_dir, batch_size, retry_errors, disable_tqdm, left_out or {}
         )
         table = table.append_column(name, pa.array(values, pa.float64()))
         gc.collect()  # models contain reference cycles
@@ -161,6 +167,48 @@ def check_images(images: pa.Table) -> pa.Table:
     return images
 
 
+def one_colour(images: pa.Table, output_dir: str | Path) -> dict[str, str]:
+    """
+    Finds images of one colour, which are no pictures: a model overflowed, or a safety checker made them black.
+
+    Args:
+        images (`pyarrow.Table`):
+            The images, as for [`evaluation.scores.score_models`].
+        output_dir (`str` or `Path`):
+            Folder of the evaluation.
+
+    Returns:
+        `dict[str, str]`: the reason why they are not scored, by file.
+
+    Raises:
+        `ValueError`: If all images of a model are.
+    """
+    files = images["image"].to_pylist()
+    colours = in_threads(lambda file: _colour(Path(output_dir) / file), files)
+    found = {file: f"all of it is the colour {colour}" for file, colour in zip(files, colours) if colour is not None}
+    for model in dict.fromkeys(images["model"].to_pylist()):
+        of_model = images.filter(pc.equal(images["model"], model))["image"].to_pylist()
+        flat = [file for file in of_model if file in found]
+        said = f"{len(flat)} of {len(of_model)} images of {model} are of one colour: {', '.join(flat[:5])}{' and others' if len(flat) > 5 else ''}."
+        if flat and len(flat) == len(of_model):
+            raise ValueError(
+                f"{said} There is nothing to score. Where they were sampled here, sample in bfloat16 or float32, or with another VAE; "
+                "delete them first."
+            )
+        if flat:
+            logger.warning(f"{said} They are not scored.")
+    return found
+
+
+def _colour(path: Path) -> tuple[int, int, int] | None:
+    """The colour of an image that has only one; a file that is no image is left to the scorers, which say so."""
+    try:
+        with PIL.Image.open(path) as image:
+            return only_colour(image)
+    except OSError:
+        return None
+
+
 def digest(path: Path) -> str:
     """Hash of the bytes of a file. Its size and time would not be enough: another image may have the same."""
     try:
@@ -181,6 +229,7 @@ def score_metric(
     batch_size: int,
     retry_errors: bool,
     disable_tqdm: bool,
+    left_out: dict[str, str],
 ) -> tuple[list[float | None], dict[str, Any]]:
     """
     Like `score_models`, for one metric: returns the scores of all images, and the description of the metric. The
@@ -198,7 +247,9 @@ def score_metric(
             cached is not None and cached[1:3] == (digest, prompt) and not (retry_errors and cached.error is not None)
         )
 
-    pending = [wanted for wanted in zip(files, digests, prompts) if not is_known(*wanted)]
+    pending = [
+        wanted for wanted in zip(files, digests, prompts) if wanted[0] not in left_out and not is_known(*wanted)
+    ]
     size = batch_size * math.ceil(
         IMAGES_AT_ONCE / batch_size
     )  # whole batches, so that a continued run has the same ones
@@ -214,6 +265,7 @@ def score_metric(
             cached = pa.Table.from_pylist([row._asdict() for row in known.values()], schema=CACHE_SCHEMA)
             write_table(path, cached.replace_schema_metadata({"weights": json.dumps(scorer.weights)}))
             progress.update(len(chunk))
+    known |= {image: CachedScore(image, "", None, None, reason) for image, reason in left_out.items()}
     of_images = [known[image] for image in files]
     return [cached.score for cached in of_images], {
         "higher_is_better": scorer.higher_is_better,

@@ -52,13 +52,15 @@ class EvaluateArguments:
 
     Parameters:
         models (`list[str]`, *optional*):
-            The models, each as `NAME=WHERE`: the Hub id or the folder of a pipeline, a LoRA or a checkpoint, or a folder of
-            images. The first one is the baseline of the win rates.
+            The models, each as `NAME=WHERE`: the Hub id or the folder of a pipeline, a LoRA or a checkpoint, a single file or its link
+            on the Hub, or a folder of images. The first one is the baseline of the win rates.
         base_model (`str`, *optional*):
             The pipeline to which LoRAs are added, and which gives a single file its configuration. Defaults to the one that the
             card of a LoRA names.
         negative_loras (`list[str]`, *optional*):
             `NAME=WHERE`: a LoRA for the unconditional branch of guidance of the model NAME (Diffusion-NPO).
+        vae (`str`, *optional*):
+            The VAE of all models in place of their own: Hub id or folder of a VAE or of a pipeline, or a single file.
         prompts (`str`, *optional*, defaults to `"parti"`):
             `parti`, `hpdv2`, `pickapic`, a file, or a dataset of the Hub.
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
@@ -120,6 +122,9 @@ class EvaluateArguments:
         default=None,
         metadata={"help": "NAME=WHERE: a LoRA for the unconditional branch of guidance of the model NAME."},
     )
+    vae: str | None = field(
+        default=None, metadata={"help": "The VAE of all models in place of their own: a Hub id, a folder or a file."}
+    )
     prompts: str = field(
         default="parti", metadata={"help": "`parti`, `hpdv2`, `pickapic`, a file, or a dataset of the Hub."}
     )
@@ -163,7 +168,7 @@ class EvaluateArguments:
         default="auto",
         metadata={
             "help": "Type of the models' weights; auto: half precision on a GPU, float32 on a CPU.",
-            "choices": ["auto", "float32", "float16", "bfloat16"],
+            "choices": ["auto", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"],
         },
     )
     use_cpu: bool = field(default=False, metadata={"help": "Use the CPU, even if there is a GPU."})
@@ -238,7 +243,7 @@ def get_models(args: EvaluateArguments) -> list["ModelSpec"]:
     named = [parse_model(text) for text in args.models]
     if unknown := sorted(negative_loras.keys() - {name for name, _ in named}):
         raise ValueError(f"`--negative_loras` names {', '.join(unknown)}, and `--models` has no such model.")
-    return [resolve_model(name, where, args.base_model, negative_loras.get(name)) for name, where in named]
+    return [resolve_model(name, where, args.base_model, negative_loras.get(name), args.vae) for name, where in named]
 
 
 def get_scorers(

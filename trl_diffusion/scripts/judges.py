@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 ORACLE = "oracle"
 
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # short names of types
+
 
 @dataclass
 class VLMArguments:
@@ -129,7 +131,7 @@ def get_vlm(args: VLMArguments) -> "VLM":
         revision=args.vlm_revision,
         batch_size=args.vlm_batch_size,
         max_new_tokens=args.vlm_max_new_tokens,
-        dtype=args.vlm_dtype,
+        dtype=DTYPES.get(args.vlm_dtype, args.vlm_dtype),
     )
 
 
@@ -158,5 +160,5 @@ def get_detector(args: DetectorArguments) -> "Detector":
         revision=args.detector_revision,
         threshold=args.detector_threshold,
         batch_size=args.detector_batch_size,
-        dtype=args.detector_dtype,
+        dtype=DTYPES.get(args.detector_dtype, args.detector_dtype),
     )

@@ -98,7 +98,7 @@ def get_datasets(
 
 def get_model(model_args: ModelConfig, training_args: "DiffusionConfig") -> str:
     """
-    Returns the model that the flags name. `--model_revision` and `--variant` are added to
+    Returns the model that the flags name. `--model_revision`, `--variant`, `--single_file_config` and `--vae` are added to
     `training_args.model_init_kwargs`.
 
     Args:
@@ -115,7 +115,12 @@ def get_model(model_args: ModelConfig, training_args: "DiffusionConfig") -> str:
     """
     if not model_args.model_name_or_path:
         raise ValueError("`--model_name_or_path` is missing: give the Hub id or the folder of a diffusers pipeline.")
-    model_init_kwargs = {"revision": model_args.model_revision, "variant": model_args.variant}
+    model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "variant": model_args.variant,
+        "config": model_args.single_file_config,
+        "vae": model_args.vae,
+    }
     training_args.model_init_kwargs = {
         **{name: value for name, value in model_init_kwargs.items() if value is not None},
         **(training_args.model_init_kwargs or {}),

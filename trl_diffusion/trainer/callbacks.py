@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from ..data.formats import shortened
+from ..sampling import NotFiniteError, only_colour
 from ..visualization import image_grid
 
 
@@ -50,9 +51,17 @@ class SampleImagesCallback(TrainerCallback):
     def _sample(self, args, state):
         if not state.is_world_process_zero:
             return
-        if self.base_images is None:
-            self.base_images = self.sample(args.sample_prompts, with_reference=True)
-        images = self.sample(args.sample_prompts)
+        try:
+            if self.base_images is None:
+                self.base_images = self.sample(args.sample_prompts, with_reference=True)
+            images = self.sample(args.sample_prompts)
+        except NotFiniteError as error:
+            logger.warning(f"There are no samples of step {state.global_step}. {error}")
+            return
+        if flat := [prompt for prompt, image in zip(args.sample_prompts, images, strict=True) if only_colour(image)]:
+            logger.warning(
+                f"{len(flat)} of {len(images)} samples of step {state.global_step} are of one colour: {shortened(flat)}."
+            )
         grid = image_grid(
             [list(pair) for pair in zip(self.base_images, images, strict=True)],
             column_labels=["base", f"step {state.global_step}"],

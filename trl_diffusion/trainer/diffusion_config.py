@@ -34,9 +34,11 @@ class DiffusionConfig(_BaseConfig):
 
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the model is given as a Hub
-            id or a folder, such as `{"variant": "fp16", "revision": "..."}`. Without a `dtype`, mixed precision (`bf16`,
-            `fp16`) also is the type of what stays frozen: of the text encoders, and of the denoiser under a LoRA. Everything
-            else, the VAE too, is loaded in float32.
+            id, a folder or a single file, such as `{"variant": "fp16", "revision": "..."}`. `vae` names another VAE, and
+            `config` the pipeline that gives a single file its configuration. `dtype` is a type, its name, or a `dict` of these by
+            component. Without it, mixed precision (`bf16`, `fp16`) also is the type of what stays frozen: of the text encoders,
+            and of the denoiser under a LoRA. Everything else, the VAE too, is loaded in float32. Without mixed precision, a
+            pipeline in half precision is cast to float32.
 
         > Parameters that control the data preprocessing
 

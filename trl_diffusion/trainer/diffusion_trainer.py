@@ -53,8 +53,8 @@ class DiffusionTrainer(_BaseTrainer):
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
-            What to train, of a family that is supported (Stable Diffusion 1.x to 3.5, SDXL, FLUX.1): a Hub id or a folder, loaded with
-            `args.model_init_kwargs`, or a loaded pipeline, whose denoiser is trained in place.
+            What to train, of a family that is supported (Stable Diffusion 1.x to 3.5, SDXL, FLUX.1): a Hub id, a folder or a file, loaded
+            with `args.model_init_kwargs`, or a loaded pipeline, whose denoiser is trained in place.
         ref_model (`str` or [`~diffusers.DiffusionPipeline`], *optional*):
             The reference. If left out it is the model before training: the policy with its adapters off where a LoRA is
             trained, else a frozen copy.
@@ -155,7 +155,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     @classmethod
     def default_args(cls, model: str | DiffusionPipeline) -> DiffusionConfig:
-        name = model if isinstance(model, str) else type(model).__name__
+        name = type(model).__name__ if isinstance(model, DiffusionPipeline) else model
         return cls.config_class(f"{Path(name).name}-{cls._output_suffix}")
 
     def make_collator(self, **settings: Any) -> ImageCollator:

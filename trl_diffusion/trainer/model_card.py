@@ -3,6 +3,7 @@
 
 """The model card."""
 
+import os
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -113,12 +114,19 @@ def diffusion_model_card(
         hyperparameters=_hyperparameters(args, method.unit, resolution, global_step) | further,
         beta_is_of_velocity=is_flow and hasattr(args, "beta"),
         loading_arguments=_loading_arguments(pipeline, is_flow),
+        vae=_given_vae(args) if is_lora else None,
         call_arguments=_call_arguments(args, pipeline, resolution, needs_guidance=is_reversed and is_lora),
         versions={
             package: version(package)
             for package in ("trl-diffusion", "trl", "diffusers", "transformers", "peft", "torch", "datasets")
         },
     )
+
+
+def _given_vae(args: DiffusionConfig) -> str | None:
+    """The VAE that `model_init_kwargs` names in place of the pipeline's."""
+    name = (args.model_init_kwargs or {}).get("vae")
+    return (hub_id(str(name)) or "another VAE") if isinstance(name, str | os.PathLike) else None
 
 
 def _loading_arguments(pipeline: DiffusionPipeline, is_flow: bool) -> str:
@@ -158,6 +166,7 @@ def _hyperparameters(args: DiffusionConfig, unit: str, resolution: int, global_s
         "prompt_dropout": args.prompt_dropout,
         "size_conditions": args.size_conditions,
         "noise_source": args.noise_source,
+        **({"vae": _given_vae(args)} if _given_vae(args) else {}),
         "seed": args.seed,
         **{name: getattr(args, name) for name in set_on_purpose if getattr(args, name) is not None},
     }

@@ -11,7 +11,11 @@ class ModelConfig:
 
     Parameters:
         model_name_or_path (`str`, *optional*):
-            Hub id or folder of a diffusers pipeline.
+            Hub id or folder of a diffusers pipeline, or a single file or its link on the Hub.
+        single_file_config (`str`, *optional*):
+            Hub id or folder of the pipeline that gives a single file its configuration. Defaults to the original model on the Hub.
+        vae (`str`, *optional*):
+            The VAE in place of the pipeline's: Hub id or folder of a VAE or of a pipeline, or a single file.
         model_revision (`str`, *optional*):
             Branch, tag or commit of the pipeline on the Hub.
         variant (`str`, *optional*):
@@ -31,7 +35,13 @@ class ModelConfig:
     """
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a diffusers pipeline."}
+        default=None, metadata={"help": "Hub id or folder of a diffusers pipeline, or a single file."}
+    )
+    single_file_config: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the pipeline that gives a single file its configuration."}
+    )
+    vae: str | None = field(
+        default=None, metadata={"help": "The VAE in place of the pipeline's: a Hub id, a folder or a single file."}
     )
     model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the pipeline on the Hub."}

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from peft import LoraConfig, get_peft_model
@@ -21,6 +22,9 @@ from trl.trainer.utils import disable_dropout_in_model
 from ..backbones import Backbone, load_backbone
 from .diffusion_config import DiffusionConfig, configure_backbone
 from .lora import base_checksums, check_adapters_off, check_lora_config, check_trainable
+
+
+logger = get_logger(__name__)
 
 
 def make_policy(
@@ -85,7 +89,7 @@ def make_backbone(model: str | DiffusionPipeline, args: DiffusionConfig, peft_co
             The LoRA, if one is trained.
 
     Returns:
-        [`backbones.base.Backbone`]
+        [`backbones.base.Backbone`]: with encoders that the run can use, see [`backbones.base.Backbone.cast_encoders`].
 
     Raises:
         `ValueError`: If the model cannot be trained, the configuration does not suit it, or the LoRA cannot be trained rightly,
@@ -95,6 +99,13 @@ def make_backbone(model: str | DiffusionPipeline, args: DiffusionConfig, peft_co
         model, without_denoiser=args.precompute, **loading_settings(args, is_lora=peft_config is not None)
     )
     configure_backbone(backbone, args)
+    if cast := backbone.cast_encoders(args.half_dtype):
+        computed = str(args.half_dtype or torch.float32).removeprefix("torch.")
+        way_out = (
+            "" if args.half_dtype else " Set `bf16=True` or `fp16=True` to keep what is frozen in half precision."
+        )
+        names = ", ".join(f"`{name}`" for name in cast)
+        logger.warning(f"This run computes in {computed}. Cast to it from another precision: {names}.{way_out}")
     if peft_config is not None:
         _cast(backbone.denoiser, args.half_dtype or torch.float32)
         check_lora_config(_with_targets(peft_config, backbone.lora_target_modules), backbone.denoiser)

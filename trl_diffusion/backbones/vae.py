@@ -1,0 +1,68 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Loading a VAE by its name, in place of the one that a pipeline was saved with."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from .names import INDEX, find_model
+from .weights import check_loading_info
+
+
+HUB_ARGUMENTS = ("cache_dir", "token", "local_files_only")
+
+
+def load_vae(name: str | Path, dtype: torch.dtype, config: str, kwargs: dict[str, Any]) -> AutoencoderKL:
+    """
+    Loads a VAE.
+
+    Args:
+        name (`str` or `Path`):
+            A Hub id or a folder of a VAE, such as `"madebyollin/sdxl-vae-fp16-fix"`, or of a pipeline, whose VAE is taken, or a
+            single file.
+        dtype (`torch.dtype`):
+            Precision of its weights.
+        config (`str`):
+            Folder or Hub id of the pipeline that gives a single file its configuration.
+        kwargs (`dict`):
+            What is passed to `from_pretrained`, of which the arguments for the Hub are used.
+
+    Returns:
+        [`~diffusers.AutoencoderKL`]
+
+    Raises:
+        `ValueError`: If there is no such VAE, or its weights do not fit.
+    """
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    path = Path(name).expanduser()
+    where = str(path) if path.is_dir() else find_model(name)
+    try:
+        if Path(where).is_file():
+            vae = AutoencoderKL.from_single_file(where, config=config, subfolder="vae", dtype=dtype)
+            info = {"missing_keys": [key for key, weight in vae.named_parameters() if weight.is_meta]}
+        else:
+            folder = {"subfolder": "vae"} if _is_pipeline(where, hub) else {}
+            kind = AutoencoderKL.load_config(where, **folder, **hub).get("_class_name")
+            if kind != AutoencoderKL.__name__:
+                raise ValueError(
+                    f"`vae` is {name}, a `{kind}`. Pass an `{AutoencoderKL.__name__}`, as the pipelines here have it."
+                )
+            vae, info = AutoencoderKL.from_pretrained(where, dtype=dtype, output_loading_info=True, **folder, **hub)
+    except (OSError, NotImplementedError) as error:
+        raise ValueError(f"`vae` is {name}, which cannot be loaded: {str(error).splitlines()[0]}") from error
+    check_loading_info(info, f"The VAE {name}")
+    return vae
+
+
+def _is_pipeline(where: str, hub: dict[str, Any]) -> bool:
+    if Path(where).is_dir():
+        return (Path(where) / INDEX).is_file()
+    try:
+        AutoencoderKL.load_config(where, **hub)
+    except OSError:
+        return True
+    return False
