@@ -132,8 +132,8 @@ def read_choice(choice: dict, max_new_tokens: int) -> str | GenerationError | Fa
     if refusal.strip():
         return GenerationError(f"the model refuses: {one_line(refusal)}", text or refusal)
     if reason in ("error", "abort"):
-        said = one_line(json.dumps(choice.get("error", ""), ensure_ascii=False))
-        return Failure(GenerationError(f"the server broke off its answer: {said}", text), again=True)
+        said = f": {one_line(json.dumps(choice['error'], ensure_ascii=False))}" if choice.get("error") else ""
+        return Failure(GenerationError(f"the server broke off its answer{said}", text), again=True)
     if isinstance(reason, str) and FILTERED.search(reason):
         return GenerationError("a content filter of the server stopped the answer", text)
     if isinstance(reason, str) and reason.lower() in CUT_OFF:
