@@ -3,9 +3,11 @@
 
 """A model behind a server, over real HTTP: requests, answers and retries."""
 
+import asyncio
 import base64
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,6 +29,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.annotation import tiny_models
+from tests.annotation.wrong_servers import KEY, WRONGS, WrongServer
 from trl_diffusion.annotation import endpoint_vlm
 from trl_diffusion.annotation.endpoint_vlm import EndpointVLM, data_url
 from trl_diffusion.annotation.images import StoredImage
@@ -34,7 +37,8 @@ from trl_diffusion.annotation.judge import Judge, Verdict
 from trl_diffusion.annotation.planner import Plan, Planner
 from trl_diffusion.annotation.records import Instance, PairRecord
 from trl_diffusion.annotation.transformers_vlm import TransformersVLM
-from trl_diffusion.annotation.vlm import GenerationError, Request
+from trl_diffusion.annotation.vlm import GenerationError, Request, ask, validate
+from trl_diffusion.scripts.judges import VLMArguments, get_vlm
 
 
 Reply = tuple[int, dict[str, str], str]
@@ -114,7 +118,11 @@ def serving(*replies: Reply | str, script: Callable[[dict], Reply | str] | None 
 def waits(monkeypatch) -> list[float]:
     """Records the client's waits in seconds, without waiting."""
     waits = []
-    monkeypatch.setattr(endpoint_vlm, "time", SimpleNamespace(sleep=waits.append))
+
+    async def sleep(seconds: float):
+        waits.append(seconds)
+
+    monkeypatch.setattr(endpoint_vlm, "sleep", sleep)
     return waits
 
 
@@ -324,10 +332,23 @@ class TestTries:
         assert len(server.posts) == 2 and in_range(waits, [7])
 
     @pytest.mark.parametrize(
-        "asked, expected", [("3600", 60), ("0", 0), ("Wed, 21 Oct 2065 07:28:00 GMT", 1), ("soon", 1)]
+        "asked, expected",
+        [
+            ("3600", 60),
+            ("9" * 400, 60),
+            ("0", 0),
+            ("-5", 0),
+            ("2.5", 2.5),
+            ("Wed, 21 Oct 2065 07:28:00 GMT", 60),
+            ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+            ("nan", 1),
+            ("soon", 1),
+            ("", 1),
+        ],
     )
     def test_odd_wishes_are_met_half_way(self, waits, asked, expected):
-        """A Retry-After of an hour is limited to a minute; a date or a word is ignored."""
+        """A Retry-After of an hour is limited to a minute, a past date and a negative number are no wait; a word is
+        ignored."""
         with serving(failure(503, Retry_After=asked), completion("fine")) as server:
             assert self.ask(server) == "fine"
         assert in_range(waits, [expected])
@@ -371,7 +392,8 @@ class TestTries:
         with serving(failure(200, body)) as server:
             answer = self.ask(server, max_tries=2)
         assert isinstance(answer, GenerationError) and len(server.posts) == 2
-        assert str(answer) == "the server's answer is not a chat completion (2 tries)"
+        said = "the server answers 500" if "error" in body else "the server's answer is not a chat completion"
+        assert str(answer) == f"{said}{': ' if body else ''}{body} (2 tries)"
 
     def test_a_completion_without_words_is_an_empty_text(self, waits):
         """An empty answer of the model is a success."""
@@ -388,7 +410,7 @@ class TestTries:
         assert in_range(waits, [1])
         with serving(HANG) as server:
             answer = self.ask(server, max_tries=2, timeout=0.2)
-        assert isinstance(answer, GenerationError) and "the server does not answer: ReadTimeout" in str(answer)
+        assert isinstance(answer, GenerationError) and "the server does not answer within 0.2 seconds" in str(answer)
 
     def test_no_server_at_all_is_an_error_with_a_reason(self, waits):
         """A port without a server is retried as often as any server."""
@@ -440,6 +462,33 @@ class TestSchemas:
         assert ["response_format" in post.payload for post in server.posts] == [True] + [False] * 4
         assert waits == []
 
+    def test_a_failure_among_answers_costs_no_schemas(self, waits):
+        """A server that has answered a request with a schema is asked with one, also after a 400 that it takes back."""
+        replies = [completion("one"), failure(400, "try later"), completion("two"), completion("three")]
+        with serving(*replies) as server:
+            vlm = EndpointVLM(server.url, "qwen", concurrency=1)
+            assert vlm.generate([plan_request()] * 3) == ["one", "two", "three"]
+        assert ["response_format" in post.payload for post in server.posts] == [True, True, False, True]
+
+    @pytest.mark.parametrize("trouble", [failure(500), failure(503, "busy"), failure(429, "slow down"), CLOSE])
+    def test_a_server_in_trouble_keeps_its_schemas(self, waits, trouble):
+        """Failures that pass say nothing about schemas."""
+        with serving(trouble, completion("one"), completion("two")) as server:
+            vlm = EndpointVLM(server.url, "qwen", concurrency=1)
+            assert vlm.generate([plan_request()] * 2) == ["one", "two"]
+        assert all("response_format" in post.payload for post in server.posts) and len(server.posts) == 3
+
+    def test_many_rows_cost_few_requests_with_schemas(self, waits):
+        """At most as many requests as are under way at the same time find out that there are no schemas."""
+
+        def script(payload: dict) -> Reply:
+            refused = "response_format" in payload
+            return failure(501, "response_format") if refused else completion("fine")
+
+        with serving(script=script) as server:
+            assert EndpointVLM(server.url, "qwen", concurrency=4).generate([plan_request()] * 40) == ["fine"] * 40
+        assert sum("response_format" in post.payload for post in server.posts) <= 4
+
     def test_a_request_that_is_bad_for_another_reason_costs_no_schemas(self, waits):
         """A request that fails with and without a schema is an error, and the next one has its schema again."""
 
@@ -452,6 +501,183 @@ class TestSchemas:
             assert str(answer) == "the server answers 400: image too small"
             assert vlm.generate([plan_request("good")]) == ["fine"]
         assert ["response_format" in post.payload for post in server.posts] == [True, False, True]
+
+
+@pytest.mark.parametrize("wrong", WRONGS, ids=[wrong.name for wrong in WRONGS])
+def test_wrong_servers(waits, monkeypatch, wrong):
+    """Whatever a server does, a request ends within its deadline, with the right object or with a reason on one line, the
+    text is kept, and no key is in the result."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    request = plan_request("Which?", (8, 8))
+    with WrongServer(wrong.reply) as server:
+        vlm = EndpointVLM(server.url, "qwen", **{"max_tries": 2, "timeout": 0.5, **wrong.settings})
+        start = time.monotonic()
+        (text,) = vlm.generate([request])
+        assert time.monotonic() - start < 2.5
+        answer = validate(text, Plan)
+        if not isinstance(text, GenerationError) and answer.error:
+            vlm.generate([request])  # the second request of `ask`
+    if isinstance(wrong.expected, list):
+        assert (answer.value, answer.error) == (Plan(instances=wrong.expected), None)
+    else:
+        assert answer.value is None and wrong.expected in answer.error
+        assert "\n" not in answer.error and len(answer.error) < 450
+    assert len(server.posts) == wrong.posts
+    assert wrong.raw is None or answer.raw == wrong.raw
+    assert KEY not in f"{answer}"
+
+
+class TestSecrets:
+    def test_a_redirect_takes_nothing_along(self, waits, monkeypatch):
+        """Another server gets neither the key nor a request."""
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        with serving(completion("fine")) as other, serving(failure(307, Location=other.url)) as server:
+            (answer,) = EndpointVLM(server.url, "qwen").generate([plan_request()])
+        assert f"redirects to {other.url}" in str(answer) and other.posts == []
+
+    def test_what_an_address_holds_is_in_no_message(self, waits, caplog):
+        """User, password and query of an address reach the server, and no message, log line, text or description."""
+        secrets = ("somebody", "pass word", "query+key")
+        coded = base64.b64encode(b"somebody:pass word").decode()
+        with serving(script=lambda payload: failure(400, echo())) as server, caplog.at_level(logging.DEBUG):
+
+            def echo() -> str:
+                post = server.posts[-1]
+                return json.dumps({"path": post.path, "headers": post.headers, "said": secrets})
+
+            url = server.url.replace("http://", "http://somebody:pass%20word@") + "?key=query%2Bkey"
+            vlm = EndpointVLM(url, "qwen")
+            (answer,) = vlm.generate([plan_request()])
+        assert server.posts[0].path == "/v1/chat/completions?key=query%2Bkey"
+        assert server.posts[0].headers["authorization"] == f"Basic {coded}"
+        for secret in (*secrets, coded, "query%2Bkey", "pass%20word"):
+            assert secret not in f"{answer} {answer.raw} {caplog.text} {vlm.describe()}"
+
+    @pytest.mark.parametrize("url", ["http://me:secret@server:80x/v1", "ftp://me:secret@server/v1?key=secret"])
+    def test_a_wrong_address_is_told_without_its_password(self, url):
+        """The message about an address has no password and no query."""
+        with pytest.raises(ValueError, match="The server's address") as caught:
+            EndpointVLM(url, "qwen")
+        assert "secret" not in str(caught.value)
+
+    def test_a_key_in_an_answer_is_hidden(self, waits, monkeypatch):
+        """A model that writes the key, also in JSON's escapes, does not get it into a row."""
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        status, headers, body = completion(f"your key is {KEY}")
+        with serving((status, headers, body.replace("sk-", "\\u0073k-"))) as server:
+            assert EndpointVLM(server.url, "qwen").generate([plan_request()]) == ["your key is ***"]
+
+    @pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk-ключ"])
+    def test_a_key_that_is_none_is_refused_without_showing_it(self, monkeypatch, key):
+        """A key that no header can hold raises a ValueError that names the variable."""
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(ValueError, match="`OPENAI_API_KEY` holds characters") as caught:
+            EndpointVLM("http://localhost:9/v1", "qwen").generate([plan_request()])
+        assert "sk-" not in str(caught.value)
+
+    def test_white_space_around_a_key_is_no_part_of_it(self, monkeypatch):
+        """A key from a file with a line break at its end is sent without it."""
+        monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+        with serving(completion("{}")) as server:
+            EndpointVLM(server.url, "qwen").generate([plan_request()])
+        assert server.posts[0].headers["authorization"] == f"Bearer {KEY}"
+
+
+class TestParameters:
+    def sent(self, **request) -> dict:
+        with serving(completion("{}")) as server:
+            EndpointVLM(server.url, "qwen", max_new_tokens=77, request=request).generate([plan_request()])
+        return server.posts[0].payload
+
+    def test_parameters_are_changed_added_and_left_out(self):
+        """A value replaces or adds a parameter, and `None` leaves it out."""
+        payload = self.sent(
+            max_tokens=None,
+            max_completion_tokens=512,
+            temperature=None,
+            seed=3,
+            chat_template_kwargs={"enable_thinking": False},
+        )
+        payload.pop("messages")
+        assert payload.pop("response_format")["type"] == "json_schema"
+        assert payload == {
+            "model": "qwen",
+            "max_completion_tokens": 512,
+            "seed": 3,
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+        assert "response_format" not in self.sent(response_format=None)
+        assert self.sent(response_format={"type": "json_object"})["response_format"] == {"type": "json_object"}
+
+    def test_answers_depend_on_them(self):
+        """Changed parameters are part of the description, and without any it is as it always was."""
+        plain = EndpointVLM("http://localhost:8000/v1", "qwen").describe()
+        changed = EndpointVLM("http://localhost:8000/v1", "qwen", request={"temperature": None}).describe()
+        assert changed == {**plain, "changed_parameters": {"temperature": None}}
+
+    @pytest.mark.parametrize(
+        "request_, message",
+        [
+            ({"model": "other"}, "cannot change model"),
+            ({"messages": [], "n": 2}, "cannot change messages, n"),
+            ({"stream": True}, "cannot change stream"),
+            ({"top_p": float("nan")}, "must be a JSON object"),
+            ({"stop": {1, 2}}, "must be a JSON object"),
+            (["temperature"], "must be a JSON object"),
+            ({"extra": {"api_key": "x"}}, "`--vlm_request` holds a key"),
+            ({"Authorization": "Bearer x"}, "`--vlm_request` holds a key"),
+            ({"user": KEY}, "`--vlm_request` holds a key"),
+        ],
+    )
+    def test_what_cannot_be_sent_is_refused(self, monkeypatch, request_, message):
+        """Parameters that are ours, that are not JSON, or that hold a key raise a ValueError."""
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        with pytest.raises(ValueError, match=message) as caught:
+            EndpointVLM("http://localhost:8000/v1", "qwen", request=request_)
+        assert KEY not in str(caught.value)
+
+    @pytest.mark.parametrize("value", ['{"temperature": null, "top_p": 0.5}', {"temperature": None, "top_p": 0.5}])
+    def test_the_flag_takes_json_or_a_dictionary(self, value):
+        """`--vlm_request` is JSON on the command line and a dictionary in a YAML file."""
+        args = VLMArguments(vlm="qwen", vlm_base_url="http://localhost:8000/v1", vlm_request=value)
+        assert get_vlm(args).request == {"temperature": None, "top_p": 0.5}
+
+    def test_mistakes_in_the_flags(self):
+        """A flag that is no JSON, has no server, or allows no time raises a ValueError that names it."""
+        url = "http://localhost:8000/v1"
+        for changes, message in (
+            ({"vlm_base_url": url, "vlm_request": "{"}, "`--vlm_request` is not valid JSON"),
+            ({"vlm_base_url": url, "vlm_request": "[1]"}, "`--vlm_request` must be a JSON object"),
+            ({"vlm_request": "{}"}, "`--vlm_request` is for a server"),
+            ({"vlm_base_url": url, "vlm_timeout": 0.0}, "`--vlm_timeout` must be a positive number"),
+            ({"vlm_base_url": url, "vlm_timeout": float("nan")}, "`--vlm_timeout` must be a positive number"),
+        ):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                get_vlm(VLMArguments(vlm="qwen", **changes))
+
+
+class TestQuotas:
+    def test_the_rest_of_a_batch_is_not_sent(self, waits):
+        """After a quota error, no request waits or is sent any more, and `ask` stops with the server's words."""
+        with serving(failure(402, "Insufficient Balance")) as server:
+            vlm = EndpointVLM(server.url, "qwen", concurrency=2)
+            answers = vlm.generate([plan_request()] * 20)
+            assert len(server.posts) == 2 and waits == []
+            assert {str(answer) for answer in answers} == {
+                "the server answers 402, its quota is used up: Insufficient Balance"
+            }
+            with pytest.raises(ValueError, match="^Stopped: the server answers 402.*Insufficient Balance.* continues"):
+                ask(vlm, [plan_request()] * 3)
+
+
+def test_a_notebook_may_ask():
+    """Requests are answered where an event loop runs already."""
+
+    async def cell() -> list:
+        return EndpointVLM(server.url, "qwen").generate([plan_request()])
+
+    with serving(completion("fine")) as server:
+        assert asyncio.run(cell()) == ["fine"]
 
 
 IMAGES_ONLY = """

@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from trl_diffusion.annotation.judge import Judge
 from trl_diffusion.annotation.planner import Planner
 from trl_diffusion.annotation.records import PAIR_ANNOTATION_FEATURES, STATUSES, pair_columns, prepare_rows
 from trl_diffusion.annotation.run import MANIFEST, Run, run, run_locally
-from trl_diffusion.annotation.vlm import GenerationError
+from trl_diffusion.annotation.vlm import GenerationError, OutOfQuota
 from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
 from trl_diffusion.quickstart.world import preference_dataset
 
@@ -364,3 +365,97 @@ def test_a_row_without_an_id_is_named(tmp_path):
     rows[1]["id"] = None
     with pytest.raises(ValueError, match="A row has no `id`"):
         annotate(Dataset.from_list(rows, features=world(1).features), tmp_path)
+
+
+ODD_PROMPTS = [
+    (7, "7", "the prompt is no text but int: 7"),
+    (2.5, "2.5", "the prompt is no text but float: 2.5"),
+    (["a", "b"], "['a', 'b']", "the prompt is no text but list: ['a', 'b']"),
+    ({"en": "a cat"}, "{'en': 'a cat'}", "the prompt is no text but dict: {'en': 'a cat'}"),
+    (b"a cat", "b'a cat'", "the prompt is no text but bytes: b'a cat'"),
+    ("half of \ud83d", "half of ?", "the prompt is no valid text: it holds single surrogates"),
+]
+
+
+@pytest.mark.parametrize("prompt, written, reason", ODD_PROMPTS)
+def test_a_prompt_that_is_no_text_costs_one_row(prompt, written, reason, tmp_path):
+    """In a shard with such a prompt, its row is an error with the reason, no model is asked about it, and the others are as
+    without it."""
+    rows = [dict(row) for row in world(4)]
+    fine = annotate(world(4), tmp_path / "fine").folder
+    rows[2]["prompt"] = prompt
+    vlm = Asked()
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    finished = annotate(stream, tmp_path / "odd", vlm, max_error_rate=1)
+    assert finished.counts["rows"] == 4 and finished.counts["error"] == 1 and vlm.prompts.total() == 3
+    annotated, expected = read(finished.folder), read(fine)
+    assert annotated[2]["prompt"] == written and annotated[2]["reason"].startswith(reason)
+    assert annotated[2]["instances"] == []
+    assert [row for i, row in enumerate(annotated) if i != 2] == [row for i, row in enumerate(expected) if i != 2]
+
+
+@pytest.mark.parametrize("prompt", ["", "a\0b", "x" * 3_000_000, "a cat\n\twith 犬 and 🐶"])
+def test_unusual_prompts_are_written(prompt, tmp_path):
+    """Empty prompts, long ones, and those with NUL or of other scripts are written as they are."""
+    rows = [{**row, "prompt": prompt} for row in world(2)]
+
+    class Silent(OracleVLM):
+        def generate(self, requests):
+            return ['{"instances": []}' for request in requests]
+
+    dataset = Dataset.from_list(rows, features=world(1).features)
+    finished = annotate(dataset, tmp_path, Silent())
+    assert finished.counts["ok"] == 2 and [row["prompt"] for row in read(tmp_path)] == [prompt] * 2
+
+
+ODD_VALUES = [
+    ("planner_answer", "half of \ud83d", "half of ?", "planner_answer: "),
+    ("planner_answer", 5, "5", "planner_answer: "),
+    ("chosen_uid", 12, "12", "chosen_uid: "),
+    ("labels", None, None, None),  # not written
+    ("dropped", [{"label": 3, "reason": "x"}], None, "dropped: "),
+    ("tie", "maybe", None, "tie: "),
+]
+
+
+@pytest.mark.parametrize("name, value, written, reason", ODD_VALUES)
+def test_a_row_that_cannot_be_written_costs_no_other(name, value, written, reason, tmp_path):
+    """A row whose values do not fit the columns is an error that names the column, with the rest of it; the other rows of its
+    shard keep their answers."""
+
+    def spoil(records):
+        setattr(records[1], name, value)
+
+    rows, columns = prepare_rows(world(4), pair_columns)
+    task = make_task(columns)
+    spoiled = replace(task, roles=(*task.roles, spoil))
+    finished = run(rows, spoiled, tmp_path / "odd", run_locally, max_error_rate=1)
+    annotated = read(finished.folder)
+    expected = read(run(rows, task, tmp_path / "fine", run_locally).folder)
+    if reason is None:
+        assert annotated == expected
+        return
+    assert STATUSES[annotated[1]["status"]] == "error" and finished.counts["error"] == 1
+    assert annotated[1]["reason"].startswith(f"the row cannot be written: {reason}")
+    assert annotated[1][name] == written and annotated[1]["instances"] == []
+    assert annotated[1]["id"] == expected[1]["id"] and annotated[1]["prompt"] == expected[1]["prompt"]
+    assert [annotated[0], *annotated[2:]] == [expected[0], *expected[2:]]
+
+
+def test_a_stop_of_the_server_costs_no_rows(tmp_path):
+    """When a quota is used up, the run stops with the server's words, whatever `max_error_rate` allows; no row is an error,
+    and the same command continues."""
+    dataset = world(12)
+
+    class Poor(Asked):
+        def generate(self, requests):
+            if self.prompts.total() >= 8 and "Which things" in requests[0].text:
+                return [OutOfQuota("the server answers 402: no money")] * len(requests)
+            return super().generate(requests)
+
+    with pytest.raises(
+        ValueError, match="^Stopped: the server answers 402: no money. Once that is settled, the same command"
+    ):
+        annotate(dataset, tmp_path, Poor(), max_error_rate=1)
+    assert [STATUSES[row["status"]] for row in read(tmp_path)] == ["ok"] * 8
+    assert annotate(dataset, tmp_path).counts["ok"] == 12

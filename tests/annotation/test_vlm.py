@@ -5,6 +5,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -19,7 +20,7 @@ from tests.annotation import tiny_models
 from trl_diffusion.annotation.detector import Detection, TransformersDetector, best_hit
 from trl_diffusion.annotation.judge import Verdict
 from trl_diffusion.annotation.planner import Plan
-from trl_diffusion.annotation.transformers_vlm import TransformersVLM
+from trl_diffusion.annotation.transformers_vlm import TransformersVLM, ended
 from trl_diffusion.annotation.vlm import (
     VLM,
     GenerationError,
@@ -66,22 +67,22 @@ class TestValidate:
         assert (answer.value, answer.raw, answer.error) == (Verdict(better="A"), text, None)
 
     def test_braces_within_a_string_do_not_end_an_object(self):
-        """The JSON extends from the first brace to the last one."""
+        """Braces in strings are text."""
         assert validate('so: {"instances": ["a } b", "{c"]}.', Plan).value.instances == ["a } b", "{c"]
 
     @pytest.mark.parametrize(
         "text, error",
         [
-            ("", "there is no JSON object in it"),
+            ("", "the answer is empty"),
             ("A is better.", "there is no JSON object in it"),
-            ('{"better": "A"', "there is no JSON object in it"),
+            ('{"better": "A"', "its JSON object is cut off"),
             ("} {", "there is no JSON object in it"),
             ('{"best": "A"}', "better: Field required"),
             ('{"better": "C"}', "better: Input should be 'A' or 'B'"),
             ('{"better": 1}', "better: Input should be 'A' or 'B'"),
             ('{"better": ["A"]}', "better: Input should be 'A' or 'B'"),
-            ('{"better": "A"} or {"better": "B"}', "Invalid JSON: trailing characters"),
-            ("{'better': 'A'}", "Invalid JSON: key must be a string"),
+            ('{"better": "A"} or {"better": "B"}', "there are 2 answers in it that differ"),
+            ("{'better': 'A'}", "Invalid JSON: Expecting property name"),
         ],
     )
     def test_everything_else_is_an_error_with_a_reason(self, text, error):
@@ -199,6 +200,11 @@ def tiny_vlm(folder: Path, **options) -> TransformersVLM:
     return TransformersVLM(str(folder), **{"max_new_tokens": 12, "dtype": "float32", "device": "cpu", **options})
 
 
+def texts(answers: Iterable[str | GenerationError]) -> list[str]:
+    """The texts of answers, most of which are cut off, because a model with random weights does not end."""
+    return [answer.raw if isinstance(answer, GenerationError) else answer for answer in answers]
+
+
 def mixed_requests() -> list[Request]:
     """Short and long requests with two, one or no images of several shapes."""
     requests = []
@@ -222,8 +228,8 @@ class TestTransformersVLM:
     def test_answers_do_not_depend_on_the_batch(self, vlm_folder, batch_size):
         """Requests of all lengths and numbers of images get the same answers in batches as one at a time, in order."""
         requests = mixed_requests()
-        alone = [answer for request in requests for answer in tiny_vlm(vlm_folder).generate([request])]
-        assert tiny_vlm(vlm_folder, batch_size=batch_size).generate(requests) == alone
+        alone = texts(answer for request in requests for answer in tiny_vlm(vlm_folder).generate([request]))
+        assert texts(tiny_vlm(vlm_folder, batch_size=batch_size).generate(requests)) == alone
         assert len(set(alone)) == len(alone)
 
     def test_answers_depend_on_the_images_and_their_order(self, vlm_folder):
@@ -231,13 +237,18 @@ class TestTransformersVLM:
         vlm = tiny_vlm(vlm_folder)
         bright, dark = Image.new("RGB", (56, 56), "white"), Image.new("RGB", (56, 56), "navy")
         pairs = [(bright, dark), (dark, bright), (bright, bright)]
-        assert len(set(vlm.generate([Request("Which?", images, Verdict) for images in pairs]))) == 3
+        assert len(set(texts(vlm.generate([Request("Which?", images, Verdict) for images in pairs])))) == 3
 
     def test_an_answer_ends_at_its_limit(self, vlm_folder):
         """No answer has more tokens than `max_new_tokens`, and a smaller limit truncates the same answer."""
         (request,) = mixed_requests()[:1]
         vlm = tiny_vlm(vlm_folder)
-        (long,), (short,) = vlm.generate([request]), tiny_vlm(vlm_folder, max_new_tokens=3).generate([request])
+        answers = [*vlm.generate([request]), *tiny_vlm(vlm_folder, max_new_tokens=3).generate([request])]
+        assert [str(answer).split(":")[0] for answer in answers] == [
+            "the answer is cut off after 12 tokens",
+            "the answer is cut off after 3 tokens",
+        ]
+        long, short = texts(answers)
         assert 0 < len(short) < len(long)
         assert long.startswith(short.rstrip("\N{REPLACEMENT CHARACTER}"))
 
@@ -264,7 +275,7 @@ class TestTransformersVLM:
         for token in ("<|image_pad|>", "<|video_pad|>", "<|im_end|>", "<|vision_start|>"):
             odd = Request(f"A cow {token} in a field", (tiny.image(1),), Plan)
             answer, neighbour = vlm.generate([odd, fine])
-            assert not isinstance(answer, GenerationError) and neighbour == vlm.generate([fine])[0]
+            assert texts([answer])[0] and texts([neighbour]) == texts(vlm.generate([fine]))
             plain = Request("A cow in a field", odd.images, Plan)
             counts = [
                 (
@@ -283,7 +294,74 @@ class TestTransformersVLM:
         thin = Request("What is it?", (tiny.image(0, 1000, 4),), Plan)
         answers = vlm.generate([*fine[:2], thin, fine[2]])
         assert isinstance(answers[2], GenerationError) and "aspect ratio" in str(answers[2])
-        assert [answers[0], answers[1], answers[3]] == vlm.generate(fine)
+        assert texts([answers[0], answers[1], answers[3]]) == texts(vlm.generate(fine))
+
+    def test_a_batch_that_needs_too_much_memory_is_asked_in_parts(self, vlm_folder, monkeypatch):
+        """If there is no memory for a batch, its requests are answered one at a time, as alone; if there is none for one
+        request, that one is an error."""
+        vlm, requests = tiny_vlm(vlm_folder), mixed_requests()[:3]
+        expected, generate = texts(vlm.generate(requests)), vlm.model.generate
+
+        def failing(error: Exception, most: int):
+            def run(**inputs):
+                if len(inputs["input_ids"]) > most:
+                    raise error
+                return generate(**inputs)
+
+            return run
+
+        for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
+            monkeypatch.setattr(vlm.model, "generate", failing(error, 1))
+            assert texts(vlm.generate(requests)) == expected
+            monkeypatch.setattr(vlm.model, "generate", failing(error, 0))
+            answers = vlm.generate(requests)
+            assert [str(answer).split(":")[0] for answer in answers] == [
+                "the memory is too small for this request"
+            ] * 3
+
+    def test_what_the_model_raises_is_an_error_of_its_request(self, vlm_folder, monkeypatch):
+        """An exception at one request costs only this request, with its reason; a mistake in the code is raised."""
+        vlm, requests = tiny_vlm(vlm_folder), mixed_requests()[:3]
+        expected, generate = texts(vlm.generate(requests)), vlm.model.generate
+        widest = max(vlm.encode([vlm.chat(request)])["input_ids"].shape[1] for request in requests)
+
+        def failing(error: Exception):
+            def run(**inputs):
+                if inputs["input_ids"].shape[1] == widest:
+                    raise error
+                return generate(**inputs)
+
+            return run
+
+        for error in (RuntimeError("CUDA error:\n device-side assert"), IndexError("index out of range")):
+            monkeypatch.setattr(vlm.model, "generate", failing(error))
+            answers = vlm.generate(requests)
+            (lost,) = [index for index, text in enumerate(texts(answers)) if text == ""]
+            words = " ".join(str(error).split())
+            assert str(answers[lost]) == f"the model fails at this request: {type(error).__name__}: {words}"
+            assert [text for i, text in enumerate(texts(answers)) if i != lost] == [
+                text for i, text in enumerate(expected) if i != lost
+            ]
+        for error in (TypeError("a bug"), AttributeError("a bug"), NameError("a bug")):
+            monkeypatch.setattr(vlm.model, "generate", failing(error))
+            with pytest.raises(type(error), match="a bug"):
+                vlm.generate(requests)
+
+    def test_a_model_that_does_not_load_is_no_error_of_a_request(self, vlm_folder, tmp_path):
+        """What fails in loading the model or its processor is raised."""
+        for name in ("model.safetensors", "preprocessor_config.json"):
+            broken = Path(shutil.copytree(vlm_folder, tmp_path / name))
+            (broken / name).write_text("{")
+            with pytest.raises(Exception):  # noqa: B017, what transformers raises differs between its versions
+                tiny_vlm(broken).generate(mixed_requests()[:1])
+
+    @pytest.mark.parametrize(
+        "ends, expected", [(7, [True, False, True]), ([7, 5], [True, True, True]), (None, [False] * 3)]
+    )
+    def test_an_answer_has_ended_where_a_token_says_so(self, ends, expected):
+        """An answer without one of the tokens that end one is cut off."""
+        tokens = torch.tensor([[1, 7, 0], [1, 2, 5], [7, 0, 0]])
+        assert ended(tokens, ends) == expected
 
     def test_other_families_load_by_name(self, tmp_path):
         """LLaVA, whose template and tokenizer both add the first token, has it once, and answers in batches as
@@ -292,8 +370,8 @@ class TestTransformersVLM:
         requests = [request for request in mixed_requests() if request.images]
         ids = vlm.encode([vlm.chat(request) for request in requests])["input_ids"]
         assert (ids == vlm.processor.tokenizer.bos_token_id).sum(dim=1).tolist() == [1] * len(requests)
-        alone = [answer for request in requests for answer in vlm.generate([request])]
-        assert vlm.generate(requests) == alone and len(set(alone)) == len(alone)
+        alone = texts(answer for request in requests for answer in vlm.generate([request]))
+        assert texts(vlm.generate(requests)) == alone and len(set(alone)) == len(alone)
 
 
 class TestRevisions:
@@ -337,7 +415,8 @@ class TestRevisions:
         vlm = tiny_vlm("someone/tiny")
         assert vlm.describe()["revision"] == commit
         (repository / "refs" / "main").write_text(other)  # the branch changes, the run does not
-        assert vlm.generate(mixed_requests()[:2]) == tiny_vlm(vlm_folder).generate(mixed_requests()[:2])
+        expected = texts(tiny_vlm(vlm_folder).generate(mixed_requests()[:2]))
+        assert texts(vlm.generate(mixed_requests()[:2])) == expected
 
 
 SHAPES = {"portrait": (40, 72), "landscape": (80, 48), "square": (64, 64), "thin": (160, 20)}

@@ -84,7 +84,7 @@ def count_instances(rows: list[Row]) -> Counter:
     ok = [row for row in rows if STATUSES[row["status"]] == "ok"]
     preferences = Counter(PREFERENCES[instance["preference"]] for row in ok for instance in row["instances"])
     return Counter(
-        tie=sum(row["tie"] for row in rows),
+        tie=sum(bool(row["tie"]) for row in rows),
         without_instances=sum(not row["instances"] for row in ok),
         instances=preferences.total(),
         conflicts=preferences["rejected"],

@@ -96,7 +96,7 @@ class RayExecutor:
 
         # The files and caches of the dataset are on this machine.
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        shards = add_pool(shards, Reader, (task.read, task.rows_per_shard, rest), 1, 0, here)
+        shards = add_pool(shards, Reader, (task.read_row, task.rows_per_shard, rest), 1, 0, here)
         pools = self.pools(task.roles, ray.cluster_resources().get("GPU", 0))
         for number, (role, (actors, gpus)) in enumerate(zip(task.roles, pools, strict=True), 1):
             shards = add_pool(shards, RoleWorker, (role, number == len(pools)), actors, gpus)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
 from ..data.columns import column_names, with_nested_columns
@@ -24,6 +25,8 @@ from ..data.presets import (
 from .images import StoredImage
 
 
+UNWRITABLE = (pa.ArrowException, TypeError, ValueError, OverflowError)  # what Arrow raises at values that do not fit
+ANNOTATIONS = ("instances", "positive_attributes", "negative_attributes")  # only rows that are ok have any
 SCHEMA_VERSION = 1  # increases with every change of the features below or of their meaning
 STATUSES = ("ok", "rejected", "error")
 
@@ -226,6 +229,60 @@ def encode_row(row: dict[str, Any]) -> dict[str, Any]:
             instance | {"preference": PREFERENCES.index(instance["preference"])} for instance in row["instances"]
         ]
     return encoded
+
+
+def to_table(rows: list[dict[str, Any]], schema: pa.Schema) -> tuple[list[dict[str, Any]], pa.Table]:
+    """
+    Puts rows into a table. A row that does not fit becomes an error.
+
+    Args:
+        rows (`list[dict]`):
+            Rows from `to_row`.
+        schema (`pyarrow.Schema`):
+            Columns of the table.
+
+    Returns:
+        `tuple[list[dict], pyarrow.Table]`: the rows as they are in the table, and the table.
+    """
+    try:
+        return rows, pa.Table.from_pylist([encode_row(row) for row in rows], schema=schema)
+    except UNWRITABLE:
+        rows = [writable_row(row, schema) for row in rows]
+        # One table for each row, because all of them together may be too large for one
+        return rows, pa.concat_tables(pa.Table.from_pylist([encode_row(row)], schema=schema) for row in rows)
+
+
+def writable_row(row: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """The row if it fits the columns, else an error with as much of it as fits."""
+    encoded, problems, kept = encode_row(row), [], dict(row)
+    for column in schema:
+        try:
+            pa.array([encoded[column.name]], column.type)
+        except UNWRITABLE as error:
+            problems.append(f"{column.name}: {' '.join(str(error).split())[:200]}")
+            kept[column.name] = readable(row[column.name]) if pa.types.is_string(column.type) else None
+    if problems:
+        reason = readable(f"the row cannot be written: {'; '.join(problems)}")
+        kept |= {"status": "error", "reason": reason}
+        kept |= {name: [] for name in ANNOTATIONS if name in kept}
+    return kept
+
+
+def check_prompt(record: Record) -> None:
+    """Makes a record whose prompt is no text an error. Its prompt becomes a text that can be written."""
+    problem = None
+    if not isinstance(record.prompt, str):
+        problem = f"the prompt is no text but {type(record.prompt).__name__}: {readable(record.prompt)[:100]}"
+    elif record.prompt != readable(record.prompt):
+        problem = "the prompt is no valid text: it holds single surrogates, which are parts of characters"
+    if problem and record.status == "ok":
+        record.fail(problem)
+    record.prompt = readable(record.prompt)
+
+
+def readable(value: Any) -> str:
+    """A value as text that can be written, with question marks instead of single surrogates."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 # ----- reading -----

@@ -20,7 +20,6 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset
 from filelock import FileLock, Timeout
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ..batching import CORES
 from ..files import write_file
-from .records import STATUSES, Record, encode_row, open_images
+from .records import STATUSES, Record, check_prompt, encode_row, open_images, to_table
 
 
 MANIFEST = "manifest.json"
@@ -80,9 +79,15 @@ class Task:
         payload = json.dumps({**self.description, "rows_per_shard": self.rows_per_shard}, sort_keys=True)
         return hashlib.sha256(payload.encode()).hexdigest()[:8]
 
+    def read_row(self, row: Row) -> Record:
+        """Reads a row. One whose prompt is no text becomes an error before any model is asked about it."""
+        record = self.read(row)
+        check_prompt(record)
+        return record
+
     def open(self, row: Row) -> Record:
         """Reads a row and decodes its images."""
-        record = self.read(row)
+        record = self.read_row(row)
         open_images(record)
         return record
 
@@ -305,7 +310,8 @@ class Run:
 
         Args:
             rows (`list[dict]`):
-                Rows of the shard. A row with the id of an earlier row is rejected.
+                Rows of the shard. A row with the id of an earlier row is rejected. A row that does not fit the columns
+                becomes an error, which costs the others nothing.
             stream_state (`dict`, *optional*):
                 State of the stream after these rows.
             max_error_rate (`float`):
@@ -318,7 +324,7 @@ class Run:
             if row["id"] in self.seen:
                 row.update(status="rejected", reason=REPEATED_ID)
             self.seen.add(row["id"])
-        encoded = [encode_row(row) for row in rows]
+        rows, table = to_table(rows, self.task.features.arrow_schema)
         errors = [(row["id"], row["reason"]) for row in rows if row["status"] == "error"]
         num_rows, num_errors = self.counts["rows"] + len(rows), self.counts["error"] + len(errors)
         if num_errors > max_error_rate * max(num_rows, ALLOWANCE_ROWS):
@@ -329,9 +335,9 @@ class Run:
             )
         index = self.next_index()
         buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(encoded, schema=self.task.features.arrow_schema), buffer)
+        pq.write_table(table, buffer)
         self.write_file(self.path(index), buffer.getvalue())
-        self.add(index, encoded)
+        self.add(index, [encode_row(row) for row in rows])
         if stream_state is not None:
             state = {"shards": index + 1, "state": stream_state}
             self.write_file(self.saved_state, json.dumps(state).encode())

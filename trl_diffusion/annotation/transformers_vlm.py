@@ -11,7 +11,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from ..batching import batched
 from ..revisions import pinned, resolve_revision
-from .vlm import VLM, GenerationError, Request
+from .vlm import VLM, GenerationError, Request, cut_off
 
 
 class TransformersVLM(VLM):
@@ -91,17 +91,35 @@ class TransformersVLM(VLM):
 
     @torch.inference_mode()
     def generate_batch(self, requests: list[Request]) -> list[str | GenerationError]:
-        """Same as `generate`, for one batch."""
+        """Same as `generate`, for one batch. If it fails, its requests are asked one at a time, to find those that fail."""
+        model, processor = self.model, self.processor  # what fails in loading them is no matter of the requests
+        chats = [self.chat(request) for request in requests]
+        problem = "the model does not accept this request"
         try:
-            inputs = self.encode([self.chat(request) for request in requests]).to(self.device, self.model.dtype)
-        except ValueError as error:  # the processor refuses a request, for example because of an extreme aspect ratio
-            if len(requests) == 1:
-                return [GenerationError(f"the model does not accept this request: {error}")]
-            return [text for request in requests for text in self.generate_batch([request])]
-        tokens = self.model.generate(
-            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None
-        )
-        return self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            inputs = self.encode(chats).to(self.device, model.dtype)
+            problem = "the model fails at this request"
+            tokens = model.generate(
+                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None
+            )
+        except (torch.OutOfMemoryError, MemoryError):
+            problem = "the memory is too small for this request: use a smaller model or another `--vlm_dtype`"
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+            ArithmeticError,
+            OSError,
+        ) as error:  # others are mistakes of the code
+            problem = f"{problem}: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        else:
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+            texts = processor.batch_decode(tokens, skip_special_tokens=True)
+            ends = ended(tokens, model.generation_config.eos_token_id)
+            return [text if end else cut_off(self.max_new_tokens, text) for text, end in zip(texts, ends, strict=True)]
+        if len(requests) == 1:
+            return [GenerationError(problem)]
+        torch.cuda.empty_cache()  # does nothing without a GPU
+        return [text for request in requests for text in self.generate_batch([request])]
 
     def encode(self, chats: list[list[dict]]) -> BatchFeature:
         """The inputs of the model, which end with the start of its answer."""
@@ -122,6 +140,23 @@ class TransformersVLM(VLM):
                 text = text.replace(token.content, f"{token.content[:1]} {token.content[1:]}")
         content = [{"type": "image", "image": image} for image in request.images]
         return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def ended(tokens: torch.Tensor, ends: int | list[int] | None) -> list[bool]:
+    """
+    Tells which answers end, rather than being cut off.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(B, L)`):
+            Tokens of the answers.
+        ends (`int` or `list[int]`, *optional*):
+            The tokens that end an answer.
+
+    Returns:
+        `list[bool]` of length `B`
+    """
+    ends = torch.as_tensor([] if ends is None else ends, device=tokens.device, dtype=tokens.dtype)
+    return torch.isin(tokens, ends).any(dim=1).tolist()
 
 
 def size(request: Request) -> tuple[int, int]:

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import jinja2
 import PIL.Image
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
+
+from .answers import NoAnswer, read_answer, without_thoughts
 
 
 RETRY = """{text}
@@ -70,7 +72,32 @@ class Answer:
 
 
 class GenerationError(Exception):
-    """The model returned no text: the server did not answer, or the request was refused."""
+    """
+    The model gave no usable text: the server did not answer, the request was refused, or the text was cut off. It is not
+    asked again.
+
+    Args:
+        reason (`str`):
+            Why, on one line.
+        raw (`str`, *optional*, defaults to `""`):
+            The text, as far as there is one.
+    """
+
+    def __init__(self, reason: str, raw: str = ""):
+        super().__init__(reason, raw)
+        self.raw = raw
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class OutOfQuota(GenerationError):
+    """The server answers no more requests until the user pays or waits for long."""
+
+
+def cut_off(tokens: int, raw: str) -> GenerationError:
+    """The error of a text that ended at the largest number of tokens."""
+    return GenerationError(f"the answer is cut off after {tokens} tokens: allow more with `--vlm_max_new_tokens`", raw)
 
 
 class VLM(ABC):
@@ -106,50 +133,54 @@ def ask(vlm: VLM, requests: list[Request]) -> list[Answer]:
 
     Returns:
         `list[Answer]` of length `B`.
+
+    Raises:
+        `ValueError`: If the server answers no more requests because a quota is used up.
     """
-    answers = [validate(text, request.schema) for text, request in zip(vlm.generate(requests), requests, strict=True)]
-    again = [index for index, answer in enumerate(answers) if answer.error and answer.raw]
+    texts = vlm.generate(requests)
+    answers = [validate(text, request.schema, request.text) for text, request in zip(texts, requests, strict=True)]
+    again = [i for i, text in enumerate(texts) if answers[i].error and not isinstance(text, GenerationError)]
     if again:
-        retries = [
-            replace(
-                requests[i], text=RETRY.format(text=requests[i].text, raw=answers[i].raw[:500], error=answers[i].error)
-            )
-            for i in again
-        ]
-        for index, text in zip(again, vlm.generate(retries), strict=True):
-            answer = validate(text, requests[index].schema)
+        retried = vlm.generate([retry(requests[i], answers[i]) for i in again])
+        for index, text in zip(again, retried, strict=True):
+            answer = validate(text, requests[index].schema, requests[index].text)
             answers[index] = replace(answer, raw=answer.raw or answers[index].raw)
+        texts = [*texts, *retried]
+    if stop := next((text for text in texts if isinstance(text, OutOfQuota)), None):
+        raise ValueError(f"Stopped: {stop}. Once that is settled, the same command continues.")
     return answers
 
 
-def validate(text: str | GenerationError, schema: type[BaseModel]) -> Answer:
+def validate(text: str | GenerationError, schema: type[BaseModel], question: str = "") -> Answer:
     """
-    Parses and validates an answer.
+    Parses and validates an answer, see [`annotation.answers.read_answer`].
 
     Args:
         text (`str` or `GenerationError`):
-            Output of the model. The JSON object may be inside a code block or other text.
+            Output of the model.
         schema (`type[BaseModel]`):
             Schema of the answer.
+        question (`str`, *optional*, defaults to `""`):
+            Text of the request.
 
     Returns:
         [`Answer`]
     """
     if isinstance(text, GenerationError):
-        return Answer("", error=str(text))
-    start, end = text.find("{"), text.rfind("}")
-    if not 0 <= start < end:
-        return Answer(text or " ", error="there is no JSON object in it")
+        return Answer(text.raw, error=str(text))
     try:
-        return Answer(text, value=schema.model_validate_json(text[start : end + 1]))
-    except ValidationError as error:
-        return Answer(text, error="; ".join(describe_mistake(mistake) for mistake in error.errors()[:3]))
+        return Answer(text, value=read_answer(text, schema, question))
+    except NoAnswer as error:
+        return Answer(text, error=str(error))
 
 
-def describe_mistake(mistake: dict) -> str:
-    """Formats one error from pydantic on one line."""
-    place = ".".join(str(part) for part in mistake["loc"])
-    return " ".join(f"{place}: {mistake['msg']}".removeprefix(": ").split())
+def retry(request: Request, answer: Answer) -> Request:
+    """The request once more, with the beginning of the last answer, without its thoughts, and what is wrong with it."""
+    try:
+        raw = without_thoughts(answer.raw).strip()[:500]
+    except NoAnswer:
+        raw = ""
+    return replace(request, text=RETRY.format(text=request.text, raw=raw or "(nothing)", error=answer.error))
 
 
 class PromptTemplate:

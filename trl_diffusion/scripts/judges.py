@@ -3,8 +3,9 @@
 
 """The models with which several commands look at images: a vision-language model and a detector."""
 
+import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class VLMArguments:
             Requests that the server is sent at the same time.
         vlm_timeout (`float`, *optional*, defaults to `120.0`):
             Seconds that the server may take for a request.
+        vlm_request (`str`, *optional*):
+            JSON with parameters of the server's requests to add or change; `null` leaves one out.
     """
 
     vlm: str = field(
@@ -57,15 +60,36 @@ class VLMArguments:
     vlm_max_new_tokens: int = field(default=512, metadata={"help": "Largest length of an answer, in tokens."})
     vlm_concurrency: int = field(default=32, metadata={"help": "Requests that the server is sent at the same time."})
     vlm_timeout: float = field(default=120.0, metadata={"help": "Seconds that the server may take for a request."})
+    vlm_request: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON with parameters of the server's requests to add or change; null leaves one out, as in "
+            '\'{"max_tokens": null, "max_completion_tokens": 512, "temperature": null}\'.'
+        },
+    )
 
     def __post_init__(self):
         for name in ("vlm_batch_size", "vlm_max_new_tokens", "vlm_concurrency"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.vlm_timeout < float("inf"):
+            raise ValueError(f"`--vlm_timeout` must be a positive number of seconds, got {self.vlm_timeout}.")
+        if self.vlm_request is not None and not self.vlm_base_url:
+            raise ValueError("`--vlm_request` is for a server: name one with `--vlm_base_url`, or leave it out.")
         if self.vlm_base_url and self.vlm_revision:
             raise ValueError(
                 "`--vlm_revision` is for a model in this process: leave it out with `--vlm_base_url`, where the server decides."
             )
+
+    @property
+    def request(self) -> dict[str, Any] | None:
+        """`vlm_request` as a dictionary."""
+        if not isinstance(self.vlm_request, str):  # a YAML file gives a dictionary
+            return self.vlm_request
+        try:
+            return json.loads(self.vlm_request)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`--vlm_request` is not valid JSON: {error}.") from error
 
 
 @dataclass
@@ -123,6 +147,7 @@ def get_vlm(args: VLMArguments) -> "VLM":
             concurrency=args.vlm_concurrency,
             timeout=args.vlm_timeout,
             max_new_tokens=args.vlm_max_new_tokens,
+            request=args.request,
         )
     from ..annotation.transformers_vlm import TransformersVLM
 
