@@ -222,7 +222,7 @@ def _id(row: dict[str, Any]) -> str:
 def _read(row: dict[str, Any], column: str, read: Callable):
     try:
         return read(row[column])
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"The image in column `{column}` of the row with id {row['id']!r} cannot be read: {error}. Replace it, or "
             "remove the row with `dataset.filter`."

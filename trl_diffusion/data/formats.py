@@ -5,7 +5,8 @@
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import PIL.Image
@@ -13,9 +14,11 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List
 from datasets.utils.file_utils import xopen
 
 from ..criteria import Criteria
+from .pictures import orientation
 
 
 PREFERENCES = ("chosen", "rejected", "tie")
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 ATTRIBUTE_COLUMNS = ("positive_attributes", "negative_attributes")
 
 
@@ -188,11 +191,13 @@ def open_image(value: Any) -> PIL.Image.Image:
         `PIL.Image.Image`: the image, loaded.
 
     Raises:
-        `ValueError`: If the value is not an image.
-        `OSError`: If the file is missing or is not a readable image.
+        `ValueError`: If the value is not an image, or one that cannot be read.
+        `OSError`: If the file is missing.
     """
-    image = _open_lazily(value)
-    image.load()
+    content = image_content(value)
+    with image_errors(content):
+        image = _open_lazily(content)
+        image.load()
     return image
 
 
@@ -208,12 +213,13 @@ def image_size(value: Any) -> tuple[int, int]:
         `tuple[int, int]`: height and width in pixels.
 
     Raises:
-        `ValueError`: If the value is not an image.
-        `OSError`: If the file is missing or is not a readable image.
+        `ValueError`: If the value is not an image, or one that cannot be read.
+        `OSError`: If the file is missing.
     """
-    image = _open_lazily(value)
-    turned = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return image.size if turned else (image.height, image.width)
+    content = image_content(value)
+    with image_errors(content):
+        image = _open_lazily(content)
+    return image.size if orientation(image) in (5, 6, 7, 8) else (image.height, image.width)
 
 
 def image_content(value: Any) -> PIL.Image.Image | bytes:
@@ -241,8 +247,32 @@ def image_content(value: Any) -> PIL.Image.Image | bytes:
     raise ValueError(f"expected an image, its bytes or a path, got {type(value).__name__}")
 
 
-def _open_lazily(value: Any) -> PIL.Image.Image:
-    content = image_content(value)
+@contextmanager
+def image_errors(content: PIL.Image.Image | bytes) -> Iterator[None]:
+    """
+    Turns what PIL raises on a file that it cannot read into a `ValueError` with the reason.
+
+    Args:
+        content (`PIL.Image.Image` or `bytes`):
+            The image, as [`data.formats.image_content`] returns it.
+    """
+    if content == b"":
+        raise ValueError("the image is empty: it has no bytes")
+    try:
+        yield
+    except PIL.UnidentifiedImageError as error:
+        if content[4:8] == b"ftyp" and content[8:12] in HEIC_BRANDS:
+            raise ValueError("this is a HEIC file, which Pillow does not read: convert it to JPEG or PNG") from error
+        raise ValueError(f"this is not an image that can be read; it starts with {content[:16]!r}") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(f"the image claims too many pixels: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # on broken files, PIL raises whatever its decoders run into
+        raise ValueError(f"the image is broken: {error}") from error
+
+
+def _open_lazily(content: PIL.Image.Image | bytes) -> PIL.Image.Image:
     return PIL.Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
 
 
