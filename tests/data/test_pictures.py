@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from trl_diffusion.annotation.images import StoredImage
-from trl_diffusion.data.formats import image_size, open_image
+from trl_diffusion.data.images import image_size, open_image
 from trl_diffusion.data.pictures import is_transparent, orientation, rgb_image, upright_image
 from trl_diffusion.data.transforms import prepare_image
 from trl_diffusion.metrics.scorer import open_image as open_to_score

@@ -13,7 +13,7 @@ import PIL.Image
 import torch
 
 from ..boxes import denormalize_boxes, orient_boxes
-from ..data.formats import image_content, image_errors
+from ..data.images import image_content, image_errors
 from ..data.pictures import orientation, rgb_image, upright_image
 
 
@@ -45,7 +45,7 @@ class StoredImage:
 
         Args:
             value (`dict`, `bytes`, `str` or `PIL.Image.Image`):
-                An image in any form that [`data.formats.open_image`] accepts.
+                An image in any form that [`data.images.open_image`] accepts.
 
         Returns:
             [`StoredImage`]

@@ -26,7 +26,7 @@ from datasets import Features, Image, Value
 from tqdm import tqdm
 
 from trl_diffusion.batching import CORES, batched
-from trl_diffusion.data.formats import open_image as read_image
+from trl_diffusion.data.images import open_image as read_image
 from trl_diffusion.data.pictures import upright_image
 
 
