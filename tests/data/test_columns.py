@@ -82,6 +82,12 @@ def test_a_value_names_its_row(name, order):
     prepare(pairs({77: changes}).select(good))  # the bad row is not selected
 
 
+def test_a_row_without_an_id_is_named_by_its_number():
+    """Without the column, ids are the row numbers, in the message too."""
+    with pytest.raises(ValueError, match="`prompt` of the row with id '77' must be a string.* It is row 77 of"):
+        prepare(pairs({77: {"prompt": None}}).remove_columns("id"))
+
+
 def test_several_rows_are_counted():
     """The message has the first bad row, their number and the first 20."""
     with pytest.raises(

@@ -163,21 +163,23 @@ def prepare_dataset(
     for column in image_columns:
         if isinstance((dataset.features or {}).get(column), Image):
             dataset = dataset.cast_column(column, Image(decode=False))
+    if "id" not in present and isinstance(dataset, Dataset):
+        dataset = dataset.add_column("id", [str(index) for index in range(len(dataset))])
     if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
         for column, fault in _faults(dataset, name, columns, image_columns):
             if faults is None:
                 raise ValueError(fault)
             faults.append((column, fault))
-    if isinstance(dataset, IterableDataset) and dataset.features is None and "chosen" in columns:
-        dataset = dataset.map(_refuse_bare_numbers)
-    if "id" in present:
+    if isinstance(dataset, Dataset):
         return dataset
-    if isinstance(dataset, IterableDataset):
+    if "id" not in present:
         raise ValueError(
             f"`{name}` is a stream without the column `id`. Noise, crops and flips depend on the id of a row, and the rows of a "
             "stream cannot be numbered because its shards are read in parallel: add an `id` column with `dataset.map`."
         )
-    return dataset.add_column("id", [str(index) for index in range(len(dataset))])
+    if dataset.features is None and "chosen" in columns:
+        dataset = dataset.map(_refuse_bare_numbers)
+    return dataset
 
 
 def _faults(
