@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -14,7 +15,6 @@ import numpy as np
 import PIL.Image
 from datasets import Dataset, IterableDataset
 
-from ..batching import in_threads
 from ..criteria import Criteria
 from .formats import (
     ATTRIBUTE_COLUMNS,
@@ -89,10 +89,15 @@ def check_dataset(
         return inspect_row(row, columns, image_columns, criteria, needs_attributes)
 
     rows = enumerate(dataset)
-    while batch := list(islice(rows, ROWS_AT_ONCE)):
-        for (index, row), (found, content) in zip(batch, in_threads(inspect, [row for _, row in batch]), strict=True):
-            faults += [{"row": index, "id": row["id"], "column": column, "message": text} for column, text in found]
-            counts.add(row, content)
+    with ThreadPoolExecutor() as pool:  # PIL decodes without the global interpreter lock
+        while batch := list(islice(rows, ROWS_AT_ONCE)):
+            for (index, row), (found, content) in zip(
+                batch, pool.map(inspect, [row for _, row in batch]), strict=True
+            ):
+                faults += [
+                    {"row": index, "id": row["id"], "column": column, "message": text} for column, text in found
+                ]
+                counts.add(row, content)
     seen = {fault["message"] for fault in faults}
     faults = [
         {"row": None, "id": None, "column": column, "message": text}

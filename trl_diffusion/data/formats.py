@@ -415,6 +415,10 @@ def check_attribute_columns(
             )
     if isinstance(dataset, IterableDataset) or dataset.format["type"] == "custom":
         return
+    for column in ATTRIBUTE_COLUMNS:
+        if isinstance(dataset.features[column], Value | ClassLabel):  # no list: so says the first row that is not null
+            for row in bad_rows(dataset, column, lambda values: ~nulls(values))[:1]:
+                check_attributes(dataset.select_columns(["id", *ATTRIBUTE_COLUMNS])[int(row)], criteria)
     bad, has = np.zeros((2, len(dataset.data)), dtype=bool)
     both = []  # row * number of attributes + attribute, for each column
     for column in ATTRIBUTE_COLUMNS:
