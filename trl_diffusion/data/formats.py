@@ -12,7 +12,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
 from ..criteria import Criteria
-from .columns import (
+from .column_checks import (
     ATTRIBUTE_COLUMNS,
     PREFERENCES,
     UNKNOWN,

@@ -13,7 +13,7 @@ from tests import tiny
 from trl_diffusion import instance_pair_features
 from trl_diffusion.criteria import parse_criteria
 from trl_diffusion.data.collators import InstancePairCollator
-from trl_diffusion.data.columns import bad_instances, repeated
+from trl_diffusion.data.column_checks import bad_instances, repeated
 from trl_diffusion.data.formats import check_attribute_columns, check_box, check_preference, prepare_dataset
 
 
