@@ -636,6 +636,9 @@ def test_error_tables(tmp_path):
         pairs.select([]),
         datasets.Dataset.from_list([{**row, "instances": "none"}]),
         datasets.Dataset.from_list([{**row, "instances": []}], features=named),
+        datasets.Dataset.from_list([{**row, "prompt": 3}]),
+        datasets.Dataset.from_list([{**row, "instances": [instance | {"preference": 1}]}]),
+        datasets.Dataset.from_list([row, row]),
     ]
     of_rows = [
         row | {"chosen": str(tmp_path / "missing.png")},

@@ -86,6 +86,13 @@ def images() -> list[Image.Image]:
     ]
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """What a scorer sees of an image: transparent pixels are laid on white."""
+    pixels = np.asarray(image.convert("RGBA"), dtype=np.float64)
+    opacity = pixels[..., 3:] / 255
+    return Image.fromarray((pixels[..., :3] * opacity + 255 * (1 - opacity)).round().astype(np.uint8))
+
+
 # Plain reimplementations of the published code in double precision
 
 
@@ -357,7 +364,7 @@ class TestFormulas:
             * F.cosine_similarity(
                 embed_image(tensors, normalized(square_pixels(image))), embed_text(tensors, token_ids(prompt)), dim=0
             ).item()
-            for image, prompt in zip(images(), PROMPTS, strict=True)
+            for image, prompt in zip(map(on_white, images()), PROMPTS, strict=True)
         ]
         scores = scorer(name, folder).score(images(), PROMPTS).values
         assert scores == pytest.approx(expected, abs=100 * COSINE)
@@ -369,7 +376,7 @@ class TestFormulas:
         model = CLIPModel.from_pretrained(folder)
         scale = {"pickscore": math.exp(3.0), "clip_score": 100.0}[name]
         expected = []
-        for image, prompt in zip(images(), PROMPTS, strict=True):
+        for image, prompt in zip(map(on_white, images()), PROMPTS, strict=True):
             with torch.no_grad():
                 outputs = model(torch.tensor([token_ids(prompt)]), plain_pixels(image)[None].float())
             expected.append(scale * (outputs.image_embeds @ outputs.text_embeds.T).item())
@@ -382,7 +389,7 @@ class TestFormulas:
         model = CLIPModel.from_pretrained(folder)
         head = {name: tensor.double() for name, tensor in torch.load(folder / "aesthetic-model.pth").items()}
         expected = []
-        for image in images():
+        for image in map(on_white, images()):
             with torch.no_grad():
                 x = model.get_image_features(plain_pixels(image)[None].float()).pooler_output[0].double()
             x = x / x.square().sum().sqrt()
@@ -537,7 +544,8 @@ def test_evaluate_loads_it(folder, name, tmp_path, monkeypatch):
     assert not loaded  # nothing is loaded before the first images
     results = [
         metric.compute(images=[str(file) for file in files], **prompts),
-        metric.compute(images=images(), **prompts, batch_size=5),
+        # `datasets` stores a palette in memory as TIFF, without its transparency
+        metric.compute(images=[on_white(x) if x.mode == "P" else x for x in images()], **prompts, batch_size=5),
     ]
     assert len(loaded) == 1
     found = scorer(name, folder)

@@ -380,15 +380,17 @@ def test_images_are_resized_without_rounding(mode, size):
 
 
 def test_features_are_those_of_each_image(extractor, network, tmp_path):
-    """Features do not depend on batching beyond rounding, keep their order, and are equal for files, folders and
-    images."""
+    """Features do not depend on batching beyond rounding, keep their order, are equal for files, folders and
+    images, and those of a transparent image are those of the image on white."""
     images = [picture(40, 30, seed=0), picture(299, 299, "RGBA", seed=1), picture(30, 60, "L", seed=2)]
     (tmp_path / "sub").mkdir()
     for name, image in zip(("a.png", "b.PNG", "sub/c.png"), images):
         image.save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("not an image")
     with torch.inference_mode():
-        expected = torch.cat([network(resize(image)[None]) for image in images])
+        white = Image.new("RGBA", (299, 299), "white")
+        seen = [images[0], Image.alpha_composite(white, images[1]), images[2]]
+        expected = torch.cat([network(resize(image)[None]) for image in seen])
     assert (expected[0] - expected[1]).abs().max() > 0.1 * expected.abs().max()
     for given, batch_size in ((images, 2), (str(tmp_path), 3), ([{"path": str(tmp_path / "a.png")}, *images[1:]], 1)):
         features = extractor(given, batch_size=batch_size)

@@ -13,8 +13,8 @@ import PIL.Image
 import torch
 
 from ..boxes import denormalize_boxes, orient_boxes
-from ..data.formats import image_content
-from ..data.transforms import upright_image
+from ..data.images import image_content, image_errors
+from ..data.pictures import orientation, rgb_image, upright_image
 
 
 INVERSE_ORIENTATIONS = {6: 8, 8: 6}  # every other orientation is its own inverse
@@ -45,7 +45,7 @@ class StoredImage:
 
         Args:
             value (`dict`, `bytes`, `str` or `PIL.Image.Image`):
-                An image in any form that [`data.formats.open_image`] accepts.
+                An image in any form that [`data.images.open_image`] accepts.
 
         Returns:
             [`StoredImage`]
@@ -57,8 +57,10 @@ class StoredImage:
         content = image_content(value)
         if isinstance(content, bytes):
             return cls(content)
-        buffer = io.BytesIO()
-        content.save(buffer, format="PNG", exif=content.getexif())
+        buffer, exif = io.BytesIO(), PIL.Image.Exif()
+        if (turn := orientation(content)) != 1:
+            exif[PIL.Image.ExifTags.Base.Orientation] = turn
+        rgb_image(content).save(buffer, format="PNG", exif=exif)  # PNG does not have every mode
         return cls(buffer.getvalue())
 
     def __getstate__(self) -> dict:
@@ -71,9 +73,7 @@ class StoredImage:
 
     @cached_property
     def _opened(self) -> tuple[PIL.Image.Image, tuple[int, int], int]:
-        if not self.data:
-            raise ValueError("the image is empty: it has no bytes")
-        try:
+        with image_errors(self.data):
             image = PIL.Image.open(io.BytesIO(self.data))
             pixels = image.width * image.height
             if pixels > BOMB_PIXELS:
@@ -84,14 +84,7 @@ class StoredImage:
                     f"than {LONGEST_SIDE} times the shorter one"
                 )
             image.load()
-            orientation = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1)
-            return limit_pixels(upright_image(image), MOST_PIXELS), image.size, orientation
-        except PIL.Image.DecompressionBombError as error:
-            raise ValueError(f"the image claims too many pixels: {error}") from error
-        except PIL.UnidentifiedImageError as error:
-            raise ValueError(f"this is not an image that can be read; it starts with {self.data[:16]!r}") from error
-        except (OSError, SyntaxError, EOFError) as error:  # what PIL raises on broken files
-            raise ValueError(f"the image is broken: {error}") from error
+            return limit_pixels(upright_image(image), MOST_PIXELS), image.size, orientation(image)
 
     def open(self) -> None:
         """
@@ -113,7 +106,7 @@ class StoredImage:
 
     @property
     def upright(self) -> PIL.Image.Image:
-        """The RGB image with its EXIF orientation applied, downscaled to at most `MOST_PIXELS`."""
+        """The image as [`data.pictures.upright_image`] shows it, downscaled to at most `MOST_PIXELS`."""
         return self._opened[0]
 
     def shown(self, max_pixels: int) -> tuple[PIL.Image.Image, bytes | None]:

@@ -17,6 +17,7 @@ COMMANDS = {
     "annotate-instances": "Find the instances that both images of a pair show, and judge which image shows each of them better (IAPO)",
     "annotate-attributes": "Find which attributes of a tree of criteria each image has (CPO)",
     "evaluate": "Generate images with several models from the same prompts and noise, and score the images",
+    "check-dataset": "Read every row of a dataset as a trainer does, and say all that is wrong with it and what it holds",
     "show-masks": "Draw the instance masks of a dataset over its images",
     "show-criteria": "Print a tree of criteria, and draw it as a picture",
     "quickstart": "Train IAPO and CPO on two small worlds and compare them with other methods, in minutes on a CPU",
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
             launch(script, script_parser, flags)
         else:
-            script.main(*script_parser.parse_args_and_config(flags))
+            return script.main(*script_parser.parse_args_and_config(flags)) or 0
     except ValueError as error:  # a mistake of the user: one line, no traceback
         print(f"trl-diffusion {command}: error: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
 
 """Collators, which turn rows of a dataset into a batch of tensors."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,15 @@ from ..criteria import Criteria
 from ..randomness import keyed_generator
 from .buckets import nearest_bucket
 from .caching import is_precomputed, read_example, stack_padded
-from .formats import check_attributes, check_box, check_preference, image_size, open_image
+from .formats import (
+    check_attributes,
+    check_instances,
+    check_preference,
+    read_image,
+    row_id,
+    row_prompt,
+)
+from .images import image_size
 from .transforms import prepare_image
 
 
@@ -74,7 +82,7 @@ class ImageCollator:
         Returns:
             `tuple[int, int]`: height and width in pixels.
         """
-        return self._size(_read(row, column, image_size) for column in self.image_columns)
+        return self._size(read_image(row, column, image_size) for column in self.image_columns)
 
     def _size(self, image_sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
         if self.buckets is None:
@@ -83,7 +91,7 @@ class ImageCollator:
 
     def _open_images(self, row: dict[str, Any]) -> tuple[dict[str, PIL.Image.Image], tuple[int, int]]:
         """The images of a row by column, and their training size."""
-        images = {column: _read(row, column, open_image) for column in self.image_columns}
+        images = {column: read_image(row, column) for column in self.image_columns}
         return images, self._size(map(image_size, images.values()))
 
     def _prepare_image(
@@ -135,28 +143,19 @@ class InstancePairCollator(ImageCollator):
         Raises:
             `ValueError`: If the row is invalid. The message names the row and the column.
         """
-        example = {"id": _id(row), "prompt": _prompt(row)}
+        example = {"id": row_id(row), "prompt": row_prompt(row)}
         images, size = self._open_images(row)
+        instances = check_instances(row, {column: image.size for column, image in images.items()})
         for column, image in images.items():
-            example |= self._prepare_image(image, self._boxes(row, column, image), size, row, column)
-        preferences = _preferences(row)
+            boxes = [list(instance[f"{column}_box"]) for instance in instances]
+            example |= self._prepare_image(image, boxes, size, row, column)
+        preferences = [check_preference(instance["preference"]) for instance in instances]
         judged = [preference != "tie" for preference in preferences]
         conflicts = [preference == "rejected" for preference in preferences]
         return example | {
             "judged": torch.tensor(judged, dtype=torch.bool),
             "conflicts": torch.tensor(conflicts, dtype=torch.bool),
         }
-
-    def _boxes(self, row: dict[str, Any], column: str, image: PIL.Image.Image) -> list[list[float]]:
-        boxes = []
-        for index, instance in enumerate(_instances(row)):
-            try:
-                boxes.append(check_box(instance.get(f"{column}_box"), *image.size))
-            except ValueError as error:
-                raise ValueError(
-                    f"`instances[{index}].{column}_box` of the row with id {row['id']!r} is not a box: {error}."
-                ) from error
-        return boxes
 
 
 @dataclass
@@ -195,11 +194,11 @@ class AttributeCollator(ImageCollator):
         Raises:
             `ValueError`: If the row is invalid. The message names the row and the column.
         """
-        row_id, (positive, negative) = _id(row), check_attributes(row, self.criteria)
+        name, (positive, negative) = row_id(row), check_attributes(row, self.criteria)
         images, size = self._open_images(row)
         image = self._prepare_image(images["image"], [], size, row, "image")
         del image["image_boxes"]
-        return {"id": row_id, "prompt": _prompt(row), **image} | {
+        return {"id": name, "prompt": row_prompt(row), **image} | {
             "positive_attributes": positive,
             "negative_attributes": negative,
         }
@@ -208,47 +207,3 @@ class AttributeCollator(ImageCollator):
 def _batch(values: list) -> torch.Tensor | list:
     """Stacks tensors, padded with zeros along their first dimension. Other values stay a list."""
     return stack_padded(values) if isinstance(values[0], torch.Tensor) else values
-
-
-def _id(row: dict[str, Any]) -> str:
-    if row["id"] is None:
-        raise ValueError(
-            "A row has no `id`. Every row needs its own, or none: without the column, rows are numbered. Remove the column with "
-            '`dataset.remove_columns("id")`, or fill it.'
-        )
-    return str(row["id"])
-
-
-def _read(row: dict[str, Any], column: str, read: Callable):
-    try:
-        return read(row[column])
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"The image in column `{column}` of the row with id {row['id']!r} cannot be read: {error}. Replace it, or "
-            "remove the row with `dataset.filter`."
-        ) from error
-
-
-def _instances(row: dict[str, Any]) -> list[dict[str, Any]]:
-    instances = row.get("instances") or []
-    if not all(isinstance(instance, dict) for instance in instances):
-        raise ValueError(f"`instances` of the row with id {row['id']!r} must be a list of objects, got {instances}.")
-    return instances
-
-
-def _preferences(row: dict[str, Any]) -> list[str]:
-    preferences = []
-    for index, instance in enumerate(_instances(row)):
-        try:
-            preferences.append(check_preference(instance.get("preference")))
-        except ValueError as error:
-            raise ValueError(
-                f"`instances[{index}].preference` of the row with id {row['id']!r} is not a preference: {error}."
-            ) from error
-    return preferences
-
-
-def _prompt(row: dict[str, Any]) -> str:
-    if not isinstance(row["prompt"], str):
-        raise ValueError(f"`prompt` of the row with id {row['id']!r} must be a string, got {row['prompt']!r}.")
-    return row["prompt"]

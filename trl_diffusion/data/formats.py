@@ -3,20 +3,30 @@
 
 """The columns of datasets, and readable errors for invalid data."""
 
-import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-import PIL.Image
+import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
-from datasets.utils.file_utils import xopen
 
 from ..criteria import Criteria
-
-
-PREFERENCES = ("chosen", "rejected", "tie")
-ATTRIBUTE_COLUMNS = ("positive_attributes", "negative_attributes")
+from .column_checks import (
+    ATTRIBUTE_COLUMNS,
+    PREFERENCES,
+    UNKNOWN,
+    attribute_codes,
+    bad_instances,
+    bad_rows,
+    missing_files,
+    nulls,
+    repeated,
+    selected,
+    type_faults,
+    without_image,
+)
+from .images import open_image
 
 
 def instance_pair_features() -> Features:
@@ -103,10 +113,14 @@ def all_datasets(*datasets: Datasets) -> list[Dataset | IterableDataset]:
 
 
 def prepare_dataset(
-    dataset: Dataset | IterableDataset, name: str, columns: tuple[str, ...], image_columns: tuple[str, ...]
+    dataset: Dataset | IterableDataset,
+    name: str,
+    columns: tuple[str, ...],
+    image_columns: tuple[str, ...],
+    faults: list[tuple[str, str]] | None = None,
 ) -> Dataset | IterableDataset:
     """
-    Checks the columns of a dataset, adds an `id` column to a dataset in memory that has none, and turns off the decoding of
+    Checks the columns of a dataset: their types, and in memory also nulls, ids, boxes and preferences of all rows. Adds an `id` column to a dataset in memory that has none, and turns off the decoding of
     images, so that errors can name the row and EXIF orientations are kept.
 
     Args:
@@ -118,13 +132,15 @@ def prepare_dataset(
             The required columns.
         image_columns (`tuple[str, ...]`):
             Those of them that contain images.
+        faults (`list[tuple[str, str]]`, *optional*):
+            Columns and messages of wrong types and values are appended to it instead of raised.
 
     Returns:
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]
 
     Raises:
-        `ValueError`: If a column is missing (in a stream also `id`), if the dataset is empty, or if `instances` has a wrong
-            type or wrong labels.
+        `ValueError`: If a column is missing (in a stream also `id`), if the dataset is empty, or if a column has a wrong type,
+            wrong labels, a null or an id twice. The message names the dataset, the column, the row and the way out.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(
@@ -144,106 +160,172 @@ def prepare_dataset(
             f"The required columns are {_quoted(columns)}: rename columns with `dataset.rename_columns`, or create them as "
             "described in docs/source/dataset_formats.md."
         )
-    features = dataset.features or {}
-    _check_instances_feature(features.get("instances"), name)
     for column in image_columns:
-        if isinstance(features.get(column), Image):
+        if isinstance((dataset.features or {}).get(column), Image):
             dataset = dataset.cast_column(column, Image(decode=False))
-    if "id" in present:
+    if "id" not in present and isinstance(dataset, Dataset):
+        dataset = dataset.add_column("id", [str(index) for index in range(len(dataset))])
+    if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
+        for column, fault in _faults(dataset, name, columns, image_columns):
+            if faults is None:
+                raise ValueError(fault)
+            faults.append((column, fault))
+    if isinstance(dataset, Dataset):
         return dataset
-    if isinstance(dataset, IterableDataset):
+    if "id" not in present:
         raise ValueError(
             f"`{name}` is a stream without the column `id`. Noise, crops and flips depend on the id of a row, and the rows of a "
             "stream cannot be numbered because its shards are read in parallel: add an `id` column with `dataset.map`."
         )
-    return dataset.add_column("id", [str(index) for index in range(len(dataset))])
+    if dataset.features is None and "chosen" in columns:
+        dataset = dataset.map(_refuse_bare_numbers)
+    return dataset
 
 
-def _check_instances_feature(feature: Any, name: str) -> None:
-    if feature in (None, Value("null"), List(Value("null"))):  # unknown type, or no instances at all
+def _faults(
+    dataset: Dataset | IterableDataset, name: str, columns: tuple[str, ...], image_columns: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    """Types first; values only where the types are right, and no transform of the user makes the rows."""
+    wanted = {"id", *columns} | ({"instances"} if "chosen" in columns else set())
+    features = {column: feature for column, feature in (dataset.features or {}).items() if column in wanted}
+    mistyped = list(type_faults(features, name, image_columns))
+    yield from mistyped
+    if isinstance(dataset, IterableDataset):
         return
-    if not isinstance(feature, List) or not isinstance(feature.feature, dict):
+    wrong = {column.split(".")[0] for column, _ in mistyped}
+    checks: dict[str, tuple[Callable, Callable]] = {
+        "id": (nulls, row_id),
+        "prompt": (nulls, row_prompt),
+        **{column: (without_image, partial(read_image, column=column)) for column in image_columns},
+        "instances": (bad_instances, check_instances),
+    }
+    for column, (is_bad, check) in checks.items():
+        if column not in features or column in wrong or column == "instances" and features[column] in UNKNOWN:
+            continue
+        rows = bad_rows(dataset, column, is_bad)
+        if not len(rows) and column in image_columns:
+            rows = missing_files(dataset, column)
+        if len(rows):
+            try:
+                check(dataset[int(rows[0])])
+            except ValueError as error:
+                yield column, f"{error} {_where(rows, name)}"
+    if "id" in features and "id" not in wrong:
+        number, rows = repeated(dataset, "id")
+        if number:
+            yield (
+                "id",
+                (
+                    f"The column `id` of `{name}` repeats itself: {number} row{'s have' if number > 1 else ' has'} the id of an "
+                    f"earlier row, first {dataset[int(rows[0])]['id']!r} in the rows {shortened(rows.tolist())}. Noise, crops and "
+                    "flips depend on the id of a row. Give each row its own, or remove the column with "
+                    '`dataset.remove_columns("id")`, and rows are numbered.'
+                ),
+            )
+
+
+def _where(rows: np.ndarray, name: str) -> str:
+    if len(rows) == 1:
+        return f"It is row {rows[0]} of `{name}`."
+    return f"It is the first of {len(rows)} such rows of `{name}`: {shortened(rows.tolist())}."
+
+
+def _refuse_bare_numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """For streams without types, in which labels cannot have names."""
+    for index, instance in enumerate(row.get("instances") or []):
+        if isinstance(instance, dict) and isinstance(instance.get("preference"), int):
+            raise ValueError(
+                f"`instances[{index}].preference` of the row with id {row['id']!r} is a number without a name, "
+                f"{instance['preference']!r}, which could mean anything: store `chosen`, `rejected` or `tie` as strings."
+            )
+    return row
+
+
+def row_id(row: dict[str, Any]) -> str:
+    """The id of a row as a string. Raises a `ValueError` if it is null."""
+    if row["id"] is None:
         raise ValueError(
-            f"The column `instances` of `{name}` must be a list of instances, got {feature}. See "
-            "`trl_diffusion.instance_pair_features()` for its type."
+            "A row has no `id`. Every row needs its own, or none: without the column, rows are numbered. Remove the column with "
+            '`dataset.remove_columns("id")`, or fill it.'
         )
-    preference = feature.feature.get("preference")
-    if isinstance(preference, ClassLabel) and tuple(preference.names) != PREFERENCES:
+    return str(row["id"])
+
+
+def row_prompt(row: dict[str, Any]) -> str:
+    """The prompt of a row. Raises a `ValueError` if it is no string."""
+    if not isinstance(row["prompt"], str):
         raise ValueError(
-            f"The labels of `instances.preference` of `{name}` must be {_quoted(PREFERENCES)} in this order, got "
-            f"{_quoted(preference.names)}. Store the names as strings, or cast to `ClassLabel(names={list(PREFERENCES)})`."
+            f"`prompt` of the row with id {row['id']!r} must be a string, got {row['prompt']!r}. Correct it, or remove the row "
+            "with `dataset.filter`."
         )
+    return row["prompt"]
 
 
-def open_image(value: Any) -> PIL.Image.Image:
+def check_instances(row: dict[str, Any], sizes: dict[str, tuple[float, float]] | None = None) -> list[dict[str, Any]]:
     """
-    Opens an image of a dataset, without applying its EXIF orientation.
+    Checks the instances of a row.
 
     Args:
-        value (`PIL.Image.Image`, `bytes`, `str` or `dict`):
-            An image, its encoded bytes, a path, or a value of an undecoded [`~datasets.Image`] column: a dictionary with
-            `bytes` or `path`.
+        row (`dict`):
+            The row.
+        sizes (`dict[str, tuple[float, float]]`, *optional*):
+            Width and height in pixels of the stored images by column. If left out, boxes may reach any far.
 
     Returns:
-        `PIL.Image.Image`: the image, loaded.
+        `list[dict]`: the instances.
 
     Raises:
-        `ValueError`: If the value is not an image.
-        `OSError`: If the file is missing or is not a readable image.
+        `ValueError`: At the first of [`data.formats.instance_faults`].
     """
-    image = _open_lazily(value)
-    image.load()
-    return image
+    for fault in instance_faults(row, sizes or {"chosen": (math.inf, math.inf), "rejected": (math.inf, math.inf)}):
+        raise ValueError(fault)
+    return row.get("instances") or []
 
 
-def image_size(value: Any) -> tuple[int, int]:
+def instance_faults(row: dict[str, Any], sizes: dict[str, tuple[float, float]]) -> Iterator[str]:
+    """All that is wrong with the instances of a row, see [`data.formats.check_instances`]."""
+    instances = row.get("instances") or []
+    if not isinstance(instances, list | tuple) or not all(isinstance(instance, dict) for instance in instances):
+        yield f"`instances` of the row with id {row['id']!r} must be a list of objects, got {instances}."
+        return
+    for index, instance in enumerate(instances):
+        of_row = f"of the row with id {row['id']!r}"
+        for column, size in sizes.items():
+            try:
+                check_box(instance.get(f"{column}_box"), *size)
+            except ValueError as error:
+                yield f"`instances[{index}].{column}_box` {of_row} is not a box: {error}."
+        try:
+            check_preference(instance.get("preference"))
+        except ValueError as error:
+            yield f"`instances[{index}].preference` {of_row} is not a preference: {error}."
+
+
+def read_image(row: dict[str, Any], column: str, read: Callable | None = None) -> Any:
     """
-    Size of an image of a dataset after its EXIF orientation is applied. Only the header is read if the format allows it.
+    Reads an image of a row.
 
     Args:
-        value (`PIL.Image.Image`, `bytes`, `str` or `dict`):
-            As [`data.formats.open_image`] takes it.
+        row (`dict`):
+            The row.
+        column (`str`):
+            The column.
+        read (`Callable`, *optional*):
+            From a value of the column to the result; [`data.formats.open_image`] if left out.
 
     Returns:
-        `tuple[int, int]`: height and width in pixels.
+        What `read` returns.
 
     Raises:
-        `ValueError`: If the value is not an image.
-        `OSError`: If the file is missing or is not a readable image.
+        `ValueError`: If the image cannot be read. The message names the row and the column.
     """
-    image = _open_lazily(value)
-    turned = image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return image.size if turned else (image.height, image.width)
-
-
-def image_content(value: Any) -> PIL.Image.Image | bytes:
-    """
-    Reads an image of a dataset without decoding it.
-
-    Args:
-        value (`PIL.Image.Image`, `bytes`, `str` or `dict`):
-            As [`data.formats.open_image`] takes it.
-
-    Returns:
-        `PIL.Image.Image` or `bytes`: the image if the value is one, otherwise the content of its file.
-
-    Raises:
-        `ValueError`: If the value is not an image.
-        `OSError`: If the file is missing.
-    """
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, PIL.Image.Image | bytes):
-        return value
-    if isinstance(value, str):
-        with xopen(value, "rb") as file:  # a path on disk, in an archive or on the Hub
-            return file.read()
-    raise ValueError(f"expected an image, its bytes or a path, got {type(value).__name__}")
-
-
-def _open_lazily(value: Any) -> PIL.Image.Image:
-    content = image_content(value)
-    return PIL.Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
+    try:
+        return (read or open_image)(row[column])
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The image in column `{column}` of the row with id {row['id']!r} cannot be read: {error}. Replace it, or "
+            "remove the row with `dataset.filter`."
+        ) from error
 
 
 def check_box(box: Any, width: int, height: int) -> list[float]:
@@ -285,7 +367,8 @@ def check_preference(preference: Any) -> str:
 
     Args:
         preference (`int` or `str`):
-            One of `PREFERENCES`, or its index in a [`~datasets.ClassLabel`].
+            One of `PREFERENCES`, or its index in a [`~datasets.ClassLabel`]. Whether an integer has names is known to its
+            dataset alone, see [`data.formats.prepare_dataset`].
 
     Returns:
         `str`: `"chosen"`, `"rejected"` or `"tie"`.
@@ -295,7 +378,7 @@ def check_preference(preference: Any) -> str:
     """
     if preference in PREFERENCES:
         return preference
-    if isinstance(preference, int) and 0 <= preference < len(PREFERENCES):
+    if isinstance(preference, int) and not isinstance(preference, bool) and 0 <= preference < len(PREFERENCES):
         return PREFERENCES[preference]
     raise ValueError(f"{preference!r} is none of {_quoted(PREFERENCES)}")
 
@@ -332,16 +415,42 @@ def check_attribute_columns(
             )
     if isinstance(dataset, IterableDataset) or dataset.format["type"] == "custom":
         return
-    without = []
-    for row in dataset.select_columns(["id", *ATTRIBUTE_COLUMNS]):
-        if not any(check_attributes(row, criteria)) and not allow_none:
-            without.append(str(row["id"]))
+    for column in ATTRIBUTE_COLUMNS:
+        if isinstance(dataset.features[column], Value | ClassLabel):  # no list: so says the first row that is not null
+            for row in bad_rows(dataset, column, lambda values: ~nulls(values))[:1]:
+                check_attributes(dataset.select_columns(["id", *ATTRIBUTE_COLUMNS])[int(row)], criteria)
+    bad, has = np.zeros((2, len(dataset.data)), dtype=bool)
+    both = []  # row * number of attributes + attribute, for each column
+    for column in ATTRIBUTE_COLUMNS:
+        names, rows, codes = attribute_codes(dataset.data.column(column))
+        places = np.array([_attribute_place(name, criteria) for name in names], dtype=int)[codes]
+        has[rows] = True
+        bad[rows[places < 0]] = True
+        both.append((rows * len(ids) + places)[places >= 0])
+    once = np.sort(np.concatenate(both))
+    bad[once[1:][once[1:] == once[:-1]] // len(ids)] = True  # twice in a column, or in both
+    table = dataset.select_columns(["id", *ATTRIBUTE_COLUMNS])
+    bad = selected(dataset, bad).nonzero()[0]
+    if len(bad):
+        try:
+            check_attributes(table[int(bad[0])], criteria)
+        except ValueError as error:
+            raise ValueError(f"{error} {_where(bad, name)}") from error
+    without = [] if allow_none else table[selected(dataset, ~has).nonzero()[0]]["id"]
     if without:
         raise ValueError(
             f"{len(without)} of the {len(dataset)} rows of `{name}` have neither positive nor negative attributes, so "
             f"nothing can be learned from them: the rows with id {shortened(without)}. Remove them with "
             '`dataset.filter(lambda row: row["positive_attributes"] or row["negative_attributes"])`.'
         )
+
+
+def _attribute_place(name: str | int | None, criteria: Criteria) -> int:
+    """Place of an attribute in the tree, or -1."""
+    try:
+        return criteria.attributes.index(criteria.find(name))
+    except ValueError:
+        return -1
 
 
 def check_attributes(row: dict[str, Any], criteria: Criteria) -> tuple[list[str], list[str]]:
@@ -385,7 +494,7 @@ def _quoted(names) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def shortened(ids: list[str], maximum: int = 20) -> str:
+def shortened(ids: list, maximum: int = 20) -> str:
     """Ids for a message: the first ones, and how many more there are."""
     more = len(ids) - maximum
-    return ", ".join(ids[:maximum]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(str, ids[:maximum])) + (f" and {more} more" if more > 0 else "")

@@ -5,13 +5,13 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
 from ..boxes import crop_boxes, flip_boxes, normalize_boxes, orient_boxes
+from .pictures import orientation, upright_image
 
 
 class TrainingImage(NamedTuple):
@@ -35,24 +35,6 @@ class TrainingImage(NamedTuple):
     crop_top_left: tuple[int, int]
 
 
-def upright_image(image: PIL.Image.Image) -> PIL.Image.Image:
-    """
-    Applies the EXIF orientation of an image, and converts it to RGB.
-
-    Args:
-        image (`PIL.Image.Image`):
-            The stored image, in any mode. 16 bits per channel are reduced to 8; transparency is removed.
-
-    Returns:
-        `PIL.Image.Image`: the image as people see it.
-    """
-    if image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) != 1:  # else the image would only be copied
-        image = PIL.ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # PIL would clip 16 bits to 8, and nearly all of them are then white
-        image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def prepare_image(
     image: PIL.Image.Image,
     boxes: torch.Tensor,
@@ -62,8 +44,8 @@ def prepare_image(
     random_flip: bool = False,
 ) -> TrainingImage:
     """
-    Applies the EXIF orientation of an image, resizes it such that it just covers `size`, flips it (optionally) and crops it,
-    together with its boxes.
+    Makes an image the picture that a viewer shows (see [`data.pictures.upright_image`]), resizes it such that it just covers
+    `size`, flips it (optionally) and crops it, together with its boxes.
 
     Args:
         image (`PIL.Image.Image`):
@@ -83,7 +65,7 @@ def prepare_image(
         [`TrainingImage`]
     """
     boxes = normalize_boxes(boxes, *image.size)
-    boxes = orient_boxes(boxes, image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1))
+    boxes = orient_boxes(boxes, orientation(image))
     image = upright_image(image)
     original_size = (image.height, image.width)
 

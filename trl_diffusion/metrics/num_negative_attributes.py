@@ -11,7 +11,7 @@ from trl_diffusion.annotation.attribute_expert import AttributeExpert
 from trl_diffusion.annotation.images import StoredImage
 from trl_diffusion.annotation.records import ImageRecord, open_images
 from trl_diffusion.batching import in_threads
-from trl_diffusion.data.transforms import upright_image
+from trl_diffusion.data.pictures import upright_image
 from trl_diffusion.metrics.scorer import ImageMetric, Scorer, ScoringError, qualified_name
 
 

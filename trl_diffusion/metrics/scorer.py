@@ -9,7 +9,6 @@ it imports them.
 """
 
 import inspect
-import io
 import math
 import statistics
 from abc import ABC, abstractmethod
@@ -27,6 +26,8 @@ from datasets import Features, Image, Value
 from tqdm import tqdm
 
 from trl_diffusion.batching import CORES, batched
+from trl_diffusion.data.images import open_image as read_image
+from trl_diffusion.data.pictures import upright_image
 
 
 ImageLike = PIL.Image.Image | str | Path | dict[str, Any]  # a dict as `datasets` stores an image
@@ -224,21 +225,14 @@ def open_image(image: ImageLike) -> PIL.Image.Image:
             The image, its file, or a dict with its `bytes` or `path` as `datasets` stores it.
 
     Returns:
-        `PIL.Image.Image`: the image, decoded into memory.
+        `PIL.Image.Image`: the image as a viewer shows it, see [`data.pictures.upright_image`].
 
     Raises:
         `ValueError`: If it cannot be read.
     """
-    if isinstance(image, PIL.Image.Image):
-        return image
-    source = image
-    if isinstance(image, dict):
-        source = image["path"] if image.get("bytes") is None else io.BytesIO(image["bytes"])
     try:
-        with PIL.Image.open(source) as file:
-            file.load()
-            return file
-    except (OSError, ValueError, SyntaxError, AttributeError, PIL.Image.DecompressionBombError) as error:
+        return upright_image(read_image(str(image) if isinstance(image, Path) else image))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{_name(image) or 'A stored image'} cannot be read as an image: {error}.") from error
 
 

@@ -1,0 +1,307 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checks the types and values of whole columns from Arrow, in seconds for a million rows."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Value
+
+
+TEXT = ("string", "large_string", "string_view")
+BINARY = ("binary", "large_binary", "binary_view")
+INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+NUMBERS = (*INTEGERS, "float16", "float32", "float64")
+PREFERENCES = ("chosen", "rejected", "tie")
+ATTRIBUTE_COLUMNS = ("positive_attributes", "negative_attributes")
+UNKNOWN = (None, Value("null"), List(Value("null")))  # no type is known, or every value is null
+BOXES = ("chosen_box", "rejected_box")
+MOST_PATHS = 10_000  # of more, as many are looked for, at equal distances: each may be a request to a server
+
+
+def type_faults(features: Features, name: str, image_columns: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """
+    What is wrong with the types of the columns of a dataset.
+
+    Args:
+        features ([`~datasets.Features`]):
+            The types.
+        name (`str`):
+            Name of the dataset, for messages.
+        image_columns (`tuple[str, ...]`):
+            The columns of images.
+
+    Yields:
+        `tuple[str, str]`: the column, and what is wrong with it and what to do.
+    """
+    prompt, row_id = features.get("prompt"), features.get("id")
+    if not _is_value(prompt, TEXT) and prompt not in UNKNOWN[:2]:
+        yield "prompt", _mistyped("prompt", name, "strings", prompt) + _cast("prompt", "string")
+    if not _is_value(row_id, (*TEXT, *INTEGERS)) and row_id not in UNKNOWN[:2]:
+        yield (
+            "id",
+            (
+                _mistyped("id", name, "strings or integers", row_id)
+                + 'Other types change on their way through files. Remove it with `dataset.remove_columns("id")`, and rows are '
+                'numbered, or cast it: `dataset.cast_column("id", Value("string"))`.'
+            ),
+        )
+    for column in image_columns:
+        feature = features.get(column)
+        is_stored = isinstance(feature, dict) and {"bytes", "path"} & feature.keys()
+        if not (isinstance(feature, Image) or is_stored or _is_value(feature, (*TEXT, *BINARY)) or feature in UNKNOWN):
+            yield (
+                column,
+                (
+                    _mistyped(column, name, "images", feature)
+                    + "Store images as `datasets.Image`, encoded bytes or paths."
+                ),
+            )
+    yield from _instance_faults(features.get("instances"), name)
+    for column in ATTRIBUTE_COLUMNS:
+        feature = features.get(column)
+        label = _item(feature)
+        if feature is None or _is_value(feature, ("null",)):
+            continue
+        if label is None:
+            yield column, _mistyped(column, name, "lists of ids; the column of each row must be a list", feature)
+        elif not (isinstance(label, ClassLabel) or _is_value(label, (*TEXT, *INTEGERS, "null"))):
+            yield (
+                column,
+                (
+                    _mistyped(column, name, "lists of ids", feature)
+                    + "Numbers without names could be those of any tree: store ids as strings, or as the `ClassLabel` of "
+                    "`trl_diffusion.attribute_features(criteria)`."
+                ),
+            )
+
+
+def _instance_faults(feature: Any, name: str) -> Iterator[tuple[str, str]]:
+    if feature in UNKNOWN:
+        return
+    fields = _item(feature)
+    if not isinstance(fields, dict):
+        yield (
+            "instances",
+            (
+                f"The column `instances` of `{name}` must be a list of instances, got {feature}. See "
+                "`trl_diffusion.instance_pair_features()` for its type."
+            ),
+        )
+        return
+    for field in BOXES:
+        box = fields.get(field)
+        if _item(box) is None or not _is_value(_item(box), (*NUMBERS, "null")):
+            yield f"instances.{field}", _mistyped(f"instances.{field}", name, "lists of four numbers", box)
+    preference = fields.get("preference")
+    if isinstance(preference, ClassLabel) and tuple(preference.names) != PREFERENCES:
+        yield (
+            "instances.preference",
+            (
+                f"The labels of `instances.preference` of `{name}` must be `chosen`, `rejected`, `tie` in this order, got "
+                f"{', '.join(f'`{label}`' for label in preference.names)}. Store the names as strings, or cast to "
+                f"`ClassLabel(names={list(PREFERENCES)})`."
+            ),
+        )
+    elif not isinstance(preference, ClassLabel) and not _is_value(preference, TEXT):
+        yield (
+            "instances.preference",
+            (
+                _mistyped("instances.preference", name, "names", preference)
+                + "Numbers without names could mean anything: store `chosen`, `rejected` or `tie` as strings, or cast to "
+                f"`ClassLabel(names={list(PREFERENCES)})` if they are the indices of these."
+            ),
+        )
+
+
+def _item(feature: Any) -> Any:
+    """The type of the items of a list, else `None`."""
+    return feature.feature if isinstance(feature, List | LargeList) else None
+
+
+def _is_value(feature: Any, types: tuple[str, ...]) -> bool:
+    return type(feature) is Value and feature.dtype in types
+
+
+def _mistyped(column: str, name: str, wanted: str, feature: Any) -> str:
+    return f"The column `{column}` of `{name}` must contain {wanted}, got {feature}. "
+
+
+def _cast(column: str, dtype: str) -> str:
+    return f'If they are meant, cast it: `dataset.cast_column("{column}", Value("{dtype}"))`.'
+
+
+# ----- values -----
+
+
+def bad_rows(dataset: Dataset, column: str, is_bad: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
+    """
+    Finds rows by the Arrow data of one column. No row becomes a Python object.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset, which may be a selection of rows, in any order.
+        column (`str`):
+            The column.
+        is_bad (`Callable`):
+            From a part of the column to a bool for each row.
+
+    Returns:
+        `np.ndarray`: the numbers of the rows, in order.
+    """
+    bad = np.concatenate([np.asarray(is_bad(chunk), dtype=bool) for chunk in dataset.data.column(column).chunks])
+    return selected(dataset, bad).nonzero()[0]
+
+
+def selected(dataset: Dataset, values: np.ndarray) -> np.ndarray:
+    """The values of the rows of a dataset, out of those of all rows of the table that it selects from."""
+    return values if dataset._indices is None else values[dataset._indices.column(0).to_numpy()]
+
+
+def nulls(column: pa.Array) -> np.ndarray:
+    """Which values are null."""
+    return column.is_null().to_numpy(zero_copy_only=False)
+
+
+def without_image(column: pa.Array) -> np.ndarray:
+    """Which values hold no image: they are null, or have neither bytes nor a path, or an empty one."""
+    parts = [column]
+    if pa.types.is_struct(column.type):
+        parts = [pc.struct_field(column, part) for part in ("bytes", "path") if column.type.get_field_index(part) >= 0]
+    held = [pc.fill_null(_greater(pc.binary_length(part)), False) for part in parts if not pa.types.is_null(part.type)]
+    empty = np.ones(len(column), dtype=bool)
+    for part in held:
+        empty &= ~part.to_numpy(zero_copy_only=False)
+    return empty
+
+
+def _greater(lengths: pa.Array) -> pa.Array:
+    return pc.greater(lengths, pa.scalar(0, lengths.type))
+
+
+def missing_files(dataset: Dataset, column: str) -> np.ndarray:
+    """
+    Finds images whose file does not exist. Of more than 10,000, 10,000 at equal distances are looked for.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+        column (`str`):
+            A column of undecoded images, or of paths.
+
+    Returns:
+        `np.ndarray`: the numbers of the rows, in order.
+    """
+    paths, rows = dataset.data.column(column), np.arange(len(dataset))
+    if pa.types.is_struct(paths.type):
+        has_path = bad_rows(dataset, column, _is_path)
+        rows = rows[has_path]
+    elif not _is_text(paths.type):
+        return rows[:0]
+    if len(rows) > MOST_PATHS:
+        rows = rows[np.linspace(0, len(rows) - 1, MOST_PATHS).round().astype(int)]
+    places = rows if dataset._indices is None else dataset._indices.column(0).to_numpy()[rows]
+    found = []
+    for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+        value = paths[place].as_py()
+        path = value["path"] if isinstance(value, dict) else value
+        if path and "://" not in path and not os.path.exists(path):  # else an address, or a place in an archive
+            found.append(row)
+    return np.array(found, dtype=int)
+
+
+def _is_path(column: pa.Array) -> np.ndarray:
+    """Which values of an undecoded column of images have a path and no bytes."""
+    has = {}
+    for part in ("bytes", "path"):
+        values = pc.struct_field(column, part) if column.type.get_field_index(part) >= 0 else pa.nulls(len(column))
+        lengths = pa.nulls(len(column), pa.int32()) if pa.types.is_null(values.type) else pc.binary_length(values)
+        has[part] = pc.fill_null(_greater(lengths), False).to_numpy(zero_copy_only=False)
+    return has["path"] & ~has["bytes"]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def repeated(dataset: Dataset, column: str) -> tuple[int, np.ndarray]:
+    """
+    Finds values that occur more than once.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+        column (`str`):
+            A column of strings or integers.
+
+    Returns:
+        `tuple[int, np.ndarray]`: the number of rows that repeat an earlier one, and all rows with the first such value.
+    """
+    encoded = dataset.data.column(column).combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.unify_dictionaries().combine_chunks()
+    codes = selected(dataset, encoded.indices.to_numpy(zero_copy_only=False))
+    values, counts = np.unique(codes, return_counts=True)
+    often = values[counts > 1]
+    if not len(often):
+        return 0, often
+    first = codes[np.isin(codes, often).nonzero()[0][0]]
+    return int((counts - 1).sum()), (codes == first).nonzero()[0]
+
+
+def bad_instances(column: pa.Array) -> np.ndarray:
+    """
+    Which rows have an instance that is null, without a preference, or whose box is no box whatever the size of its image.
+
+    Args:
+        column (`pa.Array`):
+            A part of the column `instances`.
+
+    Returns:
+        `np.ndarray`: a bool for each row.
+    """
+    items, parents = column.flatten(), pc.list_parent_indices(column).to_numpy()
+    bad = nulls(items)
+    for field in BOXES:
+        boxes = pc.struct_field(items, field)
+        of_four = pc.fill_null(pc.equal(pc.list_value_length(boxes), 4), False)
+        numbers = boxes.filter(of_four).flatten()
+        numbers = numbers.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).reshape(-1, 4)
+        wrong = ~np.isfinite(numbers).all(axis=1) | (numbers[:, :2] >= numbers[:, 2:]).any(axis=1)
+        of_four = of_four.to_numpy(zero_copy_only=False)
+        bad |= ~of_four
+        bad[of_four.nonzero()[0]] |= wrong | (numbers[:, :2] < -1).any(axis=1)
+    preference = pc.struct_field(items, "preference")
+    names = PREFERENCES if _is_text(preference.type) else range(len(PREFERENCES))
+    bad |= ~pc.is_in(preference, pa.array(names, preference.type)).to_numpy(zero_copy_only=False)
+    rows = np.zeros(len(column), dtype=bool)
+    rows[parents[bad]] = True
+    return rows
+
+
+def attribute_codes(column: pa.ChunkedArray) -> tuple[list, np.ndarray, np.ndarray]:
+    """
+    The attributes of a column as numbers.
+
+    Args:
+        column (`pa.ChunkedArray`):
+            Lists of ids, or of labels.
+
+    Returns:
+        `tuple`: the distinct values, and for each value of each list its row and its place among the distinct values.
+    """
+    rows, items, start = [], [], 0
+    for chunk in column.chunks:
+        if not pa.types.is_null(chunk.type):
+            items.append(chunk.flatten())
+            rows.append(pc.list_parent_indices(chunk).to_numpy() + start)
+        start += len(chunk)
+    if not items:
+        return [], np.zeros(0, dtype=int), np.zeros(0, dtype=int)
+    encoded = pa.concat_arrays(items).dictionary_encode(null_encoding="encode")
+    return encoded.dictionary.to_pylist(), np.concatenate(rows), encoded.indices.to_numpy()

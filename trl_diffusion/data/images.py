@@ -1,0 +1,115 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Reads images as datasets store them."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import PIL.Image
+from datasets.utils.file_utils import xopen
+
+from .pictures import orientation
+
+
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+
+
+def open_image(value: Any) -> PIL.Image.Image:
+    """
+    Opens an image of a dataset, without applying its EXIF orientation.
+
+    Args:
+        value (`PIL.Image.Image`, `bytes`, `str` or `dict`):
+            An image, its encoded bytes, a path, or a value of an undecoded [`~datasets.Image`] column: a dictionary with
+            `bytes` or `path`.
+
+    Returns:
+        `PIL.Image.Image`: the image, loaded.
+
+    Raises:
+        `ValueError`: If the value is not an image, or one that cannot be read.
+        `OSError`: If the file is missing.
+    """
+    content = image_content(value)
+    with image_errors(content):
+        image = _open_lazily(content)
+        image.load()
+    return image
+
+
+def image_size(value: Any) -> tuple[int, int]:
+    """
+    Size of an image of a dataset after its EXIF orientation is applied. Only the header is read if the format allows it.
+
+    Args:
+        value (`PIL.Image.Image`, `bytes`, `str` or `dict`):
+            As [`data.images.open_image`] takes it.
+
+    Returns:
+        `tuple[int, int]`: height and width in pixels.
+
+    Raises:
+        `ValueError`: If the value is not an image, or one that cannot be read.
+        `OSError`: If the file is missing.
+    """
+    content = image_content(value)
+    with image_errors(content):
+        image = _open_lazily(content)
+    return image.size if orientation(image) in (5, 6, 7, 8) else (image.height, image.width)
+
+
+def image_content(value: Any) -> PIL.Image.Image | bytes:
+    """
+    Reads an image of a dataset without decoding it.
+
+    Args:
+        value (`PIL.Image.Image`, `bytes`, `str` or `dict`):
+            As [`data.images.open_image`] takes it.
+
+    Returns:
+        `PIL.Image.Image` or `bytes`: the image if the value is one, otherwise the content of its file.
+
+    Raises:
+        `ValueError`: If the value is not an image.
+        `OSError`: If the file is missing.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, PIL.Image.Image | bytes):
+        return value
+    if isinstance(value, str):
+        with xopen(value, "rb") as file:  # a path on disk, in an archive or on the Hub
+            return file.read()
+    raise ValueError(f"expected an image, its bytes or a path, got {type(value).__name__}")
+
+
+@contextmanager
+def image_errors(content: PIL.Image.Image | bytes) -> Iterator[None]:
+    """
+    Turns what PIL raises on a file that it cannot read into a `ValueError` with the reason.
+
+    Args:
+        content (`PIL.Image.Image` or `bytes`):
+            The image, as [`data.images.image_content`] returns it.
+    """
+    if content == b"":
+        raise ValueError("the image is empty: it has no bytes")
+    try:
+        yield
+    except PIL.UnidentifiedImageError as error:
+        if content[4:8] == b"ftyp" and content[8:12] in HEIC_BRANDS:
+            raise ValueError("this is a HEIC file, which Pillow does not read: convert it to JPEG or PNG") from error
+        raise ValueError(f"this is not an image that can be read; it starts with {content[:16]!r}") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(f"the image claims too many pixels: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # on broken files, PIL raises whatever its decoders run into
+        raise ValueError(f"the image is broken: {error}") from error
+
+
+def _open_lazily(content: PIL.Image.Image | bytes) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content

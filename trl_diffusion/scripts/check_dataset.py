@@ -1,0 +1,135 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Reads every row of a dataset as a trainer does, and says all that is wrong with it and what it holds.
+
+```bash
+trl-diffusion check-dataset --dataset_name user/pickapic-instance --output report.json
+trl-diffusion check-dataset --dataset_name user/painting-attributes --trainer complex-po --criteria painting
+```
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from trl import ScriptArguments, TrlParser
+
+
+TRAINERS = ("instance-dpo", "attribute-sft", "complex-po")
+
+
+@dataclass
+class CheckDatasetArguments(ScriptArguments):
+    """
+    Arguments of `trl-diffusion check-dataset`.
+
+    Parameters:
+        trainer (`str`, *optional*):
+            The trainer that will read the dataset: `"instance-dpo"`, `"attribute-sft"` or `"complex-po"`. By default the first
+            for a dataset with the columns `chosen` and `rejected`.
+        criteria (`str`, *optional*, defaults to `"painting"`):
+            The tree of the attributes: a YAML file, or the name of a tree that comes with the package.
+        resolution (`int`, *optional*, defaults to `512`):
+            Width and height in pixels of the training images. Smaller images are counted.
+        model_name_or_path (`str`, *optional*):
+            The pipeline to be trained, of which only the tokenizers are loaded: prompts that they cut are counted.
+        output (`str`, *optional*):
+            File for the whole report, as JSON.
+    """
+
+    trainer: str | None = field(
+        default=None,
+        metadata={
+            "help": "The trainer that will read the dataset. By default `instance-dpo` for a dataset with the columns `chosen` and "
+            "`rejected`.",
+            "choices": list(TRAINERS),
+        },
+    )
+    criteria: str = field(
+        default="painting",
+        metadata={
+            "help": "The tree of the attributes: a YAML file, or the name of a tree that comes with the package."
+        },
+    )
+    resolution: int = field(
+        default=512,
+        metadata={"help": "Width and height in pixels of the training images. Smaller images are counted."},
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "The pipeline to be trained, of which only the tokenizers are loaded: prompts that they cut are counted."
+        },
+    )
+    output: str | None = field(default=None, metadata={"help": "File for the whole report, as JSON."})
+
+
+def prompt_fits(name: str) -> Callable[[str], bool]:
+    """Whether the text encoders of a pipeline, of which the tokenizers are loaded, read the whole of a prompt."""
+    import transformers
+
+    from trl_diffusion.backbones import BACKBONES
+    from trl_diffusion.backbones.source import read_index
+
+    index = read_index(name, {})
+    families = [family for family in BACKBONES if family.pipeline_class.__name__ == index["_class_name"]]
+    if not families:
+        raise ValueError(f"`--model_name_or_path` is a `{index['_class_name']}`, a family that is not supported.")
+    classes = {part: names[1] for part, names in index.items() if part.startswith("tokenizer") and names[1]}
+    loaded = {
+        part: getattr(transformers, kind).from_pretrained(name, subfolder=part) for part, kind in classes.items()
+    }
+    limits = {part: tokenizer.model_max_length for part, tokenizer in loaded.items()}
+    if t5 := [part for part, kind in classes.items() if kind.startswith("T5")]:  # it reads what CLIP does not
+        limits = {t5[0]: families[0].max_sequence_length}
+    return lambda prompt: all(
+        len(loaded[part](prompt, verbose=False).input_ids) <= limit for part, limit in limits.items()
+    )
+
+
+def main(args: CheckDatasetArguments) -> int:
+    import json
+    from pathlib import Path
+
+    from trl_diffusion import AttributeSFTTrainer, ComplexPOTrainer, Criteria, InstanceDPOTrainer
+    from trl_diffusion.data.check import as_text, check_dataset
+    from trl_diffusion.scripts.utils import get_split, load_splits
+
+    if args.resolution < 1:
+        raise ValueError(f"`--resolution` must be at least 1, got {args.resolution}.")
+    splits = load_splits(args.dataset_name, args.dataset_config, streaming=args.dataset_streaming)
+    dataset = get_split(splits, args.dataset_train_split, "--dataset_train_split")
+    names = dataset.column_names or list(next(iter(dataset), {}))
+    trainer = args.trainer or ("instance-dpo" if {"chosen", "rejected"} <= set(names) else None)
+    if trainer is None:
+        raise ValueError(
+            f"`--trainer` is missing: the columns {', '.join(names)} do not tell which trainer is to read them. Name "
+            f"{', '.join(TRAINERS)}."
+        )
+    trainer_class = dict(zip(TRAINERS, (InstanceDPOTrainer, AttributeSFTTrainer, ComplexPOTrainer), strict=True))[
+        trainer
+    ]
+    report = check_dataset(
+        dataset,
+        trainer_class.columns,
+        trainer_class.image_columns,
+        args.resolution,
+        criteria=None if trainer == "instance-dpo" else Criteria.load(args.criteria),
+        needs_attributes=trainer == "complex-po",
+        fits=prompt_fits(args.model_name_or_path) if args.model_name_or_path else None,
+    )
+    for line in as_text(report):
+        print(line)
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+    return 1 if report["faults"] else 0
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    return TrlParser((CheckDatasetArguments,), prog=prog)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*make_parser().parse_args_and_config()))
