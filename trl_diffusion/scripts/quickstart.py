@@ -29,7 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl import TrlParser
+from trl_diffusion.cli.parser import CommandParser
 
 
 if TYPE_CHECKING:
@@ -164,9 +164,13 @@ Seed {results["seed"]}; {results["seconds"]:.0f} seconds in all.
 """
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser((QuickstartArguments,), prog=prog)
+def make_parser(prog: str | None = None) -> CommandParser:
+    return CommandParser((QuickstartArguments,), prog=prog)
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    import sys
+
+    from trl_diffusion.cli.script import run_script
+
+    sys.exit(run_script("quickstart", lambda: sys.modules[__name__]))

@@ -271,6 +271,9 @@ class DiffusionConfig(_BaseConfig):
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 4 if torch.cuda.is_available() and not self.use_cpu else 0
         super().__post_init__()
+        resume = str(self.resume_from_checkpoint).lower()
+        if resume in ("true", "false", "no", "none"):  # a command's flags and its YAML file say it in words
+            self.resume_from_checkpoint = True if resume == "true" else None  # the last checkpoint, or none
         if self.dataloader_pin_memory:
             self.accelerator_config.non_blocking = True  # from pinned memory a batch is copied while the GPU works
 
