@@ -84,7 +84,9 @@ def launcher_arguments(launcher_flags: list[str], script: str, flags: list[str])
     kind, num_processes = None, args.num_processes or 1
     if args.config_file:
         config = load_config_from_file(args.config_file)
-        kind, num_processes = config.distributed_type, args.num_processes or config.num_processes
+        kind = config.distributed_type
+        if kind == "MULTI_CPU":  # a configuration for one device may name any number
+            num_processes = args.num_processes or config.num_processes
     if num_processes > 1 and kind in (None, "NO", "MULTI_CPU") and not (args.tpu or args.mpirun_hostfile):
         if args.cpu:
             raise ValueError(

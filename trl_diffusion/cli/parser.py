@@ -72,7 +72,7 @@ class CommandParser(TrlParser):
     abbreviations too, and so is a value in the file that the flag would not take.
 
     Args:
-        dataclass_types (`Iterable[type]`):
+        dataclass_types (`Iterable[type]`, *optional*):
             The dataclasses whose fields are the flags.
         prog (`str`, *optional*):
             Name of the command.
@@ -84,7 +84,7 @@ class CommandParser(TrlParser):
 
     def __init__(
         self,
-        dataclass_types: Iterable[type],
+        dataclass_types: Iterable[type] = (),
         prog: str | None = None,
         description: str | None = None,
         is_launched: bool = False,

@@ -34,7 +34,7 @@ def run_script(command: str, find_script: Callable[[], ModuleType], flags: list[
     Returns:
         `int`: the exit status: 0, 2 after a mistake, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    quiet()
+    cut = quiet()
     with stopping(command) as stop:
         try:
             with mistakes(command) as made:
@@ -46,6 +46,8 @@ def run_script(command: str, find_script: Callable[[], ModuleType], flags: list[
             if stop.number is None:
                 raise
             stop.end()  # what broke, broke because of the signal
+    if os.environ.get("RANK", "0") == "0":
+        cut.say(command)
     if stop.number is not None:
         return stop.status
     return 2 if made else 0
