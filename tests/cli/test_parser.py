@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import trl_diffusion
+from tests import tiny
 from tests.cli.test_cli import run
 from trl_diffusion.cli.launch import launcher_arguments
 from trl_diffusion.cli.main import COMMANDS, LAUNCHED_COMMANDS, main, script_of
@@ -188,7 +189,9 @@ def test_several_processes_are_several_or_an_error(tmp_path):
 )
 def test_mistakes_come_through_the_launcher(tmp_path, flags, message):
     """The script's line alone, and its status: no traceback of the script's or of the launcher's."""
-    result = run("instance-dpo", "--output_dir", tmp_path, "--dataset_name", tmp_path, "--use_cpu", *flags)
+    tiny.pairs(2).to_parquet(tmp_path / "train.parquet")
+    base = ["--output_dir", tmp_path / "out", "--dataset_name", tmp_path, "--use_cpu", "--report_to", "none"]
+    result = run("instance-dpo", *base, *flags)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 

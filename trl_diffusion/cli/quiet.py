@@ -5,6 +5,7 @@
 
 import ast
 import logging
+import re
 import sys
 import warnings
 
@@ -32,6 +33,7 @@ PIPELINES = (
     "stable_diffusion_3.pipeline_stable_diffusion_3",
     "flux.pipeline_flux",
 )
+PADDING = re.compile(r"(<\|endoftext\|>|<pad>|</s>|!|\s)+$")
 CUT = "The following part of your input was truncated because"
 
 
@@ -46,7 +48,8 @@ class CutPrompts(logging.Filter):
         message = record.getMessage()
         if not message.startswith(CUT):
             return True
-        self.endings.update(ast.literal_eval(message[message.index(": [") + 2 :]))
+        texts = ast.literal_eval(message[message.index(": [") + 2 :])  # shorter prompts are there with their padding
+        self.endings.update(filter(None, (PADDING.sub("", text).strip() for text in texts)))
         return False
 
     def say(self, command: str) -> None:
