@@ -127,7 +127,7 @@ def test_show_masks_ends(folders, tmp_path):
 def test_the_quickstart_ends(tmp_path, number, group):
     """Both of its processes end in the middle of a training."""
     flags = ["--num_pairs", 64, "--num_paintings", 64, "--max_steps", 100000, "--output_dir", tmp_path / "out"]
-    ended = stopped(["quickstart", *flags], tmp_path, lambda output: "[3/11]" in output, number, group)
+    ended = stopped(["quickstart", *flags], tmp_path, lambda output: "[2/11]" in output, number, group)
     check(ended, number, "quickstart")
 
 
