@@ -81,7 +81,6 @@ def section(page: str, heading: str) -> str:
 def parsers(command: str) -> list:
     """The parsers that read the flags of a command: its own, and the launcher's for a command that it starts."""
     own = script_of(command).make_parser(prog=command)
-    own.add_argument("--config")
     launcher = launch_command_parser()
     launcher.add_argument("--accelerate_config")
     return [own, launcher] if command in LAUNCHED_COMMANDS else [own]

@@ -22,7 +22,7 @@ OPTIONAL = {
     *("matplotlib", "torchmetrics"),
 }
 # What nothing but itself, `scripts`, `cli` and `quickstart` may import
-APPLICATIONS = ["scripts", "cli", "quickstart"]
+APPLICATIONS = ["scripts", "cli", "quickstart", "__main__"]
 
 
 def module_name(path: Path) -> str:

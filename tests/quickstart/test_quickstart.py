@@ -34,7 +34,7 @@ CPO_ARMS = ["base", "sft", "cpo", "cpo_stabilised", "cpo_paired"]
 def run_small(experiment, name: str, folder, seed: int = 0, model: str = "unet") -> list[bytes]:
     """The first images of an arm that is trained on annotated rows for two steps."""
     annotations, _ = annotate(experiment, 64, seed, str(folder))
-    _, images = run_arm(experiment, model, name, annotations, 64, 2, 16, seed, str(folder))
+    _, images, *_ = run_arm(experiment, model, name, annotations, 64, 2, 16, seed, str(folder))
     return [image.tobytes() for image in images]
 
 

@@ -3,36 +3,112 @@
 
 """Runs a script through `accelerate launch`, on one or several devices."""
 
+import argparse
+import logging
+import subprocess
 from types import ModuleType
 
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
-from trl import TrlParser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+from .parser import CommandParser
+from .stopping import Stop, blocked
 
-def launch(script: ModuleType, parser: TrlParser, flags: list[str]) -> None:
+
+def launch(script: ModuleType, parser: CommandParser, flags: list[str], stop: Stop) -> int:
     """
-    Launches a script. Flags that the script does not know, from the command line or from its YAML file, are given to
-    `accelerate launch`. `--accelerate_config` takes a file, or the name of a configuration that comes with TRL.
+    Launches a script. Flags of `accelerate launch`, from the command line or from the YAML file, are given to it.
+    `--accelerate_config` takes a file, or the name of a configuration that comes with TRL.
 
     Args:
         script (`ModuleType`):
             The script.
-        parser ([`~trl.TrlParser`]):
+        parser ([`CommandParser`]):
             Its parser.
         flags (`list[str]`):
             The flags.
+        stop ([`Stop`]):
+            The request to end.
+
+    Returns:
+        `int`: the exit status, that of the script.
+
+    Raises:
+        `ValueError`: If a flag is wrong.
     """
     *_, from_config, from_flags = parser.parse_args_and_config(
         flags, return_remaining_strings=True, separate_remaining_strings=True
     )
-    launch_flags = resolve_accelerate_config_argument(from_config + from_flags)
-    unknown = iter([*from_flags, None])  # in the order of `flags`
-    next_unknown, script_flags = next(unknown), []
+    args = launcher_arguments([*from_config, *from_flags], script.__file__, without(flags, from_flags))
+    with blocked():
+        status = run(args)
+    return status if stop.number is None else stop.status
+
+
+def without(flags: list[str], others: list[str]) -> list[str]:
+    """The flags but for others, which are in the same order among them."""
+    rest, others = [], iter([*others, None])
+    other = next(others)
     for flag in flags:
-        if flag == next_unknown:
-            next_unknown = next(unknown)
+        if flag == other:
+            other = next(others)
         else:
-            script_flags.append(flag)
-    # --quiet: a script that fails prints its own error; a traceback of the launcher would hide it
-    launch_command(launch_command_parser().parse_args(["--quiet", *launch_flags, script.__file__, *script_flags]))
+            rest.append(flag)
+    return rest
+
+
+def launcher_arguments(launcher_flags: list[str], script: str, flags: list[str]) -> argparse.Namespace:
+    """
+    The launcher's arguments. Several processes on a machine without a GPU are started as several, where the launcher alone
+    would start one and say nothing.
+
+    Args:
+        launcher_flags (`list[str]`):
+            Its flags.
+        script (`str`):
+            The file to run.
+        flags (`list[str]`):
+            The flags of the script.
+
+    Returns:
+        `argparse.Namespace`
+
+    Raises:
+        `ValueError`: If something stands there that belongs to no flag, or if several processes are asked for that the
+            launcher would not start.
+    """
+    args = launch_command_parser().parse_args([*resolve_accelerate_config_argument(launcher_flags), script, *flags])
+    if args.training_script != script:
+        raise ValueError(f"`{args.training_script}` stands behind no flag.")
+    kind, num_processes = None, args.num_processes or 1
+    if args.config_file:
+        config = load_config_from_file(args.config_file)
+        kind = config.distributed_type
+        if kind == "MULTI_CPU":  # a configuration for one device may name any number
+            num_processes = args.num_processes or config.num_processes
+    if num_processes > 1 and kind in (None, "NO", "MULTI_CPU") and not (args.tpu or args.mpirun_hostfile):
+        if args.cpu:
+            raise ValueError(
+                f"With `--cpu` the launcher starts one process, not the {num_processes} of `--num_processes`: leave `--cpu` out; "
+                "`--use_cpu` keeps the processes on the CPU."
+            )
+        args.multi_gpu = not (args.use_deepspeed or args.use_fsdp)
+    args.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are handled here
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `accelerate launch`, and returns the status of the script. What it printed is all that there is to say."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(args)
+    except subprocess.CalledProcessError as error:
+        status = error.returncode
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+    else:
+        return 0
+    return 128 - status if status < 0 else status  # a signal, as a shell says it

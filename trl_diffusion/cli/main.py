@@ -4,9 +4,13 @@
 """The console entry. A command's imports happen only when that command runs."""
 
 import argparse
+import difflib
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
+
+from .. import __version__
 
 
 # Each command is a script in `trl_diffusion/scripts/` that can also be run alone, see `script_of`.
@@ -43,34 +47,50 @@ def main(argv: list[str] | None = None) -> int:
             The command and its flags. Defaults to those of the process.
 
     Returns:
-        `int`: the exit status.
+        `int`: the exit status: 0, 2 after a mistake, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return run_command(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        return 0
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+
+
+def run_command(argv: list[str]) -> int:
+    """Runs a command. Returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="trl-diffusion",
         description="Preference alignment for text-to-image diffusion models. `trl-diffusion COMMAND --help` lists the "
         "flags of a command.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"trl-diffusion {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for name, description in COMMANDS.items():
-        commands.add_parser(name, help=description, add_help=False)
-    command = parser.parse_known_args(argv)[0].command
+        commands.add_parser(name, help=description, add_help=False, allow_abbrev=False)
+    command, rest = known_command(argv, parser)
     if command is None:
+        parser.parse_args(rest)
         parser.print_help()
         return 0
 
-    flags = argv[argv.index(command) + 1 :]
-    script = script_of(command)
-    script_parser = script.make_parser(prog=f"trl-diffusion {command}")
-    try:
-        if command in LAUNCHED_COMMANDS:
-            from .launch import launch
+    from .script import run_launched, run_script
 
-            launch(script, script_parser, flags)
-        else:
-            return script.main(*script_parser.parse_args_and_config(flags)) or 0
-    except ValueError as error:  # a mistake of the user: one line, no traceback
-        print(f"trl-diffusion {command}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if command in LAUNCHED_COMMANDS:
+        return run_launched(command, lambda: script_of(command), rest)
+    return run_script(command, lambda: script_of(command), rest)
+
+
+def known_command(argv: list[str], parser: argparse.ArgumentParser) -> tuple[str | None, list[str]]:
+    """The command and its flags. Without a command, all flags."""
+    if not argv or argv[0].startswith("-"):
+        return None, argv
+    if argv[0] not in COMMANDS:
+        close = difflib.get_close_matches(argv[0].replace("_", "-"), COMMANDS, n=1)
+        suggestion = f"; did you mean `{close[0]}`?" if close else ""
+        parser.exit(2, f"trl-diffusion: error: `{argv[0]}` is no command{suggestion} (`--help` lists them)\n")
+    return argv[0], argv[1:]

@@ -20,7 +20,7 @@ from ..trainer.attribute_sft_config import AttributeSFTConfig
 from ..trainer.attribute_sft_trainer import AttributeSFTTrainer
 from ..trainer.complex_po_config import ComplexPOConfig
 from ..trainer.complex_po_trainer import ComplexPOTrainer
-from .experiment import FAST, Arm, Experiment, results_table
+from .experiment import FAST, Arm, Experiment, results_table, train_quietly
 from .models import TinyModel, model_of
 from .oracle import OracleVLM
 from .paintings import inspect_painting, painting_dataset, sample_painting
@@ -61,8 +61,7 @@ def train_sft(pipeline: DiffusionPipeline, paintings: Dataset, settings: dict[st
         train_dataset=paintings.filter(lambda row: not row["negative_attributes"]),
         peft_config=lora(pipeline),
     )
-    trainer.train()
-    return trainer
+    return train_quietly(trainer)
 
 
 def train_cpo(pipeline: DiffusionPipeline, paintings: Dataset, settings: dict[str, Any]) -> ComplexPOTrainer:
@@ -77,8 +76,7 @@ def train_cpo(pipeline: DiffusionPipeline, paintings: Dataset, settings: dict[st
         train_dataset=paintings,
         peft_config=lora(pipeline),
     )
-    trainer.train()
-    return trainer
+    return train_quietly(trainer)
 
 
 def score(images: list[Image.Image], prompts: list[str]) -> dict[str, float]:

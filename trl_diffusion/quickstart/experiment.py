@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from PIL import Image
+from transformers import PrinterCallback
 
 from ..annotation.join import join_annotations, load_annotations
 from ..annotation.records import prepare_rows
 from ..annotation.run import Task, run, run_locally
+from ..trainer.diffusion_trainer import DiffusionTrainer
 from .models import MODELS
 from .sampling import generate, load_pipeline
 from .world import evaluation_prompts
@@ -31,6 +33,13 @@ FAST = {
     "bf16": False,
     "dataloader_pin_memory": False,
 }
+
+
+def train_quietly(trainer: DiffusionTrainer) -> DiffusionTrainer:
+    """Trains without printing the logs."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def run_arm(
     num_samples: int,
     seed: int,
     output_dir: str,
-) -> tuple[dict[str, float], list[Image.Image]]:
+) -> tuple[dict[str, float], list[Image.Image], float, str]:
     """
     Trains the base as an arm says, generates images with it, and scores them, in one thread.
 
@@ -146,7 +155,7 @@ def run_arm(
             Output directory of the trainer.
 
     Returns:
-        `tuple`: the scores of all images, and the first eight images.
+        `tuple`: the scores of all images, the first eight images, the seconds that it took, and the figures in words.
     """
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -156,14 +165,11 @@ def run_arm(
         rows = join_annotations(experiment.unlabelled_rows(num_rows, seed), load_annotations(annotations))
         settings = {"output_dir": output_dir, "seed": seed, "max_steps": max_steps}
         arm.train(pipeline, rows, settings | arm.settings)
-    trained = time.perf_counter()
     prompts = evaluation_prompts(num_samples, seed, experiment.sample_scene)
     images = generate(pipeline, prompts, seed)
     scores = experiment.score(images, prompts)
     figures = ", ".join(f"{heading} {scores[key]:{form}}" for key, (heading, form) in experiment.figures.items())
-    seconds = trained - start, time.perf_counter() - trained
-    print(f"{name}: {seconds[0]:.0f} s of training, {seconds[1]:.0f} s of sampling: {figures}", flush=True)
-    return scores, images[:8]
+    return scores, images[:8], time.perf_counter() - start, figures
 
 
 def results_table(experiment: Experiment, results: dict[str, dict[str, float]]) -> str:

@@ -16,7 +16,7 @@ from ..annotation.records import pair_columns
 from ..annotation.run import Task
 from ..trainer.instance_dpo_config import InstanceDPOConfig
 from ..trainer.instance_dpo_trainer import InstanceDPOTrainer
-from .experiment import FAST, Arm, Experiment, results_table
+from .experiment import FAST, Arm, Experiment, results_table, train_quietly
 from .models import TinyModel, model_of
 from .oracle import OracleDetector, OracleVLM
 from .world import inspect_image, preference_dataset, sample_scene
@@ -38,8 +38,7 @@ def train(pipeline: DiffusionPipeline, pairs: Dataset, settings: dict[str, Any])
     model = model_of(pipeline)
     settings = FAST | model.conditions | model.pair_training | {"beta": model.pair_beta} | settings
     trainer = InstanceDPOTrainer(pipeline, args=InstanceDPOConfig(**settings), train_dataset=pairs)
-    trainer.train()
-    return trainer
+    return train_quietly(trainer)
 
 
 def score(images: list[Image.Image], prompts: list[str]) -> dict[str, float]:

@@ -31,4 +31,4 @@ def generate(pipeline: DiffusionPipeline, prompts: list[str], seed: int) -> list
     """Generates an image for each prompt. The noise depends on the seed and the position only, not on the model."""
     model = model_of(pipeline)
     getattr(pipeline, model.denoiser).eval()
-    return sample_images(pipeline, prompts, seed=seed, **SAMPLING, **model.conditions)
+    return sample_images(pipeline, prompts, seed=seed, disable_tqdm=True, **SAMPLING, **model.conditions)

@@ -17,8 +17,7 @@ If it is stopped, the same command continues. `--preview 20` shows some annotate
 
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
+from trl_diffusion.cli.parser import CommandParser
 from trl_diffusion.scripts.annotation import AnnotationArguments
 
 
@@ -56,9 +55,13 @@ def main(args: AnnotateAttributesArguments) -> None:
     annotate(args, task, dataset, num_rows, get_executor(args))
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser((AnnotateAttributesArguments,), prog=prog)
+def make_parser(prog: str | None = None) -> CommandParser:
+    return CommandParser((AnnotateAttributesArguments,), prog=prog)
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    import sys
+
+    from trl_diffusion.cli.script import run_script
+
+    sys.exit(run_script("annotate-attributes", lambda: sys.modules[__name__]))

@@ -18,8 +18,7 @@ If it is stopped, the same command continues. `--preview 20` shows some annotate
 
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
+from trl_diffusion.cli.parser import CommandParser
 from trl_diffusion.scripts.annotation import AnnotationArguments
 from trl_diffusion.scripts.judges import ORACLE, DetectorArguments
 
@@ -82,9 +81,13 @@ def main(args: AnnotateInstancesArguments) -> None:
     annotate(args, task, dataset, num_rows, executor)
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser((AnnotateInstancesArguments,), prog=prog)
+def make_parser(prog: str | None = None) -> CommandParser:
+    return CommandParser((AnnotateInstancesArguments,), prog=prog)
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    import sys
+
+    from trl_diffusion.cli.script import run_script
+
+    sys.exit(run_script("annotate-instances", lambda: sys.modules[__name__]))

@@ -17,7 +17,7 @@ trl-diffusion attribute-sft \
 `--use_peft false` trains all weights. The result is a fine-tuned model, which `complex-po` does not take as an expert.
 """
 
-from trl import TrlParser
+from trl_diffusion.cli.parser import CommandParser
 
 
 def main(script_args, training_args, model_args) -> None:
@@ -27,14 +27,18 @@ def main(script_args, training_args, model_args) -> None:
     train(AttributeSFTTrainer, script_args, training_args, model_args)
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
+def make_parser(prog: str | None = None) -> CommandParser:
     from trl_diffusion import AttributeSFTConfig, ModelConfig
     from trl_diffusion.scripts.dataset_arguments import DatasetArguments
 
-    parser = TrlParser((DatasetArguments, AttributeSFTConfig, ModelConfig), prog=prog)
+    parser = CommandParser((DatasetArguments, AttributeSFTConfig, ModelConfig), prog=prog, is_launched=True)
     parser.set_defaults(use_peft=True)
     return parser
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
+    import sys
+
+    from trl_diffusion.cli.script import run_script
+
+    sys.exit(run_script("attribute-sft", lambda: sys.modules[__name__]))

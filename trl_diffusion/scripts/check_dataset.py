@@ -13,14 +13,15 @@ trl-diffusion check-dataset --dataset_name user/painting-attributes --trainer co
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from trl import ScriptArguments, TrlParser
+from trl_diffusion.cli.parser import CommandParser
+from trl_diffusion.scripts.dataset_arguments import DatasetArguments
 
 
 TRAINERS = ("instance-dpo", "attribute-sft", "complex-po")
 
 
 @dataclass
-class CheckDatasetArguments(ScriptArguments):
+class CheckDatasetArguments(DatasetArguments):
     """
     Arguments of `trl-diffusion check-dataset`.
 
@@ -94,12 +95,13 @@ def main(args: CheckDatasetArguments) -> int:
 
     from trl_diffusion import AttributeSFTTrainer, ComplexPOTrainer, Criteria, InstanceDPOTrainer
     from trl_diffusion.data.check import as_text, check_dataset
+    from trl_diffusion.data.presets import training_columns
     from trl_diffusion.scripts.utils import get_split, load_splits
 
     if args.resolution < 1:
         raise ValueError(f"`--resolution` must be at least 1, got {args.resolution}.")
-    splits = load_splits(args.dataset_name, args.dataset_config, streaming=args.dataset_streaming)
-    dataset = get_split(splits, args.dataset_train_split, "--dataset_train_split")
+    splits = load_splits(args.dataset_name, args.dataset_config, args.dataset_revision, args.dataset_streaming)
+    dataset = training_columns(get_split(splits, args.dataset_train_split, "--dataset_train_split"), args.mapping)
     names = dataset.column_names or list(next(iter(dataset), {}))
     trainer = args.trainer or ("instance-dpo" if {"chosen", "rejected"} <= set(names) else None)
     if trainer is None:
@@ -127,9 +129,13 @@ def main(args: CheckDatasetArguments) -> int:
     return 1 if report["faults"] else 0
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser((CheckDatasetArguments,), prog=prog)
+def make_parser(prog: str | None = None) -> CommandParser:
+    return CommandParser((CheckDatasetArguments,), prog=prog)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(*make_parser().parse_args_and_config()))
+    import sys
+
+    from trl_diffusion.cli.script import run_script
+
+    sys.exit(run_script("check-dataset", lambda: sys.modules[__name__]))

@@ -21,8 +21,7 @@ The same command with `--reverse_preference` trains the adapter for `negative_pr
 from dataclasses import dataclass, field
 from functools import partial
 
-from trl import TrlParser
-
+from trl_diffusion.cli.parser import CommandParser
 from trl_diffusion.scripts.dataset_arguments import DatasetArguments
 
 
@@ -52,13 +51,17 @@ def main(script_args, training_args, model_args) -> None:
     train(partial(ComplexPOTrainer, expert=script_args.expert), script_args, training_args, model_args)
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
+def make_parser(prog: str | None = None) -> CommandParser:
     from trl_diffusion import ComplexPOConfig, ModelConfig
 
-    parser = TrlParser((ComplexPOScriptArguments, ComplexPOConfig, ModelConfig), prog=prog)
+    parser = CommandParser((ComplexPOScriptArguments, ComplexPOConfig, ModelConfig), prog=prog, is_launched=True)
     parser.set_defaults(use_peft=True)
     return parser
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
+    import sys
+
+    from trl_diffusion.cli.script import run_script
+
+    sys.exit(run_script("complex-po", lambda: sys.modules[__name__]))

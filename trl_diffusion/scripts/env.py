@@ -12,7 +12,7 @@ trl-diffusion env
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from trl import TrlParser
+from trl_diffusion.cli.parser import CommandParser
 
 
 PACKAGES = (
@@ -45,9 +45,13 @@ def main() -> None:
             print(f"- {package}: not installed")
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser(prog=prog, description="Print the environment information.")
+def make_parser(prog: str | None = None) -> CommandParser:
+    return CommandParser(prog=prog, description="Print the environment information.")
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    import sys
+
+    from trl_diffusion.cli.script import run_script
+
+    sys.exit(run_script("env", lambda: sys.modules[__name__]))

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from trl import TrlParser
-
+from trl_diffusion.cli.parser import CommandParser
 from trl_diffusion.scripts.judges import DetectorArguments, VLMArguments
 
 
@@ -280,9 +279,13 @@ def get_scorers(
     }
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser((EvaluateArguments, VLMArguments, DetectorArguments), prog=prog)
+def make_parser(prog: str | None = None) -> CommandParser:
+    return CommandParser((EvaluateArguments, VLMArguments, DetectorArguments), prog=prog, is_launched=True)
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
+    import sys
+
+    from trl_diffusion.cli.script import run_script
+
+    sys.exit(run_script("evaluate", lambda: sys.modules[__name__]))

@@ -25,7 +25,7 @@ trl-diffusion instance-dpo --config examples/configs/iapo_sd15.yaml --dataset_na
 ```
 """
 
-from trl import TrlParser
+from trl_diffusion.cli.parser import CommandParser
 
 
 def main(script_args, training_args, model_args) -> None:
@@ -35,12 +35,16 @@ def main(script_args, training_args, model_args) -> None:
     train(InstanceDPOTrainer, script_args, training_args, model_args)
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
+def make_parser(prog: str | None = None) -> CommandParser:
     from trl_diffusion import InstanceDPOConfig, ModelConfig
     from trl_diffusion.scripts.dataset_arguments import DatasetArguments
 
-    return TrlParser((DatasetArguments, InstanceDPOConfig, ModelConfig), prog=prog)
+    return CommandParser((DatasetArguments, InstanceDPOConfig, ModelConfig), prog=prog, is_launched=True)
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))
+    import sys
+
+    from trl_diffusion.cli.script import run_script
+
+    sys.exit(run_script("instance-dpo", lambda: sys.modules[__name__]))

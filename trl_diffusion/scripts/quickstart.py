@@ -22,14 +22,16 @@ prompt names.
 
 import json
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl import TrlParser
+from trl_diffusion.cli.parser import CommandParser
+from trl_diffusion.cli.quiet import quiet
+from trl_diffusion.cli.stopping import SIGNALS, blocked
 
 
 if TYPE_CHECKING:
@@ -78,12 +80,14 @@ class QuickstartArguments:
     num_samples: int = field(default=1024, metadata={"help": "Images that each model generates."})
 
 
+# Rough seconds on one core for a row of the data, an optimizer step and an image. For the UNet's defaults they give 425 s in all,
+# where docs/source/log.md has runs of 361 and 504 s
+SECONDS = {"unet": (0.02, 0.6, 0.03), "flow": (0.02, 0.8, 0.03)}
+STARTING = 15  # seconds until both processes have imported everything
 PACKAGES = ("trl-diffusion", "trl", "transformers", "diffusers", "peft", "torch")
 
 
 def main(args: QuickstartArguments) -> None:
-    from datasets import disable_progress_bars
-
     from trl_diffusion.quickstart import cpo, iapo
     from trl_diffusion.quickstart.experiment import annotate, run_arm
 
@@ -92,30 +96,40 @@ def main(args: QuickstartArguments) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     experiments = {"scenes": iapo.EXPERIMENT, "paintings": cpo.EXPERIMENT}
     num_rows = {"scenes": args.num_pairs, "paintings": args.num_paintings}
-    num_arms = sum(len(experiment.arms) for experiment in experiments.values())
-    print(
-        f"Annotating {args.num_pairs} pairs and {args.num_paintings} paintings, then training {num_arms} models and generating "
-        f"{args.num_samples} images with each of them and with the two bases.",
-        flush=True,
-    )
+    worlds = {world: ("base", *experiment.arms) for world, experiment in experiments.items()}
+    progress = Progress(sum(1 + len(names) for names in worlds.values()), estimate(args, experiments))
     # Two processes of one thread each: the tensors are small, and more threads would mostly wait for one another.
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=disable_progress_bars) as pool:
-        annotating = {
-            world: pool.submit(annotate, experiment, num_rows[world], args.seed, args.output_dir)
-            for world, experiment in experiments.items()
-        }
-        annotations = {world: run.result() for world, run in annotating.items()}
+    pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=prepare_worker)
+    try:
+        with blocked():  # the processes are started here; this one ends them
+            annotating = {
+                pool.submit(annotate, experiment, num_rows[world], args.seed, args.output_dir): world
+                for world, experiment in experiments.items()
+            }
+        annotations = {}
+        for run in as_completed(annotating):
+            annotations[annotating[run]] = run.result()
+            progress.done(f"annotate the {annotating[run]}", f"{run.result()[1]['ok']} rows")
         sizes = (args.max_steps, args.num_samples, args.seed, args.output_dir)
         runs = {
-            world: {
-                name: pool.submit(
-                    run_arm, experiment, args.model, name, annotations[world][0], num_rows[world], *sizes
-                )
-                for name in ("base", *experiment.arms)
-            }
-            for world, experiment in experiments.items()
+            pool.submit(
+                run_arm, experiments[world], args.model, name, annotations[world][0], num_rows[world], *sizes
+            ): (
+                world,
+                name,
+            )
+            for world, names in worlds.items()
+            for name in names
         }
-        outcomes = {world: {name: run.result() for name, run in arms.items()} for world, arms in runs.items()}
+        for run in as_completed(runs):
+            world, name = runs[run]
+            _, _, seconds, figures = run.result()
+            progress.done(title(experiments[world], name), figures, seconds)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    outcomes = {world: {} for world in worlds}
+    for run, (world, name) in runs.items():
+        outcomes[world][name] = run.result()[:2]
 
     for world, file in (("scenes", "samples.png"), ("paintings", "paintings.png")):
         images = [first_images for _, first_images in outcomes[world].values()]
@@ -135,6 +149,67 @@ def main(args: QuickstartArguments) -> None:
         f"Done in {results['seconds']:.0f} seconds: look at {folder / 'report.md'}, {folder / 'samples.png'} and "
         f"{folder / 'paintings.png'}."
     )
+
+
+class Progress:
+    """
+    Says which of the steps are done, and how long each took.
+
+    Args:
+        steps (`int`):
+            Number of steps.
+        seconds (`float`):
+            Estimate of the time of all of them.
+    """
+
+    def __init__(self, steps: int, seconds: float):
+        self.steps = steps
+        self.number = 0
+        self.start = time.perf_counter()
+        print(f"{steps} steps, two at a time: about {duration(seconds)} on two CPU cores.", flush=True)
+
+    def done(self, step: str, figures: str, seconds: float | None = None) -> None:
+        """Says that a step is done: what it was, its own seconds if known, and what came out."""
+        self.number += 1
+        seconds = time.perf_counter() - self.start if seconds is None else seconds
+        print(f"[{self.number}/{self.steps}] {step}: {duration(seconds)}; {figures}", flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds below two minutes, else minutes."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def estimate(args: QuickstartArguments, experiments: dict[str, "Experiment"]) -> float:
+    """About how many seconds it takes on two cores, from what a row, an optimizer step and an image took on one core."""
+    row, step, image = SECONDS[args.model]
+    num_trainings = sum(len(experiment.arms) for experiment in experiments.values())
+    num_models = num_trainings + len(experiments)
+    rows = args.num_pairs + args.num_paintings
+    return STARTING + (rows * row + num_trainings * args.max_steps * step + num_models * args.num_samples * image) / 2
+
+
+def title(experiment: "Experiment", name: str) -> str:
+    """What a step does with a model."""
+    if name == "base":
+        return f"sample the base of the {experiment.name}"
+    return f"train {experiment.arms[name].title} and sample"
+
+
+def prepare_worker() -> None:
+    """In each process: its parent ends it, and it shows nothing of its own."""
+    import signal
+
+    from datasets import disable_progress_bars
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    quiet()
+    disable_progress_bars()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def comparison(experiment: "Experiment", images: list[list["Image"]], num_samples: int, seed: int) -> "Image":
@@ -164,9 +239,13 @@ Seed {results["seed"]}; {results["seconds"]:.0f} seconds in all.
 """
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser((QuickstartArguments,), prog=prog)
+def make_parser(prog: str | None = None) -> CommandParser:
+    return CommandParser((QuickstartArguments,), prog=prog)
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    import sys
+
+    from trl_diffusion.cli.script import run_script
+
+    sys.exit(run_script("quickstart", lambda: sys.modules[__name__]))

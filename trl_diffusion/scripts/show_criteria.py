@@ -12,8 +12,7 @@ trl-diffusion show-criteria --criteria painting --dimension composition --output
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import TrlParser
-
+from trl_diffusion.cli.parser import CommandParser
 from trl_diffusion.criteria import Criteria
 from trl_diffusion.criteria_picture import criteria_picture
 
@@ -69,9 +68,13 @@ def tree_text(criteria: Criteria) -> str:
     return "\n".join(lines)
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser((ShowCriteriaArguments,), prog=prog)
+def make_parser(prog: str | None = None) -> CommandParser:
+    return CommandParser((ShowCriteriaArguments,), prog=prog)
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    import sys
+
+    from trl_diffusion.cli.script import run_script
+
+    sys.exit(run_script("show-criteria", lambda: sys.modules[__name__]))

@@ -12,8 +12,7 @@ trl-diffusion show-masks --dataset_name user/pickapic-instance --num_rows 8 --ou
 
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
+from trl_diffusion.cli.parser import CommandParser
 from trl_diffusion.scripts.dataset_arguments import DatasetArguments
 
 
@@ -105,9 +104,13 @@ def main(args: ShowMasksArguments) -> None:
     )
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
-    return TrlParser((ShowMasksArguments,), prog=prog)
+def make_parser(prog: str | None = None) -> CommandParser:
+    return CommandParser((ShowMasksArguments,), prog=prog)
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    import sys
+
+    from trl_diffusion.cli.script import run_script
+
+    sys.exit(run_script("show-masks", lambda: sys.modules[__name__]))

@@ -4,13 +4,17 @@
 """What the commands share: loading datasets, and the training of every trainer."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import LoraConfig
+from transformers import TrainerState
 
+from ..cli.stopping import finishing
 from ..data.presets import training_columns
 from ..data.sources import load_source
+from ..trainer.callbacks import StopCallback
 from ..trainer.model_config import ModelConfig
 
 
@@ -179,8 +183,13 @@ def train(
         eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args),
     )
-    resume = training_args.resume_from_checkpoint  # a folder, or "true" for the last checkpoint of `output_dir`
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    with finishing() as stop:
+        trainer.add_callback(StopCallback(lambda: stop is not None and stop.number is not None))
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if stop is not None and stop.number is not None and trainer.state.global_step < trainer.state.max_steps:
+        stop.say(after_stop(trainer.state, training_args))
+        trainer.accelerator.wait_for_everyone()  # a launcher ends all processes where one ends
+        return
     trainer.accelerator.print("Training completed.")
 
     trainer.save_model(training_args.output_dir)
@@ -190,3 +199,12 @@ def train(
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
     trainer.end()
+
+
+def after_stop(state: TrainerState, args: "DiffusionConfig") -> str:
+    """What a training that was stopped leaves, and how it goes on."""
+    done = f"{state.global_step} of {state.max_steps} steps are done"
+    if args.save_strategy == "no":
+        return f"{done}, and nothing is saved, because `save_strategy` is `no`."
+    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    return f"{done} and saved in {folder}: the same command with `--resume_from_checkpoint {folder}` continues."

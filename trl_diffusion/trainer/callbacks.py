@@ -145,3 +145,28 @@ class HealthCallback(TrainerCallback):
             f"The gradient is not finite in step {state.global_step + 1}, although all losses are. The optimizer has not made "
             f"this step. Its rows have the ids {shortened(ids)}: look at them; if nothing is wrong with them, {advice}."
         )
+
+
+class StopCallback(TrainerCallback):
+    """
+    Ends a training after the current optimizer step, in all processes alike, once any of them is asked to. If the run saves
+    checkpoints, one is saved.
+
+    Args:
+        is_stopped (`Callable`):
+            Tells whether this process is asked to end.
+    """
+
+    def __init__(self, is_stopped: Callable[[], bool]):
+        self.is_stopped = is_stopped
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stopped = self.is_stopped()
+        if args.world_size > 1:
+            agreed = torch.tensor(float(stopped), device=args.device)
+            torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
+            stopped = bool(agreed)
+        if stopped:
+            control.should_training_stop = True
+            control.should_evaluate = False
+            control.should_save = args.save_strategy != "no"

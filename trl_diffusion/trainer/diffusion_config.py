@@ -278,6 +278,9 @@ class DiffusionConfig(_BaseConfig):
         super().__post_init__()
         if self.push_to_hub and not has_token(self.hub_token):
             logger.warning(f"`push_to_hub` is set, and the push will fail. {NO_TOKEN}")
+        resume = str(self.resume_from_checkpoint).lower()
+        if resume in ("true", "false", "no", "none"):  # a command's flags and its YAML file say it in words
+            self.resume_from_checkpoint = True if resume == "true" else None  # the last checkpoint, or none
         if self.dataloader_pin_memory:
             self.accelerator_config.non_blocking = True  # from pinned memory a batch is copied while the GPU works
 
