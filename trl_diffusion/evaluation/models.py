@@ -19,6 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from .. import backbones
 from ..backbones.single_file import family_of_file, is_single_file
 from ..guidance import negative_preference_guidance
+from ..lora_files import find_lora, load_lora
 from ..revisions import commit_of, digest_of_file, pinned, resolve_revision
 from .prompts import SAFE_NAME
 
@@ -167,20 +168,19 @@ def load_pipeline(spec: ModelSpec, dtype: torch.dtype, device: torch.device | st
 
     Returns:
         [`~diffusers.DiffusionPipeline`]: the pipeline, with the LoRA if there is one.
+
+    Raises:
+        `ValueError`: If not all of a LoRA can be used with this base, see [`lora_files.load_lora`].
     """
     source, revision = _source(spec)
     is_lora = spec.kind == "lora"
     config = {} if is_lora or spec.base is None else {"config": spec.base}
     pipeline = backbones.load_pipeline(source, dtype=dtype, **config, **pinned(revision)).to(device)
     if is_lora:
-        pipeline.load_lora_weights(spec.path, weight_name=LORA_FILE, adapter_name=ADAPTER, **pinned(spec.revision))
+        load_lora(pipeline, find_lora(spec.path, **pinned(spec.revision)), ADAPTER)
     if spec.negative_lora is not None:
-        pipeline.load_lora_weights(
-            spec.negative_lora,
-            weight_name=LORA_FILE,
-            adapter_name=NEGATIVE_ADAPTER,
-            **pinned(spec.negative_lora_revision),
-        )
+        negative = find_lora(spec.negative_lora, **pinned(spec.negative_lora_revision))
+        load_lora(pipeline, negative, NEGATIVE_ADAPTER)
     return pipeline
 
 
