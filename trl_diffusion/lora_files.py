@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -164,7 +165,7 @@ def _read_own(
 def _read_converted(
     path: Path, weights: dict[str, torch.Tensor], pipeline: DiffusionPipeline, denoiser_name: str
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """What another library wrote, as diffusers gives it to a denoiser without weights."""
+    """What another library wrote, with the configuration that diffusers gives a denoiser for it."""
     _check_finite(weights, path)
     parts, alphas = convert_lora(weights, pipeline, path)
     if parts.keys() != {denoiser_name}:
@@ -174,8 +175,10 @@ def _read_converted(
     settings = {"network_alphas": alphas, "adapter_name": CONVERTED, "low_cpu_mem_usage": True}
     with _naming_the_file(path, denoiser):
         denoiser.load_lora_adapter(layers, prefix=denoiser_name, **settings)
-    _check_arrived(denoiser, CONVERTED, parts[denoiser_name], {}, f"The LoRA {path}")
-    return get_peft_model_state_dict(denoiser, adapter_name=CONVERTED), denoiser.peft_config[CONVERTED]
+    converted = parts[denoiser_name]
+    if not any(".lora_A." in key for key in converted):
+        converted = convert_unet_state_dict_to_peft(converted)
+    return converted, denoiser.peft_config[CONVERTED]
 
 
 def _refuse_text_encoders(path: Path, components: Iterable[str]) -> NoReturn:
@@ -333,7 +336,7 @@ def _naming_the_file(path: Path, model: DiffusionPipeline | torch.nn.Module) -> 
     """Turns what diffusers and peft raise of a LoRA that does not fit into an error that names its file."""
     try:
         yield
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"The LoRA {path} does not fit this `{type(model).__name__}`: {shortened(error)} Name the base that it was trained on."
         ) from error

@@ -128,6 +128,14 @@ def check_lora_config(
     return config
 
 
+def with_target_modules(config: LoraConfig, default_target_modules: tuple[str, ...]) -> LoraConfig:
+    """A copy of the settings, with these target modules if they name none."""
+    config = copy.deepcopy(config)
+    if isinstance(config, LoraConfig) and config.target_modules is None:
+        config.target_modules = list(default_target_modules)
+    return config
+
+
 def check_mixes(config: LoraConfig, name: str) -> None:
     """
     Checks that a LoRA can share a batch with other adapters, as policy and expert of [`ComplexPOTrainer`] do.
@@ -374,7 +382,25 @@ def load_lora_into(
     Raises:
         `ValueError`: If the weights are not those of the adapter by name and shape. Nothing is changed then.
     """
-    own = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    check_fits(get_peft_model_state_dict(model, adapter_name=adapter_name), weights, name)
+    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+
+
+def check_fits(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], name: str) -> None:
+    """
+    Checks that a LoRA's weights are those of an adapter by name and shape.
+
+    Args:
+        own (`dict[str, torch.Tensor]`):
+            The adapter's weights.
+        weights (`dict[str, torch.Tensor]`):
+            The LoRA's weights.
+        name (`str`):
+            What the user calls the LoRA.
+
+    Raises:
+        `ValueError`: If they are not.
+    """
     unexpected, missing = weights.keys() - own.keys(), own.keys() - weights.keys()
     reshaped = [key for key in weights.keys() & own.keys() if weights[key].shape != own[key].shape]
     problems = []
@@ -389,7 +415,6 @@ def load_lora_into(
             f"{name} does not fit the model: it {' and '.join(problems)}. A LoRA fits the base, the target modules and the "
             "ranks that it was trained with."
         )
-    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
 
 
 def _short(key: str) -> str:
