@@ -286,7 +286,16 @@ def convert_lora(
             f"The LoRA {path} is not for a `{type(pipeline).__name__}`, whose LoRAs adapt {', '.join(loadable)}: it holds {example!r}. "
             "Name the base that it was trained on."
         )
-    return parts, {key: float(alpha) for key, alpha in ((alphas[0] if alphas else None) or {}).items()}
+    found = (alphas[0] if alphas else None) or {}
+    return parts, {_layer_of(key): float(alpha) for key, alpha in found.items()}
+
+
+def _layer_of(key: str) -> str:
+    """The layer that an alpha belongs to. diffusers leaves the name of a tensor in those of attention, and then applies them nowhere."""
+    name = key.removesuffix(".alpha")
+    if name.startswith("unet.") and name.endswith(".weight"):
+        name = next(iter(convert_unet_state_dict_to_peft({name: None}))).removesuffix(".lora_A.weight")
+    return f"{name}.alpha"
 
 
 def _num_parts(key: str) -> int:
@@ -328,7 +337,19 @@ def load_lora(pipeline: DiffusionPipeline, path: Path, adapter_name: str) -> Non
             for key, value in header.items()
             if key.startswith(f"{component}.")
         }
-        _check_arrived(getattr(pipeline, component), adapter_name, expected, settings, f"The LoRA {path}")
+        module = getattr(pipeline, component)
+        _check_arrived(module, adapter_name, expected, settings, f"The LoRA {path}")
+        if component in ("unet", "transformer"):
+            _set_alphas(module, adapter_name, {k.removeprefix(f"{component}."): alpha for k, alpha in alphas.items()})
+
+
+def _set_alphas(module: torch.nn.Module, adapter_name: str, alphas: dict[str, float]) -> None:
+    """Gives each layer the strength that the file says, which diffusers loses where layers differ."""
+    for name, layer in module.named_modules():
+        alpha = alphas.get(f"{name}.alpha")
+        if alpha is not None and layer.lora_alpha[adapter_name] != alpha:
+            layer.lora_alpha[adapter_name] = alpha
+            layer.set_scale(adapter_name, 1.0)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ COMMANDS = {
     "annotate-instances": "Find the instances that both images of a pair show, and judge which image shows each of them better (IAPO)",
     "annotate-attributes": "Find which attributes of a tree of criteria each image has (CPO)",
     "evaluate": "Generate images with several models from the same prompts and noise, and score the images",
+    "export-lora": "Write a LoRA with the names that ComfyUI and A1111 read",
     "show-masks": "Draw the instance masks of a dataset over its images",
     "show-criteria": "Print a tree of criteria, and draw it as a picture",
     "quickstart": "Train IAPO and CPO on two small worlds and compare them with other methods, in minutes on a CPU",
