@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .data.formats import attribute_features, instance_pair_features
     from .evaluation.callback import EvaluationCallback
     from .guidance import negative_preference_guidance
+    from .lora_export import export_lora
     from .sampling import sample_images
     from .trainer.attribute_sft_config import AttributeSFTConfig
     from .trainer.attribute_sft_trainer import AttributeSFTTrainer
@@ -44,6 +45,7 @@ _MODULES = {
     "ModelConfig": "trainer.model_config",
     "SampleImagesCallback": "trainer.callbacks",
     "attribute_features": "data.formats",
+    "export_lora": "lora_export",
     "instance_pair_features": "data.formats",
     "join_annotations": "annotation.join",
     "load_annotations": "annotation.join",

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 
 from tests import tiny
@@ -94,3 +95,74 @@ def test_settings_of_flow_models(tmp_path, family):
     for name in ("left out", "sd"):
         assert not any(row.split(" |")[0] in text[name] for row in [*rows, "embedded_guidance"])
     assert ["errors of the velocity" in text[name] for name in text] == [True, True, False]
+
+
+def fuse(pipeline):
+    pipeline.load_lora_weights(lora_layers())
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+
+
+def lora_layers() -> dict[str, torch.Tensor]:
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    return {f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(16, 2)}
+
+
+def invert(pipeline):
+    pipeline.load_textual_inversion({"<style>": torch.ones(16)})
+
+
+def swap(pipeline):
+    pipeline.unet = tiny.sd_pipeline(seed=1).unet
+
+
+@pytest.mark.parametrize("is_lora", [True, False])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda pipeline: None, ""),
+        (fuse, "a LoRA fused into it"),
+        (swap, "another unet"),
+        (invert, "textual inversions loaded into it"),
+        (
+            lambda pipeline: (fuse(pipeline), invert(pipeline)),
+            "a LoRA fused into it and textual inversions loaded into it",
+        ),
+    ],
+    ids=["as it is", "fused", "swapped", "inversion", "two changes"],
+)
+def test_a_base_that_was_changed(tmp_path, change, named, is_lora):
+    """It is named so, and a LoRA on it has no `base_model` in its metadata, by which the plain base would be loaded for it."""
+    tiny.sd_pipeline().save_pretrained(tmp_path / "base")
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "base")
+    pipeline.register_to_config(_name_or_path="user/base")
+    change(pipeline)
+    args = InstanceDPOConfig(str(tmp_path / "out"), **tiny.FAST)
+    lora = tiny.lora() if is_lora else None
+    trainer = InstanceDPOTrainer(pipeline, args=args, train_dataset=tiny.pairs(4), peft_config=lora)
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    relation = (None, None) if named and is_lora else ("user/base", "adapter" if is_lora else "finetune")
+    assert (card.data.to_dict().get("base_model"), card.data.to_dict().get("base_model_relation")) == relation
+    head = "on [user/base](https://huggingface.co/user/base)" + (f" with {named}." if named else ".")
+    assert head in card.text
+    assert (f"# The base was trained with {named}:" in card.text) == (is_lora and named != "")
+    assert str(tmp_path) not in card.text
+
+
+def test_the_lora_that_a_training_started_at(tmp_path):
+    """A Hub id is named, a folder of this machine is not; how to use it elsewhere is said of a LoRA alone."""
+    make_trainer(tmp_path, "sd", is_lora=True).save_model(str(tmp_path / "lora"))
+    trainer = make_trainer(tmp_path, "sd", is_lora=False, initial_lora=str(tmp_path / "lora"))
+    trainer.create_model_card()
+    text = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert "The training started at another LoRA, which is not published." in text and str(tmp_path) not in text
+    assert "trl-diffusion export-lora out --output" in text
+    trainer.args.initial_lora = "user/lora"
+    trainer.create_model_card()
+    text = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert "The training started at [user/lora](https://huggingface.co/user/lora)." in text
+    full = make_trainer(tmp_path / "full", "sd", is_lora=False)
+    full.create_model_card()
+    text = ModelCard.load(tmp_path / "full" / "out" / "README.md").text
+    assert "started at" not in text and "export-lora" not in text

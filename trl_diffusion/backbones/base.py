@@ -3,6 +3,7 @@
 
 """What training needs of a diffusers pipeline, whatever its family."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -386,6 +387,24 @@ class Backbone(ABC):
         finally:
             setattr(self.pipeline, self.denoiser_name, own)
             denoiser.train(was_training)
+
+    def pipeline_with(self, denoiser: torch.nn.Module) -> DiffusionPipeline:
+        """
+        A pipeline with another denoiser, in evaluation mode, and with all encoders, which stay on the device.
+
+        Args:
+            denoiser (`torch.nn.Module`):
+                The policy, not wrapped.
+
+        Returns:
+            [`~diffusers.DiffusionPipeline`]
+        """
+        with self.encoders_on_device():
+            pipeline = copy.copy(self.pipeline)
+        for name in self.encoder_names:
+            getattr(pipeline, name).to(self.device)
+        setattr(pipeline, self.denoiser_name, denoiser.eval())
+        return pipeline
 
     def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """

@@ -37,8 +37,8 @@ def check_module(name: str, module: torch.nn.Module) -> None:
         refuse(
             f"`{name}` carries LoRA adapters",
             "the saved model would not hold them",
-            "Call `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()` to train on top of them, or only the latter "
-            "to train without them",
+            "Call `pipeline.unload_lora_weights()`, and name a LoRA as `initial_lora` to train it on; call `pipeline.fuse_lora()` "
+            "before to train another one on top of it",
         )
     hooks = {type(child._hf_hook).__name__ for child in module.modules() if hasattr(child, "_hf_hook")}
     is_empty = any(parameter.is_meta for parameter in module.parameters()) and not hasattr(module, "awaits_weights")

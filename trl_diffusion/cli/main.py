@@ -22,6 +22,7 @@ COMMANDS = {
     "annotate-attributes": "Find which attributes of a tree of criteria each image has (CPO)",
     "evaluate": "Generate images with several models from the same prompts and noise, and score the images",
     "check-dataset": "Read every row of a dataset as a trainer does, and say all that is wrong with it and what it holds",
+    "export-lora": "Write a LoRA with the names that ComfyUI and A1111 read",
     "show-masks": "Draw the instance masks of a dataset over its images",
     "show-criteria": "Print a tree of criteria, and draw it as a picture",
     "quickstart": "Train IAPO and CPO on two small worlds and compare them with other methods, in minutes on a CPU",

@@ -46,6 +46,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=30, width=min(shutil.get_terminal_size().columns, 100) - 2)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return action.metavar
         flags = ", ".join(flag for flag in action.option_strings if "-" not in flag.lstrip("-"))
         if action.nargs == 0 or isinstance(action.const, bool):  # on or off: a value is not needed
             return flags

@@ -21,6 +21,7 @@ from ..backbones.dtypes import as_dtype
 from ..backbones.names import ENDINGS, find_model
 from ..backbones.single_file import family_of_file
 from ..guidance import negative_preference_guidance
+from ..lora_files import find_lora, load_lora
 from ..revisions import commit_of, digest_of_file, pinned, resolve_revision
 from .prompts import SAFE_NAME
 
@@ -184,6 +185,9 @@ def load_pipeline(spec: ModelSpec, dtype: torch.dtype, device: torch.device | st
 
     Returns:
         [`~diffusers.DiffusionPipeline`]: the pipeline, with the LoRA if there is one.
+
+    Raises:
+        `ValueError`: If not all of a LoRA can be used with this base, see [`lora_files.load_lora`].
     """
     source, revision = _source(spec)
     is_lora = spec.kind == "lora"
@@ -191,14 +195,10 @@ def load_pipeline(spec: ModelSpec, dtype: torch.dtype, device: torch.device | st
     config |= {} if spec.vae is None else {"vae": spec.vae}
     pipeline = backbones.load_pipeline(source, dtype=dtype, **config, **pinned(revision)).to(device)
     if is_lora:
-        pipeline.load_lora_weights(spec.path, weight_name=LORA_FILE, adapter_name=ADAPTER, **pinned(spec.revision))
+        load_lora(pipeline, find_lora(spec.path, **pinned(spec.revision)), ADAPTER)
     if spec.negative_lora is not None:
-        pipeline.load_lora_weights(
-            spec.negative_lora,
-            weight_name=LORA_FILE,
-            adapter_name=NEGATIVE_ADAPTER,
-            **pinned(spec.negative_lora_revision),
-        )
+        negative = find_lora(spec.negative_lora, **pinned(spec.negative_lora_revision))
+        load_lora(pipeline, negative, NEGATIVE_ADAPTER)
     return pipeline
 
 

@@ -4,6 +4,7 @@
 """What the commands share: loading datasets, and the training of every trainer."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,18 +133,23 @@ def get_model(model_args: ModelConfig, training_args: "DiffusionConfig") -> str:
     return model_args.model_name_or_path
 
 
-def get_peft_config(model_args: ModelConfig) -> LoraConfig | None:
+def get_peft_config(model_args: ModelConfig, initial_lora: str | None = None) -> LoraConfig | None:
     """
     Returns the LoRA that the flags describe.
 
     Args:
         model_args ([`ModelConfig`]):
             The flags.
+        initial_lora (`str`, *optional*):
+            The LoRA that the training starts at.
 
     Returns:
-        [`~peft.LoraConfig`], or `None` if `use_peft` is false.
+        [`~peft.LoraConfig`], or `None` if `use_peft` is false, or `initial_lora` is given and the flags of the LoRA are left at their
+        defaults: it then has its own settings.
     """
-    if not model_args.use_peft:
+    flags = {field.name: field.default for field in fields(ModelConfig) if "lora" in field.name}
+    are_defaults = all(getattr(model_args, name) == default for name, default in flags.items())
+    if not model_args.use_peft or (initial_lora is not None and are_defaults):
         return None
     return LoraConfig(
         r=model_args.lora_r,
@@ -181,7 +187,7 @@ def train(
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=get_peft_config(model_args),
+        peft_config=get_peft_config(model_args, training_args.initial_lora),
     )
     with finishing() as stop:
         trainer.add_callback(StopCallback(lambda: stop is not None and stop.number is not None))

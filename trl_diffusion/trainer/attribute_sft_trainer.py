@@ -19,7 +19,14 @@ from ..data.formats import check_attribute_columns
 from ..noising import per_sample_errors
 from ..randomness import keyed_generator
 from .attribute_sft_config import AttributeSFTConfig
-from .attributes import DEFAULT_PEFT_CONFIG, EXPERT_FILE_NAME, AttributePrompts, attribute_words, describe_expert
+from .attributes import (
+    DEFAULT_PEFT_CONFIG,
+    EXPERT_FILE_NAME,
+    AttributePrompts,
+    attribute_words,
+    describe_expert,
+    without_default,
+)
 from .diffusion_trainer import DiffusionTrainer, Metrics
 from .model_card import Method
 from .noised_batch import NoisedBatch
@@ -95,6 +102,7 @@ class AttributeSFTTrainer(DiffusionTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
         args = args or self.default_args(model)
+        peft_config = without_default(peft_config, args)
         self.criteria = Criteria.load(args.criteria)
         self.is_taken = False
         super().__init__(

@@ -17,6 +17,7 @@ from ..backbones.base import Backbone
 from ..criteria import Criteria, render_prompt
 from .attribute_sft_config import AttributeSFTConfig
 from .complex_po_config import ComplexPOConfig
+from .diffusion_config import DiffusionConfig
 from .fingerprints import base_fingerprint, same_base
 from .lora import check_lora_config, check_mixes, load_lora_into, read_lora
 
@@ -25,6 +26,11 @@ logger = get_logger(__name__)
 
 DEFAULT_PEFT_CONFIG = LoraConfig(r=64, lora_alpha=64)
 EXPERT_FILE_NAME = "attribute_expert.json"
+
+
+def without_default(peft_config: LoraConfig | None, args: DiffusionConfig) -> LoraConfig | None:
+    """The settings, `None` where the user left them out and the training starts at a LoRA that has its own."""
+    return None if peft_config is DEFAULT_PEFT_CONFIG and args.initial_lora is not None else peft_config
 
 
 class AttributePrompts:

@@ -29,6 +29,7 @@ from .attributes import (
     check_expert,
     describe_expert,
     read_expert,
+    without_default,
 )
 from .complex_po_config import ComplexPOConfig
 from .diffusion_trainer import DiffusionTrainer, Metrics
@@ -104,12 +105,13 @@ class ComplexPOTrainer(DiffusionTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
-        if peft_config is None:
+        args = args or self.default_args(model)
+        peft_config = without_default(peft_config, args)
+        if peft_config is None and args.initial_lora is None:
             raise ValueError(
                 "`peft_config` cannot be `None`: expert, reference and policy are adapters on one base. Leave it out for "
                 "a LoRA of rank 64."
             )
-        args = args or self.default_args(model)
         self.criteria = Criteria.load(args.criteria)
         is_trainer = isinstance(expert, AttributeSFTTrainer)
         self.expert = expert.read_expert() if is_trainer else read_expert(expert)
@@ -212,7 +214,7 @@ class ComplexPOTrainer(DiffusionTrainer):
         """
         conditions, size = noised.batch["frozen_conditions"], len(noised.latents)
         rows = 3 if self.args.target_strength == 1 else 4
-        adapters = ["expert"] * (rows - 1) * size + ["__base__"] * size
+        adapters = ["expert"] * (rows - 1) * size + [self.reference.adapter or "__base__"] * size
         policy = self.policy
         with evaluation_mode(policy):  # peft mixes adapters in a batch only then
             predictions = self.backbone.predict(

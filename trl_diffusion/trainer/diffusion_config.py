@@ -39,6 +39,13 @@ class DiffusionConfig(_BaseConfig):
             component. Without it, mixed precision (`bf16`, `fp16`) also is the type of what stays frozen: of the text encoders,
             and of the denoiser under a LoRA. Everything else, the VAE too, is loaded in float32. Without mixed precision, a
             pipeline in half precision is cast to float32.
+        initial_lora (`str`, *optional*):
+            LoRA whose weights the training starts at: a folder or a Hub id with `pytorch_lora_weights.safetensors`, or a file; also
+            one of another library, where diffusers converts its names and it holds its `.alpha` tensors. `peft_config` is then
+            the LoRA's own, or must have the same rank, alpha and targets.
+        initial_lora_in_reference (`bool`, *optional*, defaults to `True`):
+            Whether this LoRA is a part of the reference too, where no `ref_model` is given: the reference is then the model before
+            training, as without `initial_lora`. If off, it is the base without the LoRA.
 
         > Parameters that control the data preprocessing
 
@@ -160,6 +167,13 @@ class DiffusionConfig(_BaseConfig):
             "help": "Keyword arguments for `DiffusionPipeline.from_pretrained`, used when the model is given as a Hub id "
             "or a folder."
         },
+    )
+    initial_lora: str | None = field(
+        default=None,
+        metadata={"help": "LoRA whose weights the training starts at: a folder, a Hub id or a file."},
+    )
+    initial_lora_in_reference: bool = field(
+        default=True, metadata={"help": "Whether this LoRA is a part of the reference too, where no other is given."}
     )
 
     # Parameters that control the data preprocessing
@@ -343,9 +357,25 @@ class DiffusionConfig(_BaseConfig):
         return self.noise_source == "inversion" and self.inversion_model == "reference"
 
     @property
+    def starts_at_reference(self) -> bool:
+        """Whether the policy is the reference before training, where no other reference is given."""
+        return self.initial_lora is None or self.initial_lora_in_reference
+
+    @property
     def is_noised_by_epoch(self) -> bool:
         """Whether a row's noise depends on the epoch in place of the step, so that it is known before the training."""
         return self.noise_source == "inversion" or self.precompute_ref_preds
+
+    def sampling_settings(self, resolution: int) -> dict[str, Any]:
+        """The arguments of [`sampling.sample_images`] for the samples of a training."""
+        return {
+            "seed": self.seed,
+            "batch_size": self.per_device_eval_batch_size,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "height": resolution,
+            "width": resolution,
+        }
 
     @property
     def half_dtype(self) -> torch.dtype | None:

@@ -29,7 +29,8 @@ from .callbacks import HealthCallback, SampleImagesCallback
 from .checkpoints import BestCheckpointCallback, load_weights, may_push, push_checkpoint, save_weights
 from .diffusion_config import DiffusionConfig, check_data_settings, check_not_sharded, collator_settings
 from .encoding import BatchEncoder
-from .fingerprints import base_fingerprint, module_fingerprint
+from .fingerprints import base_fingerprint
+from .initial_lora import read_initial_lora
 from .meters import Meters, Metrics
 from .model_card import Method, diffusion_model_card
 from .noised_batch import NoisedBatch, Noiser, by_row
@@ -57,7 +58,7 @@ class DiffusionTrainer(_BaseTrainer):
             with `args.model_init_kwargs`, or a loaded pipeline, whose denoiser is trained in place.
         ref_model (`str` or [`~diffusers.DiffusionPipeline`], *optional*):
             The reference. If left out it is the model before training: the policy with its adapters off where a LoRA is
-            trained, else a frozen copy.
+            trained, with a frozen copy of the LoRA where it started at `args.initial_lora`, else a frozen copy.
         args ([`DiffusionConfig`], *optional*):
             Configuration of the training. If left out, a default one whose output directory is named after the model.
         data_collator (`Callable`, *optional*):
@@ -68,7 +69,7 @@ class DiffusionTrainer(_BaseTrainer):
             Dataset to evaluate on, or several by name.
         peft_config ([`~peft.LoraConfig`], *optional*):
             The LoRA to train; `target_modules` defaults to the attention projections. If left out, all weights of the denoiser
-            are trained.
+            are trained, or the LoRA that `args.initial_lora` names.
         callbacks (`list[~transformers.TrainerCallback]`, *optional*), optimizers (`tuple`, *optional*):
             As in [`~transformers.Trainer`].
     """
@@ -104,6 +105,7 @@ class DiffusionTrainer(_BaseTrainer):
         check_data_settings(args, data_collator, train_dataset)
 
         self.backbone = make_backbone(model, args, peft_config)
+        self.initial_weights, peft_config = read_initial_lora(args, self.backbone, peft_config)
         self.process = self.backbone.process
         self.resolution = self.backbone.check_resolution(args.resolution)
         self.backbone.to(args.device, args.channels_last)
@@ -122,14 +124,14 @@ class DiffusionTrainer(_BaseTrainer):
             train_dataset, eval_dataset = self.files.datasets(train_dataset, eval_dataset, prompts_of)
             self.prepared += self.files.image_datasets
         denoiser = self.backbone.load_denoiser()
-        self.denoiser_was_training = denoiser.training
+        self.denoiser_was_training, targets = denoiser.training, self.backbone.lora_target_modules
         super().__init__(
-            model=make_policy(denoiser, peft_config, self.backbone.lora_target_modules, args.half_dtype, args.seed),
+            model=make_policy(denoiser, peft_config, targets, args.half_dtype, args.seed, self.initial_weights),
             args=args,
             data_collator=self.data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), BestCheckpointCallback],
             optimizers=optimizers,
         )
         check_not_sharded(self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -141,13 +143,12 @@ class DiffusionTrainer(_BaseTrainer):
         self.noised_caches: list[TensorCache] = []  # one for each epoch
         self.meters = Meters(self.accelerator)
         self.finish_init()
-        self.reference_is_initial_policy = ref_model is None
+        self.reference_is_initial_policy = ref_model is None and args.starts_at_reference
         self.reference: Reference | None = None
         if self.uses_reference or args.sample_prompts or args.reference_inverts:
             self.set_reference(ref_model)
         self.health = HealthCallback(self.accelerator.scaler)
-        for callback in (self.health, BestCheckpointCallback):
-            self.add_callback(callback)
+        self.add_callback(self.health)
         if args.sample_prompts:
             self.add_callback(SampleImagesCallback(self.sample, self.callback_handler.callbacks))
         if train_dataset is not None and args.precompute and (args.reference_inverts or args.precompute_ref_preds):
@@ -244,8 +245,9 @@ class DiffusionTrainer(_BaseTrainer):
         self.model.train()  # as in a step
         rows = self._bucket_sampler(dataset) if args.aspect_ratio_buckets else dataset
         depends_on = noising_settings(args, self.encoder, dataset["prompt"]), self._frozen_fingerprints()
-        epochs = num_epochs(len(rows), args)
-        self.noised_caches = self.files.by_epoch(dataset, epochs, self._noised_tensors, depends_on)
+        self.noised_caches = self.files.by_epoch(
+            dataset, num_epochs(len(rows), args), self._noised_tensors, depends_on
+        )
         self.state.epoch = 0
         self.meters.averages("train")  # none of these was a step
         self.model.train(self.denoiser_was_training)
@@ -260,7 +262,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _frozen_fingerprints(self) -> list[Any]:
         """What the predictions of the frozen models depend on besides the rows and how they are noised."""
-        return [module_fingerprint(self.reference.denoiser or self.policy)]
+        return self.reference.fingerprint()
 
     def set_reference(self, ref_model: str | DiffusionPipeline | None) -> None:
         """Sets the model that the policy is compared to, `None` for the policy as it is now; see [`trainer.reference`]."""
@@ -369,12 +371,14 @@ class DiffusionTrainer(_BaseTrainer):
 
     def sample(self, prompts: list[str], with_reference: bool = False) -> list[PIL.Image.Image]:
         """One image for each prompt, by policy or reference, at the size that is trained at and always from the same noise."""
-        args, policy = self.args, self.policy
-        settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-        settings |= {"height": self.resolution, "width": self.resolution} | self.backbone.sampling_settings
-        lent = self.reference.lend(policy) if with_reference else nullcontext(policy)
+        lent = self.reference.lend(self.policy) if with_reference else nullcontext(self.policy)
+        settings = self.args.sampling_settings(self.resolution) | self.backbone.sampling_settings
         with lent as denoiser, self.backbone.sampling_with(self.accelerator.unwrap_model(denoiser)) as pipeline:
-            return sample_images(pipeline, prompts, args.seed, args.per_device_eval_batch_size, **settings)
+            return sample_images(pipeline, prompts, **settings)
+
+    def pipeline(self) -> DiffusionPipeline:
+        """A pipeline with the policy as it is now: `trainer.pipeline()("a red bicycle").images[0]`."""
+        return self.backbone.pipeline_with(self.policy)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
@@ -390,11 +394,13 @@ class DiffusionTrainer(_BaseTrainer):
     @cached_property
     def run_record(self) -> dict[str, Any]:
         """What this run is, to compare a resumed run with."""
-        reference = None if self.reference_is_initial_policy else base_fingerprint(self.reference.denoiser)
+        is_known = self.reference_is_initial_policy or self.reference is None
+        reference = None if is_known else base_fingerprint(self.reference.denoiser or self.policy)
         lora = self.policy.peft_config["default"] if isinstance(self.policy, PeftModel) else None
         return describe_run(
             *(self.args, type(self).__name__, self.base, self.process.describe(), lora),
             *(self.rows, (*self.columns, "id", "instances"), reference),
+            initial_lora=self.initial_weights,
             resolved={"resolution": self.resolution, **self.backbone.settings},
             **self.record_details(),
         )

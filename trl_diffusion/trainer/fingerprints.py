@@ -82,3 +82,11 @@ def module_fingerprint(module: torch.nn.Module) -> str:
             some = weight.detach().flatten()[:: max(1, weight.numel() // NUM_ELEMENTS)]
             digest.update(repr((name, str(weight.dtype), tuple(weight.shape), some.tolist())).encode())
     return digest.hexdigest()
+
+
+def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(tensors.items()):
+        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,26 +1,20 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""LoRA: which settings can be trained rightly, and files as diffusers writes them."""
+"""LoRA: which settings can be trained rightly, and putting weights into an adapter; files are read by [`lora_files`]."""
 
 import copy
-import json
 import math
 import re
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 
+from ..lora_files import LORA_WEIGHTS_NAME, base_modules, find_lora, read_lora, targeted_modules  # noqa: F401
 
-LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 # Fields of a `LoraConfig` that may have any value that `check_lora_config` finds right
 ACCEPTED_FIELDS = {
@@ -134,6 +128,14 @@ def check_lora_config(
     return config
 
 
+def with_target_modules(config: LoraConfig, default_target_modules: tuple[str, ...]) -> LoraConfig:
+    """A copy of the settings, with these target modules if they name none."""
+    config = copy.deepcopy(config)
+    if isinstance(config, LoraConfig) and config.target_modules is None:
+        config.target_modules = list(default_target_modules)
+    return config
+
+
 def check_mixes(config: LoraConfig, name: str) -> None:
     """
     Checks that a LoRA can share a batch with other adapters, as policy and expert of [`ComplexPOTrainer`] do.
@@ -218,9 +220,9 @@ def _check_init(config: LoraConfig, denoiser: torch.nn.Module, name: str, loaded
 def _check_targets(config: LoraConfig, denoiser: torch.nn.Module, name: str, loaded: bool) -> None:
     """Each name, index and pattern must do something, and each target must be a layer that a LoRA file can describe."""
     kind = type(denoiser.get_base_model() if isinstance(denoiser, PeftModel) else denoiser).__name__
-    modules = _base_modules(denoiser)
+    modules = base_modules(denoiser)
     try:
-        targets = _targeted(config, modules)
+        targets = targeted_modules(config, modules)
         if not targets:
             raise ValueError(
                 f"`target_modules={config.target_modules!r}` of {name} leaves no module of the `{kind}` to train (with "
@@ -252,26 +254,6 @@ def _check_targets(config: LoraConfig, denoiser: torch.nn.Module, name: str, loa
                     )
 
 
-def _base_modules(denoiser: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The modules of the base, by the names that they have without adapters."""
-    base = denoiser.get_base_model() if isinstance(denoiser, PeftModel) else denoiser
-    return {
-        name: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        for name, module in base.named_modules()
-        if name and not any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
-    }
-
-
-def _targeted(config: LoraConfig, modules: dict[str, torch.nn.Module], **changed) -> list[str]:
-    """Names of the modules that peft would give an adapter under these settings, some of them changed."""
-    config = copy.copy(config)
-    for setting, value in changed.items():
-        setattr(config, setting, value)
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        config.target_modules = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
-    return [name for name in modules if check_target_module_exists(config, name)] if config.target_modules else []
-
-
 def _idle_settings(config: LoraConfig, modules: dict[str, torch.nn.Module], targets: list[str]) -> list[str]:
     """Entries of lists and patterns that change nothing."""
     idle = []
@@ -280,13 +262,13 @@ def _idle_settings(config: LoraConfig, modules: dict[str, torch.nn.Module], targ
         idle += [
             f"`target_modules` {entry!r}"
             for entry in sorted(config.target_modules)
-            if not _targeted(config, modules, target_modules=[entry], **unrestricted)
+            if not targeted_modules(config, modules, target_modules=[entry], **unrestricted)
         ]
     excluded = config.exclude_modules
     for entry in [excluded] if isinstance(excluded, str) else sorted(excluded or ()):
         alone = entry if isinstance(excluded, str) else [entry]
-        if len(_targeted(config, modules, exclude_modules=alone)) == len(
-            _targeted(config, modules, exclude_modules=None)
+        if len(targeted_modules(config, modules, exclude_modules=alone)) == len(
+            targeted_modules(config, modules, exclude_modules=None)
         ):
             idle.append(f"`exclude_modules` {entry!r}")
     indices, patterns = config.layers_to_transform, config.layers_pattern
@@ -295,12 +277,12 @@ def _idle_settings(config: LoraConfig, modules: dict[str, torch.nn.Module], targ
     idle += [
         f"`layers_to_transform` {index!r}"
         for index in indices
-        if not _targeted(config, modules, layers_to_transform=index, exclude_modules=None)
+        if not targeted_modules(config, modules, layers_to_transform=index, exclude_modules=None)
     ]
     idle += [
         f"`layers_pattern` {pattern!r}"
         for pattern in patterns
-        if not _targeted(config, modules, layers_pattern=pattern, exclude_modules=None)
+        if not targeted_modules(config, modules, layers_pattern=pattern, exclude_modules=None)
     ]
     for setting in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, setting) or {}
@@ -400,7 +382,25 @@ def load_lora_into(
     Raises:
         `ValueError`: If the weights are not those of the adapter by name and shape. Nothing is changed then.
     """
-    own = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    check_fits(get_peft_model_state_dict(model, adapter_name=adapter_name), weights, name)
+    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+
+
+def check_fits(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], name: str) -> None:
+    """
+    Checks that a LoRA's weights are those of an adapter by name and shape.
+
+    Args:
+        own (`dict[str, torch.Tensor]`):
+            The adapter's weights.
+        weights (`dict[str, torch.Tensor]`):
+            The LoRA's weights.
+        name (`str`):
+            What the user calls the LoRA.
+
+    Raises:
+        `ValueError`: If they are not.
+    """
     unexpected, missing = weights.keys() - own.keys(), own.keys() - weights.keys()
     reshaped = [key for key in weights.keys() & own.keys() if weights[key].shape != own[key].shape]
     problems = []
@@ -415,129 +415,7 @@ def load_lora_into(
             f"{name} does not fit the model: it {' and '.join(problems)}. A LoRA fits the base, the target modules and the "
             "ranks that it was trained with."
         )
-    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
 
 
 def _short(key: str) -> str:
     return repr(key.removeprefix("base_model.model."))
-
-
-# ----- files -----
-
-
-def find_lora(name_or_path: str | Path) -> Path:
-    """
-    Finds a LoRA file.
-
-    Args:
-        name_or_path (`str` or `Path`):
-            A folder with `pytorch_lora_weights.safetensors`, or the Hub id of a repository that has it.
-
-    Returns:
-        `Path`: the file.
-
-    Raises:
-        `ValueError`: If there is none.
-    """
-    if Path(name_or_path).is_dir():
-        if (Path(name_or_path) / LORA_WEIGHTS_NAME).exists():
-            return Path(name_or_path) / LORA_WEIGHTS_NAME
-        raise ValueError(f"The folder {name_or_path} holds no LoRA ({LORA_WEIGHTS_NAME}).")
-    if Path(name_or_path).is_file():
-        raise ValueError(f"{name_or_path} is a file: name its folder.")
-    try:
-        return Path(hf_hub_download(str(name_or_path), LORA_WEIGHTS_NAME))
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"{name_or_path} is no folder, and the Hub gave no {LORA_WEIGHTS_NAME} of that name: {error}"
-        ) from error
-
-
-def read_lora(name_or_path: str | Path) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """
-    Reads a denoiser's LoRA and its configuration, which `save_lora_weights` of diffusers writes into the file's header.
-
-    Args:
-        name_or_path (`str` or `Path`):
-            A folder or a Hub id, see [`trainer.lora.find_lora`].
-
-    Returns:
-        `tuple[dict[str, torch.Tensor], LoraConfig]`: the weights, by the names that a [`~peft.PeftModel`] gives them, and
-        the configuration.
-
-    Raises:
-        `ValueError`: If the file adapts more than the denoiser, does not hold its configuration, or holds other weights than
-            the configuration says: halves that are missing, other ranks, values that are not finite.
-    """
-    path = find_lora(name_or_path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"The LoRA {path} cannot be read: {error}. Download it again.") from error
-    if not weights:
-        raise ValueError(f"The LoRA {path} holds no weights. Save it again, or name another.")
-    denoiser_name, *others = {key.split(".")[0] for key in weights}
-    if any(name.startswith("lora_") for name in (denoiser_name, *others)) or any(
-        key.endswith((".alpha", ".lora.down.weight", ".lora.up.weight", "_lora.down.weight", "_lora.up.weight"))
-        for key in weights
-    ):
-        raise ValueError(
-            f"The LoRA {path} has the names of another library. Load it into a pipeline and save it with diffusers."
-        )
-    if others or denoiser_name.startswith("text_encoder"):
-        raise ValueError(
-            f"The LoRA {path} adapts more than a denoiser: {', '.join(sorted([denoiser_name, *others]))}."
-        )
-    if not header:
-        raise ValueError(
-            f"The LoRA {path} does not hold its configuration, without which its strength is unknown. Save it again with "
-            f"`pipeline.save_lora_weights(..., {denoiser_name}_lora_adapter_metadata=config.to_dict())`."
-        )
-    prefix = f"{denoiser_name}."
-    try:
-        config = LoraConfig(**{key.removeprefix(prefix): value for key, value in header.items()})
-    except TypeError as error:
-        raise ValueError(
-            f"The configuration of the LoRA {path} is of another version of peft: {error}. Update peft."
-        ) from error
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"The configuration of the LoRA {path} cannot be used: {error}") from error
-    weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    _check_weights(weights, config, path)
-    return {f"base_model.model.{key}": value for key, value in weights.items()}, config
-
-
-def _check_weights(weights: dict[str, torch.Tensor], config: LoraConfig, path: Path) -> None:
-    """The weights are whole, finite, and of the ranks that the configuration gives them."""
-    extra = {"lora_B.bias"} if config.lora_bias else set()
-    extra |= {"lora_magnitude_vector", "lora_magnitude_vector.weight"} if config.use_dora else set()
-    halves: dict[str, set[str]] = {}
-    for key, value in weights.items():
-        module, _, half = key.rpartition(".lora_")
-        half = f"lora_{half}"
-        if not module or half not in {"lora_A.weight", "lora_B.weight", *extra}:
-            raise ValueError(
-                f"The LoRA {path} holds {key!r}, which a LoRA of its configuration has not. Load it into a pipeline and save "
-                "it with diffusers, or train it as a plain LoRA."
-            )
-        if not value.is_floating_point() or not value.isfinite().all():
-            raise ValueError(
-                f"The LoRA {path} holds numbers that are not finite, in {key!r}: its training had failed. Name an earlier "
-                "checkpoint."
-            )
-        halves.setdefault(module, set()).add(half)
-    for module, found in halves.items():
-        if missing := sorted({"lora_A.weight", "lora_B.weight"} - found):
-            raise ValueError(f"The LoRA {path} is not whole: of {module!r} it lacks {missing[0]!r}. Save it again.")
-        r = (config.rank_pattern or {}).get(get_pattern_key(config.rank_pattern or {}, module), config.r)
-        ranks = {weights[f"{module}.lora_A.weight"].shape[0]}
-        if not config.use_bdlora:  # whose blocks have a share of the rank each
-            ranks.add(weights[f"{module}.lora_B.weight"].shape[1])
-        if ranks != {r}:
-            raise ValueError(
-                f"The LoRA {path} has the rank {', '.join(map(str, sorted(ranks)))} at {module!r}, and {r} in its "
-                "configuration, so that its strength is unknown. Save it again with the configuration that it was trained "
-                "with."
-            )

@@ -9,8 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, ModelMixin
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import CLIPTokenizer, PreTrainedModel
 
 from ..backbones import backbone_class_of
 from ..hub import hub_id
@@ -86,7 +88,10 @@ def diffusion_model_card(
         [`~huggingface_hub.ModelCard`]
     """
     model_name = model_name or (args.hub_model_id or Path(args.output_dir).absolute().name).split("/")[-1]
-    base_model = hub_id(pipeline.config.get("_name_or_path"))
+    base_name = hub_id(pipeline.config.get("_name_or_path"))
+    changes = changes_of_base(pipeline) if base_name else []
+    # A LoRA on a base that was changed would draw other images on the base of that name
+    base_model = None if is_lora and changes else base_name
     is_reversed = getattr(args, "reverse_preference", False)
     is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
     dataset_name = hub_id(dataset_name)
@@ -104,7 +109,10 @@ def diffusion_model_card(
         template_str=resources.files("trl_diffusion").joinpath("templates/model_card.md").read_text(),
         model_name=model_name,
         model_id=model_id or model_name,
-        base_model=base_model,
+        base_model=base_name,
+        base_changes=" and ".join(changes),
+        has_initial_lora=args.initial_lora is not None,
+        initial_lora=hub_id(args.initial_lora),
         dataset_name=dataset_name,
         is_lora=is_lora,
         is_reversed=is_reversed,
@@ -127,6 +135,40 @@ def _given_vae(args: DiffusionConfig) -> str | None:
     """The VAE that `model_init_kwargs` names in place of the pipeline's."""
     name = (args.model_init_kwargs or {}).get("vae")
     return (hub_id(str(name)) or "another VAE") if isinstance(name, str | os.PathLike) else None
+
+
+def changes_of_base(pipeline: DiffusionPipeline) -> list[str]:
+    """
+    What was done to a pipeline after it was loaded, so that its name alone does not say what it is. Weights that were changed by
+    hand cannot be told.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline.
+
+    Returns:
+        `list[str]`: such as `"a LoRA fused into it"`.
+    """
+    backbone, number = backbone_class_of(pipeline), pipeline.num_fused_loras
+    changes = []
+    if number:
+        changes.append("a LoRA fused into it" if number == 1 else f"{number} LoRAs fused into it")
+    origin = _origin(getattr(pipeline, backbone.denoiser_name))
+    others = [_origin(getattr(pipeline, name)) for name in ("vae", *backbone.text_encoder_names)]
+    folders = {os.path.dirname(other) for other in others if other}
+    if folders and os.path.dirname(origin or "") not in folders:
+        changes.append(f"another {backbone.denoiser_name}")
+    tokenizers = [getattr(pipeline, name) for name in backbone.tokenizer_names]
+    if any(isinstance(each, CLIPTokenizer) and len(each) > each.vocab_size for each in tokenizers):
+        changes.append("textual inversions loaded into it")
+    return changes
+
+
+def _origin(module: torch.nn.Module | None) -> str | None:
+    """Where a component was loaded from; those of one pipeline lie in one folder."""
+    if isinstance(module, ModelMixin):
+        return module.config.get("_name_or_path")
+    return module.config._name_or_path if isinstance(module, PreTrainedModel) else None
 
 
 def _loading_arguments(pipeline: DiffusionPipeline, is_flow: bool) -> str:

@@ -3,7 +3,6 @@
 
 """The policy: a denoiser of diffusers, made trainable by the Trainer of transformers."""
 
-import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,14 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ..backbones import Backbone, load_backbone
 from .diffusion_config import DiffusionConfig, configure_backbone
-from .lora import base_checksums, check_adapters_off, check_lora_config, check_trainable
+from .lora import (
+    base_checksums,
+    check_adapters_off,
+    check_lora_config,
+    check_trainable,
+    load_lora_into,
+    with_target_modules,
+)
 
 
 logger = get_logger(__name__)
@@ -33,6 +39,7 @@ def make_policy(
     default_target_modules: tuple[str, ...],
     half_dtype: torch.dtype | None,
     seed: int,
+    initial_weights: dict[str, torch.Tensor] | None = None,
 ) -> torch.nn.Module:
     """
     Makes a denoiser trainable: all its weights in float32, or a LoRA in float32 on a frozen base.
@@ -48,6 +55,8 @@ def make_policy(
             The type of mixed precision, if any, which a frozen base is stored in.
         seed (`int`):
             Seed of the LoRA's first weights.
+        initial_weights (`dict[str, torch.Tensor]`, *optional*):
+            The LoRA's first weights, see [`trainer.initial_lora.read_initial_lora`].
 
     Returns:
         `torch.nn.Module`: the denoiser, or a [`~peft.PeftModel`] around it.
@@ -63,14 +72,18 @@ def make_policy(
         denoiser.requires_grad_(True)
         _cast(denoiser, torch.float32)  # the optimizer's steps are smaller than what half precision resolves
         return denoiser
-    peft_config = _with_targets(peft_config, default_target_modules)
+    peft_config = with_target_modules(peft_config, default_target_modules)
     set_seed(seed)
     denoiser.requires_grad_(False)
     _cast(denoiser, half_dtype or torch.float32)
-    peft_config, base = check_lora_config(peft_config, denoiser), base_checksums(denoiser)
+    if initial_weights is None:
+        peft_config = check_lora_config(peft_config, denoiser)
+    base = base_checksums(denoiser)
     model = get_peft_model(denoiser, peft_config)
     check_adapters_off(model, base)
     check_trainable(model)
+    if initial_weights is not None:
+        load_lora_into(model, initial_weights, "`initial_lora`")
     return model
 
 
@@ -96,7 +109,9 @@ def make_backbone(model: str | DiffusionPipeline, args: DiffusionConfig, peft_co
             see [`trainer.lora.check_lora_config`].
     """
     backbone = load_backbone(
-        model, without_denoiser=args.precompute, **loading_settings(args, is_lora=peft_config is not None)
+        model,
+        without_denoiser=args.precompute,
+        **loading_settings(args, is_lora=peft_config is not None or args.initial_lora is not None),
     )
     configure_backbone(backbone, args)
     if cast := backbone.cast_encoders(args.half_dtype):
@@ -108,7 +123,7 @@ def make_backbone(model: str | DiffusionPipeline, args: DiffusionConfig, peft_co
         logger.warning(f"This run computes in {computed}. Cast to it from another precision: {names}.{way_out}")
     if peft_config is not None:
         _cast(backbone.denoiser, args.half_dtype or torch.float32)
-        check_lora_config(_with_targets(peft_config, backbone.lora_target_modules), backbone.denoiser)
+        check_lora_config(with_target_modules(peft_config, backbone.lora_target_modules), backbone.denoiser)
     return backbone
 
 
@@ -139,13 +154,6 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _with_targets(peft_config: LoraConfig, default_target_modules: tuple[str, ...]) -> LoraConfig:
-    peft_config = copy.deepcopy(peft_config)
-    if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
-        peft_config.target_modules = list(default_target_modules)
-    return peft_config
 
 
 class _TrackableConfig(FrozenDict):

@@ -11,12 +11,14 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..backbones import Backbone, load_backbone
 from .diffusion_config import DiffusionConfig
+from .fingerprints import module_fingerprint, tensors_hash
+from .initial_lora import add_reference_adapter
 from .policy import loading_settings
 
 
@@ -34,10 +36,13 @@ class Reference:
             The reference's denoiser, prepared for its device; `None` for the policy without adapters, which costs no memory.
         policy (`torch.nn.Module`):
             The policy's denoiser, not wrapped.
+        adapter (`str`, *optional*):
+            The policy's adapter that is the reference's, which costs the memory of a LoRA; left out, the reference has none.
     """
 
-    def __init__(self, denoiser: torch.nn.Module | None, policy: torch.nn.Module):
+    def __init__(self, denoiser: torch.nn.Module | None, policy: torch.nn.Module, adapter: str | None = None):
         self.denoiser = denoiser
+        self.policy, self.adapter = policy, adapter
         self.adapter_layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
 
     @contextmanager
@@ -60,13 +65,22 @@ class Reference:
                 yield self.denoiser
                 return
             # peft's own `disable_adapter` searches all modules several times: as long as a forward of a small model
+            active = [layer._active_adapter for layer in self.adapter_layers]
             for layer in self.adapter_layers:
-                layer._disable_adapters = True
+                layer._disable_adapters = self.adapter is None
+                layer._active_adapter = self.adapter or layer._active_adapter
             try:
                 yield policy
             finally:
-                for layer in self.adapter_layers:
-                    layer._disable_adapters = False
+                for layer, name in zip(self.adapter_layers, active, strict=True):
+                    layer._disable_adapters, layer._active_adapter = False, name
+
+    def fingerprint(self) -> list[str]:
+        """What the reference's predictions depend on."""
+        fingerprint = [module_fingerprint(self.denoiser or self.policy)]
+        if self.adapter is not None:
+            fingerprint.append(tensors_hash(get_peft_model_state_dict(self.policy, adapter_name=self.adapter)))
+        return fingerprint
 
 
 def frozen_denoiser(denoiser: torch.nn.Module, half_dtype: torch.dtype | None) -> torch.nn.Module:
@@ -108,7 +122,8 @@ def make_reference(
 
     Args:
         ref_model (`str`, [`~diffusers.DiffusionPipeline`] or `None`):
-            Another model; `None` for the policy as it is now.
+            Another model; `None` for the policy as it is now, or without its LoRA where that started at `args.initial_lora` and
+            `args.initial_lora_in_reference` is off.
         backbone ([`backbones.base.Backbone`]):
             The policy's backbone.
         policy (`torch.nn.Module`):
@@ -135,7 +150,8 @@ def make_reference(
             backbone.check_reference(other.pipeline)
         denoiser = other.denoiser
     elif isinstance(policy, PeftModel):
-        return Reference(None, policy)
+        keeps_lora = args.initial_lora is not None and args.initial_lora_in_reference
+        return Reference(None, policy, add_reference_adapter(policy) if keeps_lora else None)
     else:
         denoiser = copy.deepcopy(policy)
     denoiser = frozen_denoiser(denoiser, args.half_dtype)

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from ..files import write_file
-from .fingerprints import same_base
+from .fingerprints import same_base, tensors_hash
 
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ NO_MATTER = {
     *("length_column_name", "neftune_noise_alpha"),
     # Compared in another form: as rows per optimizer step, and by content
     *("per_device_train_batch_size", "gradient_accumulation_steps", "accelerator_config"),
-    *("model_init_kwargs", "criteria"),
+    *("model_init_kwargs", "criteria", "initial_lora"),
 }
 # The same for a LoRA
 LORA_NO_MATTER = {
@@ -99,6 +99,7 @@ def describe_run(
     columns: Iterable[str] = (),
     reference: list[float] | None = None,
     expert: dict[str, torch.Tensor] | None = None,
+    initial_lora: dict[str, torch.Tensor] | None = None,
     criteria: dict[str, list[str]] | None = None,
     resolved: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -124,6 +125,8 @@ def describe_run(
             `base_fingerprint` of the reference's denoiser; left out where it is the policy before training.
         expert (`dict[str, torch.Tensor]`, *optional*):
             Weights of the expert's LoRA.
+        initial_lora (`dict[str, torch.Tensor]`, *optional*):
+            Weights of the LoRA that the training started at.
         criteria (`dict[str, list[str]]`, *optional*):
             The attributes' ids with their forms.
         resolved (`dict[str, Any]`, *optional*):
@@ -139,7 +142,8 @@ def describe_run(
         "process": _hash(_rounded(process)),
         "lora": None if lora is None else describe_lora(lora),
         "reference": "the policy before training" if reference is None else reference,
-        "expert": None if expert is None else _tensors_hash(expert),
+        "expert": None if expert is None else tensors_hash(expert),
+        "initial_lora": None if initial_lora is None else tensors_hash(initial_lora),
         "criteria": None if criteria is None else _hash(list(criteria.items())),
         "dataset": dataset_fingerprint(dataset, columns) if isinstance(dataset, Dataset) else "stream",
         "num_rows": len(dataset) if isinstance(dataset, Dataset) else "stream",
@@ -257,14 +261,6 @@ def _hash(value: Any) -> str:
     return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
 
 
-def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(tensors.items()):
-        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 # ----- writing and reading -----
 
 
@@ -340,6 +336,8 @@ def compare_runs(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str]
     changes += _changed_settings(*_without_the_end(before.get("settings", {}), now.get("settings", {})))
     if not _same_reference(before.get("reference"), now.get("reference")):
         changes.append("the reference (`ref_model`) is another one")
+    if before.get("initial_lora") != now.get("initial_lora"):
+        changes.append("the LoRA that the training started at (`initial_lora`) is another one")
     for name, what in (
         ("rows_per_step", "rows per optimizer step (batch size x accumulation x processes)"),
         ("rows_per_forward", "rows per batch (`per_device_train_batch_size`)"),
