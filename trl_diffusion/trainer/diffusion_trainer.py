@@ -109,9 +109,8 @@ class DiffusionTrainer(_BaseTrainer):
         self.process = self.backbone.process
         self.resolution = self.backbone.check_resolution(args.resolution)
         self.backbone.to(args.device, args.channels_last)
-        self.rows, self.data_collator = train_dataset, data_collator
-        if data_collator is None:
-            self.data_collator = self.make_collator(**collator_settings(args, self.resolution, self.backbone))
+        self.rows, settings = train_dataset, collator_settings(args, self.resolution, self.backbone)
+        self.data_collator = data_collator or self.make_collator(**settings)
         self.encoder = BatchEncoder(
             self.backbone, args.device, args.half_dtype, self.image_columns, args.size_conditions
         )
@@ -377,7 +376,7 @@ class DiffusionTrainer(_BaseTrainer):
             return sample_images(pipeline, prompts, **settings)
 
     def pipeline(self) -> DiffusionPipeline:
-        """A pipeline with the policy as it is now: `trainer.pipeline()("a red bicycle").images[0]`."""
+        """A pipeline that samples with the policy as it is now, such as `trainer.pipeline()("a red bicycle").images[0]`."""
         return self.backbone.pipeline_with(self.policy)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -416,11 +415,10 @@ class DiffusionTrainer(_BaseTrainer):
             write_run_record(folder, self.run_record)
         super()._save_checkpoint(model, trial)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def _push_from_checkpoint(self, folder: str) -> None:
         if self.is_world_process_zero() and may_push(self.args, self.push_in_progress):
             self._save(self.args.output_dir)
-            job = push_checkpoint(self.args, self.hub_model_id, checkpoint_folder, self.push_in_progress)
-            self.push_in_progress = job
+            self.push_in_progress = push_checkpoint(self.args, self.hub_model_id, folder, self.push_in_progress)
 
     def push_to_hub(self, *args, **kwargs):
         if self.hub_model_id is None:  # else it is saved before anything that may fail
