@@ -177,7 +177,7 @@ def tiny_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", classmethod(downloaded))
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda pipeline, *args: pipeline)
     monkeypatch.setattr("transformers.trainer.hf_api", Api)
-    monkeypatch.setattr("trl_diffusion.trainer.lora.hf_hub_download", download)
+    monkeypatch.setattr("trl_diffusion.lora_files.hf_hub_download", download)
     monkeypatch.setattr("trl_diffusion.trainer.attributes.hf_hub_download", download)
     for config_class in CONFIGS:
         shorten(config_class)

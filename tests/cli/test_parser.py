@@ -164,7 +164,8 @@ def test_the_launchers_flags_are_still_taken(tmp_path):
         .make_parser()
         .parse_args_and_config(flags, return_remaining_strings=True, separate_remaining_strings=True)
     )
-    assert from_config == ["--num_processes", "2", "--multi_gpu"] and from_flags == ["--num_machines", "1"]
+    assert from_config in (["--num_processes", "2", "--multi_gpu"], ["--multi_gpu", "--num_processes", "2"])
+    assert from_flags == ["--num_machines", "1"]
 
 
 def test_several_processes_are_several_or_an_error(tmp_path):
@@ -179,12 +180,31 @@ def test_several_processes_are_several_or_an_error(tmp_path):
         launcher_arguments(["--num_processes", "2", "stray"], "x.py", [])
 
 
+def test_several_processes_share_a_training(tmp_path):
+    """With `--num_processes 2` on a CPU, a step has the rows of both processes, and one of them writes."""
+    tiny.sd_pipeline().save_pretrained(tmp_path / "model")
+    tiny.pairs(8).to_parquet(tmp_path / "pairs.parquet")
+    flags = [
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--dataset_name",
+        tmp_path / "pairs.parquet",
+        "--max_steps",
+        2,
+    ]
+    flags += ["--per_device_train_batch_size", 2, "--num_processes", 2, "--report_to", "none", "--logging_steps", 1]
+    result = run("instance-dpo", *flags, "--output_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "| pairs per optimizer step | 4 |" in (tmp_path / "out" / "README.md").read_text()
+    assert result.stdout.count("'loss'") == 2 and "parallel_mode" not in result.stderr
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--model_name_or_path", "no/such-model"], "no/such-model"),
         (["--model_name_or_path", "a b/c?"], "a b/c?"),
-        (["--num_processes", "1", "--fp16", "--bf16"], "fp16 or bf16"),
+        (["--num_processes", "1", "--fp16", "true", "--bf16", "true"], "fp16 and bf16"),
     ],
 )
 def test_mistakes_come_through_the_launcher(tmp_path, flags, message):

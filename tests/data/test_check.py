@@ -65,9 +65,9 @@ def test_all_that_is_wrong_is_said_at_once(stream):
         (3, "r3", "rejected"),
         (4, None, "id"),
         (5, "r5", "chosen"),
-        (None, None, "id"),  # r0 twice
     }
-    assert len(report["faults"]) == 8, "two of the instances of r2"
+    assert report["holds"]["duplicates"]["id"] == 1  # r0
+    assert len(report["faults"]) == 7, "two of the instances of r2"
     unreadable = [reason for reason in report["reasons"] if reason["column"] == "chosen"]
     assert [(reason["count"], reason["rows"]) for reason in unreadable] == [(2, [1, 5])]
     text = "\n".join(as_text(report))
@@ -181,7 +181,7 @@ class TestCommand:
         """Exit status 1, and the JSON has every fault."""
         output = tmp_path / "reports" / "report.json"
         assert main(["check-dataset", "--dataset_name", self.save(BAD, tmp_path), "--output", str(output)]) == 1
-        assert len(json.loads(output.read_text())["faults"]) == 8
+        assert len(json.loads(output.read_text())["faults"]) == 7
         assert "5 of 7 rows would stop a training." in capsys.readouterr().out
 
     def test_misuse(self, tmp_path, capsys):

@@ -14,7 +14,8 @@ from tests.data import layouts
 from tests.data.layouts import FLAT, IDS, INSTANCES, PROMPTS, png
 from trl_diffusion.annotation.records import image_columns, pair_columns, prepare_rows, read_attribute_image, read_pair
 from trl_diffusion.data.collators import InstancePairCollator
-from trl_diffusion.data.formats import image_content, prepare_dataset
+from trl_diffusion.data.formats import prepare_dataset
+from trl_diffusion.data.images import image_content
 from trl_diffusion.data.sources import load_source
 from trl_diffusion.scripts.dataset_arguments import DatasetArguments
 from trl_diffusion.scripts.utils import get_datasets

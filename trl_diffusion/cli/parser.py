@@ -33,6 +33,7 @@ GROUPS = {
     "TrainingArguments": "training loop (transformers)",
 }
 OWN = "flags of this command"
+JSON_FLAGS = ("columns", "vlm_request")  # JSON on the command line, a mapping in a file
 LORA = "LoRA"
 LORA_PREFIXES = ("use_peft", "lora_", "use_rslora")
 ORDER = (OWN, "dataset", "dataset and run", "model", LORA, "vision-language model", "detector", "diffusion training")
@@ -201,7 +202,7 @@ class CommandParser(TrlParser):
                 raise ValueError(f"{name} has no value: give it one, or take the line out.")
             return None
         if isinstance(value, dict | list) and action.nargs != "+":
-            if type(value) not in kinds:
+            if type(value) not in kinds and not (isinstance(value, dict) and action.dest in JSON_FLAGS):
                 what = "a mapping" if isinstance(value, dict) else "a list"
                 raise ValueError(f"{name} is {what}; it takes one value.")
             return value
@@ -214,6 +215,8 @@ class CommandParser(TrlParser):
             raise ValueError(f"{name}: {error.message}.") from None
 
     def _scalar(self, action: argparse.Action, value: Any) -> Any:
+        if action.type in (int, float) and type(value) in (int, float) and action.type(value) == value:
+            return value  # as it is written: the card says it so
         # YAML reads `no` as a boolean, and 1e-4 as a string: a flag's text says which it is
         text = {True: "true", False: "no"}[value] if isinstance(value, bool) else str(value)
         value = self._get_value(action, text)

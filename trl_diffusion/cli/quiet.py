@@ -13,7 +13,6 @@ import warnings
 # The logger of each note, and what the note contains
 NOTES = {
     "transformers.utils.import_utils": ("requires torchvision",),  # it is not needed
-    "transformers.training_args": ("process group is initialized, but parallel_mode",),  # several processes on a CPU
     "accelerate.commands.launch": ("had defaults used instead",),
     "torch.distributed.elastic.multiprocessing.redirects": ("Redirects are currently not supported",),
     "transformers.tokenization_utils_base": ("sequence length is longer than the specified maximum",),
@@ -66,7 +65,10 @@ def quiet() -> CutPrompts:
     """Holds the notes back, in this process. Returns what collects the endings that are cut off prompts."""
     cut = CutPrompts()
     for name in PIPELINES:
-        logging.getLogger(f"diffusers.pipelines.{name}").addFilter(cut)
+        logger = logging.getLogger(f"diffusers.pipelines.{name}")
+        for earlier in [each for each in logger.filters if isinstance(each, CutPrompts)]:
+            logger.removeFilter(earlier)  # of another command in this process
+        logger.addFilter(cut)
     for name, texts in NOTES.items():
         logging.getLogger(name).addFilter(lambda record, texts=texts: not any(t in record.getMessage() for t in texts))
     for text in WARNINGS:

@@ -104,10 +104,6 @@ def check_dataset(
         for column, text in of_columns
         if text.rsplit(" It is ", 1)[0] not in seen  # else its rows say it
     ] + faults
-    if isinstance(dataset, IterableDataset) and counts.holds["duplicates"]["id"]:
-        number = counts.holds["duplicates"]["id"]
-        text = f"The column `id` of `dataset` repeats itself: {number} rows have the id of an earlier row. Give each its own."
-        faults.insert(0, {"row": None, "id": None, "column": "id", "message": text})
     return {"faults": faults, "reasons": by_reason(faults), "holds": counts.summary()}
 
 

@@ -3,6 +3,7 @@
 
 """The columns of datasets, and readable errors for invalid data."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,6 +28,9 @@ from .column_checks import (
     without_image,
 )
 from .images import open_image
+
+
+logger = logging.getLogger(__name__)
 
 
 def instance_pair_features() -> Features:
@@ -170,6 +174,8 @@ def prepare_dataset(
             if faults is None:
                 raise ValueError(fault)
             faults.append((column, fault))
+        if faults is None and isinstance(dataset, Dataset):
+            warn_of_repeated_ids(dataset, name)
     if isinstance(dataset, Dataset):
         return dataset
     if "id" not in present:
@@ -210,18 +216,17 @@ def _faults(
                 check(dataset[int(rows[0])])
             except ValueError as error:
                 yield column, f"{error} {_where(rows, name)}"
-    if "id" in features and "id" not in wrong:
-        number, rows = repeated(dataset, "id")
-        if number:
-            yield (
-                "id",
-                (
-                    f"The column `id` of `{name}` repeats itself: {number} row{'s have' if number > 1 else ' has'} the id of an "
-                    f"earlier row, first {dataset[int(rows[0])]['id']!r} in the rows {shortened(rows.tolist())}. Noise, crops and "
-                    "flips depend on the id of a row. Give each row its own, or remove the column with "
-                    '`dataset.remove_columns("id")`, and rows are numbered.'
-                ),
-            )
+
+
+def warn_of_repeated_ids(dataset: Dataset, name: str) -> None:
+    """Says how many rows have the id of an earlier row, and so its noise. Only `precompute` refuses them."""
+    number, rows = repeated(dataset, "id")
+    if number:
+        logger.warning(
+            f"The column `id` of `{name}` repeats itself: {number} row{'s have' if number > 1 else ' has'} the id of an earlier row, "
+            f"first {dataset[int(rows[0])]['id']!r} in the rows {shortened(rows.tolist())}. In a step, they have the same noise, crop "
+            'and flip. If this is not meant, give each row its own id, or remove the column with `dataset.remove_columns("id")`.'
+        )
 
 
 def _where(rows: np.ndarray, name: str) -> str:

@@ -64,7 +64,11 @@ def upright_image(image: PIL.Image.Image) -> PIL.Image.Image:
     """
     turn = orientation(image)
     image = rgb_image(image)
-    return image if turn == 1 else image.transpose(TURNS[turn])
+    if turn == 1:
+        return image
+    image = image.transpose(TURNS[turn])
+    image.info = {}  # it would be turned again
+    return image
 
 
 def rgb_image(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -114,7 +114,8 @@ def generate(
         return match_images(Path(spec.path), prompt_set, protocol.images_per_prompt)
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    state = PartialState(cpu=use_cpu, timeout=PATIENCE)
+    # Without a GPU it must be told so, or each process takes itself for the only one
+    state = PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=PATIENCE)
     folder = Path(output_dir) / "images" / spec.name
     folder.mkdir(parents=True, exist_ok=True)
     pipeline_class = pipeline_class_of(spec)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 from accelerate import PartialState
 
 from ..metrics.fid import fid_result
@@ -100,7 +101,7 @@ def evaluate_models(
         spec.name: generate(spec, prompt_set, protocol, output_dir, batch_size, dtype, use_cpu, disable_tqdm)
         for spec in specs
     }
-    if not PartialState(cpu=use_cpu).is_main_process:
+    if not PartialState(cpu=use_cpu or not torch.accelerator.is_available()).is_main_process:
         return None
 
     rows = table_of(images, output_dir)
