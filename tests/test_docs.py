@@ -153,7 +153,7 @@ def tiny_hub(tmp_path, monkeypatch):
 
         monkeypatch.setattr(config_class, "__post_init__", shortened)
 
-    def download(repository, file):
+    def download(repository, file, **kwargs):
         """The only repository with files of its own is the expert's, which is trained when it is asked for."""
         assert repository == "user/painting-expert"
         if not (tmp_path / "expert").exists():
@@ -637,7 +637,6 @@ def test_error_tables(tmp_path):
         datasets.Dataset.from_list([{**row, "instances": []}], features=named),
         datasets.Dataset.from_list([{**row, "prompt": 3}]),
         datasets.Dataset.from_list([{**row, "instances": [instance | {"preference": 1}]}]),
-        datasets.Dataset.from_list([row, row]),
     ]
     of_rows = [
         row | {"chosen": str(tmp_path / "missing.png")},
