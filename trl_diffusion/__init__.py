@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from .notes import hold_back_notes
+
 
 if TYPE_CHECKING:
     from .annotation.files import save_annotations
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from .trainer.model_config import ModelConfig
 
 __version__ = version("trl-diffusion")
+
+hold_back_notes()
 
 # Imported when first used: `import trl_diffusion` alone loads no torch.
 _MODULES = {

@@ -4,12 +4,15 @@
 """What libraries say about themselves is held back; what is cut off prompts is said once."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
 from tests import tiny
 from tests.cli.test_cli import run
-from trl_diffusion.cli.quiet import NOTES, PIPELINES, quiet
+from trl_diffusion.cli.quiet import PIPELINES, quiet
+from trl_diffusion.notes import NOTES
 
 
 @pytest.mark.parametrize("make", [tiny.sd_pipeline, tiny.sdxl_pipeline])
@@ -35,7 +38,6 @@ def test_what_is_cut_off_is_counted(make, capsys, monkeypatch):
 
 def test_notes_are_held_back_and_others_are_not():
     """Of each logger, exactly the notes that are listed."""
-    quiet()
     for name, texts in NOTES.items():
         for text in (*texts, "something else"):
             record = logging.LogRecord(name, logging.WARNING, "", 0, text, None, None)
@@ -55,3 +57,10 @@ def test_a_training_prints_nothing_of_its_libraries(tmp_path):
     lines = [line for line in result.stderr.splitlines() if line.strip() and "it/s" not in line and "?it" not in line]
     assert len([line for line in lines if "were cut off" in line]) == 1
     assert not [line for line in lines if "torchvision" in line or "accelerate" in line or "truncated" in line]
+
+
+def test_a_notebook_is_as_quiet_as_a_command():
+    """Importing the trainers prints no note about torchvision."""
+    code = "from trl_diffusion import InstanceDPOTrainer; import diffusers; diffusers.StableDiffusionPipeline"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and "torchvision" not in result.stderr + result.stdout

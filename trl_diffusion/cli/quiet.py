@@ -1,30 +1,14 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Holds back what libraries say about themselves, and what no user of a command can act on."""
+"""What is cut off prompts is said once by a command, not in each call."""
 
 import ast
 import logging
 import re
 import sys
-import warnings
 
 
-# The logger of each note, and what the note contains
-NOTES = {
-    "transformers.utils.import_utils": ("requires torchvision",),  # it is not needed
-    "accelerate.commands.launch": ("had defaults used instead",),
-    "torch.distributed.elastic.multiprocessing.redirects": ("Redirects are currently not supported",),
-    "transformers.tokenization_utils_base": ("sequence length is longer than the specified maximum",),
-    "torchao": ("Skipping import of cpp extensions",),
-}
-# Python's warnings, by how they start
-WARNINGS = (
-    r"'pin_memory' argument is set as true but no accelerator is found",
-    r"Please use the new API settings to control TF32 behavior",
-    r"There is a performance drop because we have not yet implemented the batching rule",
-    r"To copy construct from a tensor",
-)
 # Where the pipelines of diffusers warn in each call of what they cut off a prompt, and how
 PIPELINES = (
     "stable_diffusion.pipeline_stable_diffusion",
@@ -62,15 +46,11 @@ class CutPrompts(logging.Filter):
 
 
 def quiet() -> CutPrompts:
-    """Holds the notes back, in this process. Returns what collects the endings that are cut off prompts."""
+    """Holds the warnings of each call back, in this process. Returns what collects the endings that are cut off prompts."""
     cut = CutPrompts()
     for name in PIPELINES:
         logger = logging.getLogger(f"diffusers.pipelines.{name}")
         for earlier in [each for each in logger.filters if isinstance(each, CutPrompts)]:
             logger.removeFilter(earlier)  # of another command in this process
         logger.addFilter(cut)
-    for name, texts in NOTES.items():
-        logging.getLogger(name).addFilter(lambda record, texts=texts: not any(t in record.getMessage() for t in texts))
-    for text in WARNINGS:
-        warnings.filterwarnings("ignore", message=text)
     return cut
