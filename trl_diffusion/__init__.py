@@ -7,8 +7,6 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from .notes import hold_back_notes
-
 
 if TYPE_CHECKING:
     from .annotation.files import save_annotations
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 
 __version__ = version("trl-diffusion")
 
-hold_back_notes()
+import_module(".notes", __name__).hold_back_notes()
 
 # Imported when first used: `import trl_diffusion` alone loads no torch.
 _MODULES = {
