@@ -13,6 +13,7 @@ NOTES = {
     "accelerate.commands.launch": ("had defaults used instead",),
     "torch.distributed.elastic.multiprocessing.redirects": ("Redirects are currently not supported",),
     "transformers.tokenization_utils_base": ("sequence length is longer than the specified maximum",),
+    "diffusers.loaders.lora_base": ("No LoRA keys associated to",),  # of text encoders, which most LoRAs do not adapt
     "torchao": ("Skipping import of cpp extensions",),
 }
 # Python's warnings, by how they start

@@ -38,9 +38,10 @@ class CutPrompts(logging.Filter):
     def say(self, command: str) -> None:
         """Says it once, with a count and an example."""
         if self.endings:
+            number = f"{len(self.endings)} different endings were" if len(self.endings) > 1 else "One ending was"
             print(
-                f"trl-diffusion {command}: some prompts are longer than the text encoders read. {len(self.endings)} different "
-                f"endings were cut off, such as {min(self.endings)[:60]!r}.",
+                f"trl-diffusion {command}: some prompts are longer than the text encoders read. {number} "
+                f"cut off, such as {min(self.endings)[:60]!r}.",
                 file=sys.stderr,
             )
 
