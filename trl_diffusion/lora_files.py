@@ -30,10 +30,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from .backbones.names import LORA_WEIGHTS_NAME
+
 
 logger = logging.getLogger(__name__)
 
-LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 CONVERTED = "converted"
 # Names that other libraries, and older versions of diffusers, give to the halves of a LoRA
 OTHER_NAMES = (".alpha", ".lora.down.weight", ".lora.up.weight", "_lora.down.weight", "_lora.up.weight")

@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 ENDINGS = (".safetensors", ".ckpt")
 OTHER_ENDINGS = (".gguf", ".bin", ".pt", ".pth", ".onnx", ".zip", ".json", ".yaml", ".yml", ".txt")
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 INDEX = "model_index.json"
 LINK = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?#]+)")
 HUB_PAGE = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)/?")
@@ -90,9 +90,11 @@ def _refuse_folder(path: Path) -> NoReturn:
     """Raises the error that says what a folder without a pipeline holds."""
     files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in ENDINGS)
     below = sorted({str(index.parent) for pattern in BELOW for index in path.glob(pattern)})
-    loras = sorted(str(file.parent) for file in path.glob(f"*/{LORA_FILE}"))
-    if LORA_FILE in files:
-        raise ValueError(f"{path} holds a LoRA ({LORA_FILE}) and no pipeline: pass the model that it was trained on.")
+    loras = sorted(str(file.parent) for file in path.glob(f"*/{LORA_WEIGHTS_NAME}"))
+    if LORA_WEIGHTS_NAME in files:
+        raise ValueError(
+            f"{path} holds a LoRA ({LORA_WEIGHTS_NAME}) and no pipeline: pass the model that it was trained on."
+        )
     if (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         kind = config.get("_class_name") or ", ".join(config.get("architectures") or ["model"])

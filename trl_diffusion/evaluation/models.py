@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from .. import backbones
 from ..backbones.dtypes import as_dtype
-from ..backbones.names import ENDINGS, find_model
+from ..backbones.names import ENDINGS, INDEX, LORA_WEIGHTS_NAME, find_model
 from ..backbones.single_file import family_of_file
 from ..guidance import negative_preference_guidance
 from ..lora_files import find_lora, load_lora
@@ -26,8 +26,6 @@ from ..revisions import commit_of, digest_of_file, pinned, resolve_revision
 from .prompts import SAFE_NAME
 
 
-PIPELINE_FILE = "model_index.json"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_FILE = "metadata.jsonl"
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
 ADAPTER, NEGATIVE_ADAPTER = "evaluated", "negative"
@@ -156,7 +154,7 @@ def resolve_model(
         base = base or _base_of(where)
         base_kind, base_revision = _kind_and_revision(base)
         if base_kind != "pipeline":
-            raise ValueError(f"The base of the LoRA {where} must be a pipeline, but {base} has no {PIPELINE_FILE}.")
+            raise ValueError(f"The base of the LoRA {where} must be a pipeline, but {base} has no {INDEX}.")
     elif base is not None and Path(where).is_file():
         base_revision = _kind_and_revision(base)[1]
     else:
@@ -164,7 +162,7 @@ def resolve_model(
     if negative_lora is not None:
         negative_kind, negative_lora_revision = _kind_and_revision(negative_lora)
         if negative_kind != "lora":
-            raise ValueError(f"`negative_lora` must be a LoRA, but {negative_lora} has no {LORA_FILE}.")
+            raise ValueError(f"`negative_lora` must be a LoRA, but {negative_lora} has no {LORA_WEIGHTS_NAME}.")
     vae_revision = vae and _vae_revision(vae)
     return ModelSpec(
         *(name, where, kind, revision, base, base_revision, negative_lora, negative_lora_revision, vae, vae_revision)
@@ -265,25 +263,25 @@ def resolve_dtype(dtype: str, device: torch.device, pipeline_class: type[Diffusi
 def _kind_and_revision(where: str) -> tuple[str, str]:
     folder = Path(where)
     if folder.is_file():
-        if folder.name == LORA_FILE or folder.suffix.lower() not in ENDINGS:
+        if folder.name == LORA_WEIGHTS_NAME or folder.suffix.lower() not in ENDINGS:
             raise ValueError(f"{where} is a file: pass its folder.")
         find_model(where)
         return "pipeline", digest_of_file(folder)
     if folder.is_dir():
-        found = {name: folder / name for name in (PIPELINE_FILE, LORA_FILE) if (folder / name).is_file()}
-        missing = f"the folder has no {PIPELINE_FILE} (a pipeline), no {LORA_FILE} (a LoRA) and no images"
+        found = {name: folder / name for name in (INDEX, LORA_WEIGHTS_NAME) if (folder / name).is_file()}
+        missing = f"the folder has no {INDEX} (a pipeline), no {LORA_WEIGHTS_NAME} (a LoRA) and no images"
     else:
-        found, missing = _files_on_hub(where, (PIPELINE_FILE, LORA_FILE))
+        found, missing = _files_on_hub(where, (INDEX, LORA_WEIGHTS_NAME))
     if len(found) > 1:
         raise ValueError(
-            f"{where} holds both a pipeline ({PIPELINE_FILE}) and a LoRA ({LORA_FILE}): keep only one of them there."
+            f"{where} holds both a pipeline ({INDEX}) and a LoRA ({LORA_WEIGHTS_NAME}): keep only one of them there."
         )
-    if PIPELINE_FILE in found:
-        return "pipeline", _pipeline_digest(folder) if folder.is_dir() else commit_of(
-            found[PIPELINE_FILE], PIPELINE_FILE
+    if INDEX in found:
+        return "pipeline", _pipeline_digest(folder) if folder.is_dir() else commit_of(found[INDEX], INDEX)
+    if LORA_WEIGHTS_NAME in found:
+        return "lora", digest_of_file(found[LORA_WEIGHTS_NAME]) if folder.is_dir() else commit_of(
+            found[LORA_WEIGHTS_NAME], LORA_WEIGHTS_NAME
         )
-    if LORA_FILE in found:
-        return "lora", digest_of_file(found[LORA_FILE]) if folder.is_dir() else commit_of(found[LORA_FILE], LORA_FILE)
     if folder.is_dir() and any(is_image(path) or path.name == METADATA_FILE for path in folder.iterdir()):
         return "images", resolve_revision(where)
     try:
@@ -304,7 +302,7 @@ def _vae_revision(where: str) -> str:
     path = Path(where)
     if path.is_file():
         return digest_of_file(path)
-    return resolve_revision(str(path / "vae") if (path / PIPELINE_FILE).is_file() else where)
+    return resolve_revision(str(path / "vae") if (path / INDEX).is_file() else where)
 
 
 def _files_on_hub(repo_id: str, names: tuple[str, ...]) -> tuple[dict[str, Path], str]:
@@ -323,9 +321,9 @@ def _files_on_hub(repo_id: str, names: tuple[str, ...]) -> tuple[dict[str, Path]
 
 def _pipeline_digest(folder: Path) -> str:
     """Hash of the files of the pipeline only: the folder may also contain a training state or samples."""
-    components = json.loads((folder / PIPELINE_FILE).read_text(encoding="utf-8"))
+    components = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and path.name in components)
-    parts = [digest_of_file(folder / PIPELINE_FILE), *(f"{path.name} {resolve_revision(path)}" for path in folders)]
+    parts = [digest_of_file(folder / INDEX), *(f"{path.name} {resolve_revision(path)}" for path in folders)]
     return f"sha256:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
 
 

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
 from ..backbones.base import Backbone
+from ..backbones.names import INDEX
 from ..files import write_file
 from ..hub import hub_id
 from .lora import LORA_WEIGHTS_NAME, load_lora_into, read_lora
@@ -140,7 +141,7 @@ def _forget_best_checkpoint(checkpoint: Path) -> None:
 
 def _forget_paths(folder: Path) -> None:
     """Takes out of a saved pipeline where its parts were loaded from, but for the Hub id of the whole."""
-    for file in (folder / "model_index.json", *folder.glob("*/*config.json")):
+    for file in (folder / INDEX, *folder.glob("*/*config.json")):
         config = json.loads(file.read_text(encoding="utf-8"))
         name = config.pop("_name_or_path", None)
         if name and file.parent == folder and hub_id(name):
