@@ -5,6 +5,8 @@
 
 import signal
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -151,3 +153,82 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path):
         run.save_model()
         weights.append(load_file(next((tmp_path / name / "unet").glob("*.safetensors"))))
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+# What stands around the line at which the signal arrives; `arrive` is that line.
+AROUND = {
+    "nothing": "arrive()",
+    "a task": "asyncio.run(awaited())",
+    "gathered tasks": "asyncio.run(gathered())",
+    "a callback of the loop": "asyncio.run(called_back())",
+    "a task group of anyio": "anyio.run(grouped, anyio.create_task_group)",
+    "a task group of asyncio": "asyncio.run(grouped(asyncio.TaskGroup))",
+    "an error made of it": "made_an_error()",
+    "an exit made of it": "made_an_exit()",
+    "a finalizer": "Finalized()",
+}
+SCRIPT = """
+import asyncio, os, signal, sys, time, types
+import anyio
+from trl_diffusion.cli.script import run_script
+
+def arrive():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+
+async def awaited():
+    arrive()
+    await asyncio.sleep(60)
+
+async def gathered():
+    await asyncio.gather(asyncio.sleep(60), awaited())
+
+async def called_back():
+    asyncio.get_running_loop().call_soon(arrive)
+    await asyncio.sleep(60)
+
+async def grouped(group):
+    async with group() as tasks:
+        getattr(tasks, "start_soon", lambda function, *args: tasks.create_task(function(*args)))(awaited)
+        await asyncio.sleep(60)
+
+def made_an_error():
+    try:
+        arrive()
+    except BaseException as error:
+        raise RuntimeError("something broke") from error
+
+def made_an_exit():
+    try:
+        arrive()
+    except BaseException:
+        sys.exit(3)
+
+class Finalized:
+    def __del__(self):
+        arrive()
+
+class Parser:
+    description = ""
+
+    def parse_args_and_config(self, flags):
+        return ()
+
+def main():
+    AROUND
+    time.sleep(60)
+
+script = types.ModuleType("script", "A script.")
+script.main, script.make_parser = main, lambda prog: Parser()
+sys.exit(run_script("show-masks", lambda: script, []))
+"""
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_a_signal_ends_the_command_wherever_it_arrives(around):
+    """Event loops, groups of tasks and errors made of the signal do not turn it into a traceback."""
+    code = SCRIPT.replace("AROUND", AROUND[around])
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS)
+    assert ended.returncode == 130
+    assert ended.stderr.strip().splitlines()[-1].startswith("trl-diffusion show-masks: stopped by Ctrl-C.")
+    assert around == "a finalizer" or "Traceback" not in ended.stderr  # Python itself prints what a finalizer raises

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from .quiet import quiet
-from .stopping import Stopped, stopping
+from .stopping import stopping
 
 
 if TYPE_CHECKING:
@@ -40,12 +40,10 @@ def run_script(command: str, find_script: Callable[[], ModuleType], flags: list[
             with mistakes(command) as made:
                 script = find_script()
                 status = script.main(*parser_of(command, script).parse_args_and_config(flags)) or 0
-        except Stopped:
-            stop.end()
-        except Exception:
+        except BaseException:
             if stop.number is None:
                 raise
-            stop.end()  # what broke, broke because of the signal
+            stop.end()  # the signal, alone or in a group of exceptions, or what broke because of it
     if os.environ.get("RANK", "0") == "0":
         cut.say(command)
     if stop.number is not None:

@@ -3,6 +3,7 @@
 
 """How a command ends when it is asked to: by Ctrl-C (SIGINT) or by SIGTERM, with one line, its status, and no process left."""
 
+import logging
 import os
 import select
 import signal
@@ -32,8 +33,8 @@ KEPT = {
 }
 
 
-class Stopped(BaseException):
-    """Raised in the main thread by the first signal."""
+class Stopped(KeyboardInterrupt):
+    """Raised in the main thread by the first signal. Event loops and pools let a `KeyboardInterrupt` through, and no other."""
 
 
 class Stop:
@@ -95,6 +96,7 @@ class Stop:
             return
         is_first, self.number = self.number is None, self.number or number
         if is_first and not self.waits and not self.forwards:
+            logging.disable()  # what libraries say from here on is about the signal
             raise Stopped
 
     def watch(self, pipe: int) -> None:
