@@ -218,6 +218,7 @@ def main():
     AROUND
     time.sleep(60)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 script = types.ModuleType("script", "A script.")
 script.main, script.make_parser = main, lambda prog: Parser()
 sys.exit(run_script("show-masks", lambda: script, []))
