@@ -1,0 +1,239 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Does the host wait for the GPU between optimizer steps? Waits and blocking copies of the micro-batches of one step, counted.
+
+On a GPU, PyTorch warns of each operation that waits (`torch.cuda.set_sync_debug_mode`), and each warning's line is noted; in
+another step the profiler counts `cudaStreamSynchronize`, and copies from or to memory that is not pinned, which hold up the
+host too. On the CPU, operations are counted that would wait if their tensors were on a GPU: numbers that are read, `nonzero`,
+masks as indices. Tensors that are meant to be on the CPU count too there, and copies between devices are none and do not.
+
+A step's micro-batches last from the end of the step before to its optimizer's step, with clipping in it; they include what is
+done to fetch them. What is left, the optimizer's step itself, is counted beside them.
+"""
+
+import argparse
+import json
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
+
+from tests.benchmark.arms import release
+from tests.gpu.record import Record, figure, stage_args
+from tests.gpu.right import OBJECTIVES, make_trainer
+
+
+MICRO_BATCHES = 4
+ROWS = 2 * MICRO_BATCHES * 4  # four steps of micro-batches of two
+WINDOWS = ("micro-batches", "optimizer step")
+aten = torch.ops.aten
+WAITING = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.equal.default,
+    aten.repeat_interleave.Tensor,
+}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+
+
+def calling_line() -> str:
+    """The innermost line of the library that is running, or of anything where none is."""
+    frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
+    own = [frame for frame in frames if "/trl_diffusion/" in frame.filename]
+    frame = (own or frames)[-1]
+    return f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}"
+
+
+class WaitingOperations(TorchDispatchMode):
+    """Counts the lines that read numbers from tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = func in INDEXING and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if func in WAITING or masks:
+            self.lines[f"{calling_line()} {func.name().removeprefix('aten::')}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class SyncWarnings:
+    """Counts the lines that PyTorch says wait for the GPU."""
+
+    def __init__(self):
+        self.lines: Counter[str] = Counter()
+
+    def __enter__(self):
+        self.stack = ExitStack()
+        self.stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("always")
+        warnings.showwarning = self.note  # `catch_warnings` puts the former one back
+        torch.cuda.set_sync_debug_mode("warn")
+        self.lines.clear()  # it warns of itself
+        return self
+
+    def __exit__(self, *exception):
+        torch.cuda.set_sync_debug_mode("default")
+        self.stack.close()
+
+    def note(self, message, *args, **kwargs) -> None:
+        if "called a synchronizing" in str(message):
+            self.lines[calling_line()] += 1
+
+
+class Windows(TrainerCallback):
+    """
+    Opens a context for a step's micro-batches, and another for its optimizer's step.
+
+    Args:
+        step: The number of the step.
+        open_window: From the window's name to its context.
+    """
+
+    def __init__(self, step: int, open_window: Callable[[str], object]):
+        self.step, self.open_window = step, open_window
+        self.stack = ExitStack()
+
+    def turn(self, window: str | None) -> None:
+        self.stack.close()
+        if window:
+            self.stack.enter_context(self.open_window(window))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in (self.step - 1, self.step):
+            self.turn(WINDOWS[0] if state.global_step < self.step else None)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            self.turn(WINDOWS[1])
+
+
+class ProfiledStep(TrainerCallback):
+    """Profiles from the end of a step to the end of the next."""
+
+    def __init__(self, step: int):
+        self.step = step
+        self.profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            self.profiler.start()
+        elif state.global_step == self.step:
+            self.profiler.stop()
+
+    def events(self) -> list[dict]:
+        with tempfile.TemporaryDirectory() as folder:
+            self.profiler.export_chrome_trace(f"{folder}/trace.json")
+            return json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+
+
+def profiled_counts(events: list[dict], window: str) -> dict[str, int]:
+    """Calls that wait, and copies that are not from or to pinned memory, which were called within a window."""
+    (span,) = (event for event in events if event.get("cat") == "user_annotation" and event["name"] == window)
+    called = [
+        event
+        for event in events
+        if event.get("cat") == "cuda_runtime" and span["ts"] <= event["ts"] <= span["ts"] + span["dur"]
+    ]
+    numbers = {event["args"].get("correlation") for event in called}
+    copies = [
+        event["name"]
+        for event in events
+        if event.get("cat") == "gpu_memcpy" and event["args"].get("correlation") in numbers
+    ]
+    counts = Counter(event["name"] for event in called if event["name"] in WAITS)
+    return dict(counts + Counter(name for name in copies if "Pageable" in name))
+
+
+def count(objective: str, kind: str, is_lora: bool, precomputed: list[str], device: str) -> dict:
+    """Waits in a step of a tiny training."""
+    counting = {window: SyncWarnings() if device == "cuda" else WaitingOperations() for window in WINDOWS}
+    settings = {
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "max_steps": 4,
+        "logging_steps": 1000,
+        **dict.fromkeys(precomputed, True),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        # A step takes more rows than the other stages' trainings have
+        trainer = make_trainer(
+            *(objective, kind, is_lora, "bf16" if device == "cuda" else "fp32", device, settings, Path(folder)),
+            rows=ROWS,
+        )
+        trainer.add_callback(Windows(2, counting.__getitem__))
+        if device == "cuda":
+            profiled = ProfiledStep(3)
+            trainer.add_callback(profiled)
+            trainer.add_callback(Windows(3, record_function))
+        trainer.train()
+        events = profiled.events() if device == "cuda" else None
+    result = {}
+    for window, counted in counting.items():
+        result[window] = {"waits": sum(counted.lines.values()), "lines": dict(counted.lines)}
+        if events is not None:
+            result[window]["profiler"] = profiled_counts(events, window)
+    return result
+
+
+def cases(args: argparse.Namespace) -> list[dict]:
+    """All cases, in the order of their worth."""
+    ways = ([], ["precompute"], ["precompute", "precompute_ref_preds"])
+    if args.tiny:
+        kinds, loras, ways = ("sd",), (True,), ways[:1]
+    else:
+        kinds, loras = ("sdxl", "sd3", "flux"), (True, False)
+    return [
+        {"objective": objective, "kind": kind, "is_lora": is_lora, "precomputed": precomputed}
+        for kind in kinds
+        for is_lora in loras
+        for objective in OBJECTIVES
+        for precomputed in ways
+        if (is_lora or objective != "cpo") and not (objective == "sft" and "precompute_ref_preds" in precomputed)
+    ]
+
+
+def figures(rows: list[dict]) -> list[dict]:
+    found, counted = [], [row for row in rows if "error" not in row]
+    for objective in OBJECTIVES:
+        for kind, having in (("live", False), ("precomputed", True)):
+            of_kind = [r for r in counted if r["objective"] == objective and bool(r["precomputed"]) == having]
+            if of_kind:
+                windows = [row[WINDOWS[0]] for row in of_kind]
+                waits = max(window["waits"] for window in windows)
+                blocking = max(sum(window.get("profiler", {}).values()) for window in windows)
+                found.append(
+                    figure(
+                        f"{objective}, {kind}: waits in {MICRO_BATCHES} micro-batches; waits and blocking copies by the profiler",
+                        f"{waits}; {blocking if 'profiler' in windows[0] else 'not on the CPU'}",
+                        "0; 0",
+                        waits == blocking == 0,
+                    )
+                )
+    return found
+
+
+def main() -> None:
+    args = stage_args(__doc__)
+    record = Record(args, figures)
+    for case in cases(args):
+        record.run(case, lambda case=case: count(**case, device=args.device))
+        release(args.device)
+
+
+if __name__ == "__main__":
+    main()
