@@ -176,6 +176,7 @@ class Benchmark:
                     folder,
                     num_train_epochs=1,
                     per_device_train_batch_size=args.batch_size,
+                    per_device_eval_batch_size=2,  # of what is precomputed, so that memory is the step's
                     gradient_accumulation_steps=args.gradient_accumulation_steps,
                     train_sampling_strategy="sequential",
                     learning_rate=LEARNING_RATE,

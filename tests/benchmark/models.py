@@ -273,8 +273,9 @@ def jpeg(rng: np.random.Generator, resolution: int) -> dict[str, bytes]:
 
 
 def image_pairs(ids: list[str], resolution: int) -> Dataset:
-    """One pair of JPEG files an id, with one instance that contradicts the label."""
+    """One pair of JPEG files an id, of at most 64 different ones, with one instance that contradicts the label."""
     rng = np.random.default_rng(0)
+    files = [jpeg(rng, resolution) for _ in range(min(2 * len(ids), 64))]
     instance = {
         "label": "circle",
         "chosen_box": [0, 0, resolution // 2, resolution // 2],
@@ -285,8 +286,8 @@ def image_pairs(ids: list[str], resolution: int) -> Dataset:
         {
             "id": row_id,
             "prompt": PROMPTS[index % len(PROMPTS)],
-            "chosen": jpeg(rng, resolution),
-            "rejected": jpeg(rng, resolution),
+            "chosen": files[2 * index % len(files)],
+            "rejected": files[(2 * index + 1) % len(files)],
             "instances": [instance],
         }
         for index, row_id in enumerate(ids)

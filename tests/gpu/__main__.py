@@ -121,8 +121,9 @@ def walk(stages: list[Stage], output: Path, budget: float, device: str, tiny: bo
     log.write_text("")
     with tempfile.TemporaryDirectory() as name:
         installation(Path(name))
-        for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
-            compileall.compile_dir(folder, quiet=2, workers=0)  # once, and not in each process
+        for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+            if folder and Path(folder).resolve() != ROOT:
+                compileall.compile_dir(folder, quiet=2, workers=0)  # at once, and not in the first stage
         variables = environment(Path(name))
         for index, stage in enumerate(stages):
             left = budget - (time.monotonic() - start)

@@ -13,7 +13,7 @@ import statistics
 
 from tests.benchmark.__main__ import parse_args, summary
 from tests.benchmark.arms import Benchmark, release
-from tests.gpu.flops import arm_tflop, count_tflop, share_of_peak
+from tests.gpu.flops import COUNTED, arm_tflop, count_tflop, share_of_peak
 from tests.gpu.record import Record, figure, stage_args
 
 
@@ -62,11 +62,11 @@ class Runner:
     def __init__(self, args: argparse.Namespace, device: str):
         self.args, self.device = args, device
         self.setting, self.benchmark = None, None
-        self.counts: dict[str, dict[str, float]] = {}
+        self.counts = dict(COUNTED)
 
     def run(self, setting: tuple[str, int, bool], arm: str) -> dict:
         if setting != self.setting:
-            self.benchmark = None  # before another takes its memory
+            self.benchmark = self.setting = None  # before another takes its memory
             release(self.args.device)
             self.benchmark, self.setting = Benchmark(benchmark_args(*setting, self.args)), setting
         model, benchmark = setting[0], self.benchmark
@@ -83,6 +83,12 @@ class Runner:
             "tflop_per_second": None if tflop is None else tflop / seconds,
             "share_of_peak": share,
         }
+
+
+def did_not_fit(case: dict, rows: list[dict]) -> bool:
+    """Whether a batch of the same kind that is not larger ran out of memory."""
+    same = [row for row in rows if all(row[name] == case[name] for name in ("model", "is_checkpointed", "arm"))]
+    return any(row.get("out_of_memory") and row["batch_size"] <= case["batch_size"] for row in same)
 
 
 # ----- the aims -----
@@ -156,12 +162,15 @@ def figures(rows: list[dict]) -> list[dict]:
 def main() -> None:
     args = stage_args(__doc__)
     record = Record(args, figures)
-    runner = Runner(args, record.setting["device"])
+    runner, needs = Runner(args, record.setting["device"]), 2 if args.tiny else 15
     for model, batch_size, is_checkpointed, arms in TINY_RUNS if args.tiny else RUNS:
         for arm in arms:
             case = {"model": model, "batch_size": batch_size, "is_checkpointed": is_checkpointed, "arm": arm}
             setting = model, batch_size, is_checkpointed
-            record.run(case, lambda setting=setting, arm=arm: runner.run(setting, arm))
+            if did_not_fit(case, record.rows):
+                record.skip(case, "a smaller batch did not fit")
+                continue
+            record.run(case, lambda setting=setting, arm=arm: runner.run(setting, arm), needs)
             release(args.device)
 
 

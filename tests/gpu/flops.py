@@ -1,13 +1,17 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the arms of the benchmark compute, counted without computing it, and what GPUs can."""
+"""What the arms of the benchmark compute, counted without computing it, and what GPUs can.
+
+python -m tests.gpu.flops        counts `COUNTED` again, in a minute
+"""
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.benchmark import models
 from tests.benchmark.arms import FLOOR_ARMS, PAIR_SCRIPT_ARMS, TRAINER_ARMS
 from tests.benchmark.steps import Given, dpo_loss
 
@@ -22,6 +26,28 @@ PEAKS = {
     "NVIDIA A100 80GB PCIe": 312,
     "NVIDIA L40S": 362,
     "NVIDIA GeForce RTX 4090": 165,
+}
+# TFLOP of a pair at the models' own sizes, with LoRAs of rank 64 on the attention projections, by `count_tflop`
+COUNTED = {
+    "sd15": {"forward": 1.60654688256, "full": 4.81354612736, "lora": 3.529973858304},
+    "sdxl": {"forward": 13.52247279616, "full": 40.46168489984, "lora": 29.11497027584},
+    "sd35_medium": {"forward": 22.499147415552, "full": 67.487437258752, "lora": 54.703717318656},
+}
+UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+FLOW_TARGETS = [*UNET_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+# The denoiser, the shape of an image's latents and those of its conditions, and the modules that a LoRA adapts
+SHAPES = {
+    "sd15": (models.sd15_unet, (4, 64, 64), {"prompt_embeds": (77, 768)}, UNET_TARGETS),
+    "sdxl": (
+        *(models.sdxl_unet, (4, 128, 128)),
+        {"prompt_embeds": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)},
+        UNET_TARGETS,
+    ),
+    "sd35_medium": (
+        *(models.sd35_medium_transformer, (16, 128, 128)),
+        {"prompt_embeds": (77 + 256, 4096), "pooled_prompt_embeds": (2048,)},
+        FLOW_TARGETS,
+    ),
 }
 
 
@@ -88,7 +114,21 @@ def arm_tflop(arm: str, counts: dict[str, float]) -> float | None:
     return counts["lora" if is_lora else "full"] + reference
 
 
+def count_model(name: str) -> dict[str, float]:
+    """Counts the TFLOP of one pair of a model at its own size."""
+    make_denoiser, shape, conditions, targets = SHAPES[name]
+    with torch.device("meta"):
+        latents, timesteps = torch.empty(2, *shape), torch.empty(2)
+        given = Given(latents, timesteps, latents, {name: torch.empty(2, *of) for name, of in conditions.items()})
+        return count_tflop(make_denoiser(), given, LoraConfig(r=64, lora_alpha=64, target_modules=targets))
+
+
 def share_of_peak(tflop: float | None, seconds: float, device: str) -> float | None:
     """The share of a GPU's peak that was used; `None` where either is not known."""
     peak = PEAKS.get(device)
     return None if tflop is None or peak is None else tflop / seconds / peak
+
+
+if __name__ == "__main__":
+    for name in SHAPES:
+        print(f"{name}: {count_model(name)}", flush=True)

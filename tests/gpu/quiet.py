@@ -8,8 +8,9 @@ another step the profiler counts `cudaStreamSynchronize`, and copies from or to 
 host too. On the CPU, operations are counted that would wait if their tensors were on a GPU: numbers that are read, `nonzero`,
 masks as indices. Tensors that are meant to be on the CPU count too there, and copies between devices are none and do not.
 
-A step's micro-batches last from the end of the step before to its optimizer's step, with clipping in it; they include what is
-done to fetch them. What is left, the optimizer's step itself, is counted beside them.
+A step's micro-batches last from the end of the step before until their gradients are clipped; they include what is done to
+fetch them. What is left is counted beside them: the optimizer's step, and before it the check that losses and gradients are
+finite, which waits once so that weights are never lost.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from tests.gpu.record import Record, figure, stage_args
 from tests.gpu.right import OBJECTIVES, make_trainer
 
 
+TORCH = Path(torch.__file__).parent
 MICRO_BATCHES = 4
 ROWS = 2 * MICRO_BATCHES * 4  # four steps of micro-batches of two
 WINDOWS = ("micro-batches", "optimizer step")
@@ -49,11 +51,12 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 def calling_line() -> str:
-    """The innermost line of the library that is running, or of anything where none is."""
+    """The innermost line outside of PyTorch, after that of this library which led to it."""
     frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
-    own = [frame for frame in frames if "/trl_diffusion/" in frame.filename]
-    frame = (own or frames)[-1]
-    return f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}"
+    own = [frame for frame in frames if "/trl_diffusion/" in frame.filename][-1:]
+    innermost = [frame for frame in frames if TORCH not in Path(frame.filename).parents][-1:]
+    lines = [f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}" for frame in own + innermost]
+    return " > ".join(dict.fromkeys(lines))
 
 
 class WaitingOperations(TorchDispatchMode):
@@ -124,7 +127,7 @@ class Windows(TrainerCallback):
 
 
 class ProfiledStep(TrainerCallback):
-    """Profiles from the end of a step to the end of the next."""
+    """Profiles a step from the end of the one before to the beginning of the next."""
 
     def __init__(self, step: int):
         self.step = step
@@ -133,7 +136,9 @@ class ProfiledStep(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step - 1:
             self.profiler.start()
-        elif state.global_step == self.step:
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
             self.profiler.stop()
 
     def events(self) -> list[dict]:
@@ -169,19 +174,13 @@ def count(objective: str, kind: str, is_lora: bool, precomputed: list[str], devi
         "logging_steps": 1000,
         **dict.fromkeys(precomputed, True),
     }
+    callbacks, precision, profiled = [Windows(2, counting.__getitem__)], "fp32", ProfiledStep(3)
+    if device == "cuda":
+        callbacks, precision = [*callbacks, profiled, Windows(3, record_function)], "bf16"
     with tempfile.TemporaryDirectory() as folder:
-        # A step takes more rows than the other stages' trainings have
-        trainer = make_trainer(
-            *(objective, kind, is_lora, "bf16" if device == "cuda" else "fp32", device, settings, Path(folder)),
-            rows=ROWS,
-        )
-        trainer.add_callback(Windows(2, counting.__getitem__))
-        if device == "cuda":
-            profiled = ProfiledStep(3)
-            trainer.add_callback(profiled)
-            trainer.add_callback(Windows(3, record_function))
-        trainer.train()
-        events = profiled.events() if device == "cuda" else None
+        case = objective, kind, is_lora, precision, device, settings, Path(folder)
+        make_trainer(*case, rows=ROWS, callbacks=callbacks).train()
+    events = profiled.events() if device == "cuda" else None
     result = {}
     for window, counted in counting.items():
         result[window] = {"waits": sum(counted.lines.values()), "lines": dict(counted.lines)}
@@ -194,13 +193,14 @@ def cases(args: argparse.Namespace) -> list[dict]:
     """All cases, in the order of their worth."""
     ways = ([], ["precompute"], ["precompute", "precompute_ref_preds"])
     if args.tiny:
-        kinds, loras, ways = ("sd",), (True,), ways[:1]
-    else:
-        kinds, loras = ("sdxl", "sd3", "flux"), (True, False)
+        return [
+            {"objective": "iapo", "kind": "sd", "is_lora": False, "precomputed": ways[1]},
+            {"objective": "cpo", "kind": "sd", "is_lora": True, "precomputed": ways[0]},
+        ]
     return [
         {"objective": objective, "kind": kind, "is_lora": is_lora, "precomputed": precomputed}
-        for kind in kinds
-        for is_lora in loras
+        for kind in ("sdxl", "sd3", "flux")
+        for is_lora in (True, False)
         for objective in OBJECTIVES
         for precomputed in ways
         if (is_lora or objective != "cpo") and not (objective == "sft" and "precompute_ref_preds" in precomputed)
@@ -224,6 +224,9 @@ def figures(rows: list[dict]) -> list[dict]:
                         waits == blocking == 0,
                     )
                 )
+    if counted:
+        waits = [row[WINDOWS[1]]["waits"] for row in counted]
+        found.append(figure("waits in an optimizer step, least and most", f"{min(waits)}, {max(waits)}"))
     return found
 
 
