@@ -3,12 +3,14 @@
 
 """The GPU suite, without a GPU."""
 
+import argparse
 import json
 import os
 import subprocess
 import time
 import tomllib
 import venv
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from packaging.requirements import Requirement
 from tests.gpu import __main__ as suite
 from tests.gpu import fast, flops, quiet, right
 from tests.gpu.__main__ import Stage
+from tests.gpu.record import Record
 
 
 ROOT = Path(__file__).parents[1]
@@ -48,8 +51,8 @@ def test_a_stage_that_fails_or_outruns_its_limit_stops_no_other(tmp_path, monkey
     monkeypatch.setattr(suite, "SHORTEST", 1.0)
     start = time.monotonic()
     stages = [Stage("fails", "fails", 1), Stage("sleeps", "sleeps", 1), Stage("works", "works", 8)]
-    results = suite.walk(stages, output, budget=60, device="cuda", tiny=False)
-    assert time.monotonic() - start < 60
+    results = suite.walk(stages, output, budget=40, device="cuda", tiny=False)
+    assert time.monotonic() - start < 40
     assert [result["exit"] for result in results] == [3, "time-out", 0]
     child = int((output / "child").read_text())
     deadline = time.monotonic() + 10
@@ -82,7 +85,62 @@ def test_waits_are_counted_with_their_lines():
         values[values > 1]
         values[values > 1] = 0
         values.nonzero()
-    assert sum(counted.lines.values()) == 4 and all(__file__.rpartition("/")[2] in line for line in counted.lines)
+        torch.tensor([1.0], device="cpu")
+        values.tolist()
+    assert sum(counted.lines.values()) == 6 and all("test_gpu_suite.py" in line for line in counted.lines)
+
+
+def test_warnings_of_waits_are_counted(monkeypatch):
+    """PyTorch's warnings count with their line, each time; others do not, and what shows them is put back."""
+    modes, shown = [], warnings.showwarning
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    counted = quiet.SyncWarnings()
+    with counted:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert list(counted.lines.values()) == [2] and modes == ["warn", "default"] and warnings.showwarning is shown
+
+
+def test_a_step_is_profiled_in_its_two_windows(monkeypatch):
+    """On a GPU the windows of a training lie in the profile, one after the other, with the operators of the step."""
+    profiled, make_trainer = [], quiet.make_trainer
+    counts = lambda events, window: profiled.append((window, events)) or {}  # noqa: E731
+    on_cpu = lambda *case, **kwargs: make_trainer(*case[:3], "fp32", "cpu", *case[5:], **kwargs)  # noqa: E731
+    monkeypatch.setattr(quiet, "profiled_counts", counts)
+    monkeypatch.setattr(quiet, "make_trainer", on_cpu)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    result = quiet.count("sft", "sd", True, [], "cuda")
+    assert [window for window, _ in profiled] == list(quiet.WINDOWS) == list(result)
+    events = profiled[0][1]
+    first, second = (
+        next(event for event in events if event.get("cat") == "user_annotation" and event["name"] == window)
+        for window in quiet.WINDOWS
+    )
+    assert first["ts"] + first["dur"] <= second["ts"]
+    forwards = [event for event in events if event["name"] == "aten::conv2d" and event["ts"] < second["ts"]]
+    assert len(forwards) > quiet.MICRO_BATCHES
+
+
+def test_a_case_that_fails_is_a_row(tmp_path):
+    """The file is complete after each case: what did not fit into memory is no error, and what was left out is said."""
+    args = argparse.Namespace(output=tmp_path / "x.json", device="cpu", tiny=True, seconds=100)
+    record = Record(args, lambda rows: [])
+
+    def fail(error: Exception):
+        raise error
+
+    record.run({"case": 1}, lambda: {"value": 7})
+    record.run({"case": 2}, lambda: fail(torch.OutOfMemoryError("20 GiB")))
+    record.run({"case": 3}, lambda: fail(ValueError("wrong")), needs=1)
+    assert json.loads(args.output.read_text())["figures"][0]["figure"] == "1 of 3"
+    record.run({"case": 4}, lambda: {"value": 8}, needs=1000)
+    found = json.loads(args.output.read_text())
+    assert [row.get("value", row.get("error")) for row in found["rows"]] == [
+        *(7, "OutOfMemoryError: 20 GiB", "ValueError: wrong")
+    ]
+    assert [row.get("out_of_memory", False) for row in found["rows"]] == [False, True, False]
+    assert found["skipped"][0]["case"] == 4 and found["setting"]["tiny"] is True
 
 
 def test_the_profile_is_counted_within_a_window():
@@ -180,7 +238,7 @@ def test_half_precision_and_black_pictures_are_judged():
 
 
 def needed(names: list[str]) -> set[str]:
-    """The installed packages that these need, as pip would install them: without extras."""
+    """The installed packages that these need, the names in their requirements, without any extras."""
     found: set[str] = set()
     while names:
         requirement = Requirement(names.pop())

@@ -254,6 +254,9 @@ def build_pipeline(name: str, device: str, encoder_dtype: torch.dtype = torch.fl
         torch.manual_seed(0)
         with torch.device(device):  # weights are drawn where they will be
             pipeline = TRUE_SIZE[name]()
+        pipeline.scheduler = type(pipeline.scheduler).from_config(
+            pipeline.scheduler.config
+        )  # on the CPU, as when loaded
     for component, module in pipeline.components.items():
         if component.startswith("text_encoder") and module is not None:
             module.to(encoder_dtype)

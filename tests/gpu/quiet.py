@@ -5,8 +5,9 @@
 
 On a GPU, PyTorch warns of each operation that waits (`torch.cuda.set_sync_debug_mode`), and each warning's line is noted; in
 another step the profiler counts `cudaStreamSynchronize`, and copies from or to memory that is not pinned, which hold up the
-host too. On the CPU, operations are counted that would wait if their tensors were on a GPU: numbers that are read, `nonzero`,
-masks as indices. Tensors that are meant to be on the CPU count too there, and copies between devices are none and do not.
+host too. On the CPU, what is counted would wait if its tensors were on a GPU: numbers that are read, `nonzero`, masks as
+indices, lists that become tensors on a device. There, tensors that are meant to be on the CPU count too, and copies of tensors
+from one device to another cannot be seen.
 
 A step's micro-batches last from the end of the step before until their gradients are clipped; they include what is done to
 fetch them. What is left is counted beside them: the optimizer's step, and before it the check that losses and gradients are
@@ -24,6 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
@@ -59,12 +61,12 @@ def calling_line() -> str:
     return " > ".join(dict.fromkeys(lines))
 
 
-class WaitingOperations(TorchDispatchMode):
-    """Counts the lines that read numbers from tensors."""
+class CountedOperations(TorchDispatchMode):
+    """Counts the lines with operations that read numbers from tensors."""
 
-    def __init__(self):
+    def __init__(self, lines: Counter[str]):
         super().__init__()
-        self.lines: Counter[str] = Counter()
+        self.lines = lines
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         masks = func in INDEXING and any(
@@ -73,6 +75,37 @@ class WaitingOperations(TorchDispatchMode):
         if func in WAITING or masks:
             self.lines[f"{calling_line()} {func.name().removeprefix('aten::')}"] += 1
         return func(*args, **(kwargs or {}))
+
+
+class CountedCalls(TorchFunctionMode):
+    """Counts the lines that make tensors of numbers on a device, or take tensors to the host, where no operation tells."""
+
+    def __init__(self, lines: Counter[str]):
+        super().__init__()
+        self.lines = lines
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        makes = func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None
+        if makes or func in (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy):
+            self.lines[f"{calling_line()} {func.__name__}"] += 1
+        return func(*args, **kwargs)
+
+
+class WaitingOperations:
+    """Counts what would wait for a GPU, on the CPU."""
+
+    def __init__(self):
+        self.lines: Counter[str] = Counter()
+
+    def __enter__(self):
+        self.stack = ExitStack()
+        self.stack.enter_context(CountedOperations(self.lines))
+        self.stack.enter_context(CountedCalls(self.lines))
+        return self
+
+    def __exit__(self, *exception):
+        self.stack.close()
 
 
 class SyncWarnings:
