@@ -6,8 +6,8 @@
 On a GPU, PyTorch warns of each operation that waits (`torch.cuda.set_sync_debug_mode`), and each warning's line is noted; in
 another step the profiler counts `cudaStreamSynchronize`, and copies from or to memory that is not pinned, which hold up the
 host too. On the CPU, what is counted would wait if its tensors were on a GPU: numbers that are read, `nonzero`, masks as
-indices, lists that become tensors on a device. There, tensors that are meant to be on the CPU count too, and copies of tensors
-from one device to another cannot be seen.
+indices, lists that become tensors on a device. Collation and the sampling of timesteps are the host's and do not count; copies
+of tensors from one device to another cannot be seen there.
 
 A step's micro-batches last from the end of the step before until their gradients are clipped; they include what is done to
 fetch them. What is left is counted beside them: the optimizer's step, and before it the check that losses and gradients are
@@ -52,13 +52,24 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
 
-def calling_line() -> str:
+def is_on_the_host(frames: list[traceback.FrameSummary]) -> bool:
+    """Whether this is work whose tensors are on the CPU in every training: collation, and the sampling of timesteps."""
+    return any(frame.filename.endswith("/data/collators.py") or frame.name == "sample_timesteps" for frame in frames)
+
+
+def calling_line(frames: list[traceback.FrameSummary]) -> str:
     """The innermost line outside of PyTorch, after that of this library which led to it."""
-    frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
+    frames = [frame for frame in frames if frame.filename != __file__]
     own = [frame for frame in frames if "/trl_diffusion/" in frame.filename][-1:]
     innermost = [frame for frame in frames if TORCH not in Path(frame.filename).parents][-1:]
     lines = [f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}" for frame in own + innermost]
     return " > ".join(dict.fromkeys(lines))
+
+
+def count_line(lines: Counter[str], what: str) -> None:
+    frames = traceback.extract_stack()
+    if not is_on_the_host(frames):
+        lines[f"{calling_line(frames)} {what}"] += 1
 
 
 class CountedOperations(TorchDispatchMode):
@@ -73,7 +84,7 @@ class CountedOperations(TorchDispatchMode):
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
         if func in WAITING or masks:
-            self.lines[f"{calling_line()} {func.name().removeprefix('aten::')}"] += 1
+            count_line(self.lines, func.name().removeprefix("aten::"))
         return func(*args, **(kwargs or {}))
 
 
@@ -88,7 +99,7 @@ class CountedCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         makes = func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None
         if makes or func in (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy):
-            self.lines[f"{calling_line()} {func.__name__}"] += 1
+            count_line(self.lines, func.__name__)
         return func(*args, **kwargs)
 
 
@@ -129,7 +140,7 @@ class SyncWarnings:
 
     def note(self, message, *args, **kwargs) -> None:
         if "called a synchronizing" in str(message):
-            self.lines[calling_line()] += 1
+            self.lines[calling_line(traceback.extract_stack())] += 1
 
 
 class Windows(TrainerCallback):
