@@ -1,15 +1,16 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Times training steps: this library's trainer, the least work that its objective needs, and two published scripts.
+"""Times training steps: this library's trainer, the least work that its objective needs, and three published scripts.
 
-    python -m tests.benchmark --model sd15|sdxl|tiny --device cpu|cuda [--arms full_cached diffusion_dpo ...]
+    python -m tests.benchmark --model sd15|sdxl|sd35_medium|tiny --device cpu|cuda [--arms full_cached diffusion_dpo ...]
 
 Run it from the repository's root. Weights are random, their number is true, and so are the images' sizes. The trainer's
 steps include reading and decoding the images; the scripts' steps start from decoded pixels. What is precomputed is computed
 before the clock starts. Each step is followed by a floor, the forward and backward of the policy and the forward of the
-reference and nothing else, and by a yardstick, one forward of a frozen UNet: a slow moment of the machine slows all three.
-Arms are compared in units of the yardstick.
+reference and nothing else, and by a yardstick, one forward of a frozen denoiser: a slow moment of the machine slows all three.
+Arms are compared in units of the yardstick. diffusers' script of a LoRA trains single images, with half of the objective's
+forwards: its step has the images of as many pairs.
 """
 
 import argparse
@@ -24,8 +25,9 @@ import diffusers
 import torch
 import transformers
 
-from tests.benchmark.arms import ARMS, FLOOR_ARMS, Benchmark
+from tests.benchmark.arms import ARMS, FLOOR_ARMS, Benchmark, arms_of
 from tests.benchmark.measure import Rounds
+from tests.benchmark.models import TINY, TRUE_SIZE
 
 
 COMPARISONS = [
@@ -36,6 +38,9 @@ COMPARISONS = [
     ("diffusion_dpo", "full_ref_cached"),
     ("diffusion_dpo", "lora_cached"),
     ("diffusion_dpo", "lora_ref_cached"),
+    ("diffusers_lora", "lora_live"),
+    ("diffusers_lora", "lora_cached"),
+    ("diffusers_lora", "lora_ref_cached"),
     ("inpo", "inversion_policy_live"),
     ("inpo", "inversion_policy_cached"),
     ("inpo", "inversion_policy_cached_lora"),
@@ -46,16 +51,24 @@ COMPARISONS = [
 PACKAGES = ["torch", "diffusers", "peft", "trl", "transformers", "accelerate"]
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=["sd15", "sdxl", "tiny"], required=True, help="`tiny` is the quickstart's.")
+    parser.add_argument(
+        "--model", choices=[*TRUE_SIZE, *TINY], required=True, help="The tiny ones are the quickstart's."
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True, help="Where to run.")
     parser.add_argument("--resolution", type=int, help="Side of the images in pixels; the model's own if left out.")
     parser.add_argument("--batch_size", type=int, default=1, help="Pairs in a micro batch.")
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Micro batches in a step.")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=ARMS,
+        metavar="ARM",
+        help=f"{', '.join(ARMS)}; all that the model has if left out.",
+    )
     parser.add_argument("--steps", type=int, default=10, help="Optimizer steps to measure, of each arm.")
     parser.add_argument("--warmup", type=int, help="Steps before these; 3 on a GPU, else 1.")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="bf16 (autocast) on a GPU, else fp32.")
@@ -67,7 +80,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--channels_last", action="store_true", help="Channels last, in this library's arms.")
     parser.add_argument("--lora_rank", type=int, default=64, help="Rank of the LoRA.")
     parser.add_argument("--output", type=Path, help="JSON file for all raw times.")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    known = arms_of(args.model)
+    args.arms = args.arms or known
+    if unknown := [arm for arm in args.arms if arm not in known]:
+        parser.error(f"`--model {args.model}` has no arms {', '.join(unknown)}: the published scripts train UNets.")
     if args.warmup is None:
         args.warmup = 3 if args.device == "cuda" else 1
     if args.dtype is None:
@@ -93,13 +110,13 @@ def device_name(device: str) -> str:
 
 
 def summary(name: str, rounds: Rounds, benchmark: Benchmark) -> dict[str, object]:
-    """An arm's figures: medians over the rounds, peak memory without the yardstick's UNet, raw seconds."""
+    """An arm's figures: medians over the rounds, peak memory without the yardstick's denoiser, raw seconds."""
     args = benchmark.args
     pairs = args.batch_size * args.gradient_accumulation_steps
     yardstick_bytes = sum(p.numel() * p.element_size() for p in benchmark.frozen.parameters())
     peak = None
     if None not in rounds.peak_memory:
-        # The floor's reference is the yardstick's UNet
+        # The floor's reference is the yardstick's denoiser
         peak = max(rounds.peak_memory) - (0 if name in FLOOR_ARMS else yardstick_bytes)
     return {
         "arm": name,
@@ -138,8 +155,8 @@ def row(result: dict) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def main():
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     quieten()
     benchmark = Benchmark(args)
     setting = {
@@ -170,7 +187,7 @@ def main():
         results[name] = summary(name, benchmark.run(name), benchmark)
         print(row(results[name]), flush=True)
     print(
-        "\nPeak: during the arm's steps, without the yardstick's UNet; on a GPU what PyTorch allocated, else the process. "
+        "\nPeak: during the arm's steps, without the yardstick's denoiser; on a GPU what PyTorch allocated, else the process. "
         "Forwards without gradient: of an image in a step; one is the reference's, the others are inversion.\n"
     )
     print("| time of A / time of B | |\n|---|---|")

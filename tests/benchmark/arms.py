@@ -1,9 +1,10 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The arms of the benchmark: this library's trainer in several settings, the floor, and two published scripts."""
+"""The arms of the benchmark: this library's trainer in several settings, the floor, and three published scripts."""
 
 import gc
+import json
 import tempfile
 from argparse import Namespace
 from functools import partial
@@ -11,12 +12,13 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tests.benchmark.measure import ForwardCounter, Rounds, Stopwatch, StopwatchCallback
-from tests.benchmark.models import PROMPTS, build_pipeline, image_pairs
-from tests.benchmark.steps import Given, PixelPairs, Script, cast, floor_step, yardstick_step
+from tests.benchmark.models import PROMPTS, build_pipeline, denoiser_of, image_pairs
+from tests.benchmark.steps import Given, LoraScript, PairScript, PixelPairs, cast, floor_step, yardstick_step
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
 from trl_diffusion.backbones import Backbone, load_backbone
 from trl_diffusion.trainer.row_randomness import RowRandomness
@@ -42,16 +44,32 @@ TRAINER_ARMS = {
     "inversion_policy_cached_lora": (True, BY_POLICY | CACHED),
 }
 FLOOR_ARMS = {"floor": False, "floor_lora": True}  # name: whether a LoRA is trained
-SCRIPT_ARMS = {"diffusion_dpo": Script.random_noise, "inpo": Script.inversion}
+PAIR_SCRIPT_ARMS = {"diffusion_dpo": PairScript.random_noise, "inpo": PairScript.inversion}  # name: the noise
+SCRIPT_ARMS = (*PAIR_SCRIPT_ARMS, "diffusers_lora")  # of UNets
 LEARNING_RATE = 1e-8
 ARMS = [*FLOOR_ARMS, *TRAINER_ARMS, *SCRIPT_ARMS]
+
+
+def arms_of(model: str) -> list[str]:
+    """The arms that a model has: the scripts know UNets alone."""
+    is_unet = model in ("tiny", "sd15", "sdxl")
+    return [arm for arm in ARMS if is_unet or arm not in SCRIPT_ARMS]
+
+
+def release(device: str) -> None:
+    """Frees what an arm used, also one that failed."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 class TimedRandomness(RowRandomness):
     """Takes each row's timestep from its id, `NUMBER-TIMESTEP`, so that every arm trains on the same timesteps."""
 
-    def timesteps(self, ids):
-        yield torch.tensor([int(row_id.split("-")[1]) for row_id in ids]), [self.key(row_id) for row_id in ids]
+    def timesteps(self, ids, size):
+        yield torch.tensor([json.loads(row_id.split("-")[1]) for row_id in ids]), [self.key(row_id) for row_id in ids]
 
 
 class TimedTrainer(InstanceDPOTrainer):
@@ -73,15 +91,15 @@ class Benchmark:
         self.args = args
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
         self.counter = ForwardCounter()
-        pipeline = build_pipeline(args.model, args.device)
+        pipeline = self.build()
         backbone = load_backbone(pipeline)
         backbone.to(torch.device(args.device))
         self.resolution = args.resolution or backbone.default_resolution
         self.timesteps = self.batch_timesteps(backbone)
         self.given = self.given_batch(backbone)
         # What the yardstick is, and the reference of the floor
-        self.frozen = cast(pipeline.unet.requires_grad_(False).train(), self.dtype)
-        self.counter.watch(self.frozen)
+        self.frozen = cast(denoiser_of(pipeline).requires_grad_(False).train(), self.dtype)
+        self.lora_target_modules = backbone.lora_target_modules
 
     def batch_timesteps(self, backbone: Backbone) -> list[int]:
         """A timestep for each micro batch of the run. Those of the measured rounds are spread evenly, within rounds too."""
@@ -93,10 +111,10 @@ class Benchmark:
         return [timestep for micro_batches in (*warm_up, *rounds) for timestep in micro_batches]
 
     @torch.no_grad()
-    def given_batch(self, backbone) -> Given:
+    def given_batch(self, backbone: Backbone) -> Given:
         """A batch for floor and yardstick, of random latents and noise."""
         rows, device = 2 * self.args.batch_size, self.args.device
-        side = self.resolution // backbone.pipeline.vae_scale_factor
+        side, channels = self.resolution // backbone.vae_scale_factor, backbone.pipeline.vae.config.latent_channels
         prompts = [PROMPTS[index % len(PROMPTS)] for index in range(self.args.batch_size)]
         sizes = torch.full((rows, 2), self.resolution, device=device)
         conditions = {
@@ -104,7 +122,7 @@ class Benchmark:
         }
         conditions |= backbone.image_conditions(sizes, torch.zeros_like(sizes), (self.resolution, self.resolution))
         generator = torch.Generator().manual_seed(0)
-        noisy_latents, noise = torch.randn(2, rows, 4, side, side, generator=generator).to(device, self.dtype)
+        noisy_latents, noise = torch.randn(2, rows, channels, side, side, generator=generator).to(device, self.dtype)
         timesteps = torch.full((rows,), backbone.process.num_timesteps // 2, device=device)
         conditions = {name: value.to(self.dtype) for name, value in conditions.items()}
         return Given(noisy_latents, timesteps, noise, conditions)
@@ -114,20 +132,16 @@ class Benchmark:
         if name in TRAINER_ARMS:
             rounds = self.run_trainer(*TRAINER_ARMS[name])
         elif name in SCRIPT_ARMS:
-            rounds = self.run_script(SCRIPT_ARMS[name])
+            rounds = self.run_script(name)
         else:
             rounds = self.run_floor(FLOOR_ARMS[name])
-        gc.collect()
-        if self.args.device == "cuda":
-            torch.cuda.empty_cache()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        release(self.args.device)
         return rounds.without_warm_up(self.args.warmup)
 
-    def build(self):
-        """A new pipeline, whose UNet is counted."""
-        pipeline = build_pipeline(self.args.model, self.args.device)
-        self.counter.watch(pipeline.unet)
+    def build(self) -> DiffusionPipeline:
+        """A new pipeline, whose denoiser is counted, with text encoders in the type that they are loaded in."""
+        pipeline = build_pipeline(self.args.model, self.args.device, self.dtype)
+        self.counter.watch(denoiser_of(pipeline))
         return pipeline
 
     def stopwatch(self, policy: torch.nn.Module) -> Stopwatch:
@@ -162,6 +176,7 @@ class Benchmark:
                     folder,
                     num_train_epochs=1,
                     per_device_train_batch_size=args.batch_size,
+                    per_device_eval_batch_size=2,  # of what is precomputed, so that memory is the step's
                     gradient_accumulation_steps=args.gradient_accumulation_steps,
                     train_sampling_strategy="sequential",
                     learning_rate=LEARNING_RATE,
@@ -186,8 +201,8 @@ class Benchmark:
             trainer.train()
         return stopwatch.rounds
 
-    def run_script(self, noised) -> Rounds:
-        """A published script's step, without its data loading."""
+    def run_script(self, name: str) -> Rounds:
+        """A published script's step, without its data loading; diffusers' takes the images of the pairs one by one."""
         args = self.args
         make_optimizer = self.optimizer_maker()
         accelerator = Accelerator(
@@ -198,13 +213,22 @@ class Benchmark:
         pipeline = self.build()
         if args.activation_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
-        script = Script(pipeline, accelerator, self.dtype, make_optimizer)
-        pairs = self.pixel_pairs(pipeline)
+        pairs, made = self.pixel_pairs(pipeline), (pipeline, accelerator, self.dtype, make_optimizer)
+        if name in PAIR_SCRIPT_ARMS:
+            script = PairScript(*made)
+            micro_step = partial(script.micro_step, pairs, noised=PAIR_SCRIPT_ARMS[name])
+        else:
+            lora = self.lora(init_lora_weights="gaussian", target_modules=list(self.lora_target_modules))
+            script, images = LoraScript(*made, lora), pairs.as_images()
+
+            def micro_step(timestep):
+                script.micro_step(images)  # each image has its own
+
         stopwatch = self.stopwatch(script.policy)
         for start in range(0, len(self.timesteps), args.gradient_accumulation_steps):
             stopwatch.start()
             for timestep in self.timesteps[start : start + args.gradient_accumulation_steps]:
-                script.micro_step(pairs, timestep, partial(noised, script))
+                micro_step(timestep)
             stopwatch.stop()
         accelerator.free_memory()
         return stopwatch.rounds
@@ -221,7 +245,7 @@ class Benchmark:
         optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments)
         return partial(optimizer_class, **optimizer_kwargs)
 
-    def pixel_pairs(self, pipeline) -> PixelPairs:
+    def pixel_pairs(self, pipeline: DiffusionPipeline) -> PixelPairs:
         tokenizers = [pipeline.tokenizer, getattr(pipeline, "tokenizer_2", None)]
         prompts = [PROMPTS[index % len(PROMPTS)] for index in range(self.args.batch_size)]
         input_ids = [
@@ -234,13 +258,12 @@ class Benchmark:
 
     def run_floor(self, is_lora: bool) -> Rounds:
         """The floor beside itself: how far the ratio is from 1 says how noisy the machine is."""
-        unet = build_pipeline(self.args.model, self.args.device).unet
+        policy = denoiser_of(build_pipeline(self.args.model, self.args.device)).train()
         if self.args.activation_checkpointing:
-            unet.enable_gradient_checkpointing()
+            policy.enable_gradient_checkpointing()
         if is_lora:
-            cast(unet.requires_grad_(False), self.dtype)
-            unet = get_peft_model(unet, self.lora(target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-        policy = unet.train()
+            cast(policy.requires_grad_(False), self.dtype)
+            policy = get_peft_model(policy, self.lora(target_modules=list(self.lora_target_modules)))
         stopwatch = self.stopwatch(policy)
         for _ in range(self.args.warmup + self.args.steps):
             stopwatch.start()

@@ -10,23 +10,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class ForwardCounter:
-    """Counts the rows that UNets are asked about without gradient."""
+    """Counts the rows that denoisers are asked about without gradient."""
 
     def __init__(self):
         self.rows = 0
 
-    def watch(self, unet: torch.nn.Module) -> None:
-        """Counts a UNet and the copies that are made of it."""
+    def watch(self, denoiser: torch.nn.Module) -> None:
+        """Counts a denoiser and the copies that are made of it."""
 
         def count(module, args):
             if not torch.is_grad_enabled():
                 self.rows += len(args[0])
 
-        unet.conv_in.register_forward_pre_hook(count)  # called by whatever wraps the UNet, and never recomputed
+        # Called by whatever wraps the denoiser, and never recomputed
+        first = denoiser.conv_in if isinstance(denoiser, UNet2DConditionModel) else denoiser.pos_embed
+        first.register_forward_pre_hook(count)
 
 
 class PeakMemory:

@@ -239,13 +239,32 @@ def flux_dev_pipeline() -> FluxPipeline:
     )
 
 
-def build_pipeline(name: str, device: str) -> DiffusionPipeline:
-    """A pipeline in float32: `tiny` is the quickstart's, `sd15` and `sdxl` get the same random weights each time."""
-    if name == "tiny":
-        return load_pipeline("base_pipeline").to(device)
-    torch.manual_seed(0)
-    with torch.device(device):  # weights are drawn where they will be
-        return {"sd15": sd15_pipeline, "sdxl": sdxl_pipeline}[name]()
+TINY = {"tiny": "base_pipeline", "tiny_flow": "flow_base_pipeline"}
+TRUE_SIZE = {"sd15": sd15_pipeline, "sdxl": sdxl_pipeline, "sd35_medium": sd35_medium_pipeline}
+
+
+def build_pipeline(name: str, device: str, encoder_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """
+    A pipeline in float32, but for its text encoders: `tiny` and `tiny_flow` are the quickstart's, the others have their true size
+    and the same random weights each time.
+    """
+    if name in TINY:
+        pipeline = load_pipeline(TINY[name]).to(device)
+    else:
+        torch.manual_seed(0)
+        with torch.device(device):  # weights are drawn where they will be
+            pipeline = TRUE_SIZE[name]()
+        pipeline.scheduler = type(pipeline.scheduler).from_config(
+            pipeline.scheduler.config
+        )  # on the CPU, as when loaded
+    for component, module in pipeline.components.items():
+        if component.startswith("text_encoder") and module is not None:
+            module.to(encoder_dtype)
+    return pipeline
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:
+    return pipeline.components["unet" if "unet" in pipeline.components else "transformer"]
 
 
 def jpeg(rng: np.random.Generator, resolution: int) -> dict[str, bytes]:
@@ -257,8 +276,9 @@ def jpeg(rng: np.random.Generator, resolution: int) -> dict[str, bytes]:
 
 
 def image_pairs(ids: list[str], resolution: int) -> Dataset:
-    """One pair of JPEG files an id, with one instance that contradicts the label."""
+    """One pair of JPEG files an id, of at most 64 different ones, with one instance that contradicts the label."""
     rng = np.random.default_rng(0)
+    files = [jpeg(rng, resolution) for _ in range(min(2 * len(ids), 64))]
     instance = {
         "label": "circle",
         "chosen_box": [0, 0, resolution // 2, resolution // 2],
@@ -269,8 +289,8 @@ def image_pairs(ids: list[str], resolution: int) -> Dataset:
         {
             "id": row_id,
             "prompt": PROMPTS[index % len(PROMPTS)],
-            "chosen": jpeg(rng, resolution),
-            "rejected": jpeg(rng, resolution),
+            "chosen": files[2 * index % len(files)],
+            "rejected": files[(2 * index + 1) % len(files)],
             "instances": [instance],
         }
         for index, row_id in enumerate(ids)

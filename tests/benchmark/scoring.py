@@ -14,6 +14,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -54,9 +55,17 @@ class HPSv2Benchmark(HPSv2Scorer):
 SCORERS = ["pickscore", "hpsv2", "aesthetic"]
 
 
-def clip(vision: tuple[int, int, int], text: tuple[int, int, int], width: int, activation: str) -> CLIPModel:
-    """A CLIP with patches of 14 pixels and 49408 tokens, from widths, layers and heads of its towers."""
-    towers = [
+# Widths, layers and heads of the towers of CLIP ViT-L/14 and ViT-H/14, and of a toy
+LARGE = (1024, 24, 16), (768, 12, 12)
+HUGE = (1280, 32, 16), (1024, 24, 16)
+TOY = (32, 2, 2), (32, 2, 2)
+
+
+def clip(
+    towers: tuple[tuple[int, int, int], tuple[int, int, int]], width: int, activation: str, device: str
+) -> CLIPModel:
+    """A CLIP with patches of 14 pixels and 49408 tokens, from widths, layers and heads of its towers: images, text."""
+    settings = [
         {
             "hidden_size": size,
             "intermediate_size": 4 * size,
@@ -65,14 +74,14 @@ def clip(vision: tuple[int, int, int], text: tuple[int, int, int], width: int, a
             "hidden_act": activation,
             "projection_dim": width,
         }
-        for size, layers, heads in (vision, text)
+        for size, layers, heads in towers
     ]
     config = CLIPConfig(
-        vision_config={**towers[0], "image_size": 224, "patch_size": 14},
-        text_config=towers[1],
+        vision_config={**settings[0], "image_size": 224, "patch_size": 14},
+        text_config=settings[1],
         projection_dim=width,
     )
-    with no_init_weights():
+    with no_init_weights(), torch.device(device):  # weights are drawn where they will be
         model = CLIPModel(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -80,18 +89,18 @@ def clip(vision: tuple[int, int, int], text: tuple[int, int, int], width: int, a
     return model
 
 
-def make_scorer(name: str, folder: Path, device: str) -> Scorer:
-    """A scorer of true size; its files are written to the folder."""
+def make_scorer(name: str, folder: Path, device: str, is_tiny: bool = False) -> Scorer:
+    """A scorer of true size, or a toy; its files are written to the folder."""
     others = [f"<{index}>" for index in range(49406 - len(BYTES))]
     tokens = [*BYTES, *others, "<|startoftext|>", "<|endoftext|>"]
     CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[]).save_pretrained(folder)
     CLIPImageProcessorPil().save_pretrained(folder)
     if name == "aesthetic":
-        model = clip((1024, 24, 16), (768, 12, 12), 768, "quick_gelu")
+        model = clip(TOY if is_tiny else LARGE, 768, "quick_gelu", device)
         model.save_pretrained(folder)
         torch.save(aesthetic_head(768).state_dict(), folder / "head.pth")
         return AestheticScorer(folder / "head.pth", str(folder), device)
-    model = clip((1280, 32, 16), (1024, 24, 16), 1024, "gelu")
+    model = clip(TOY if is_tiny else HUGE, 1024, "gelu", device)
     model.config.save_pretrained(folder)
     return {"pickscore": CosineBenchmark, "hpsv2": HPSv2Benchmark}[name](
         model, str(folder), resolve_revision(str(folder)), device
@@ -113,10 +122,13 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
         folder = Path(temporary)
         files = [folder / f"{index}.png" for index in range(args.num_images)]
         for index, file in enumerate(files):
-            Image.open(io.BytesIO(photograph(index % 64, args.size))).save(file)
+            if index < 64:
+                Image.open(io.BytesIO(photograph(index, args.size))).save(file)
+            else:  # nothing is cached by content
+                shutil.copy(files[index % 64], file)
         prompts = [PROMPT] * len(files)
         start = time.perf_counter()
-        scorer = make_scorer(name, folder, args.device)
+        scorer = make_scorer(name, folder, args.device, args.tiny)
         made = time.perf_counter() - start
         batches = [forward(scorer, batch, prompts[: len(batch)]) for batch in batched(files, args.batch_size)]
 
@@ -153,7 +165,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmark.scoring",
         description=__doc__,
@@ -166,8 +178,9 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, help="Images in a round; 512 on a GPU, else 4.")
     parser.add_argument("--rounds", type=int, help="Rounds to measure; 3 on a GPU, else 1.")
     parser.add_argument("--warmup", type=int, help="Rounds before these; 1 on a GPU, else 0.")
+    parser.add_argument("--tiny", action="store_true", help="Toys in place of models of true size.")
     parser.add_argument("--output", type=Path, help="JSON file for all raw times.")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     on_gpu = args.device == "cuda"
     for name, (gpu, cpu) in {
         "batch_size": (16, 2),
@@ -177,8 +190,13 @@ def main() -> None:
     }.items():
         if getattr(args, name) is None:
             setattr(args, name, gpu if on_gpu else cpu)
+    return args
+
+
+def main() -> None:
+    args = parse_args()
     result = {
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
