@@ -253,8 +253,8 @@ class ComplexPOTrainer(DiffusionTrainer):
             sides.append([bool(sum(side, [])) for side in attributes])
             left_out.append(chosen_left_out + rejected_left_out)
         device = self.accelerator.device
-        self.record({"attributes/left_out": torch.tensor(left_out, device=device)})
-        has_chosen, has_rejected = torch.tensor(sides, dtype=torch.float32, device=device).T
+        self.record({"attributes/left_out": torch.tensor(left_out).to(device, non_blocking=True)})
+        has_chosen, has_rejected = torch.tensor(sides, dtype=torch.float32).to(device, non_blocking=True).T
         return ComplexPrompts(plain, chosen, rejected, has_chosen, has_rejected)
 
     def _expert_attributes(self, positive: list[str], negative: list[str]) -> list[tuple[list[str], list[str]]]:
