@@ -81,6 +81,7 @@ class Backbone(ABC):
         self.channels_last = False
         self.offloaded: tuple[str, ...] = ()
         self.casts: dict[str, torch.dtype] = {}
+        self.saved_in: Path | None = None  # the last checkpoint of the whole pipeline
 
     # ---- What a family says of itself ----
 

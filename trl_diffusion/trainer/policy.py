@@ -13,7 +13,7 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import set_seed
 from trl.trainer.utils import disable_dropout_in_model
@@ -154,6 +154,33 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def training_mode(policy: torch.nn.Module, mode_afterwards: bool) -> Iterator[None]:
+    """
+    While the context lasts, to put a policy into the mode that it is in costs nothing: the Trainer does it in every micro-batch, and
+    with a LoRA, SDXL has thousands of modules.
+
+    Args:
+        policy (`torch.nn.Module`):
+            The policy, not wrapped.
+        mode_afterwards (`bool`):
+            Whether it is in training mode afterwards, also after an error.
+    """
+    policy.train = partial(_train_if_needed, policy)
+    try:
+        yield
+    finally:
+        del policy.train
+        policy.train(mode_afterwards)
+
+
+def _train_if_needed(policy: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    denoiser = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    if not policy.training == denoiser.training == mode:
+        type(policy).train(policy, mode)
+    return policy
 
 
 class _TrackableConfig(FrozenDict):
