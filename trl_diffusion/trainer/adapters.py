@@ -28,15 +28,17 @@ def with_adapter(layers: list[BaseTunerLayer], adapter: str | None) -> Iterator[
         adapter (`str` or `None`):
             The adapter; `None` for the base alone.
     """
+    attributes = [vars(layer) for layer in layers]  # to set those of a module takes ten times as long
     active = [layer._active_adapter for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = adapter is None
-        layer._active_adapter = adapter or layer._active_adapter
+    for own in attributes:
+        own["_disable_adapters"] = adapter is None
+        if adapter is not None:
+            own["_active_adapter"] = adapter
     try:
         yield
     finally:
-        for layer, name in zip(layers, active, strict=True):
-            layer._disable_adapters, layer._active_adapter = False, name
+        for own, name in zip(attributes, active, strict=True):
+            own["_disable_adapters"], own["_active_adapter"] = False, name
 
 
 class AdapterMixer:
