@@ -115,9 +115,11 @@ def modules() -> dict[str, object]:
             pass
 
     result = {"modules": len(list(model.modules())), "adapted layers": len(layers)}
-    result |= alternate({"train() of all modules (before)": model.train, "lend the reference": lend})
+    before = {"train() (before)": model.train, "parameters() (before)": lambda: list(model.parameters())}
+    result |= alternate(before | {"lend the reference": lend})
     with training_mode(model, True):
-        result |= alternate({"train() in a training (now)": model.train})
+        now = {"train() (now)": model.train, "parameters() (now)": lambda: list(model.parameters())}
+        result |= {name: {"ms": values["ms"]} for name, values in alternate(now).items()}
     return result
 
 

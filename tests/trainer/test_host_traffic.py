@@ -181,9 +181,13 @@ def test_metrics_that_nobody_asks_for_take_no_more_memory(tmp_path):
 
 @pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
 def test_a_step_does_not_go_through_all_modules(tmp_path, monkeypatch, peft_config):
-    """Each module is put into training mode once for three steps of two micro-batches, and all are in it in each."""
+    """
+    Each module is put into training mode once for three steps of two micro-batches, and all are in it in each; after the first
+    step none is visited to find parameters.
+    """
     trainer = make("iapo", "sd", tmp_path, peft_config, max_steps=3, gradient_accumulation_steps=2)
-    num_modules, calls, modes = len(list(trainer.policy.modules())), Counter(), []
+    policy = trainer.policy
+    all_modules, calls, modes = list(policy.modules()), Counter(), []
     was_training = trainer.denoiser_was_training
     train = torch.nn.Module.train
 
@@ -192,18 +196,30 @@ def test_a_step_does_not_go_through_all_modules(tmp_path, monkeypatch, peft_conf
         return train(module, mode)
 
     trainer.backbone.denoiser.register_forward_pre_hook(
-        lambda *args: modes.append({module.training for module in trainer.policy.modules()})
+        lambda *args: modes.append({module.training for module in all_modules})
     )
     trainer.backbone.denoiser.eval()
     monkeypatch.setattr(torch.nn.Module, "train", counted)
+    named_modules, visits = torch.nn.Module.named_modules, []
+
+    def noted(module, *args, **kwargs):
+        if module is policy and 0 < trainer.state.global_step < 3:
+            visits.append(trainer.state.global_step)
+        return named_modules(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", noted)
+    monkeypatch.setattr(trainer.health, "on_step_end", lambda *args, **kwargs: modes.append(len(visits)))
     trainer.train()
-    assert was_training and calls == {True: 2 * num_modules}  # in the first micro-batch, and to be as it was
+    visits_at = [mode for mode in modes if not isinstance(mode, set)]
+    assert visits_at == [0, 0, 0]
+    modes = [mode for mode in modes if isinstance(mode, set)]
+    assert was_training and calls == {True: 2 * len(all_modules)}  # in the first micro-batch, and to be as it was
     assert modes == [{True}] * (6 if peft_config is None else 12)  # the reference of a LoRA is the same module
-    assert "train" not in vars(trainer.policy)
+    assert not {"train", "parameters"} & vars(policy).keys()
 
 
 def test_a_copy_that_is_made_in_training_is_on_its_own(tmp_path):
-    """A callback may copy the policy: the mode of the copy is not that of the policy."""
+    """A callback may copy the policy: mode and parameters of the copy are its own."""
     trainer = make("iapo", "sd", tmp_path, lora())
     policy, copied = trainer.policy, []
 
@@ -214,6 +230,9 @@ def test_a_copy_that_is_made_in_training_is_on_its_own(tmp_path):
     trainer.backbone.denoiser.register_forward_pre_hook(copy_policy)
     trainer.train()
     assert not any(module.training for module in copied[0].modules())
+    own, of_policy = list(copied[0].parameters()), {id(parameter) for parameter in policy.parameters()}
+    assert [id(p) for p in own] == [id(p) for _, p in copied[0].named_parameters()]
+    assert not any(id(parameter) in of_policy for parameter in own)
 
 
 # ---- Adapters in one forward ----

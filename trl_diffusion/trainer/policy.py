@@ -159,8 +159,9 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def training_mode(policy: torch.nn.Module, mode_afterwards: bool) -> Iterator[None]:
     """
-    While the context lasts, to put a policy into the mode that it is in costs nothing: the Trainer does it in every micro-batch, and
-    with a LoRA, SDXL has thousands of modules.
+    While the context lasts, nothing goes through all modules of a policy, of which SDXL with a LoRA has thousands: to put it into the
+    mode that it is in does nothing, as the Trainer does in every micro-batch, and its parameters are found once, which the Trainer
+    asks for twice in every optimizer step.
 
     Args:
         policy (`torch.nn.Module`):
@@ -169,10 +170,11 @@ def training_mode(policy: torch.nn.Module, mode_afterwards: bool) -> Iterator[No
             Whether it is in training mode afterwards, also after an error.
     """
     policy.train = partial(_train_if_needed, policy)
+    policy.parameters = partial(_parameters, policy, list(policy.parameters()))
     try:
         yield
     finally:
-        del policy.train
+        del policy.train, policy.parameters
         policy.train(mode_afterwards)
 
 
@@ -181,6 +183,12 @@ def _train_if_needed(policy: torch.nn.Module, mode: bool = True) -> torch.nn.Mod
     if not policy.training == denoiser.training == mode:
         type(policy).train(policy, mode)
     return policy
+
+
+def _parameters(
+    policy: torch.nn.Module, known: list[torch.nn.Parameter], recurse: bool = True
+) -> Iterator[torch.nn.Parameter]:
+    return iter(known) if recurse else type(policy).parameters(policy, recurse=False)
 
 
 class _TrackableConfig(FrozenDict):
