@@ -13,7 +13,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from tests import tiny
-from trl_diffusion.backbones import load_backbone, load_pipeline
+from trl_diffusion.backbones import base, load_backbone, load_pipeline
 
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
@@ -109,6 +109,24 @@ def test_latents_are_what_the_pipeline_decodes(statistics):
     shift, scale = backbone.latent_statistics()
     assert shift.shape == ((1, 4, 1, 1) if "latents_mean" in config else (1, 1, 1, 1))
     assert scale.shape == ((1, 4, 1, 1) if "latents_std" in config else (1, 1, 1, 1))
+
+
+@pytest.mark.parametrize(("num_images", "slices"), [(1, [1]), (4, [2, 2]), (5, [2, 2, 1])])
+def test_images_are_encoded_in_slices(num_images, slices, monkeypatch):
+    """The VAE is given as many images as have the most pixels, at least one, and the moments are those of all images at once."""
+    backbone = load_backbone(tiny.sdxl_pipeline())
+    vae, given = backbone.pipeline.vae, []
+    whole = backbone.encode_images(images(num_images))
+    encode = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda pixels: given.append(len(pixels)) or encode(pixels))
+    for max_pixels, expected in ((2 * 32**2 + 31, slices), (100, [1] * num_images)):
+        given.clear()
+        monkeypatch.setattr(base, "MAX_PIXELS", max_pixels)
+        for moment, of_all in zip(backbone.encode_images(images(num_images)), whole, strict=True):
+            torch.testing.assert_close(moment, of_all, **CLOSE)
+        assert given == expected
+    monkeypatch.undo()
+    assert base.MAX_PIXELS == 1024**2  # one image of SDXL, four of Stable Diffusion 1.5
 
 
 @pytest.mark.parametrize("statistics", ["scale", "mean and deviation"])

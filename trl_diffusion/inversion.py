@@ -62,7 +62,7 @@ def invert_latents(
     device = latents.device
     paths = [process.inversion_timesteps(timestep, num_steps) for timestep in timesteps.tolist()]
     latents = latents.float().clone()
-    last_timesteps = torch.tensor([process.clean_timestep] * len(paths)).to(device)
+    last_timesteps = torch.full((len(paths),), process.clean_timestep, device=device)
     for step in range(max(map(len, paths))):
         unfinished = [row for row, path in enumerate(paths) if step < len(path)]
         rows = torch.tensor(unfinished).to(device, non_blocking=True)

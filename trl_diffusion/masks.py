@@ -121,8 +121,8 @@ def _pieces(low: torch.Tensor, high: torch.Tensor, num_cells: int) -> tuple[torc
     Cuts the range of the cells at every `low` and `high` of a row `(B, N)`. Returns which intervals contain which pieces,
     `(B, N, pieces)`, and the share of each cell that a piece covers, `(B, pieces, cells)`.
     """
-    ends = low.new_tensor([0, num_cells]).expand(len(low), 2)
-    cuts = torch.cat([ends, low, high], dim=1).sort(dim=1).values
+    ends = low.new_zeros(len(low), 1), low.new_full((len(low), 1), num_cells)  # made on the device, as all here
+    cuts = torch.cat([*ends, low, high], dim=1).sort(dim=1).values
     middle = ((cuts[:, 1:] + cuts[:, :-1]) / 2)[:, None]
     inside = (low[..., None] < middle) & (middle < high[..., None])
     return inside.float(), _coverage(cuts[:, :-1], cuts[:, 1:], num_cells)
@@ -131,5 +131,5 @@ def _pieces(low: torch.Tensor, high: torch.Tensor, num_cells: int) -> tuple[torc
 def _in_cells(boxes: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, ...]:
     # Rounded to 1/4096 of a cell, so that a box of the whole image covers it completely despite earlier rounding errors.
     # Otherwise an uncovered rest of 1e-7 would get the whole weight of the mask by normalisation.
-    sizes = boxes.new_tensor([width, height, width, height])
+    sizes = torch.stack([boxes.new_full((), width), boxes.new_full((), height)]).repeat(2)
     return ((boxes.clamp(0, 1) * sizes * 4096).round() / 4096).unbind(dim=-1)

@@ -20,6 +20,9 @@ from .checks import check_module
 from .source import FreedComponent, PipelineSource
 
 
+MAX_PIXELS = 1024**2  # that the VAE encodes at a time; its first layer makes 128 channels of them: 0.5 GiB in float32
+
+
 class Backbone(ABC):
     """
     A pipeline as training sees it: a denoiser, frozen encoders, and a process.
@@ -78,6 +81,7 @@ class Backbone(ABC):
         self.channels_last = False
         self.offloaded: tuple[str, ...] = ()
         self.casts: dict[str, torch.dtype] = {}
+        self.saved_in: Path | None = None  # the last checkpoint of the whole pipeline
 
     # ---- What a family says of itself ----
 
@@ -408,7 +412,8 @@ class Backbone(ABC):
 
     def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Encodes images to the moments of the VAE's posterior.
+        Encodes images to the moments of the VAE's posterior, so many at a time as have `MAX_PIXELS` together. What is alive in the
+        VAE then does not grow with the batch, and one image of 1024 pixels a side is work enough for a GPU.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
@@ -418,14 +423,19 @@ class Backbone(ABC):
             `tuple[torch.Tensor, torch.Tensor]`, each of shape `(B, C, h, w)`: mean and standard deviation of the latents
             in the denoiser's scale, float32. The deviation is 0 where the VAE has no posterior.
         """
+        size = max(1, MAX_PIXELS // (pixel_values.shape[2] * pixel_values.shape[3]))
+        moments = [self._encode_slice(images) for images in pixel_values.split(size)]
+        mean, std = (torch.cat(values) for values in zip(*moments, strict=True))
+        shift, scale = (value.to(mean.device, non_blocking=True) for value in self.latent_statistics())
+        return (mean - shift) * scale, std * scale
+
+    def _encode_slice(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation in the VAE's own scale."""
         vae = self.pipeline.vae
-        encoded = vae.encode(pixel_values.to(vae.device, vae.dtype))
+        encoded = vae.encode(images.to(vae.device, vae.dtype))
         if "latent_dist" in encoded:
-            mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-        else:
-            mean, std = encoded.latent.float(), torch.zeros_like(encoded.latent, dtype=torch.float32)
-        shift, scale = self.latent_statistics()
-        return (mean - shift.to(mean.device)) * scale.to(mean.device), std * scale.to(mean.device)
+            return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+        return encoded.latent.float(), torch.zeros_like(encoded.latent, dtype=torch.float32)
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """

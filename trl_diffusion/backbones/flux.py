@@ -27,6 +27,7 @@ class FluxBackbone(FlowBackbone):
     def __init__(self, pipeline, source=None):
         super().__init__(pipeline, source)
         self.embedded_guidance = 1.0 if self.denoiser.config.guidance_embeds else None
+        self.position_ids: dict[tuple, torch.Tensor] = {}  # the pipeline makes them on the CPU
 
     def check_reference(self, pipeline) -> None:
         check_flow_reference(self.pipeline, pipeline)
@@ -49,9 +50,10 @@ class FluxBackbone(FlowBackbone):
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions) -> torch.Tensor:
         (batch_size, channels, height, width), prompt_embeds = noisy_latents.shape, conditions["prompt_embeds"]
-        ids = self.pipeline._prepare_latent_image_ids(
-            batch_size, height // 2, width // 2, noisy_latents.device, prompt_embeds.dtype
-        )
+        settings = height // 2, width // 2, noisy_latents.device, prompt_embeds.dtype
+        if settings not in self.position_ids:
+            self.position_ids[settings] = self.pipeline._prepare_latent_image_ids(batch_size, *settings)
+        ids = self.position_ids[settings]
         guidance = self.embedded_guidance
         packed = denoiser(
             hidden_states=self.pipeline._pack_latents(noisy_latents, batch_size, channels, height, width),

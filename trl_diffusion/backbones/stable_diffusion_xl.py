@@ -26,15 +26,16 @@ class StableDiffusionXLBackbone(StableDiffusionBackbone):
             do_classifier_free_guidance=False,
         )
         if self.pipeline.config.force_zeros_for_empty_prompt and None in prompts:
-            is_given = torch.tensor([prompt is not None for prompt in prompts], device=prompt_embeds.device)
+            is_given = torch.tensor([prompt is not None for prompt in prompts])
+            is_given = is_given.to(prompt_embeds.device, non_blocking=True)
             prompt_embeds = prompt_embeds * is_given[:, None, None]
             pooled_prompt_embeds = pooled_prompt_embeds * is_given[:, None]
         return {"prompt_embeds": prompt_embeds, "text_embeds": pooled_prompt_embeds}
 
     def image_conditions(self, original_sizes, crop_top_lefts, target_size) -> dict[str, torch.Tensor]:
         # SDXL's micro-conditioning (arXiv:2307.01952, section 2.2): original size, crop and target size, each (y, x)
-        target_sizes = torch.tensor(target_size, device=original_sizes.device).expand_as(original_sizes)
-        return {"time_ids": torch.cat([original_sizes, crop_top_lefts, target_sizes], dim=1)}
+        target_sizes = [original_sizes.new_full((len(original_sizes), 1), side) for side in target_size]
+        return {"time_ids": torch.cat([original_sizes, crop_top_lefts, *target_sizes], dim=1)}
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions) -> torch.Tensor:
         prompt_embeds = conditions["prompt_embeds"]

@@ -4,6 +4,9 @@
 """Saving a training as diffusers reads it, loading it again, and pushing what was saved."""
 
 import json
+import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,8 @@ NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]  # as the Trainer's own push
 
 def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path) -> None:
     """
-    Saves a LoRA as `pytorch_lora_weights.safetensors`, or a trained denoiser within its whole pipeline.
+    Saves a LoRA as `pytorch_lora_weights.safetensors`, or a trained denoiser within its whole pipeline. Of the checkpoints of a run
+    the first holds the frozen components, and the others link to its files: each is complete, and the disk holds them once.
 
     Args:
         backbone ([`backbones.base.Backbone`]):
@@ -40,10 +44,43 @@ def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path)
     """
     if isinstance(model, PeftModel):
         backbone.save_lora(folder, get_peft_model_state_dict(model), model.peft_config["default"])
+        return
+    folder, earlier = Path(folder).resolve(), backbone.saved_in
+    is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+    _unlink_shared(folder)
+    if is_checkpoint and earlier not in (None, folder) and (earlier / INDEX).exists():
+        model.save_pretrained(folder / backbone.denoiser_name)
+        for name in json.loads((earlier / INDEX).read_text(encoding="utf-8")).keys() - {backbone.denoiser_name}:
+            _link_folder(earlier / name, folder / name)
+        shutil.copyfile(earlier / INDEX, folder / INDEX)
     else:
         with backbone.complete() as pipeline:
             pipeline.save_pretrained(folder)
-        _forget_paths(Path(folder))
+    _forget_paths(folder)
+    if is_checkpoint:
+        backbone.saved_in = folder
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    """Links the weights of a component, or copies them where the file system has no links; copies what may be edited."""
+    for file in source.rglob("*"):
+        copy = target / file.relative_to(source)
+        if file.is_dir():
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.unlink(missing_ok=True)
+        if file.suffix == ".safetensors":
+            with suppress(OSError):
+                os.link(file, copy)
+                continue
+        shutil.copyfile(file, copy)
+
+
+def _unlink_shared(folder: Path) -> None:
+    """Takes files that other checkpoints share out of a folder that is written again: to write into them would change those too."""
+    for file in folder.glob("*/*.safetensors"):
+        if file.stat().st_nlink > 1:
+            file.unlink()
 
 
 def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path, record: dict[str, Any]) -> None:

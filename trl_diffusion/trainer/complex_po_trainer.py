@@ -3,7 +3,6 @@
 
 """Stage 2 of CPO (arXiv 2601.04300): towards the expert's positive prediction and away from its negative one."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from ..data.formats import check_attribute_columns
 from ..hub import hub_id
 from ..losses import complex_po_diagnostics, complex_po_loss, reflected_target, strengthened_target
 from ..noising import per_sample_errors, timestep_weights
+from .adapters import AdapterMixer
 from .attribute_sft_trainer import AttributeSFTTrainer
 from .attributes import (
     DEFAULT_PEFT_CONFIG,
@@ -35,7 +35,6 @@ from .complex_po_config import ComplexPOConfig
 from .diffusion_trainer import DiffusionTrainer, Metrics
 from .model_card import Method
 from .noised_batch import NoisedBatch
-from .policy import evaluation_mode
 
 
 MAX_DRIFT = 1.0
@@ -138,6 +137,7 @@ class ComplexPOTrainer(DiffusionTrainer):
         weights, config, description = self.expert
         check_expert(description, describe_expert(self.policy, self.criteria, self.args))
         add_expert(self.policy, weights, config)
+        self.mixer = AdapterMixer(self.policy)
 
     def _prepare_dataset(self, dataset, name: str) -> Dataset | IterableDataset:
         dataset = super()._prepare_dataset(dataset, name)
@@ -203,10 +203,9 @@ class ComplexPOTrainer(DiffusionTrainer):
             "conditions": {name: value[-len(policy) :] for name, value in frozen.items()},
         }
 
-    @torch.no_grad()
     def frozen_predictions(self, model: torch.nn.Module, noised: NoisedBatch) -> dict[str, torch.Tensor]:
         """
-        The expert's targets and the reference's prediction, from one forward of the base in which each row names its adapter.
+        The expert's targets and the reference's prediction, from one forward of the base in which each row has its adapter.
 
         Returns:
             `dict[str, torch.Tensor]`, each of shape `(B, C, h, w)`: float32 `chosen_target` (`z_w`), `rejected_target`
@@ -214,14 +213,9 @@ class ComplexPOTrainer(DiffusionTrainer):
         """
         conditions, size = noised.batch["frozen_conditions"], len(noised.latents)
         rows = 3 if self.args.target_strength == 1 else 4
-        adapters = ["expert"] * (rows - 1) * size + [self.reference.adapter or "__base__"] * size
-        policy = self.policy
-        with evaluation_mode(policy):  # peft mixes adapters in a batch only then
+        with self.mixer.mixing([("expert", (rows - 1) * size), (self.reference.adapter, size)]):
             predictions = self.backbone.predict(
-                partial(policy, adapter_names=adapters),
-                torch.cat([noised.noisy_latents] * rows),
-                noised.timesteps.repeat(rows),
-                conditions,
+                self.mixer.policy, torch.cat([noised.noisy_latents] * rows), noised.timesteps.repeat(rows), conditions
             )
         chosen, rejected, *plain, ref_pred = predictions.float().chunk(rows)
         if plain:
@@ -259,8 +253,8 @@ class ComplexPOTrainer(DiffusionTrainer):
             sides.append([bool(sum(side, [])) for side in attributes])
             left_out.append(chosen_left_out + rejected_left_out)
         device = self.accelerator.device
-        self.record({"attributes/left_out": torch.tensor(left_out, device=device)})
-        has_chosen, has_rejected = torch.tensor(sides, dtype=torch.float32, device=device).T
+        self.record({"attributes/left_out": torch.tensor(left_out).to(device, non_blocking=True)})
+        has_chosen, has_rejected = torch.tensor(sides, dtype=torch.float32).to(device, non_blocking=True).T
         return ComplexPrompts(plain, chosen, rejected, has_chosen, has_rejected)
 
     def _expert_attributes(self, positive: list[str], negative: list[str]) -> list[tuple[list[str], list[str]]]:

@@ -34,7 +34,7 @@ from .initial_lora import read_initial_lora
 from .meters import Meters, Metrics
 from .model_card import Method, diffusion_model_card
 from .noised_batch import NoisedBatch, Noiser, by_row
-from .policy import evaluation_mode, make_backbone, make_policy
+from .policy import evaluation_mode, make_backbone, make_policy, training_mode
 from .precompute import Precomputation, noising_settings, num_epochs, warn_of_unused_rows
 from .reference import Reference, check_untrained, make_reference
 from .row_randomness import RowRandomness
@@ -338,10 +338,8 @@ class DiffusionTrainer(_BaseTrainer):
         return self.backbone.predict(model, noised.noisy_latents, noised.timesteps, noised.batch["conditions"])
 
     def train(self, *args, **kwargs):
-        try:
+        with training_mode(self.policy, self.denoiser_was_training):
             return super().train(*args, **kwargs)
-        finally:
-            self.policy.train(self.denoiser_was_training)
 
     def _get_grad_norm(self, model, grad_norm=None):
         self.health.gradient_norm = super()._get_grad_norm(model, grad_norm)

@@ -12,9 +12,13 @@ from accelerate import Accelerator
 Metrics = dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
 
 
+MAX_RECORDED = 16  # batches whose values are kept before they are summed
+
+
 class Meters:
     """
-    Collects per-sample values on the device. Nothing is gathered or copied before the averages are asked for.
+    Collects per-sample values on the device. Nothing is gathered or copied before the averages are asked for, and memory does
+    not grow if nobody asks.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
@@ -29,6 +33,7 @@ class Meters:
         self.accelerator = accelerator
         self.is_padding: torch.Tensor | None = None
         self.recorded: dict[str, dict[str, list]] = {"train": defaultdict(list), "evaluation": defaultdict(list)}
+        self.sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "evaluation": {}}  # of what is recorded no more
 
     def record(self, mode: str, metrics: Metrics) -> None:
         """
@@ -42,10 +47,14 @@ class Meters:
                 tensor of the same shape.
         """
         for name, value in metrics.items():
-            values, where = value if isinstance(value, tuple) else (value, torch.ones_like(value, dtype=torch.bool))
+            values, where = value if isinstance(value, tuple) else (value, None)
             if self.is_padding is not None:
-                where = where & ~self.is_padding.repeat(len(where) // len(self.is_padding))
-            self.recorded[mode][name].append((values.detach().float(), where))
+                counts = ~self.is_padding.repeat(len(values) // len(self.is_padding))
+                where = counts if where is None else where & counts
+            recorded = self.recorded[mode][name]
+            recorded.append((values.detach().float(), where))
+            if len(recorded) == MAX_RECORDED:
+                self._sum(mode, name)
 
     def add_averages(self, mode: str, logs: dict[str, float], prefix: str = "") -> None:
         """
@@ -65,7 +74,8 @@ class Meters:
 
     def averages(self, mode: str) -> dict[str, float]:
         """
-        The mean of each metric since the last call, over the samples of all processes that have it.
+        The mean of each metric since the last call, over the samples of all processes that have it: one sum over processes and
+        one copy from the device for all metrics.
 
         Args:
             mode (`str`):
@@ -74,13 +84,25 @@ class Meters:
         Returns:
             `dict[str, float]`: metrics that no sample has are left out.
         """
-        recorded = self.recorded[mode]
-        names, sums = list(recorded), []
+        names = list(self.recorded[mode])
         for name in names:
-            values, where = (torch.cat(parts).cpu() for parts in zip(*recorded[name], strict=True))
-            sums.append(torch.stack([torch.where(where, values.double(), 0).sum(), where.sum().double()]))
-        recorded.clear()
+            self._sum(mode, name)
+        sums = [self.sums[mode][name] for name in names]
+        self.recorded[mode].clear()
+        self.sums[mode].clear()
         if not names:
             return {}
-        totals = self.accelerator.reduce(torch.stack(sums).float().to(self.accelerator.device)).tolist()
+        totals = self.accelerator.reduce(torch.stack(sums).float()).tolist()
         return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count > 0}
+
+    def _sum(self, mode: str, name: str) -> None:
+        """Puts the sum and the number of a metric's recorded values in place of them."""
+        recorded = self.recorded[mode][name]
+        if not recorded:
+            return
+        values = torch.cat([values for values, _ in recorded])
+        where = torch.cat([torch.ones_like(v, dtype=torch.bool) if where is None else where for v, where in recorded])
+        dtype = torch.float32 if values.device.type == "mps" else torch.float64  # which MPS does not have
+        sums = torch.stack([torch.where(where, values.to(dtype), 0).sum(), where.sum().to(dtype)])
+        self.sums[mode][name] = self.sums[mode].get(name, 0) + sums
+        recorded.clear()

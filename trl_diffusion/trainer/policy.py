@@ -13,7 +13,7 @@ import torch
 from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import set_seed
 from trl.trainer.utils import disable_dropout_in_model
@@ -154,6 +154,41 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def training_mode(policy: torch.nn.Module, mode_afterwards: bool) -> Iterator[None]:
+    """
+    While the context lasts, nothing goes through all modules of a policy, of which SDXL with a LoRA has thousands: to put it into the
+    mode that it is in does nothing, as the Trainer does in every micro-batch, and its parameters are found once, which the Trainer
+    asks for twice in every optimizer step.
+
+    Args:
+        policy (`torch.nn.Module`):
+            The policy, not wrapped.
+        mode_afterwards (`bool`):
+            Whether it is in training mode afterwards, also after an error.
+    """
+    policy.train = partial(_train_if_needed, policy)
+    policy.parameters = partial(_parameters, policy, list(policy.parameters()))
+    try:
+        yield
+    finally:
+        del policy.train, policy.parameters
+        policy.train(mode_afterwards)
+
+
+def _train_if_needed(policy: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    denoiser = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    if not policy.training == denoiser.training == mode:
+        type(policy).train(policy, mode)
+    return policy
+
+
+def _parameters(
+    policy: torch.nn.Module, known: list[torch.nn.Parameter], recurse: bool = True
+) -> Iterator[torch.nn.Parameter]:
+    return iter(known) if recurse else type(policy).parameters(policy, recurse=False)
 
 
 class _TrackableConfig(FrozenDict):

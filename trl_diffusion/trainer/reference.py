@@ -12,10 +12,10 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..backbones import Backbone, load_backbone
+from .adapters import adapter_layers, with_adapter
 from .diffusion_config import DiffusionConfig
 from .fingerprints import module_fingerprint, tensors_hash
 from .initial_lora import add_reference_adapter
@@ -43,7 +43,7 @@ class Reference:
     def __init__(self, denoiser: torch.nn.Module | None, policy: torch.nn.Module, adapter: str | None = None):
         self.denoiser = denoiser
         self.policy, self.adapter = policy, adapter
-        self.adapter_layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+        self.adapter_layers = adapter_layers(policy)
 
     @contextmanager
     def lend(self, policy: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -64,16 +64,8 @@ class Reference:
                     self.denoiser.train(policy.training)
                 yield self.denoiser
                 return
-            # peft's own `disable_adapter` searches all modules several times: as long as a forward of a small model
-            active = [layer._active_adapter for layer in self.adapter_layers]
-            for layer in self.adapter_layers:
-                layer._disable_adapters = self.adapter is None
-                layer._active_adapter = self.adapter or layer._active_adapter
-            try:
+            with with_adapter(self.adapter_layers, self.adapter):
                 yield policy
-            finally:
-                for layer, name in zip(self.adapter_layers, active, strict=True):
-                    layer._disable_adapters, layer._active_adapter = False, name
 
     def fingerprint(self) -> list[str]:
         """What the reference's predictions depend on."""
