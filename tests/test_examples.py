@@ -3,8 +3,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from datasets import load_dataset, load_from_disk
 from transformers.utils import is_torch_bf16_gpu_available
 
 from tests import tiny
+from tests.cli import processes
 from trl_diffusion.cli.main import LAUNCHED_COMMANDS
 from trl_diffusion.quickstart.world import preference_dataset
 
@@ -21,8 +20,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(script: str, *args) -> str:
-    command = [sys.executable, str(EXAMPLES / "scripts" / script), *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = processes.run([EXAMPLES / "scripts" / script, *args])
     assert result.returncode == 0, result.stderr
     return result.stdout
 

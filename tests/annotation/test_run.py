@@ -3,7 +3,6 @@
 
 import errno
 import json
-import multiprocessing
 import random
 import signal
 from collections import Counter
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 
+from tests.cli.processes import SERVER
 from trl_diffusion.annotation.instances import instance_task
 from trl_diffusion.annotation.judge import Judge
 from trl_diffusion.annotation.planner import Planner
@@ -129,11 +129,9 @@ def annotate_in_child(folder: Path, num_pairs: int, streaming: bool):
 def test_twenty_kills(streaming, tmp_path):
     """A run that is killed twenty times at random moments and then finishes has the shards of an uninterrupted one."""
     num_pairs, rng, killed = 160, random.Random(0), 0
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["trl_diffusion.quickstart.oracle", "trl_diffusion.annotation.run", __name__])
     annotate_in_child(tmp_path / "undisturbed", num_pairs, streaming)
     while killed < 20:
-        child = server.Process(target=annotate_in_child, args=(tmp_path / "killed", num_pairs, streaming))
+        child = SERVER.Process(target=annotate_in_child, args=(tmp_path / "killed", num_pairs, streaming))
         child.start()
         child.join(rng.uniform(0.1, 0.6))
         if child.exitcode is None:

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from tests import tiny
+from tests.cli import processes
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer, visualization
 from trl_diffusion.cli.main import COMMANDS, main
 from trl_diffusion.quickstart.paintings import painting_dataset
@@ -20,11 +21,7 @@ from trl_diffusion.quickstart.world import preference_dataset
 
 
 def run(*args) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", "import sys; from trl_diffusion.cli import main; sys.exit(main())", *map(str, args)],
-        capture_output=True,
-        text=True,
-    )
+    return processes.run(["-c", processes.COMMAND, *args])
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import yaml
 
 import trl_diffusion
 from tests import tiny
+from tests.cli import processes
 from tests.cli.test_cli import run
 from trl_diffusion.cli.launch import launcher_arguments
 from trl_diffusion.cli.main import COMMANDS, LAUNCHED_COMMANDS, main, script_of
@@ -93,8 +94,7 @@ def test_unknown_commands_are_errors(capsys):
 
 def test_a_script_alone_refuses_unknown_flags():
     """`python -m trl_diffusion.scripts.instance_dpo` too, with status 2 and one line."""
-    command = [sys.executable, "-m", "trl_diffusion.scripts.instance_dpo", "--bata", "5", "--output_dir", "x"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = processes.run(["-m", "trl_diffusion.scripts.instance_dpo", "--bata", "5", "--output_dir", "x"])
     assert result.returncode == 2 and "did you mean `--beta`?" in result.stderr and "Traceback" not in result.stderr
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests import tiny
-from tests.cli.test_cli import run
+from tests.cli.processes import COMMAND
 from trl_diffusion.cli.quiet import PIPELINES, quiet
 from trl_diffusion.notes import NOTES
 
@@ -52,7 +52,8 @@ def test_a_training_prints_nothing_of_its_libraries(tmp_path):
     rows.to_parquet(tmp_path / "data" / "train.parquet")
     flags = ["--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "data", "--max_steps", 3]
     flags += ["--report_to", "none", "--num_processes", 1, "--disable_tqdm", "true", "--output_dir", tmp_path / "out"]
-    result = run("instance-dpo", *flags)
+    command = [sys.executable, "-c", COMMAND, "instance-dpo", *map(str, flags)]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.strip() and "it/s" not in line and "?it" not in line]
     assert len([line for line in lines if "were cut off" in line]) == 1

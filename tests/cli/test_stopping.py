@@ -172,6 +172,8 @@ import asyncio, os, signal, sys, time, types
 import anyio
 from trl_diffusion.cli.script import run_script
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+
 def arrive():
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.1)

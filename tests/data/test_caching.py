@@ -1,25 +1,21 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter, namedtuple
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 
+from tests.cli.processes import start, wait_until
 from trl_diffusion.data import caching
 from trl_diffusion.data.caching import TensorCache, is_precomputed, precompute_dataset, read_example, write_example
 
 
-ROOT = Path(__file__).parents[2]
 FEATURES = Features({"id": Value("string"), "names": List(Value("string"))})
 
 
@@ -206,13 +202,13 @@ caching.precompute_dataset(dataset, encode, Features({"id": Value("string")}), "
 
 def test_a_killed_run_goes_on(tmp_path):
     """After SIGKILL in the second file: the first is kept, the half-written one is not taken for whole."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT
-    )
-    assert any(line == b"here\n" for line in process.stdout)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    out, err = tmp_path / "stdout", tmp_path / "stderr"
+    out.touch()
+    process = start(["-c", SCRIPT, tmp_path], out, err)
+    wait_until(lambda: "here\n" in out.read_text() or process.exitcode is not None, 60)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, err.read_text()
     assert [path.name for path in tmp_path.glob("*.arrow")] == ["the-rows-abc-00000.arrow"]
     seen = []
 

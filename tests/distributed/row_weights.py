@@ -7,6 +7,8 @@ Trainings and evaluations of a few rows, cut in several ways. `test_row_weights.
 ```bash
 python -m torch.distributed.run --nproc_per_node=2 -m tests.distributed.row_weights FOLDER
 ```
+
+does.
 """
 
 import sys

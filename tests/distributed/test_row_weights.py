@@ -2,19 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests import tiny
+from tests.cli.processes import run_distributed
 from tests.distributed.row_weights import ROWS, make_trainer, run_all, train
 from trl_diffusion.data.padding import as_padding
 
 
-ROOT = Path(__file__).parents[2]
 TRAININGS = ["memory", "resumed", "averaged", "stream", "shuffled stream", "short stream", "buckets", "last dropped"]
 EVALUATIONS = ["evaluate memory", "evaluate stream", "predict memory", "predict stream"]
 
@@ -34,10 +31,8 @@ def test_accumulation_and_processes_cut_rows_alike(tmp_path):
     Two processes with a batch of 1 and 2 accumulations equal one with a batch of 4 in weights, logs, the order of rows in
     every step, and evaluations: rows in memory and in a stream, resumed within an epoch, and in buckets.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, "-m", "tests.distributed.row_weights", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
+    for ended in run_distributed(["-m", "tests.distributed.row_weights", tmp_path]):
+        assert ended.returncode == 0, ended.stderr
     two = [torch.load(tmp_path / f"process-{rank}.pt", weights_only=False) for rank in (0, 1)]
     one = run_all(tmp_path / "one", batch_size=4, accumulation=1, bucket_accumulation=2)
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,15 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.cli.processes import run_distributed
 from trl_diffusion import AttributeSFTConfig, AttributeSFTTrainer
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def train(script: str, processes: int, flags: list, output_dir: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """Three steps of 8 rows as a LoRA: its weights, and the log."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={29511 + processes}"]
     settings = {
         "output_dir": output_dir,
         "use_peft": True,
@@ -38,8 +33,8 @@ def train(script: str, processes: int, flags: list, output_dir: Path) -> tuple[d
         "activation_checkpointing": False,
     }
     flags = [*flags, *(part for name, value in settings.items() for part in (f"--{name}", value))]
-    command = [sys.executable, *launcher, "-m", f"trl_diffusion.scripts.{script}", *map(str, flags)]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    for ended in run_distributed(["-m", f"trl_diffusion.scripts.{script}", *flags], processes):
+        assert ended.returncode == 0, ended.stderr
     state = json.loads((output_dir / "checkpoint-3" / "trainer_state.json").read_text())
     return load_file(output_dir / "pytorch_lora_weights.safetensors"), state["log_history"]
 

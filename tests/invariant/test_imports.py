@@ -212,6 +212,19 @@ def test_optional_packages_are_imported_where_they_are_used(module):
     assert "torchvision" not in {name.split(".")[0] for name, _ in imports_of(module)}
 
 
+@pytest.mark.parametrize("module", ["instances", "attributes", "ray_executor", "endpoint_vlm", "join", "preview"])
+def test_annotating_without_a_model_of_ones_own_imports_no_model_library(module):
+    """A process of Ray, or one that asks a server, starts with neither transformers nor diffusers, through no other module."""
+    reached, waiting = set(), [f"trl_diffusion.annotation.{module}"]
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        names = {imported for imported, at_import in imports_of(name) if at_import} if name in MODULES else set()
+        waiting += names - reached
+    assert len(reached & MODULES.keys()) > 2
+    assert not {"transformers", "diffusers", "peft", "accelerate", "trl"} & {name.split(".")[0] for name in reached}
+
+
 WORDS_OF_PROCESSES = {"epsilon", "v_prediction", "prediction_type", "alphas_cumprod"}
 
 

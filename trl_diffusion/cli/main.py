@@ -79,6 +79,13 @@ def run_command(argv: list[str]) -> int:
         parser.print_help()
         return 0
 
+    if rest in (["-h"], ["--help"]):
+        from .help import find_page, parser_for
+
+        if page := find_page(command):
+            parser_for(f"trl-diffusion {command}", page).print_help()
+            parser.exit()
+
     from .script import run_launched, run_script
 
     if command in LAUNCHED_COMMANDS:

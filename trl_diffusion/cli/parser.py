@@ -9,7 +9,6 @@ import difflib
 import functools
 import inspect
 import os
-import shutil
 import sys
 import typing
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from typing import Any
 from trl import TrlParser
 
 from .config_file import read_config
+from .help import HelpFormatter, keep_page
 
 
 # Titles of the groups of flags in the help, by the class that defines a flag. All others are the command's own.
@@ -38,36 +38,6 @@ LORA = "LoRA"
 LORA_PREFIXES = ("use_peft", "lora_", "use_rslora")
 ORDER = (OWN, "dataset", "dataset and run", "model", LORA, "vision-language model", "detector", "diffusion training")
 LAUNCHER = "Flags of `accelerate launch` are accepted too, such as --num_processes; see `accelerate launch --help`."
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that fits into 80 columns: one spelling of each flag, and the defaults that say something."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=30, width=min(shutil.get_terminal_size().columns, 100) - 2)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings:
-            return action.metavar
-        flags = ", ".join(flag for flag in action.option_strings if "-" not in flag.lstrip("-"))
-        if action.nargs == 0 or isinstance(action.const, bool):  # on or off: a value is not needed
-            return flags
-        return f"{flags} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return getattr(action.type, "__name__", "value").strip("_").upper() if action.type in (int, float) else "VALUE"
-
-    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        if action.nargs == "+":
-            return f"{default_metavar} ..."
-        if action.choices and len(action.choices) > 6:
-            return default_metavar
-        return super()._format_args(action, default_metavar)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, [], argparse.SUPPRESS):
-            return action.help
-        return super()._get_help_string(action)
 
 
 class CommandParser(TrlParser):
@@ -96,6 +66,7 @@ class CommandParser(TrlParser):
         self.is_launched = is_launched
         self.hints: dict[str, Any] = {}  # the type of each field
         self.titled: dict[str, Any] = {}
+        self.has_file = False
         super().__init__(
             dataclass_types,
             prog=prog,
@@ -122,6 +93,11 @@ class CommandParser(TrlParser):
 
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (`--help` lists the flags)\n")
+
+    def print_help(self, file=None) -> None:
+        super().print_help(file)
+        if not self.has_file:  # whose values are the defaults then
+            keep_page(self)
 
     def parse_args_and_config(
         self,
@@ -150,6 +126,7 @@ class CommandParser(TrlParser):
             `ValueError`: If the file cannot be read, or if a flag, a key or a value is wrong.
         """
         flags, path = self._take_config(list(sys.argv[1:] if args is None else args))
+        self.has_file = path is not None
         from_config = [] if path is None else self._set_defaults(read_config(path), path)
         from_flags = self.parse_known_args(flags)[1]
         self._check_unknown(from_flags)
