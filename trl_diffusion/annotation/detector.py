@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import PIL.Image
 import torch
-from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from ..batching import batched
 from ..boxes import normalize_boxes
@@ -127,10 +126,14 @@ class TransformersDetector(Detector):
 
     @cached_property
     def processor(self):
+        from transformers import AutoProcessor  # here: the actors of other roles need no models
+
         return AutoProcessor.from_pretrained(self.model_name_or_path, **pinned(self.revision))
 
     @cached_property
     def model(self):
+        from transformers import AutoModelForZeroShotObjectDetection
+
         model = AutoModelForZeroShotObjectDetection.from_pretrained(
             self.model_name_or_path, dtype=self.dtype, **pinned(self.revision)
         )
