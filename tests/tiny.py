@@ -3,6 +3,9 @@
 
 """Real classes of diffusers and transformers on tiny random weights, and a handful of image pairs."""
 
+import copy
+from functools import cache
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -242,6 +245,11 @@ def image(seed: int, width: int = 40, height: int = 32) -> Image.Image:
 
 def pairs(num_rows: int = 8, with_instances: bool = True) -> Dataset:
     """Pairs of random images of several sizes; two instances a pair, every other second one in conflict."""
+    return copy.copy(_pairs(num_rows, with_instances))
+
+
+@cache
+def _pairs(num_rows: int, with_instances: bool) -> Dataset:
     rows = []
     for index in range(num_rows):
         width, height = [(40, 32), (32, 48), (64, 64)][index % 3]
@@ -331,6 +339,11 @@ tree:
 
 def paintings(num_rows: int = 8) -> Dataset:
     """Random images with attributes of both kinds, of one kind, and with an attribute that says nothing."""
+    return copy.copy(_paintings(num_rows))
+
+
+@cache
+def _paintings(num_rows: int) -> Dataset:
     kinds = [(["hue"], ["kind", "pet"]), (["hue", "kind"], []), ([], ["kind"]), (["pet", "kind"], ["hue"])]
     rows = [
         {

@@ -1,33 +1,39 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-import os
 import shutil
-import signal
 import sys
-import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
+from datasets import Dataset
 
+from tests.annotation.ray_roles import (
+    PARCELS,
+    Scales,
+    Watched,
+    processes,
+    read_parcel,
+    read_rows,
+    stream,
+    wait_for,
+    weigh,
+)
 from trl_diffusion.annotation.instances import instance_task
 from trl_diffusion.annotation.judge import Judge
 from trl_diffusion.annotation.planner import Planner
 from trl_diffusion.annotation.ray_executor import RayExecutor, Reader, RoleWorker, gpu_share, pack, portable, unpack
-from trl_diffusion.annotation.records import STATUSES, Record, pair_columns, prepare_rows
-from trl_diffusion.annotation.run import Rest, Run, Task, run, run_locally
+from trl_diffusion.annotation.records import STATUSES, pair_columns, prepare_rows
+from trl_diffusion.annotation.run import Rest, Run, run, run_locally
 from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
 from trl_diffusion.quickstart.world import preference_dataset
 
 
-# Every actor imports torch, which takes seconds, so several tests share a run.
+# Every actor imports torch, which takes seconds, so several tests share a run, and roles are in a module of few imports.
 
 OBJECT_STORE = 80_000_000  # bytes, about the minimum of Ray
-PARCELS = 800  # of 200 kB each: twice the size of the object store
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +44,9 @@ def cluster():
         object_store_memory=OBJECT_STORE,
         include_dashboard=False,
         log_to_driver=False,
+        _system_config={
+            "worker_niceness": 0
+        },  # else its processes, for which these tests wait, give way to all others
         runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}},  # for this module's roles
     )
     yield
@@ -51,40 +60,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def read(folder: Path) -> list[dict]:
     return [row for path in sorted(folder.rglob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-
-
-class Watched:
-    """A role that records its processes, waits for the expected number of them, and kills the first that processes a
-    certain record."""
-
-    def __init__(self, role, notes: Path, expected: int = 1, fatal_id: str | None = None):
-        self.role = role
-        self.notes = notes
-        self.expected = expected
-        self.fatal_id = fatal_id
-
-    def describe(self) -> dict:
-        return self.role.describe()
-
-    def __call__(self, records):
-        (self.notes / f"process-{os.getpid()}").touch()
-        wait_for(lambda: len(processes(self.notes)) >= self.expected)
-        self.role(records)
-        killed = self.notes / "killed"
-        if self.fatal_id in [record.id for record in records] and not killed.exists():
-            killed.write_text(str(os.getpid()))
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def processes(notes: Path) -> set[int]:
-    return {int(path.name.removeprefix("process-")) for path in notes.glob("process-*")}
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_ray_that_is_not_installed_is_asked_for(monkeypatch):
@@ -181,72 +156,6 @@ def test_images_that_cannot_be_read_are_errors(pairs):
 # ----- a stream that is larger than Ray's memory, and a role that weighs -----
 
 
-@dataclass
-class Parcel(Record):
-    content: bytes = b""
-    weight: int = 0
-
-    def to_row(self) -> dict:
-        return {"id": self.id, "status": self.status, "reason": self.reason, "weight": self.weight}
-
-
-def read_parcel(row: dict) -> Parcel:
-    return Parcel(row["id"], "", content=row["content"])
-
-
-class Scales:
-    """A slow role that fails at a certain record."""
-
-    def __init__(self, broken_by: str | None = None):
-        self.broken_by = broken_by
-
-    def __call__(self, parcels: list[Parcel]) -> None:
-        time.sleep(0.05)
-        for parcel in parcels:
-            if parcel.id == self.broken_by:
-                raise KeyError(f"the scales broke under parcel {parcel.id}")
-            parcel.weight = len(parcel.content) + parcel.content[0]
-
-
-def weigh(role) -> Task:
-    return Task(
-        read=read_parcel,
-        roles=(role,),
-        features=Features(
-            id=Value("string"),
-            status=ClassLabel(names=list(STATUSES)),
-            reason=Value("string"),
-            weight=Value("int64"),
-        ),
-        description={"task": "weigh", "columns": {"id": "id"}},
-        count=lambda rows: Counter(weight=sum(row["weight"] for row in rows)),
-        split="train",
-        rows_per_shard=16,
-        images_per_row=1,
-    )
-
-
-def make_parcels(starts: list[int], log: Path, fatal: int | None):
-    """Yields parcels and logs them; the first process that reaches a certain one is killed."""
-    for start in starts:
-        for number in range(start, start + 16):
-            first_time = not log.exists() or number not in read_rows(log)
-            with log.open("a") as file:
-                print(number, file=file)
-            if number == fatal and first_time:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield {"id": str(number), "content": bytes([number % 256]) * 200_000}
-
-
-def stream(log: Path, fatal: int | None = None) -> IterableDataset:
-    starts = list(range(0, PARCELS, 16))
-    return IterableDataset.from_generator(make_parcels, gen_kwargs={"starts": starts, "log": log, "fatal": fatal})
-
-
-def read_rows(log: Path) -> list[int]:
-    return [int(line) for line in log.read_text().split()]
-
-
 class Stop(Exception):
     pass
 
@@ -277,7 +186,7 @@ def stopped(cluster, tmp_path_factory) -> StoppedRun:
 
     for executor, role in (
         (run_locally, Scales()),
-        (RayExecutor(vlm_actors=2), Watched(Scales(), notes, expected=2)),
+        (RayExecutor(vlm_actors=2), Watched(Scales(seconds=0.05), notes, expected=2)),
     ):
         (notes / "log").unlink(missing_ok=True)
         progress.clear()

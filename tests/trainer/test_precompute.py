@@ -41,7 +41,7 @@ def iapo(folder, pipeline=None, dataset=None, precompute=True, **kwargs) -> Inst
     names = ("eval_dataset", "data_collator", "peft_config", "ref_model", "callbacks")
     given = {name: kwargs.pop(name) for name in names if name in kwargs}
     pipeline = pipeline or tiny.sd_pipeline()
-    settings = {"precompute": precompute, "precompute_dir": str(folder / "cache"), "beta": 50.0}
+    settings = {"precompute": precompute, "precompute_dir": str(folder / "cache"), "beta": 50.0, "inversion_steps": 4}
     settings |= tiny.settings(pipeline)
     return InstanceDPOTrainer(
         pipeline,
