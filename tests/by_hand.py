@@ -17,8 +17,8 @@ from trl_diffusion.randomness import keyed_noise
 
 
 def latents(pipeline: DiffusionPipeline, pixel_values: torch.Tensor, keys: list[tuple]) -> torch.Tensor:
-    """Latents `(B, 4, 8, 8)` in the denoiser's scale, sampled from the VAE's posterior."""
-    posterior, config = pipeline.vae.encode(pixel_values).latent_dist, pipeline.vae.config
+    """Latents `(B, 4, 8, 8)` in the denoiser's scale, sampled from the VAE's posterior; `pixel_values` are bytes."""
+    posterior, config = pipeline.vae.encode(pixel_values / 127.5 - 1).latent_dist, pipeline.vae.config
     sampled = posterior.mean + posterior.std * keyed_noise(keys, (4, 8, 8))
     return (sampled - (config.get("shift_factor") or 0)) * config.scaling_factor
 

@@ -10,6 +10,8 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import torch
 
+from .data.transforms import normalize_pixels
+
 
 BOX_COLORS = {"chosen": (0, 158, 115), "rejected": (213, 94, 0), "tie": (120, 120, 120)}
 
@@ -63,7 +65,7 @@ def mask_overlay(
 
     Args:
         pixel_values (`torch.Tensor` of shape `(3, H, W)`):
-            The image in [-1, 1].
+            The image: uint8, or floating point numbers in [-1, 1].
         mask (`torch.Tensor` of shape `(h, w)`):
             Mask of the image on the latent grid. Cells with lower weights are darker, those with negative weights red.
         boxes (`torch.Tensor` of shape `(N, 4)`):
@@ -79,7 +81,7 @@ def mask_overlay(
     _, height, width = pixel_values.shape
     scale = math.ceil(256 / height)
     size = (width * scale, height * scale)
-    rgb = ((pixel_values.permute(1, 2, 0) / 2 + 0.5) * 255).round().clamp(0, 255).byte()
+    rgb = ((normalize_pixels(pixel_values).permute(1, 2, 0) / 2 + 0.5) * 255).round().clamp(0, 255).byte()
     image = PIL.Image.fromarray(rgb.numpy()).resize(size, PIL.Image.Resampling.NEAREST)
 
     weights = mask / mask.abs().max().clamp(min=1e-6)

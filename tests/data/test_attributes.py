@@ -334,9 +334,9 @@ class TestBatch:
             [row("x", image=tiny.image(0)), row("y", (), ("hue", "kind"))]
         )
         crop = torch.tensor(list(tiny.image(0).crop((4, 0, 36, 32)).tobytes())).reshape(32, 32, 3).permute(2, 0, 1)
-        torch.testing.assert_close(batch["image_pixel_values"][0], crop / 127.5 - 1)
+        assert torch.equal(batch["image_pixel_values"][0], crop.byte())
         assert batch["image_pixel_values"].shape == (2, 3, 32, 32)
-        assert batch["image_pixel_values"].dtype == torch.float32
+        assert batch["image_pixel_values"].dtype == torch.uint8
         assert batch["image_original_sizes"].tolist() == [[32, 40]] * 2
         assert batch["image_crop_top_lefts"].tolist() == [[0, 4]] * 2
         assert (batch["id"], batch["prompt"]) == (["x", "y"], ["a cat", "a cat"])
@@ -371,16 +371,16 @@ class TestBatch:
     def test_half_of_the_images_are_flipped(self):
         """Of 160, 80 +- 5 standard deviations; and none unless asked for."""
         rows = [row(str(index), image=half(8)) for index in range(160)]
-        flipped = (collate(rows, random_flip=True)["image_pixel_values"][:, 0, 0, 0] < 0).sum().item()
+        flipped = (collate(rows, random_flip=True)["image_pixel_values"][:, 0, 0, 0] < 128).sum().item()
         assert abs(flipped - 80) < 5 * 40**0.5
-        assert (collate(rows)["image_pixel_values"][:, 0, 0, 0] > 0).all()
+        assert (collate(rows)["image_pixel_values"][:, 0, 0, 0] >= 128).all()
 
     def test_crops_say_where_they_were(self):
         """All five offsets occur, and the pixels are those of the offset."""
         batch = collate([row(str(index), image=half()) for index in range(60)], center_crop=False)
         lefts = batch["image_crop_top_lefts"][:, 1].tolist()
         assert set(lefts) == {0, 1, 2, 3, 4}
-        assert (batch["image_pixel_values"][:, 0, 0] > 0).sum(dim=1).tolist() == [4 - left for left in lefts]
+        assert (batch["image_pixel_values"][:, 0, 0] >= 128).sum(dim=1).tolist() == [4 - left for left in lefts]
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_exif_orientation_survives_a_dataset(self, stream):
@@ -390,7 +390,7 @@ class TestBatch:
         data = dataset(row(image={"bytes": png(image), "path": None}), features=attribute_features())
         batch = collate(checked(data.to_iterable_dataset() if stream else data))
         assert batch["image_original_sizes"].tolist() == [[24, 16]]
-        white = (batch["image_pixel_values"][0, 0] > 0).float().mean(dim=1)
+        white = (batch["image_pixel_values"][0, 0] >= 128).float().mean(dim=1)
         assert white[0] == 1 and white[-1] == 0, "its white third, at the left as stored, is at the top"
 
 

@@ -225,7 +225,7 @@ def test_boxes_follow_the_crop_to_a_bucket(size, random):
         batch = collator([{"id": row_id, **row}])
         for column in ("chosen", "rejected"):
             pixels = batch[f"{column}_pixel_values"][0]
-            rows, columns = (pixels > 0).all(dim=0).nonzero().unbind(dim=1)
+            rows, columns = (pixels >= 128).all(dim=0).nonzero().unbind(dim=1)
             paint = [columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1]
             scale = torch.tensor([pixels.shape[2], pixels.shape[1]] * 2)
             difference = (batch[f"{column}_boxes"][0, 0] * scale - torch.tensor(paint)).abs().max().item()

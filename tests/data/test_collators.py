@@ -50,6 +50,7 @@ def test_batch_by_hand():
     """
     batch = InstancePairCollator(32)([row(instances=[instance()])])
     assert batch["chosen_pixel_values"].shape == batch["rejected_pixel_values"].shape == (1, 3, 32, 32)
+    assert batch["chosen_pixel_values"].dtype == torch.uint8 and batch["chosen_pixel_values"].is_contiguous()
     torch.testing.assert_close(batch["chosen_boxes"], torch.tensor([[[6 / 32, 8 / 32, 26 / 32, 24 / 32]]]))
     torch.testing.assert_close(batch["rejected_boxes"], torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]))
     assert batch["chosen_original_sizes"].tolist() == batch["rejected_original_sizes"].tolist() == [[32, 40]]
@@ -57,7 +58,7 @@ def test_batch_by_hand():
     assert batch["id"] == ["row-0"]
     assert batch["prompt"] == ["a cat"]
     crop = torch.tensor(list(tiny.image(0).crop((4, 0, 36, 32)).tobytes())).reshape(32, 32, 3).permute(2, 0, 1)
-    torch.testing.assert_close(batch["chosen_pixel_values"][0], crop / 127.5 - 1)
+    assert torch.equal(batch["chosen_pixel_values"][0], crop.byte())
 
 
 def test_padding():
@@ -110,7 +111,7 @@ def test_each_image_of_a_pair_has_its_own_flip():
     """All four combinations of flips occur, each about once in four pairs: of 160, 40 +- 5 standard deviations."""
     rows = [row(str(index), chosen=half(8), rejected=half(8)) for index in range(160)]
     batch = InstancePairCollator(8, random_flip=True)(rows)
-    flipped = [(batch[f"{column}_pixel_values"][:, 0, 0, 0] < 0).tolist() for column in ("chosen", "rejected")]
+    flipped = [(batch[f"{column}_pixel_values"][:, 0, 0, 0] < 128).tolist() for column in ("chosen", "rejected")]
     pairs = list(zip(*flipped))
     for combination in [(False, False), (False, True), (True, False), (True, True)]:
         assert abs(pairs.count(combination) - 40) < 5 * (160 * 0.25 * 0.75) ** 0.5
@@ -123,7 +124,7 @@ def test_each_image_of_a_pair_has_its_own_crop():
     lefts = []
     for column in ("chosen", "rejected"):
         lefts.append(batch[f"{column}_crop_top_lefts"][:, 1].tolist())
-        white_columns = (batch[f"{column}_pixel_values"][:, 0, 0] > 0).sum(dim=1)
+        white_columns = (batch[f"{column}_pixel_values"][:, 0, 0] >= 128).sum(dim=1)
         assert white_columns.tolist() == [max(0, 4 - left) for left in lefts[-1]]
     assert len(set(zip(*lefts))) == 25
 
@@ -138,7 +139,7 @@ def test_boxes_follow_the_flip_of_their_own_image():
         for pixel_values, (x_min, _, x_max, _) in zip(
             batch[f"{column}_pixel_values"], batch[f"{column}_boxes"][:, 0].tolist()
         ):
-            white = (pixel_values[0, 0] > 0).nonzero().flatten().tolist()
+            white = (pixel_values[0, 0] >= 128).nonzero().flatten().tolist()
             assert white == list(range(round(12 * x_min), round(12 * x_max)))
             assert len(white) == 4
 
@@ -157,7 +158,7 @@ def test_exif_orientation_survives_a_dataset(stream):
     # Orientation 6 turns right: (x, y) to (16 - y, x). The box is [10, 4, 16, 12] of 16 x 24; 4 rows go at the top.
     assert batch["chosen_original_sizes"].tolist() == [[24, 16]]
     torch.testing.assert_close(batch["chosen_boxes"][0, 0] * 16, torch.tensor([10.0, 0.0, 16.0, 8.0]))
-    white = (batch["chosen_pixel_values"][0, 0] > 0).nonzero()
+    white = (batch["chosen_pixel_values"][0, 0] >= 128).nonzero()
     assert white.min(dim=0).values.tolist() == [0, 10]
     assert white.max(dim=0).values.tolist() == [7, 15]
 

@@ -6,11 +6,12 @@ import io
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 
 from trl_diffusion.boxes import flip_boxes
 from trl_diffusion.data.formats import open_image
-from trl_diffusion.data.transforms import TrainingImage, prepare_image
+from trl_diffusion.data.transforms import TrainingImage, normalize_pixels, prepare_image
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -222,3 +223,22 @@ def test_same_generator_same_result():
     draws = [prepare(image, [], 16, seed, center_crop=False, random_flip=True) for seed in (3, 3, 4)]
     assert torch.equal(draws[0].pixel_values, draws[1].pixel_values)
     assert not torch.equal(draws[0].pixel_values, draws[2].pixel_values)
+
+
+def test_bytes_become_what_diffusers_makes_of_them():
+    """All 256 values, bit for bit; floating point numbers stay as they are."""
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    normalized = normalize_pixels(pixels)
+    assert normalized.dtype == torch.float32
+    assert torch.equal(normalized, VaeImageProcessor().preprocess(image)[0])
+    for values in (normalized, normalized.half(), normalized.double()):
+        assert normalize_pixels(values) is values
+
+
+def test_a_training_image_is_bytes_in_the_layout_of_a_batch():
+    """uint8, channels first and contiguous, whatever was cropped, turned or flipped."""
+    for orientation in (1, 6):
+        image = painted(40, 24, [4, 4, 20, 20], orientation)
+        pixels = prepare(image, [], 16, random_flip=True).pixels
+        assert pixels.dtype == torch.uint8 and pixels.shape == (3, 16, 16) and pixels.is_contiguous()

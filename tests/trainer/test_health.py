@@ -26,6 +26,7 @@ from trl_diffusion import (
     InstanceDPOTrainer,
     attribute_features,
 )
+from trl_diffusion.data.transforms import normalize_pixels
 from trl_diffusion.trainer.callbacks import HealthCallback
 from trl_diffusion.trainer.meters import Meters
 from trl_diffusion.trainer.reference import check_untrained
@@ -116,6 +117,7 @@ def test_a_loss_that_is_not_finite_names_its_rows(tmp_path):
 
     def poisoned(rows):
         batch = collate(rows)
+        batch["rejected_pixel_values"] = normalize_pixels(batch["rejected_pixel_values"])
         for place, row_id in enumerate(batch["id"]):
             if row_id in ("row-1", "row-2"):
                 batch["rejected_pixel_values"][place] = float("inf")

@@ -13,6 +13,7 @@ from tests import by_hand, tiny
 from tests.tiny import FAMILIES, FAST, FLOWS, PIPELINES, lora, losses, max_difference, weights
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
 from trl_diffusion.backbones import load_backbone
+from trl_diffusion.data.transforms import normalize_pixels
 from trl_diffusion.randomness import keyed_noise
 
 
@@ -545,6 +546,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_the_rows
 
     def poisoned(rows):
         batch = collate(rows)
+        batch["chosen_pixel_values"] = normalize_pixels(batch["chosen_pixel_values"])
         if "row-5" in batch["id"]:
             batch["chosen_pixel_values"][batch["id"].index("row-5")] = float("nan")
         return batch

@@ -3,8 +3,8 @@
 
 """Collators, which turn rows of a dataset into a batch of tensors."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -23,7 +23,7 @@ from .formats import (
     row_id,
     row_prompt,
 )
-from .images import image_size
+from .images import image_content, image_size, open_reduced
 from .transforms import prepare_image
 
 
@@ -82,21 +82,29 @@ class ImageCollator:
         Returns:
             `tuple[int, int]`: height and width in pixels.
         """
-        return self._size(read_image(row, column, image_size) for column in self.image_columns)
-
-    def _size(self, image_sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
         if self.buckets is None:
             return self.resolution, self.resolution
-        return nearest_bucket(list(image_sizes), self.buckets)
+        return nearest_bucket([read_image(row, column, image_size) for column in self.image_columns], self.buckets)
 
-    def _open_images(self, row: dict[str, Any]) -> tuple[dict[str, PIL.Image.Image], tuple[int, int]]:
-        """The images of a row by column, and their training size."""
-        images = {column: read_image(row, column) for column in self.image_columns}
-        return images, self._size(map(image_size, images.values()))
+    def _open_images(
+        self, row: dict[str, Any]
+    ) -> tuple[dict[str, tuple[PIL.Image.Image, tuple[int, int]]], tuple[int, int]]:
+        """The images of a row and their stored sizes (width, height) by column, and their training size."""
+        row = row | {column: read_image(row, column, image_content) for column in self.image_columns}
+        size = self.size(row)
+        return {
+            column: read_image(row, column, partial(open_reduced, size=size)) for column in self.image_columns
+        }, size
 
     def _prepare_image(
-        self, image: PIL.Image.Image, boxes: list, size: tuple[int, int], row: dict[str, Any], column: str
+        self,
+        opened: tuple[PIL.Image.Image, tuple[int, int]],
+        boxes: list,
+        size: tuple[int, int],
+        row: dict[str, Any],
+        column: str,
     ) -> dict[str, Any]:
+        image, stored_size = opened
         prepared = prepare_image(
             image,
             torch.tensor(boxes).reshape(-1, 4),
@@ -104,9 +112,10 @@ class ImageCollator:
             keyed_generator(self.seed, str(row["id"]), column, "augmentation"),
             center_crop=self.center_crop,
             random_flip=self.random_flip,
+            stored_size=stored_size,
         )
         return {
-            f"{column}_pixel_values": prepared.pixel_values,
+            f"{column}_pixel_values": prepared.pixels,
             f"{column}_original_sizes": torch.tensor(prepared.original_size),
             f"{column}_crop_top_lefts": torch.tensor(prepared.crop_top_left),
             f"{column}_boxes": prepared.boxes,
@@ -119,8 +128,8 @@ class InstancePairCollator(ImageCollator):
     Collates rows with the columns `id`, `prompt`, `chosen`, `rejected` and optionally `instances`. See
     [`data.collators.ImageCollator`] for the arguments. A batch contains:
 
-    - `chosen_pixel_values`, `rejected_pixel_values` `(B, 3, H, W)` in [-1, 1]; for precomputed rows instead `*_latents_mean`,
-      `*_latents_std` `(B, C, h, w)`;
+    - `chosen_pixel_values`, `rejected_pixel_values` `(B, 3, H, W)`, uint8, see [`data.transforms.normalize_pixels`]; for
+      precomputed rows instead `*_latents_mean`, `*_latents_std` `(B, C, h, w)`;
     - for both images `*_boxes` `(B, N, 4)` (unit boxes, padded with zeros), `*_original_sizes`, `*_crop_top_lefts` `(B, 2)`;
     - `judged`, `conflicts` `(B, N)`, bool;
     - `id`, `prompt`, lists of `B` strings.
@@ -145,10 +154,10 @@ class InstancePairCollator(ImageCollator):
         """
         example = {"id": row_id(row), "prompt": row_prompt(row)}
         images, size = self._open_images(row)
-        instances = check_instances(row, {column: image.size for column, image in images.items()})
-        for column, image in images.items():
+        instances = check_instances(row, {column: stored_size for column, (_, stored_size) in images.items()})
+        for column, opened in images.items():
             boxes = [list(instance[f"{column}_box"]) for instance in instances]
-            example |= self._prepare_image(image, boxes, size, row, column)
+            example |= self._prepare_image(opened, boxes, size, row, column)
         preferences = [check_preference(instance["preference"]) for instance in instances]
         judged = [preference != "tie" for preference in preferences]
         conflicts = [preference == "rejected" for preference in preferences]
@@ -164,8 +173,8 @@ class AttributeCollator(ImageCollator):
     Collates rows with the columns `id`, `prompt`, `image`, `positive_attributes` and `negative_attributes`. See
     [`data.collators.ImageCollator`] for the other arguments. A batch contains:
 
-    - `image_pixel_values` `(B, 3, H, W)` in [-1, 1]; for precomputed rows instead `image_latents_mean`, `image_latents_std`
-      `(B, C, h, w)`;
+    - `image_pixel_values` `(B, 3, H, W)`, uint8, see [`data.transforms.normalize_pixels`]; for precomputed rows instead
+      `image_latents_mean`, `image_latents_std` `(B, C, h, w)`;
     - `image_original_sizes`, `image_crop_top_lefts` `(B, 2)`;
     - `id`, `prompt`, lists of `B` strings;
     - `positive_attributes`, `negative_attributes`, lists of `B` lists of ids.

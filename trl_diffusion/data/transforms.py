@@ -5,10 +5,10 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from diffusers.image_processor import VaeImageProcessor
 
 from ..boxes import crop_boxes, flip_boxes, normalize_boxes, orient_boxes
 from .pictures import orientation, upright_image
@@ -19,20 +19,43 @@ class TrainingImage(NamedTuple):
     An image that is ready for training.
 
     Attributes:
-        pixel_values (`torch.Tensor` of shape `(3, H, W)`):
-            float32 in [-1, 1].
+        pixels (`torch.Tensor` of shape `(3, H, W)`):
+            uint8.
         boxes (`torch.Tensor` of shape `(N, 4)`):
-            Unit boxes in `pixel_values`. A box outside the crop has area 0.
+            Unit boxes in `pixels`. A box outside the crop has area 0.
         original_size (`tuple[int, int]`):
             (height, width) in pixels of the upright image.
         crop_top_left (`tuple[int, int]`):
             (top, left) in pixels of the crop in the resized, possibly flipped image.
     """
 
-    pixel_values: torch.Tensor
+    pixels: torch.Tensor
     boxes: torch.Tensor
     original_size: tuple[int, int]
     crop_top_left: tuple[int, int]
+
+    @property
+    def pixel_values(self) -> torch.Tensor:
+        """The pixels as the VAE takes them, float32 in [-1, 1]."""
+        return normalize_pixels(self.pixels)
+
+
+def normalize_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """
+    Scales bytes to [-1, 1], as diffusers does, with the same numbers on every device.
+
+    Args:
+        pixels (`torch.Tensor`):
+            uint8; anything else is returned as it is.
+
+    Returns:
+        `torch.Tensor`: float32 in [-1, 1], of the same shape and on the same device.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels
+    # By a tensor: by a number, CUDA multiplies with its rounded reciprocal
+    white = torch.full((), 255.0, device=pixels.device)
+    return pixels.float().div_(white).mul_(2).sub_(1)
 
 
 def prepare_image(
@@ -42,6 +65,7 @@ def prepare_image(
     generator: torch.Generator,
     center_crop: bool = True,
     random_flip: bool = False,
+    stored_size: tuple[int, int] | None = None,
 ) -> TrainingImage:
     """
     Makes an image the picture that a viewer shows (see [`data.pictures.upright_image`]), resizes it such that it just covers
@@ -49,7 +73,7 @@ def prepare_image(
 
     Args:
         image (`PIL.Image.Image`):
-            The image as stored.
+            The image as stored, or as [`data.images.open_reduced`] opened it.
         boxes (`torch.Tensor` of shape `(N, 4)`):
             Boxes `[x_min, y_min, x_max, y_max]` in pixels of the stored image.
         size (`tuple[int, int]`):
@@ -60,19 +84,23 @@ def prepare_image(
             Crop at the centre, otherwise at a random position.
         random_flip (`bool`, *optional*, defaults to `False`):
             Flip left to right with probability one half.
+        stored_size (`tuple[int, int]`, *optional*):
+            (width, height) in pixels of the stored image. Defaults to that of `image`.
 
     Returns:
         [`TrainingImage`]
     """
-    boxes = normalize_boxes(boxes, *image.size)
-    boxes = orient_boxes(boxes, orientation(image))
+    stored_width, stored_height = stored_size or image.size
+    turn = orientation(image)
+    boxes = orient_boxes(normalize_boxes(boxes, stored_width, stored_height), turn)
+    original_size = (stored_width, stored_height) if turn in (5, 6, 7, 8) else (stored_height, stored_width)
+    extent = _extent(image.size, (stored_width, stored_height), turn)
     image = upright_image(image)
-    original_size = (image.height, image.width)
 
     crop_height, crop_width = size
-    scale = max(crop_height / image.height, crop_width / image.width)
-    height, width = max(crop_height, round(image.height * scale)), max(crop_width, round(image.width * scale))
-    image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    scale = max(crop_height / original_size[0], crop_width / original_size[1])
+    height, width = max(crop_height, round(original_size[0] * scale)), max(crop_width, round(original_size[1] * scale))
+    image = image.resize((width, height), PIL.Image.Resampling.LANCZOS, extent)
 
     if random_flip and torch.rand((), generator=generator) < 0.5:
         image, boxes = PIL.ImageOps.mirror(image), flip_boxes(boxes)
@@ -85,5 +113,18 @@ def prepare_image(
     image = image.crop((left, top, right, bottom))
     boxes = crop_boxes(boxes, (left / width, top / height, right / width, bottom / height))
 
-    pixel_values = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(image))[0]
-    return TrainingImage(VaeImageProcessor.normalize(pixel_values), boxes, original_size, (top, left))
+    pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+    return TrainingImage(pixels, boxes, original_size, (top, left))
+
+
+def _extent(size: tuple[int, int], stored_size: tuple[int, int], turn: int) -> tuple[float, float, float, float]:
+    """
+    Where the picture lies in an image that was decoded at a fraction, whose size is rounded up to whole pixels: `(left, top,
+    right, bottom)` in pixels of the upright image.
+    """
+    (width, height), (stored_width, stored_height) = size, stored_size
+    fraction = round(stored_width / width)
+    extent = (0.0, 0.0, stored_width / fraction / width, stored_height / fraction / height)
+    left, top, right, bottom = orient_boxes(torch.tensor(extent, dtype=torch.float64), turn).tolist()
+    width, height = (height, width) if turn in (5, 6, 7, 8) else (width, height)
+    return left * width, top * height, right * width, bottom * height

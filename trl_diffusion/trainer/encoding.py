@@ -11,6 +11,7 @@ import torch
 
 from ..backbones.base import Backbone
 from ..data.caching import TensorCache
+from ..data.transforms import normalize_pixels
 from ..randomness import keyed_noise
 from .fingerprints import module_fingerprint
 
@@ -60,7 +61,7 @@ class BatchEncoder:
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`):
-                Images in [-1, 1].
+                Images: uint8, or floating point numbers in [-1, 1].
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`, each of shape `(B, C, h, w)`: float32 mean and standard deviation.
@@ -68,7 +69,7 @@ class BatchEncoder:
         with self._borrow("vae"):
             is_autocast = not self.backbone.pipeline.vae.config.get("force_upcast", False)
             with self._autocast(is_autocast):
-                return self.backbone.encode_images(pixel_values)
+                return self.backbone.encode_images(normalize_pixels(pixel_values))
 
     def sample_latents(self, inputs: dict[str, Any], keys: list[tuple]) -> torch.Tensor:
         """
@@ -89,7 +90,9 @@ class BatchEncoder:
                 torch.cat([inputs[f"{column}_latents_{what}"] for column in columns]) for what in ("mean", "std")
             )
         else:
-            mean, std = self.encode_images(torch.cat([inputs[f"{column}_pixel_values"] for column in columns]))
+            mean, std = self.encode_images(
+                torch.cat([normalize_pixels(inputs[f"{column}_pixel_values"]) for column in columns])
+            )
         return mean + std * keyed_noise(keys, mean.shape[1:], mean.device)
 
     @torch.no_grad()
