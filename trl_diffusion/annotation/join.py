@@ -276,10 +276,12 @@ class Join:
     @cached_property
     def index(self) -> tuple[dict[str, int], dict[str, str]]:
         """Maps row ids to the index of their annotation, and the ids of unused annotations to the reason."""
-        ids = [id_text(row_id) for row_id in self.annotations["id"][:]]
-        ties = self.annotations["tie"][:] if "tie" in self.annotations.features else [False] * len(ids)
+        ids = id_texts(self.annotations["id"][:])
+        ties = [False] * len(ids)
+        if "tie" in self.annotations.features:
+            ties = each_once(read_bool, self.annotations["tie"][:])
         used, others = {}, {}
-        for number, (row_id, status, tie) in enumerate(zip(ids, self.statuses, map(read_bool, ties), strict=True)):
+        for number, (row_id, status, tie) in enumerate(zip(ids, self.statuses, ties, strict=True)):
             if status != "ok":
                 others[row_id] = status
             elif tie != self.ties:
@@ -297,9 +299,8 @@ class Join:
         """The status of each annotation."""
         if "status" not in self.annotations.features:
             return ["ok"] * len(self.annotations)
-        return list(
-            map(name_reader(self.annotations.features["status"], "status", STATUSES), self.annotations["status"][:])
-        )
+        read = name_reader(self.annotations.features["status"], "status", STATUSES)
+        return each_once(read, self.annotations["status"][:])
 
     @cached_property
     def preference(self) -> Callable[[Any], str]:
@@ -379,7 +380,7 @@ class Join:
             `ValueError`: If no row has an annotation, or the images of a row are not those that were annotated.
         """
         used, others = self.index
-        ids = [id_text(row_id) for row_id in source[self.columns["id"]][:]]
+        ids = id_texts(source[self.columns["id"]][:])
         numbers = self.annotated(ids)
         for number in numbers:
             if ids[number] not in used:
@@ -462,6 +463,17 @@ class Join:
                 f"The row with id {row_id!r} has no annotation and is left out. So far {number:,} rows have none, and "
                 f"{self.counts.total() - number:,} have one."
             )
+
+
+def id_texts(ids: list) -> list[str]:
+    """Ids as texts, see [`annotation.records.id_text`]."""
+    return [row_id if isinstance(row_id, str) else id_text(row_id) for row_id in ids]
+
+
+def each_once(read: Callable[[Any], Any], values: list) -> list:
+    """Applies a function to values, once to all that are equal."""
+    found = {value: read(value) for value in set(values)}
+    return [found[value] for value in values]
 
 
 def zeros_lost(ids: list[str], annotated: list[str]) -> str:

@@ -87,7 +87,8 @@ class Precomputation:
     @classmethod
     def for_training(cls, encoder: BatchEncoder, collator: ImageCollator, args: DiffusionConfig) -> "Precomputation":
         """As a configuration says."""
-        return cls(encoder, collator, args.per_device_eval_batch_size, args.precompute_dir)
+        dtype = getattr(torch, args.precompute_dtype)
+        return cls(encoder, collator, args.per_device_eval_batch_size, args.precompute_dir, dtype)
 
     def datasets(
         self,
