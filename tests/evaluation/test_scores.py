@@ -4,6 +4,7 @@
 import json
 import logging
 import weakref
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -149,6 +150,39 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, monkeypatch, 
     )
     assert table.equals(whole, check_metadata=True)
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("num_images", [40, 80])
+def test_every_score_is_written_twice_at_most(tmp_path, monkeypatch, num_images):
+    """In a part when it is new, and in the whole file at the end: however many images there are."""
+    monkeypatch.setattr(scores_module, "IMAGES_AT_ONCE", 4)
+    rows, write = Counter(), scores_module.write_scores
+
+    def counted(path, scores, weights):
+        rows[path.name] += len(scores)
+        write(path, scores, weights)
+
+    monkeypatch.setattr(scores_module, "write_scores", counted)
+    score(images_of(tmp_path, ["base"], num_images), tmp_path, Brightness(), batch_size=1)
+    assert rows.pop("brightness.parquet") == num_images and sum(rows.values()) == num_images - 4
+    assert max(rows.values()) == 4
+    assert [path.name for path in (tmp_path / "scores").iterdir()] == ["brightness.parquet"]
+
+
+def test_parts_of_several_stopped_runs_are_all_kept(tmp_path, monkeypatch):
+    """Those of other weights, and of images that changed since, are not taken; none stays behind."""
+    monkeypatch.setattr(scores_module, "IMAGES_AT_ONCE", 2)
+    images = images_of(tmp_path, ["base"], 10)
+    for revision, power_cut_after in (("0", 3), ("1", 3), ("1", 3)):
+        with pytest.raises(KeyboardInterrupt):
+            score(images, tmp_path, Brightness(revision, power_cut_after), batch_size=1)
+    assert len(list((tmp_path / "scores").iterdir())) == 3
+    paint(tmp_path, "images/base/0-0.png", 200)
+    last = Brightness("1")
+    assert score(images, tmp_path, last, batch_size=1)["brightness"].to_pylist() == [200, *range(20, 110, 10)]
+    assert last.asked == [200, *range(50, 110, 10)]
+    assert [path.name for path in (tmp_path / "scores").iterdir()] == ["brightness.parquet"]
+    assert score(images, tmp_path, Brightness("1", 0)).num_rows == 10
 
 
 def test_a_changed_image_is_scored_again(tmp_path):

@@ -272,10 +272,12 @@ def bad_instances(column: pa.Array) -> np.ndarray:
         of_four = pc.fill_null(pc.equal(pc.list_value_length(boxes), 4), False)
         numbers = boxes.filter(of_four).flatten()
         numbers = numbers.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).reshape(-1, 4)
-        wrong = ~np.isfinite(numbers).all(axis=1) | (numbers[:, :2] >= numbers[:, 2:]).any(axis=1)
+        x_min, y_min, x_max, y_max = numbers.T
+        fine = (-1 <= x_min) & (x_min < x_max) & (-1 <= y_min) & (y_min < y_max)  # not so for NaN
+        fine &= np.isfinite(x_min) & np.isfinite(y_min) & np.isfinite(x_max) & np.isfinite(y_max)
         of_four = of_four.to_numpy(zero_copy_only=False)
         bad |= ~of_four
-        bad[of_four.nonzero()[0]] |= wrong | (numbers[:, :2] < -1).any(axis=1)
+        bad[of_four.nonzero()[0]] |= ~fine
     preference = pc.struct_field(items, "preference")
     names = PREFERENCES if _is_text(preference.type) else range(len(PREFERENCES))
     bad |= ~pc.is_in(preference, pa.array(names, preference.type)).to_numpy(zero_copy_only=False)

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from ..sampling import only_colour
 logger = logging.getLogger(__name__)
 
 SCORES = "scores.parquet"
-IMAGES_AT_ONCE = 256  # the cache is written after this many images
+IMAGES_AT_ONCE = 256  # a part of the cache is written after this many images
 IMAGES_SCHEMA = pa.schema(
     {
         "model": pa.string(),
@@ -99,7 +100,7 @@ def score_models(
             A function that loads the scorer, for each metric, such as `{"pickscore": PickScoreScorer}`. A scorer is
             loaded after the previous one was released from memory.
         output_dir (`str` or `Path`):
-            Folder of the evaluation. Scores are cached in its `scores/<metric>.parquet`.
+            Folder of the evaluation. Scores are cached in its `scores/<metric>.parquet`, until a metric is done in parts beside it.
         batch_size (`int`, *optional*, defaults to `16`):
             Number of images per batch.
         retry_errors (`bool`, *optional*, defaults to `False`):
@@ -253,6 +254,7 @@ def score_metric(
     size = batch_size * math.ceil(
         IMAGES_AT_ONCE / batch_size
     )  # whole batches, so that a continued run has the same ones
+    parts, numbers = part_files(path), count(len(part_files(path)))
     with tqdm(total=len(files), initial=len(files) - len(pending), desc=name, disable=disable_tqdm) as progress:
         for chunk in batched(pending, size):
             scores = scorer.score(
@@ -260,11 +262,19 @@ def score_metric(
                 [prompt for _, _, prompt in chunk] if scorer.needs_prompts else None,
                 batch_size=batch_size,
             )
-            for place, (wanted, value) in enumerate(zip(chunk, scores.values, strict=True)):
-                known[wanted[0]] = CachedScore(*wanted, value, scores.errors.get(place))
-            cached = pa.Table.from_pylist([row._asdict() for row in known.values()], schema=CACHE_SCHEMA)
-            write_table(path, cached.replace_schema_metadata({"weights": json.dumps(scorer.weights)}))
+            scored = {
+                wanted[0]: CachedScore(*wanted, value, scores.errors.get(place))
+                for place, (wanted, value) in enumerate(zip(chunk, scores.values, strict=True))
+            }
+            known |= scored
             progress.update(len(chunk))
+            if chunk[-1] != pending[-1]:
+                parts.append(path.with_name(f"{path.name}.part-{next(numbers):06d}"))
+                write_scores(parts[-1], scored, scorer.weights)
+    if pending or parts:
+        write_scores(path, known, scorer.weights)
+        for part in parts:
+            part.unlink()
     known |= {image: CachedScore(image, "", None, None, reason) for image, reason in left_out.items()}
     of_images = [known[image] for image in files]
     return [cached.score for cached in of_images], {
@@ -274,21 +284,33 @@ def score_metric(
     }
 
 
+def part_files(path: Path) -> list[Path]:
+    """The files that a run that was stopped left, in their order."""
+    return sorted(path.parent.glob(f"{path.name}.part-*[0-9]"))
+
+
 def read_cache(path: Path, name: str, weights: dict[str, str]) -> dict[str, CachedScore]:
-    """Reads the cached scores of an earlier run, by image file. Scores of other weights are ignored."""
-    if not path.exists():
-        return {}
-    table = pq.read_table(path)
-    earlier = json.loads(table.schema.metadata[b"weights"])
-    if earlier != weights:
-        logger.warning(
-            "`%s` was computed with the weights %s, but they are now %s: all images are scored again.",
-            name,
-            earlier,
-            weights,
-        )
-        return {}
-    return {row["image"]: CachedScore(**row) for row in table.to_pylist()}
+    """Reads the cached scores of an earlier run and of one that was stopped, by image file. Scores of other weights are ignored."""
+    known = {}
+    for file in [path] * path.exists() + part_files(path):
+        table = pq.read_table(file)
+        earlier = json.loads(table.schema.metadata[b"weights"])
+        if earlier == weights:
+            known |= {row["image"]: CachedScore(**row) for row in table.to_pylist()}
+        elif file == path:
+            logger.warning(
+                "`%s` was computed with the weights %s, but they are now %s: all images are scored again.",
+                name,
+                earlier,
+                weights,
+            )
+    return known
+
+
+def write_scores(path: Path, scores: dict[str, CachedScore], weights: dict[str, str]) -> None:
+    """Writes scores with the weights that gave them."""
+    table = pa.Table.from_pylist([row._asdict() for row in scores.values()], schema=CACHE_SCHEMA)
+    write_table(path, table.replace_schema_metadata({"weights": json.dumps(weights)}))
 
 
 def write_table(path: Path, table: pa.Table) -> None:
