@@ -20,7 +20,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from .world import BACKGROUND, COLORS, KINDS, SIZE, Shape, check_size, coverage, look_past_bite, png_bytes, square_box
+from .world import (
+    BACKGROUND,
+    COLORS,
+    KINDS,
+    SIZE,
+    Shape,
+    check_size,
+    coverage,
+    look_past_bite,
+    png_bytes,
+    product_of,
+    square_box,
+)
 
 
 if TYPE_CHECKING:
@@ -162,13 +174,13 @@ def sample_painting(
 
 
 @lru_cache
-def templates() -> tuple[np.ndarray, np.ndarray, list[tuple[str, float]], np.ndarray]:
+def templates() -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[str, float]], np.ndarray]:
     """
     Every whole shape, on a grid of half a pixel.
 
     Returns:
-        `tuple`: coverages `(x, y, kinds and sides, pixels)`, their squares, the `(kind, side)` of the third axis, and
-        the centres' x of the first.
+        `tuple`: coverages `(x, y, kinds and sides, pixels)`, their squares, the sums of these, the `(kind, side)` of the third
+        axis, and the centres' x of the first.
     """
     # The shapes of models may lie a little outside the range of the training images
     xs = MIDDLE + np.arange(-ASIDE[1] - 1, ASIDE[1] + 1.01, 0.5)
@@ -177,7 +189,15 @@ def templates() -> tuple[np.ndarray, np.ndarray, list[tuple[str, float]], np.nda
     masks = np.empty((len(xs), len(ys), len(shapes), SIZE * SIZE), dtype=np.float32)
     for (i, x), (j, y), (k, (kind, side)) in product(enumerate(xs), enumerate(ys), enumerate(shapes)):
         masks[i, j, k] = coverage(Shape(kind, "red", square_box(x, y, side), False)).ravel()
-    return masks, masks**2, shapes, xs
+    return masks, masks**2, (masks**2).sum(axis=-1), shapes, xs
+
+
+@lru_cache
+def coarse_templates() -> np.ndarray:
+    """The coverages on a grid of two pixels, each divided by its length."""
+    masks, _, sizes, _, _ = templates()
+    grid = np.s_[::4, ::4, ::2]
+    return masks[grid] / np.sqrt(sizes[grid][..., None])
 
 
 def find_shape(departure: np.ndarray, tints: np.ndarray) -> tuple[float, tuple[int, int, int], int]:
@@ -194,35 +214,38 @@ def find_shape(departure: np.ndarray, tints: np.ndarray) -> tuple[float, tuple[i
         `tuple`: the share of the departure that the best template in the best tint explains, however pale it is (the
         squared cosine between the two), the template, and the tint, the last two as indices.
     """
-    masks, squares = (table[::4, ::4, ::2] for table in templates()[:2])
     directions = tints / np.maximum(np.linalg.norm(tints, axis=1, keepdims=True), 1)  # 0 if the ground has the colour
-    overlap = masks @ (departure @ directions.T) / np.sqrt(squares.sum(-1, keepdims=True))
+    overlap = product_of(coarse_templates(), departure @ directions.T)
     x, y, shape, tint = np.unravel_index(overlap.argmax(), overlap.shape)
     share = max(overlap[x, y, shape, tint], 0) ** 2 / max((departure**2).sum(), 1e-6)
     return float(share), (4 * x, 4 * y, 2 * shape), int(tint)
 
 
-def fit_outline(drawn: np.ndarray, seen: np.ndarray, near: tuple[int, int, int]) -> tuple[float, tuple[int, int, int]]:
+def fit_outline(
+    drawn: np.ndarray, near: tuple[int, int, int], seen: np.ndarray | None = None
+) -> tuple[float, tuple[int, int, int]]:
     """
     Find the whole shape that agrees best with the image, by the intersection over union of their coverages.
 
     Args:
         drawn (`np.ndarray` of shape `(pixels,)`):
             How much of each pixel the shape in the image covers, whatever its colour.
-        seen (`np.ndarray` of shape `(pixels,)`):
-            1 where to look, 0 elsewhere.
         near (`tuple[int, int, int]`):
             A template. Those whose centres are at most a pixel and a half away are tried, of all kinds and sides.
+        seen (`np.ndarray` of shape `(pixels,)`, *optional*):
+            1 where to look, 0 elsewhere. Defaults to everywhere.
 
     Returns:
         `tuple`: the agreement, at most 1, and the template.
     """
-    masks, squares, _, _ = templates()
+    masks, squares, sizes, _, _ = templates()
     x_from, y_from = (max(index - 3, 0) for index in near[:2])
     window = slice(x_from, near[0] + 4), slice(y_from, near[1] + 4)
-    drawn = drawn * seen
+    whole = sizes[window]
+    if seen is not None:
+        drawn, whole = drawn * seen, squares[window] @ seen
     overlap = masks[window] @ drawn
-    agreement = overlap / ((drawn**2).sum() + squares[window] @ seen - overlap)
+    agreement = overlap / ((drawn**2).sum() + whole - overlap)
     x, y, shape = np.unravel_index(agreement.argmax(), agreement.shape)
     return float(agreement[x, y, shape]), (x_from + int(x), y_from + int(y), int(shape))
 
@@ -254,7 +277,7 @@ def inspect_painting(image: Image.Image, prompt: str) -> PaintingFinding:
     departure = pixels.reshape(-1, 3) - ground
     tints = np.array(list(COLORS.values()), dtype=np.float32) - ground
     share, template, color = find_shape(departure, tints)
-    tint, (masks, _, shapes, xs) = tints[color], templates()
+    tint, (masks, _, _, shapes, xs) = tints[color], templates()
     depth = departure @ tint / max(tint @ tint, 1)  # 0 on the ground, 1 where the full colour is
     chroma = float(np.median(depth[masks[template] > 0.99]))
     if share < MATCH_SHARE or chroma < MATCH_CHROMA:
@@ -262,14 +285,13 @@ def inspect_painting(image: Image.Image, prompt: str) -> PaintingFinding:
 
     # From here on a pale shape counts like a vivid one, and faint noise on either side of the outline does not count.
     drawn = np.clip((depth / chroma - 0.2) / 0.6, 0, 1)
-    everywhere = np.ones_like(drawn)
-    quality, template = fit_outline(drawn, everywhere, template)
+    quality, template = fit_outline(drawn, template)
     if quality < MATCH_QUALITY:
         return PaintingFinding(False, tuple(positives), others(positives))
     if quality >= WHOLE_QUALITY:
         positives.append("outline")
     else:
-        _, template = fit_outline(drawn, look_past_bite(drawn, masks[template], SIDE), template)
+        _, template = fit_outline(drawn, template, look_past_bite(drawn, masks[template], SIDE))
     if np.median(depth[masks[template] > 0.99]) >= VIVID_FROM:
         positives.append("chroma")
     if abs(xs[template[0]] - MIDDLE) < CENTERED_WITHIN:

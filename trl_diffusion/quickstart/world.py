@@ -18,6 +18,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
 
 
@@ -228,12 +229,12 @@ def sample_named(rng: np.random.Generator) -> tuple[tuple[str, str], tuple[str, 
 @lru_cache
 def templates(
     place: Place,
-) -> tuple[np.ndarray, np.ndarray, list[tuple[str, tuple[float, float, float, float]]]]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[str, tuple[float, float, float, float]]]]:
     """
     Every whole shape that may stand in a place, on a grid of half a pixel.
 
     Returns:
-        `tuple`: coverages `(templates, pixels of the place)`, their squares, and the `(kind, box)` of each.
+        `tuple`: coverages `(templates, pixels of the place)`, their squares, the sums of these, and the `(kind, box)` of each.
     """
     margin = 1.0  # the shapes of models may lie a little outside the places of the training images
     x_offsets, y_offsets = (np.arange(-(j + margin), j + margin + 0.01, 0.5) for j in place.jitter)
@@ -244,10 +245,15 @@ def templates(
         masks.append(coverage(Shape(kind, "red", box, False))[:, slice(*place.columns)].ravel())
         drawn.append((kind, box))
     masks = np.array(masks, dtype=np.float32)
-    return masks, masks**2, drawn
+    return masks, masks**2, (masks**2).sum(axis=1), drawn
 
 
-def best_fit(departure: np.ndarray, seen: np.ndarray, place: Place) -> tuple[float, int, int]:
+def product_of(masks: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`masks @ values`. By torch: on a matrix this thin the threads of NumPy's BLAS wait for each other."""
+    return (torch.from_numpy(masks) @ torch.from_numpy(values)).numpy()
+
+
+def best_fit(departure: np.ndarray, place: Place, seen: np.ndarray | None = None) -> tuple[float, int, int]:
     """
     Find the whole shape whose rendering is closest to the image.
 
@@ -259,19 +265,19 @@ def best_fit(departure: np.ndarray, seen: np.ndarray, place: Place) -> tuple[flo
     Args:
         departure (`np.ndarray` of shape `(pixels, 3)`):
             The image minus the background.
-        seen (`np.ndarray` of shape `(pixels,)`):
-            1 where to look, 0 elsewhere.
         place (`Place`):
             Where these pixels are.
+        seen (`np.ndarray` of shape `(pixels,)`, *optional*):
+            1 where to look, 0 elsewhere. Defaults to everywhere.
 
     Returns:
         `tuple`: `(quality, template, color)`, the last two as indices.
     """
-    masks, squares, _ = templates(place)
-    departure = departure * seen[:, None]
-    # (templates, colours). A product for each colour: on a matrix this thin the threads of BLAS wait for each other.
-    overlap = np.stack([masks @ projection for projection in DEPARTURES @ departure.T], axis=1)
-    drawn, whole = (departure**2).sum(), (squares @ seen)[:, None] * (DEPARTURES**2).sum(1)
+    masks, squares, sizes, _ = templates(place)
+    if seen is not None:
+        departure, sizes = departure * seen[:, None], product_of(squares, seen)
+    overlap = product_of(masks, departure @ DEPARTURES.T)  # (templates, colours)
+    drawn, whole = (departure**2).sum(), sizes[:, None] * (DEPARTURES**2).sum(1)
     quality = overlap / (drawn + whole - overlap)
     template, color = np.unravel_index(quality.argmax(), quality.shape)
     return float(quality[template, color]), int(template), int(color)
@@ -350,14 +356,14 @@ def inspect_place(image: Image.Image, place: Place, named: tuple[str, str]) -> F
     check_size(image)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) - np.array(BACKGROUND, dtype=np.float32)
     departure = pixels[:, slice(*place.columns)].reshape(-1, 3)
-    quality, template, color = best_fit(departure, np.ones(len(departure), dtype=np.float32), place)
+    quality, template, color = best_fit(departure, place)
     if quality < MATCH_QUALITY:
         return Finding(match=False, clean=False, quality=quality, box=None)
     clean = quality >= CLEAN_QUALITY
     if not clean:
         mask, tint = templates(place)[0][template], DEPARTURES[color]
         past_bite = look_past_bite(departure @ tint / (tint @ tint), mask, place.side, place.columns)
-        _, template, color = best_fit(departure, past_bite, place)
+        _, template, color = best_fit(departure, place, past_bite)
     kind, box = templates(place)[-1][template]
     return Finding((list(COLORS)[color], kind) == named, clean, quality, box)
 

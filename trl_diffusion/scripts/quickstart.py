@@ -58,7 +58,7 @@ class QuickstartArguments:
             Paintings to train on, in the second half.
         max_steps (`int`, *optional*, defaults to `110`):
             Optimizer steps of each training.
-        num_samples (`int`, *optional*, defaults to `1024`):
+        num_samples (`int`, *optional*, defaults to `512`):
             Images that each model generates.
     """
 
@@ -77,7 +77,7 @@ class QuickstartArguments:
     num_pairs: int = field(default=2048, metadata={"help": "Preference pairs to train on, in the first half."})
     num_paintings: int = field(default=2048, metadata={"help": "Paintings to train on, in the second half."})
     max_steps: int = field(default=110, metadata={"help": "Optimizer steps of each training."})
-    num_samples: int = field(default=1024, metadata={"help": "Images that each model generates."})
+    num_samples: int = field(default=512, metadata={"help": "Images that each model generates."})
 
 
 # Rough seconds on one core for a row of the data, an optimizer step and an image. For the UNet's defaults they give 425 s in all,
@@ -106,35 +106,34 @@ def main(args: QuickstartArguments) -> None:
                 pool.submit(annotate, experiment, num_rows[world], args.seed, args.output_dir): world
                 for world, experiment in experiments.items()
             }
-        annotations = {}
-        for run in as_completed(annotating):
-            annotations[annotating[run]] = run.result()
-            progress.done(f"annotate the {annotating[run]}", f"{run.result()[1]['ok']} rows")
         sizes = (args.max_steps, args.num_samples, args.seed, args.output_dir)
-        runs = {
-            pool.submit(
-                run_arm, experiments[world], args.model, name, annotations[world][0], num_rows[world], *sizes
-            ): (
-                world,
-                name,
-            )
-            for world, names in worlds.items()
-            for name in names
-        }
+        annotations, runs = {}, {}
+
+        def submit(world: str, name: str) -> None:
+            rows = annotations[world][0], num_rows[world]
+            runs[pool.submit(run_arm, experiments[world], args.model, name, *rows, *sizes)] = world, name
+
+        for run in as_completed(annotating):
+            world = annotating[run]
+            annotations[world] = run.result()
+            progress.done(f"annotate the {world}", f"{annotations[world][1]['ok']} rows")
+            for name in experiments[world].arms:
+                submit(world, name)
+        for world in worlds:  # the shortest last, so that neither process waits long for the other
+            submit(world, "base")
+        outcomes = {}
         for run in as_completed(runs):
             world, name = runs[run]
-            _, _, seconds, figures = run.result()
+            scores, images, seconds, figures = run.result()
+            outcomes[world, name] = scores, images
             progress.done(title(experiments[world], name), figures, seconds)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    outcomes = {world: {} for world in worlds}
-    for run, (world, name) in runs.items():
-        outcomes[world][name] = run.result()[:2]
 
     for world, file in (("scenes", "samples.png"), ("paintings", "paintings.png")):
-        images = [first_images for _, first_images in outcomes[world].values()]
+        images = [outcomes[world, name][1] for name in worlds[world]]
         comparison(experiments[world], images, args.num_samples, args.seed).save(folder / file)
-    scores = {world: {name: scores for name, (scores, _) in arms.items()} for world, arms in outcomes.items()}
+    scores = {world: {name: outcomes[world, name][0] for name in names} for world, names in worlds.items()}
     results = scores["scenes"] | {
         "cpo": scores["paintings"],
         "annotations": {world: counts for world, (_, counts) in annotations.items()},
