@@ -77,10 +77,10 @@ CASES = [
 @pytest.mark.parametrize(
     ("kind", "family", "settings"), CASES, ids=["-".join((*case[:2], *case[2].keys())) for case in CASES]
 )
-def test_a_micro_batch_waits_for_nothing(tmp_path, kind, family, settings):
+def test_a_micro_batch_waits_for_no_result(tmp_path, kind, family, settings):
     """
-    After the first step no result is asked for between two optimizer steps, and no copy to the device waits but those of the tokens
-    of a prompt that is encoded in the step.
+    After the first step no result is asked for between two optimizer steps. The copies to the device that wait are known: those of
+    the tokens of a prompt that is encoded in the step, and at most one or two tensors that are made of lists.
     """
     trainer = make(kind, family, tmp_path, lora(), **settings)
     rows = [trainer.train_dataset[index] for index in (0, 1)]
