@@ -6,7 +6,8 @@ Commands as processes of their own: started, signalled, timed, and looked for wh
 
 Importing the libraries takes longer than what most tests look at. Processes are therefore forked from a server that has
 imported them once, and in which nothing else happened. What has to start as a user starts it uses `subprocess`:
-`test_quiet.py` a whole training through `accelerate launch`, `test_parser.py` `python -m`.
+`test_quiet.py` a whole training through `accelerate launch`, `test_parser.py` `python -m`. Where `accelerate launch` starts two
+processes, Python starts anew in both.
 """
 
 import multiprocessing

@@ -1,18 +1,14 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-import subprocess
-import sys
-from pathlib import Path
-
 from tests import tiny
+from tests.cli.processes import run_distributed
 from trl_diffusion.evaluation.generate import generate
 from trl_diffusion.evaluation.models import resolve_model
 from trl_diffusion.evaluation.prompts import load_prompts
 from trl_diffusion.evaluation.protocols import Protocol
 
 
-ROOT = Path(__file__).parents[2]
 PROTOCOL = Protocol(num_inference_steps=2, guidance_scale=3.0, images_per_prompt=2)
 # What each process draws and returns goes to a file of its own
 SCRIPT = """
@@ -57,12 +53,11 @@ def test_two_processes_draw_what_one_does(tmp_path):
     generate(spec, prompts.select(1), PROTOCOL, tmp_path / "two", batch_size=1, use_cpu=True, disable_tqdm=True)
 
     (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run([*launcher, tmp_path / "script.py", tmp_path], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
+    results = run_distributed([tmp_path / "script.py", tmp_path])
+    assert all(result.returncode == 0 for result in results), "".join(result.stderr for result in results)
     ends = [(tmp_path / f"process-{rank}").read_text().split("\n") for rank in (0, 1)]
     assert [drawn.split() for drawn, _ in ends] == [["00001/0", "00002/0"], ["00001/1", "00002/1"]]
     assert {returned for _, returned in ends} == {" ".join(row.path.name for row in rows)}
     files = [{path.name: path.read_bytes() for path in (tmp_path / run).rglob("*.png")} for run in ("one", "two")]
     assert files[0] == files[1] and len(files[0]) == 6
-    assert result.stderr.count("Sampling with m:   0%") == 1  # one bar
+    assert [result.stderr.count("Sampling with m:   0%") for result in results] == [1, 0]  # one bar
