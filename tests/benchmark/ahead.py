@@ -6,7 +6,7 @@ What the training thread spends on noise and on rows that were precomputed, befo
 during the step before). Times are CPU time of the training thread, in milliseconds.
 
 ```bash
-OMP_NUM_THREADS=1 python -m tests.benchmark.ahead --output ahead.json
+OMP_NUM_THREADS=1 python -m tests.benchmark.ahead --output docs/source/benchmarks/ahead_cpu.json
 ```
 """
 

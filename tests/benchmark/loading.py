@@ -6,7 +6,7 @@ Pairs that one core prepares in a second: JPEG files are decoded, resized, cropp
 by the way it was done before, which packed 32-bit numbers. Both take turns; times are CPU time of the one thread.
 
 ```bash
-OMP_NUM_THREADS=1 python -m tests.benchmark.loading --output loading.json
+OMP_NUM_THREADS=1 python -m tests.benchmark.loading --output docs/source/benchmarks/loading_cpu.json
 ```
 """
 
