@@ -272,3 +272,10 @@ def test_timestep_weights_at_zero_terminal_snr():
             assert weights.isfinite().all()
     with pytest.raises(ValueError, match="'constant', 'min_snr' or 'sigmoid'"):
         timestep_weights(torch.arange(3), process, "snr")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (4, 5, 5), (16, 33, 31)])
+def test_noise_is_that_of_torch_randn(shape):
+    """Each row is `torch.randn` with the generator of its key, bit for bit, however few numbers it has."""
+    expected = [torch.randn(shape, generator=keyed_generator(*key, "noise")) for key in keys(3)]
+    assert torch.equal(keyed_noise(keys(3), shape), torch.stack(expected))

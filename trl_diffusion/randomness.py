@@ -28,7 +28,9 @@ def keyed_generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
 
 
-def keyed_noise(keys: list[tuple], shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
+def keyed_noise(
+    keys: list[tuple], shape: tuple[int, ...], device: torch.device | str = "cpu", pin_memory: bool = False
+) -> torch.Tensor:
     """
     Samples standard normal noise, independently for each key.
 
@@ -39,9 +41,14 @@ def keyed_noise(keys: list[tuple], shape: tuple[int, ...], device: torch.device 
             Shape of one row's noise, such as `(C, h, w)`.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Device of the result.
+        pin_memory (`bool`, *optional*, defaults to `False`):
+            Sample in pinned memory, which is always done for CUDA: only from there does a copy not block.
 
     Returns:
         `torch.Tensor` of shape `(B, *shape)`: float32.
     """
-    noise = torch.stack([torch.randn(shape, generator=keyed_generator(*key, "noise")) for key in keys])
+    pin_memory = pin_memory or torch.device(device).type == "cuda"
+    noise = torch.empty(len(keys), *shape, dtype=torch.float32, pin_memory=pin_memory)
+    for row, key in zip(noise, keys, strict=True):
+        row.normal_(generator=keyed_generator(*key, "noise"))
     return noise.to(device, non_blocking=True)

@@ -13,7 +13,15 @@ from datasets import Dataset, Features, List, Value
 
 from tests.cli.processes import start, wait_until
 from trl_diffusion.data import caching
-from trl_diffusion.data.caching import TensorCache, is_precomputed, precompute_dataset, read_example, write_example
+from trl_diffusion.data.caching import (
+    TensorCache,
+    is_precomputed,
+    precompute_dataset,
+    read_batch,
+    read_example,
+    stack_padded,
+    write_example,
+)
 
 
 FEATURES = Features({"id": Value("string"), "names": List(Value("string"))})
@@ -329,3 +337,38 @@ def encoded(rows: list[dict]) -> list[dict]:
     return [
         {"id": row["id"], "names": [], "x": torch.tensor([row["value"], 2 * row["value"]]).float()} for row in rows
     ]
+
+
+def test_a_look_up_stacks_what_was_written(tmp_path):
+    """Every type and shape, scalars and empty tensors, and lengths that differ: as if each row were read and stacked."""
+    rows = [
+        {
+            "key": str(row),
+            "half": torch.randn(2 + row, 3).half(),
+            "brain": torch.randn(2, 3).bfloat16(),
+            "count": torch.tensor(row),
+            "flags": torch.tensor([True] * row, dtype=torch.bool),
+            "none": torch.zeros(0, 4),
+            "bytes": torch.full((2, 1), 200 + row, dtype=torch.uint8),
+            "double": torch.randn(1, dtype=torch.float64),
+            "int": torch.tensor([row], dtype=torch.int32),
+        }
+        for row in range(5)
+    ]
+    dataset = precompute_dataset(
+        Dataset.from_dict({"key": [row["key"] for row in rows]}),
+        lambda batch: [rows[int(row["key"])] for row in batch],
+        Features({"key": Value("string")}),
+        *("rows", "fingerprint", tmp_path, 2),
+    )
+    cache, keys = TensorCache(dataset, "key"), ["3", "0", "3", "4"]
+    found = cache[keys]
+    assert found.keys() == rows[0].keys() - {"key"}
+    for name, values in found.items():
+        assert torch.equal(values, stack_padded([rows[int(key)][name] for key in keys])), name
+        assert values.dtype == rows[0][name].dtype
+    with pytest.raises(KeyError):
+        cache[["5"]]
+    batch = read_batch([dataset[int(key)] for key in keys])
+    assert batch.pop("key") == keys and batch.keys() == found.keys()
+    assert all(torch.equal(batch[name], found[name]) for name in batch)

@@ -3,6 +3,7 @@
 
 """Tensors that are computed once and stored in Arrow files."""
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, Features, Value
@@ -64,6 +66,21 @@ def read_example(row: dict[str, Any]) -> dict[str, Any]:
         `dict`: the example.
     """
     return {name: value for name, value in row.items() if name != TENSORS} | safetensors.load(row[TENSORS])
+
+
+def read_batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """
+    Unpacks several examples of [`data.caching.write_example`] at once, copying each tensor once.
+
+    Args:
+        rows (`list[dict]` of length `B`):
+            Rows.
+
+    Returns:
+        `dict`: tensors whose first dimension is `B`, see [`data.caching.stack_padded`], and lists of `B` values.
+    """
+    values = {name: [row[name] for row in rows] for name in rows[0] if name != TENSORS}
+    return values | _stack_rows([np.frombuffer(row[TENSORS], np.uint8) for row in rows])
 
 
 def precompute_dataset(
@@ -275,9 +292,36 @@ class TensorCache:
         Raises:
             `KeyError`: If a key was not precomputed.
         """
-        rows = self.dataset[[self.places[key] for key in keys]][TENSORS]
-        examples = [safetensors.load(row) for row in rows]
-        return {name: stack_padded([example[name] for example in examples]) for name in examples[0]}
+        return self.look_up(keys)
+
+    def look_up(self, keys: list[str | None], pin_memory: bool = False) -> dict[str, torch.Tensor]:
+        """As `cache[keys]`, with a result in pinned memory if asked for. Each row is copied once, out of the file."""
+        column = self.dataset.data.column(TENSORS)
+        return _stack_rows([np.frombuffer(column[self.places[key]].as_buffer(), np.uint8) for key in keys], pin_memory)
+
+
+DTYPES = {
+    **{"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64},
+    **{"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool},
+}  # in the safetensors format
+
+
+def _stack_rows(rows: list[np.ndarray], pin_memory: bool = False) -> dict[str, torch.Tensor]:
+    """The tensors of rows in the safetensors format, stacked as [`data.caching.stack_padded`] does."""
+    # 8 bytes with the length of the header, the header, the data
+    starts = [8 + int.from_bytes(row[:8].tobytes(), "little") for row in rows]
+    headers = [json.loads(row[8:start].tobytes()) for row, start in zip(rows, starts, strict=True)]
+    stacked = {}
+    for name, first in headers[0].items():
+        shapes = [header[name]["shape"] for header in headers]
+        ends = [[start + end for end in header[name]["data_offsets"]] for start, header in zip(starts, headers)]
+        parts = [row[start:end] for row, (start, end) in zip(rows, ends, strict=True)]
+        tensor = torch.zeros(len(rows), *max(shapes), dtype=DTYPES[first["dtype"]], pin_memory=pin_memory)
+        memory = tensor.view(torch.uint8).numpy().reshape(len(rows), max(map(len, parts)))
+        for place, part in zip(memory, parts, strict=True):
+            place[: len(part)] = part  # padding of the first dimension comes last
+        stacked[name] = tensor
+    return stacked
 
 
 def stack_padded(values: list[torch.Tensor]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from datasets import List, Value
 from ..criteria import Criteria
 from ..randomness import keyed_generator
 from .buckets import nearest_bucket
-from .caching import is_precomputed, read_example, stack_padded
+from .caching import is_precomputed, read_batch, read_example, stack_padded
 from .formats import (
     check_attributes,
     check_instances,
@@ -68,6 +68,8 @@ class ImageCollator:
         Raises:
             `ValueError`: If a row is invalid. The message names the row and the column.
         """
+        if all(map(is_precomputed, rows)):
+            return read_batch(rows)
         examples = [read_example(row) if is_precomputed(row) else self.prepare(row) for row in rows]
         return {name: _batch([example[name] for example in examples]) for name in examples[0]}
 

@@ -4,7 +4,7 @@
 """The loop that all trainers share. Objectives live in the trainers' own files."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,8 @@ class DiffusionTrainer(_BaseTrainer):
             self.policy.to(memory_format=torch.channels_last)
         self.base = base_fingerprint(self.policy)  # as it is before the training
         self.randomness = RowRandomness(args.seed, self.process, args.prompt_dropout, self._moment)
-        self.noiser = Noiser(self.process, self.image_columns, args)
+        self.noiser = Noiser(self.process, self.image_columns, args, self.encoder.ahead.noise)
+        self.need = partial(self.encoder.need, self.randomness, self.prompts_of, args.noise_source == "random")
         self.noised_caches: list[TensorCache] = []  # one for each epoch
         self.meters = Meters(self.accelerator)
         self.finish_init()
@@ -244,9 +245,8 @@ class DiffusionTrainer(_BaseTrainer):
         self.model.train()  # as in a step
         rows = self._bucket_sampler(dataset) if args.aspect_ratio_buckets else dataset
         depends_on = noising_settings(args, self.encoder), self._frozen_fingerprints()
-        self.noised_caches = self.files.by_epoch(
-            dataset, num_epochs(len(rows), args), self._noised_tensors, depends_on
-        )
+        epochs = num_epochs(len(rows), args)
+        self.noised_caches = self.files.by_epoch(dataset, epochs, self._noised_tensors, depends_on)
         self.state.epoch = 0
         self.meters.averages("train")  # none of these was a step
         self.model.train(self.denoiser_was_training)
@@ -291,6 +291,7 @@ class DiffusionTrainer(_BaseTrainer):
         losses, is_padding = torch.stack(losses).mean(dim=0), self.meters.is_padding
         self.record({"loss": losses})
         if self.model.training:
+            self.encoder.ahead.advance()
             self.health.losses.append((inputs["id"], losses.detach(), is_padding))
         loss = mean_over_rows(losses, is_padding, num_items_in_batch, self.args.world_size)
         return (loss, {"losses": losses}) if return_outputs else loss
@@ -304,9 +305,10 @@ class DiffusionTrainer(_BaseTrainer):
         return count_rows(batch_samples, self.accelerator)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, num_rows = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, num_rows = super().get_batch_samples(self.encoder.ahead.read(epoch_iterator), num_batches, device)
         # A stream may end within a step. The Trainer steps after the last micro-batch only, so the missing ones count nothing
         batches += [as_padding(batches[-1]) for _ in range(num_batches - len(batches)) if batches]
+        self.encoder.ahead.plan(partial(self.need, self.noised_caches[self._epoch :][:1]), batches, self.state)
         return batches, num_rows
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
@@ -315,11 +317,11 @@ class DiffusionTrainer(_BaseTrainer):
 
     def noised_batches(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Iterator[NoisedBatch]:
         """The noised latents of a batch with the frozen models' predictions: once in training, at 8 timesteps in evaluation."""
-        keys = [self.randomness.key(row_id, column) for column in self.image_columns for row_id in inputs["id"]]
-        latents = self.encoder.sample_latents(inputs, keys)
+        latents = self.encoder.sample_latents(inputs, self.randomness.image_keys(inputs["id"], self.image_columns))
         batch = self.prepare_batch(inputs, latents)
         if self.model.training and self._epoch < len(self.noised_caches):
-            yield self.noiser.cached(batch, latents, self.noised_caches[self._epoch][inputs["id"]])
+            tensors = self.encoder.ahead.rows(self.noised_caches[self._epoch], inputs["id"])
+            yield self.noiser.cached(batch, latents, tensors)
             return
         for timesteps, keys in self.randomness.timesteps(inputs["id"], latents.shape[2:]):
             with self.reference.lend(model) if self.args.reference_inverts else nullcontext(model) as inverter:
@@ -338,7 +340,8 @@ class DiffusionTrainer(_BaseTrainer):
         return self.backbone.predict(model, noised.noisy_latents, noised.timesteps, noised.batch["conditions"])
 
     def train(self, *args, **kwargs):
-        with training_mode(self.policy, self.denoiser_was_training):
+        with training_mode(self.policy, self.denoiser_was_training), closing(self.encoder.ahead):
+            self.model.train()  # as in a step: the first batch is made ready before it
             return super().train(*args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -426,23 +429,19 @@ class DiffusionTrainer(_BaseTrainer):
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
         """Writes the model card, `README.md` in the output directory, by default named after it or after `hub_model_id`."""
-        if not self.is_world_process_zero():
-            return
-        card = diffusion_model_card(
-            self.method,
-            self.args,
-            self.backbone.pipeline,
-            is_lora=isinstance(self.policy, PeftModel),
-            resolution=self.resolution,
-            global_step=self.state.global_step,
-            example_prompt=self._example_prompt,
-            further=self._card_parameters,
-            model_name=model_name,
-            model_id=self.hub_model_id,
-            dataset_name=dataset_name,
-            tags=[tags] if isinstance(tags, str) else tags or [],
-        )
-        card.save(Path(self.args.output_dir) / "README.md")
+        if self.is_world_process_zero():
+            diffusion_model_card(
+                *(self.method, self.args, self.backbone.pipeline),
+                is_lora=isinstance(self.policy, PeftModel),
+                resolution=self.resolution,
+                global_step=self.state.global_step,
+                example_prompt=self._example_prompt,
+                further=self._card_parameters,
+                model_name=model_name,
+                model_id=self.hub_model_id,
+                dataset_name=dataset_name,
+                tags=[tags] if isinstance(tags, str) else tags or [],
+            ).save(Path(self.args.output_dir) / "README.md")
 
     def _send_telemetry(self) -> None:
         """TRL counts the use of its own trainers and of transformers' models here; neither is what this is."""

@@ -3,7 +3,7 @@
 
 """Latents and conditions of a batch: encoded in the step, or looked up where they were precomputed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from ..backbones.base import Backbone
 from ..data.caching import TensorCache
 from ..data.transforms import normalize_pixels
-from ..randomness import keyed_noise
+from .ahead import Ahead, Need
 from .fingerprints import module_fingerprint
+from .row_randomness import RowRandomness
 
 
 class BatchEncoder:
@@ -35,6 +36,8 @@ class BatchEncoder:
     Attributes:
         prompt_cache ([`data.caching.TensorCache`], *optional*):
             Text conditions by prompt, where prompts were precomputed.
+        ahead ([`trainer.ahead.Ahead`]):
+            Has noise and conditions of the batch at hand ready.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class BatchEncoder:
         self.image_columns = image_columns
         self.size_conditions = size_conditions
         self.prompt_cache: TensorCache | None = None
+        self.ahead = Ahead(device)
         self.fingerprints: dict[str, str] = {}
         self.borrowed: ExitStack | None = None
 
@@ -93,7 +97,55 @@ class BatchEncoder:
             mean, std = self.encode_images(
                 torch.cat([normalize_pixels(inputs[f"{column}_pixel_values"]) for column in columns])
             )
-        return mean + std * keyed_noise(keys, mean.shape[1:], mean.device)
+        return mean + std * self.ahead.noise(keys, mean.shape[1:], mean.device)
+
+    def need(
+        self,
+        randomness: RowRandomness,
+        prompts_of: Callable[[dict[str, Any]], list[str | None]],
+        is_noised: bool,
+        noised_caches: list[TensorCache],
+        inputs: dict[str, Any],
+        steps: int,
+    ) -> Need:
+        """
+        What a batch draws and looks up in training, as far as it is known beforehand.
+
+        Args:
+            randomness ([`trainer.row_randomness.RowRandomness`]):
+                The randomness of rows.
+            prompts_of (`Callable`):
+                From a row to all prompts that may be looked up for it.
+            is_noised (`bool`):
+                Whether rows are noised by random noise.
+            noised_caches (`list[TensorCache]`):
+                The cache of noised rows that the epoch reads, if there is one.
+            inputs (`dict`):
+                A batch of the collator.
+            steps (`int`):
+                The number of steps until it is trained on.
+
+        Returns:
+            [`trainer.ahead.Need`]
+        """
+        randomness, ids = randomness.later(steps), inputs["id"]
+        noise = [randomness.image_keys(ids, self.image_columns)]
+        if is_noised and not noised_caches:
+            noise.append([randomness.key(row_id) for row_id in ids])
+        rows = dict.fromkeys(noised_caches, ids)
+        if self.prompt_cache is not None:
+            texts = {name: values for name, values in inputs.items() if isinstance(values, list)}
+            examples = [dict(zip(texts, values, strict=True)) for values in zip(*texts.values(), strict=True)]
+            rows[self.prompt_cache] = list(dict.fromkeys(prompt for row in examples for prompt in prompts_of(row)))
+        return Need(noise, self.latent_shape(inputs), rows)
+
+    def latent_shape(self, inputs: dict[str, Any]) -> tuple[int, ...]:
+        """Shape `(C, h, w)` of the latents of a batch's images."""
+        column = self.image_columns[0]
+        if f"{column}_latents_mean" in inputs:
+            return tuple(inputs[f"{column}_latents_mean"].shape[1:])
+        sides = (side // self.backbone.vae_scale_factor for side in inputs[f"{column}_pixel_values"].shape[2:])
+        return self.backbone.pipeline.vae.config.latent_channels, *sides
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
@@ -109,8 +161,7 @@ class BatchEncoder:
         """
         device = self.device
         if self.prompt_cache is not None and all(prompt in self.prompt_cache.places for prompt in prompts):
-            conditions = self.prompt_cache[prompts]
-            return {name: value.to(device, non_blocking=True) for name, value in conditions.items()}
+            return self.ahead.rows(self.prompt_cache, prompts)
         different = list(dict.fromkeys(prompts))
         with self._autocast(), self._borrow(*self.backbone.text_encoder_names):
             conditions = self.backbone.encode_prompts(different)

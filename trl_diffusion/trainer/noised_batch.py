@@ -52,12 +52,21 @@ class Noiser:
             The `n` image columns of a row.
         args ([`DiffusionConfig`]):
             `noise_source`, `inversion_steps` and `inversion_eta` are read.
+        make_noise (`Callable`, *optional*, defaults to [`randomness.keyed_noise`]):
+            Makes the noise, or has it ready.
     """
 
-    def __init__(self, process: Process, image_columns: tuple[str, ...], args: DiffusionConfig):
+    def __init__(
+        self,
+        process: Process,
+        image_columns: tuple[str, ...],
+        args: DiffusionConfig,
+        make_noise: Callable[[list[tuple], tuple[int, ...], torch.device], torch.Tensor] = keyed_noise,
+    ):
         self.process = process
         self.image_columns = image_columns
         self.args = args
+        self.make_noise = make_noise
 
     def __call__(
         self,
@@ -89,7 +98,7 @@ class Noiser:
         timesteps_on_cpu = timesteps.repeat(num_images)
         timesteps = timesteps_on_cpu.to(device, non_blocking=True)
         if self.args.noise_source == "random":
-            noise = torch.cat([keyed_noise(keys, latents.shape[1:], device)] * num_images)
+            noise = torch.cat([self.make_noise(keys, latents.shape[1:], device)] * num_images)
             noisy_latents = self.process.add_noise(latents, noise, timesteps)
             return NoisedBatch(batch, latents, noise, noisy_latents, timesteps, {})
 
@@ -125,7 +134,7 @@ class Noiser:
         Returns:
             [`trainer.noised_batch.NoisedBatch`]
         """
-        tensors = {name: by_image(value).to(latents.device, non_blocking=True) for name, value in tensors.items()}
+        tensors = {name: by_image(value.to(latents.device, non_blocking=True)) for name, value in tensors.items()}
         timesteps, noisy_latents = tensors.pop("timesteps"), tensors.pop("noisy_latents")
         noise = self.process.explaining_noise(latents, noisy_latents, timesteps)
         return NoisedBatch(batch, latents, noise, noisy_latents, timesteps, tensors)

@@ -35,10 +35,20 @@ class RowRandomness:
         self.prompt_dropout = prompt_dropout
         self.moment = moment
 
+    def later(self, steps: int) -> "RowRandomness":
+        """The randomness of the same rows so many steps from now, within the epoch."""
+        moment = self.moment()
+        moment = moment + steps if isinstance(moment, int) else moment
+        return RowRandomness(self.seed, self.process, self.prompt_dropout, lambda: moment)
+
     def key(self, row_id: str, column: str = "") -> tuple:
         """The key of a row, or of its image in a column, see [`randomness.keyed_generator`]."""
         moment = self.moment()
         return self.seed, "eval" if moment is None else moment, row_id, column
+
+    def image_keys(self, ids: list[str], columns: tuple[str, ...]) -> list[tuple]:
+        """The keys of the images of rows, one column after the other."""
+        return [self.key(row_id, column) for column in columns for row_id in ids]
 
     def drop_prompts(self, prompts: list[str], ids: list[str]) -> list[str | None]:
         """
