@@ -4,17 +4,26 @@
 """Aspect ratio buckets (arXiv:2307.01952, section 2.3): images of many shapes, in batches of one shape each."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
+
+from ..batching import CORES
+from .column_checks import selected
 
 
 logger = get_logger(__name__)
 
+HEADER_BYTES = 1 << 16  # of an image, which hold its size
+ROWS_FOR_PROCESSES = 10_000  # with fewer, processes cost more than they save
 TRAINING_SIZE = "_training_size"  # column of precomputed rows: height and width in pixels
 
 
@@ -64,9 +73,9 @@ def nearest_bucket(sizes: list[tuple[int, int]], buckets: list[tuple[int, int]])
     return min(buckets, key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - shape))
 
 
-def training_sizes(dataset: Dataset, size: Callable[[dict], tuple[int, int]], fingerprint: str) -> list[list[int]]:
+def training_sizes(dataset: Dataset, size: Callable[[dict], tuple[int, int]], fingerprint: str) -> np.ndarray:
     """
-    The training size of each row.
+    The training size of each row. Sizes are read in several processes where there are many rows, and remembered.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -77,16 +86,54 @@ def training_sizes(dataset: Dataset, size: Callable[[dict], tuple[int, int]], fi
             Identifies everything that the sizes depend on besides the rows.
 
     Returns:
-        `list[list[int]]`: height and width in pixels.
+        `np.ndarray` of shape `(N, 2)`: height and width in pixels.
     """
     if TRAINING_SIZE not in dataset.column_names:
-        dataset = dataset.map(
-            lambda row: {TRAINING_SIZE: size(row)},
+        is_custom = dataset.format["type"] == "custom"  # a transform of the user makes the images
+        dataset = (dataset if is_custom else dataset.with_format("arrow")).map(
+            partial(sizes_of_rows, size=size) if is_custom else partial(sizes_by_headers, size=size),
+            batched=True,
+            batch_size=100,
             remove_columns=dataset.column_names,
+            features=Features({TRAINING_SIZE: List(Value("int64"))}),
+            num_proc=CORES if len(dataset) >= ROWS_FOR_PROCESSES and CORES > 1 else None,
             new_fingerprint=Hasher.hash((dataset._fingerprint, fingerprint)),
             desc="Reading the sizes of images",
         )
-    return dataset[TRAINING_SIZE][:]
+    sizes = pc.list_flatten(dataset.data.column(TRAINING_SIZE)).to_numpy().reshape(-1, 2)
+    return selected(dataset, sizes)
+
+
+def sizes_of_rows(batch: dict[str, list], size: Callable[[dict], tuple[int, int]]) -> dict[str, list]:
+    """The training sizes of a batch of rows."""
+    return {TRAINING_SIZE: [size(dict(zip(batch, row, strict=True))) for row in zip(*batch.values(), strict=True)]}
+
+
+def sizes_by_headers(table: pa.Table, size: Callable[[dict], tuple[int, int]]) -> dict[str, list]:
+    """The training sizes of the rows of a table, of which only the first bytes of images are read where they are JPEGs."""
+    table = table.select([name for name in table.column_names if not pa.types.is_list(table[name].type)])
+    headers = table
+    for place, name in enumerate(table.column_names):
+        column = table[name].combine_chunks()
+        if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+            parts = {field.name: pc.struct_field(column, field.name) for field in column.type}
+            if not pa.types.is_null(parts["bytes"].type):
+                parts["bytes"] = pc.binary_slice(parts["bytes"], 0, HEADER_BYTES)
+            headers = headers.set_column(place, name, pa.StructArray.from_arrays(list(parts.values()), list(parts)))
+    sizes = []
+    for number, row in enumerate(headers.to_pylist()):
+        try:
+            if not all(map(_is_jpeg, row.values())):
+                raise ValueError
+            sizes.append(size(row))
+        except ValueError:  # not a header that says all: the error, if any, is that of the whole image
+            sizes.append(size(table.slice(number, 1).to_pylist()[0]))
+    return {TRAINING_SIZE: sizes}
+
+
+def _is_jpeg(value: Any) -> bool:
+    """Whether a value is no image, or the beginning of a JPEG, whose size and orientation come before its pixels."""
+    return not isinstance(value, dict) or (value["bytes"] or b"").startswith(b"\xff\xd8")
 
 
 class BucketSampler(torch.utils.data.Sampler):
@@ -95,8 +142,8 @@ class BucketSampler(torch.utils.data.Sampler):
     that do not fill a batch are left out; they are different rows each time.
 
     Args:
-        buckets (`list`):
-            The bucket of each row.
+        buckets (`np.ndarray` or `list` of shape `(N, 2)`):
+            The bucket of each row: height and width in pixels.
         batch_size (`int`):
             Number of rows in a batch.
         seed (`int`):
@@ -105,10 +152,13 @@ class BucketSampler(torch.utils.data.Sampler):
             Returns the current epoch. Each epoch has another order.
     """
 
-    def __init__(self, buckets: list, batch_size: int, seed: int, epoch: Callable[[], int]):
-        self.rows = defaultdict(list)
-        for row, bucket in enumerate(buckets):
-            self.rows[tuple(bucket)].append(row)
+    def __init__(self, buckets: np.ndarray | list, batch_size: int, seed: int, epoch: Callable[[], int]):
+        height, width = np.asarray(buckets, dtype=np.int64).T
+        _, firsts, codes = np.unique(height << 32 | width, return_index=True, return_inverse=True)
+        rows = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
+        self.rows = [
+            rows[code] for code in np.argsort(firsts)
+        ]  # of each bucket, in the order in which they first occur
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = epoch
@@ -120,7 +170,7 @@ class BucketSampler(torch.utils.data.Sampler):
                 f"No size has the {self.batch_size} rows of a batch. Lower `per_device_train_batch_size`, or train without "
                 "`aspect_ratio_buckets`."
             )
-        num_rows = sum(map(len, self.rows.values()))
+        num_rows = sum(map(len, self.rows))
         if left_out := num_rows - len(self):
             logger.warning(
                 f"{left_out} of {num_rows} rows are left out of each epoch, different ones each time: there are not enough rows of "
@@ -128,13 +178,14 @@ class BucketSampler(torch.utils.data.Sampler):
             )
 
     def __len__(self) -> int:
-        return sum(len(rows) // self.batch_size * self.batch_size for rows in self.rows.values())
+        return sum(len(rows) // self.batch_size * self.batch_size for rows in self.rows)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch())
         batches = []
-        for rows in self.rows.values():
-            shuffled = [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]
-            batches += zip(*[iter(shuffled)] * self.batch_size)
+        for rows in self.rows:
+            shuffled = rows[torch.randperm(len(rows), generator=generator).numpy()]
+            batches.append(shuffled[: len(rows) // self.batch_size * self.batch_size].reshape(-1, self.batch_size))
+        batches = np.concatenate(batches)
         for place in torch.randperm(len(batches), generator=generator).tolist():
-            yield from batches[place]
+            yield from batches[place].tolist()
