@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset
 
 from ..data.formats import PREFERENCES, shortened
@@ -22,6 +24,7 @@ from ..data.presets import training_columns
 from ..data.sources import load_source
 from ..data.tables import with_lists
 from .files import name_reader, read_bool
+from .joined_columns import image_uids, joined_columns, orientation
 from .joined_rows import join_image, join_pair, joined_features
 from .records import STATUSES, id_text, image_columns, pair_columns, prepare_rows, read_id
 from .run import MANIFEST, Row
@@ -187,8 +190,8 @@ def join_annotations(
 
     Args:
         source ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The dataset, in any order. A stream stays a stream: rows are read only when they are requested. A dataset
-            in memory is copied to the cache of `datasets`, with its images.
+            The dataset, in any order. A stream stays a stream: rows are read only when they are requested. The images of a
+            dataset in memory stay where they are, and are read only where uids are made of them.
         annotations ([`~datasets.Dataset`]):
             Annotations of pairs or of single images, from [`annotation.join.load_annotations`] or a published dataset; or
             the rows of a joined dataset without their images.
@@ -236,14 +239,7 @@ def join_annotations(
     if isinstance(source, IterableDataset):
         stream = source.map(join, batched=True, batch_size=ROWS_AT_ONCE, remove_columns=list(columns.values()))
         return stream.cast(features)  # if `map` is given the features, it does not decode the images of a stream
-    return source.select(join.annotated([id_text(row_id) for row_id in source[columns["id"]][:]])).map(
-        join,
-        batched=True,
-        batch_size=ROWS_AT_ONCE,
-        remove_columns=source.column_names,
-        features=features,
-        desc="Joining annotations",
-    )
+    return join.of_dataset(source)
 
 
 @dataclass
@@ -280,10 +276,12 @@ class Join:
     @cached_property
     def index(self) -> tuple[dict[str, int], dict[str, str]]:
         """Maps row ids to the index of their annotation, and the ids of unused annotations to the reason."""
-        ids = [id_text(row_id) for row_id in self.annotations["id"][:]]
-        ties = self.annotations["tie"][:] if "tie" in self.annotations.features else [False] * len(ids)
+        ids = id_texts(self.annotations["id"][:])
+        ties = [False] * len(ids)
+        if "tie" in self.annotations.features:
+            ties = each_once(read_bool, self.annotations["tie"][:])
         used, others = {}, {}
-        for number, (row_id, status, tie) in enumerate(zip(ids, self.statuses, map(read_bool, ties), strict=True)):
+        for number, (row_id, status, tie) in enumerate(zip(ids, self.statuses, ties, strict=True)):
             if status != "ok":
                 others[row_id] = status
             elif tie != self.ties:
@@ -301,9 +299,8 @@ class Join:
         """The status of each annotation."""
         if "status" not in self.annotations.features:
             return ["ok"] * len(self.annotations)
-        return list(
-            map(name_reader(self.annotations.features["status"], "status", STATUSES), self.annotations["status"][:])
-        )
+        read = name_reader(self.annotations.features["status"], "status", STATUSES)
+        return each_once(read, self.annotations["status"][:])
 
     @cached_property
     def preference(self) -> Callable[[Any], str]:
@@ -368,6 +365,67 @@ class Join:
             )
         return numbers
 
+    def of_dataset(self, source: Dataset) -> Dataset:
+        """
+        Joins a dataset in memory by columns, see [`annotation.joined_columns`].
+
+        Args:
+            source ([`~datasets.Dataset`]):
+                The rows.
+
+        Returns:
+            [`~datasets.Dataset`]
+
+        Raises:
+            `ValueError`: If no row has an annotation, or the images of a row are not those that were annotated.
+        """
+        used, others = self.index
+        ids = id_texts(source[self.columns["id"]][:])
+        numbers = self.annotated(ids)
+        for number in numbers:
+            if ids[number] not in used:
+                self.leave_out(ids[number], others[ids[number]])
+        numbers = np.array([number for number in numbers if ids[number] in used], dtype=int)
+        places = np.array([used[ids[number]] for number in numbers], dtype=int)
+        source, ids = source.select(numbers), [ids[number] for number in numbers]
+        turned = self.turned(source, places)
+        for number in (turned < 0).nonzero()[0].tolist():
+            self.refuse(ids[number])
+        kept = (turned >= 0).nonzero()[0]
+        self.counts["joined"] += len(kept)
+        return joined_columns(
+            source.select(kept),
+            self.columns,
+            [ids[number] for number in kept],
+            turned[kept] == 1,
+            self.annotations,
+            places[kept],
+            self.features,
+            self.preference if self.is_pair else None,
+        )
+
+    def turned(self, source: Dataset, places: np.ndarray) -> np.ndarray:
+        """For each row, whether its second image is the chosen one: 0 or 1, and -1 if it has other images than were annotated."""
+        uids = [name for name in ("chosen_uid", "rejected_uid", "image_uid") if name in self.annotations.features]
+        if not uids or not len(source):
+            return np.zeros(len(source), dtype=int)
+        annotated = self.annotations.select_columns(uids).select(places).with_format("arrow")[:]
+        names = ("image_0", "image_1") if "image_0" in self.columns else ("chosen", "rejected")
+        stored = image_uids(source, self.columns, names if self.is_pair else ("image",))
+        if self.is_pair:
+            return orientation(stored, *(annotated[name] for name in uids))
+        return np.where(pc.equal(stored["image"], annotated["image_uid"]).to_numpy(), 0, -1)
+
+    def refuse(self, row_id: str) -> None:
+        """Counts a row with other images than were annotated where the source has its id twice, else raises a `ValueError`."""
+        _, others = self.index
+        if row_id not in others:
+            raise ValueError(
+                f"The row with id {row_id!r} has other images than were annotated: their uids differ from those in the "
+                "annotation. Use the dataset, and the revision of it, that was annotated."
+            )
+        self.leave_out(row_id, others[row_id])  # the other row is the used one
+
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         """Joins a batch of rows. The result may have fewer rows."""
         rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
@@ -387,14 +445,9 @@ class Join:
             if self.is_pair
             else join_image(row, self.columns, annotation)
         )
-        if joined is None and row_id in others:
-            self.leave_out(row_id, others[row_id])  # the source has this id twice, and the other row is the used one
-            return None
         if joined is None:
-            raise ValueError(
-                f"The row with id {row_id!r} has other images than were annotated: their uids differ from those in the "
-                "annotation. Use the dataset, and the revision of it, that was annotated."
-            )
+            self.refuse(row_id)
+            return None
         self.counts["joined"] += 1
         return joined
 
@@ -410,6 +463,17 @@ class Join:
                 f"The row with id {row_id!r} has no annotation and is left out. So far {number:,} rows have none, and "
                 f"{self.counts.total() - number:,} have one."
             )
+
+
+def id_texts(ids: list) -> list[str]:
+    """Ids as texts, see [`annotation.records.id_text`]."""
+    return [row_id if isinstance(row_id, str) else id_text(row_id) for row_id in ids]
+
+
+def each_once(read: Callable[[Any], Any], values: list) -> list:
+    """Applies a function to values, once to all that are equal."""
+    found = {value: read(value) for value in set(values)}
+    return [found[value] for value in values]
 
 
 def zeros_lost(ids: list[str], annotated: list[str]) -> str:

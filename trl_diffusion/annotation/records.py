@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
-from ..data.columns import column_names, with_nested_columns
+from ..data.columns import column_names, numbered, with_nested_columns
 from ..data.formats import PREFERENCES
 from ..data.presets import (
     OPTIONAL_COLUMNS,
@@ -389,7 +389,7 @@ def prepare_rows(
                 "The stream has no column `id`, which links a row to its annotation. Name the column that holds the ids "
                 'with `--columns \'{"id": "..."}\'`, or annotate without `--dataset_streaming`.'
             )
-        dataset = dataset.add_column("id", [str(number) for number in range(len(dataset))])
+        dataset = numbered(dataset)
     dataset = dataset.with_format(None).select_columns(list(columns.values()))
     for column, feature in (dataset.features or {}).items():
         if isinstance(feature, Image):

@@ -6,9 +6,12 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, IterableDataset
+from datasets import Dataset, Features, Image, IterableDataset, Value
+from datasets.fingerprint import Hasher
+from datasets.table import InMemoryTable, Table, concat_tables
 
 
 Row = dict[str, Any]
@@ -43,9 +46,73 @@ def with_nested_columns(dataset: Source, names: Iterable[str]) -> Source:
         return added.cast(Features({**features, **{name: type_of(features, path) for name, path in nested.items()}}))
     for name, (column, *fields) in nested.items():
         feature = type_of(dataset.features, (column, *fields))
-        values = dataset.with_format("arrow").select_columns([column])[:][column]
-        dataset = dataset.add_column(name, pc.struct_field(values, fields), feature=feature)
+        values = pc.struct_field(dataset.data.column(column), fields)
+        dataset = beside(dataset, {name: values}, Features({name: feature}), (column, fields))
     return dataset
+
+
+def beside(dataset: Dataset, columns: dict[str, Any] | Table, features: Features, key: Any) -> Dataset:
+    """
+    Adds columns. Unlike `Dataset.add_column`, it rewrites no other column of a selection of rows, and does not hash the values.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset, which may select rows of its table, in any order.
+        columns (`dict` or `datasets.table.Table`):
+            Arrow values for all rows of the table by name, see [`data.columns.for_table`]; or a table of the right types.
+        features ([`~datasets.Features`]):
+            The types of these columns, among others.
+        key:
+            What the values follow from, besides the dataset: its hash is part of the result's fingerprint.
+
+    Returns:
+        [`~datasets.Dataset`]: in the format of the dataset.
+    """
+    names = list(columns) if isinstance(columns, dict) else columns.column_names
+    added = Features({name: features[name] for name in names})
+    if isinstance(columns, dict):
+        columns = InMemoryTable(pa.table(columns).cast(added.arrow_schema))
+    info = dataset.info.copy()
+    info.features = Features({**dataset.features, **added})
+    made = Dataset(
+        concat_tables([dataset.data, columns], axis=1),
+        info=info,
+        split=dataset.split,
+        indices_table=dataset._indices,
+        fingerprint=Hasher.hash((dataset._fingerprint, names, key)),
+    )
+    form = dataset.format
+    selected = None if set(form["columns"]) == set(dataset.column_names) else form["columns"]
+    made.set_format(form["type"], selected, form["output_all_columns"], **form["format_kwargs"])
+    return made
+
+
+def for_table(dataset: Dataset, values: pa.Array) -> pa.Array:
+    """Values of the rows of a dataset, put where its table has these rows; null elsewhere. Rows of one place share a value."""
+    if dataset._indices is None:
+        return values
+    places = np.full(len(dataset.data), -1)
+    places[dataset._indices.column(0).to_numpy()] = np.arange(len(dataset))
+    return values.take(pa.array(places, mask=places < 0))
+
+
+def numbered(dataset: Dataset) -> Dataset:
+    """
+    Adds the numbers of the rows as a column `id`.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset, without ids.
+
+    Returns:
+        [`~datasets.Dataset`]: with `"0"`, `"1"` and so on.
+    """
+    if dataset._indices is not None and len(pc.unique(dataset._indices.column(0))) < len(dataset):
+        dataset = dataset.flatten_indices()  # a row that is selected twice has two numbers
+    numbers = pa.array(np.arange(len(dataset))).cast(pa.string())
+    return beside(
+        dataset, {"id": for_table(dataset, numbers)}, Features({"id": Value("string")}), "numbers of the rows"
+    )
 
 
 class NestedFields:
@@ -115,9 +182,9 @@ def with_column(dataset: Source, name: str, function: Callable[[list], list]) ->
         return without_decoding(dataset).map(Replacement(name, function), batched=True, batch_size=100)
     values = function(dataset.with_format(None).select_columns([name])[:][name])
     array = pa.array(values)  # which is hashed much faster than a list
-    feature = Features.from_arrow_schema(pa.schema({name: array.type}))[name]
-    order = dataset.column_names
-    return dataset.remove_columns(name).add_column(name, array, feature=feature).select_columns(order)
+    features, order = Features.from_arrow_schema(pa.schema({name: array.type})), dataset.column_names
+    made = beside(dataset.remove_columns(name), {name: for_table(dataset, array)}, features, array)
+    return made.select_columns(order)
 
 
 class Replacement:

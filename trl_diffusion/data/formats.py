@@ -27,6 +27,7 @@ from .column_checks import (
     type_faults,
     without_image,
 )
+from .columns import numbered
 from .images import open_image
 
 
@@ -168,7 +169,7 @@ def prepare_dataset(
         if isinstance((dataset.features or {}).get(column), Image):
             dataset = dataset.cast_column(column, Image(decode=False))
     if "id" not in present and isinstance(dataset, Dataset):
-        dataset = dataset.add_column("id", [str(index) for index in range(len(dataset))])
+        dataset = numbered(dataset)
     if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
         for column, fault in _faults(dataset, name, columns, image_columns):
             if faults is None:
@@ -203,7 +204,7 @@ def _faults(
         "id": (nulls, row_id),
         "prompt": (nulls, row_prompt),
         **{column: (without_image, partial(read_image, column=column)) for column in image_columns},
-        "instances": (bad_instances, check_instances),
+        "instances": (lambda values: bad_instances(values.combine_chunks()), check_instances),
     }
     for column, (is_bad, check) in checks.items():
         if column not in features or column in wrong or column == "instances" and features[column] in UNKNOWN:
@@ -424,11 +425,12 @@ def check_attribute_columns(
         if isinstance(dataset.features[column], Value | ClassLabel):  # no list: so says the first row that is not null
             for row in bad_rows(dataset, column, lambda values: ~nulls(values))[:1]:
                 check_attributes(dataset.select_columns(["id", *ATTRIBUTE_COLUMNS])[int(row)], criteria)
+    places_of = {attribute: place for place, attribute in enumerate(ids)} | {place: place for place in range(len(ids))}
     bad, has = np.zeros((2, len(dataset.data)), dtype=bool)
     both = []  # row * number of attributes + attribute, for each column
     for column in ATTRIBUTE_COLUMNS:
         names, rows, codes = attribute_codes(dataset.data.column(column))
-        places = np.array([_attribute_place(name, criteria) for name in names], dtype=int)[codes]
+        places = np.array([places_of.get(name, -1) for name in names], dtype=int)[codes]
         has[rows] = True
         bad[rows[places < 0]] = True
         both.append((rows * len(ids) + places)[places >= 0])
@@ -448,14 +450,6 @@ def check_attribute_columns(
             f"nothing can be learned from them: the rows with id {shortened(without)}. Remove them with "
             '`dataset.filter(lambda row: row["positive_attributes"] or row["negative_attributes"])`.'
         )
-
-
-def _attribute_place(name: str | int | None, criteria: Criteria) -> int:
-    """Place of an attribute in the tree, or -1."""
-    try:
-        return criteria.attributes.index(criteria.find(name))
-    except ValueError:
-        return -1
 
 
 def check_attributes(row: dict[str, Any], criteria: Criteria) -> tuple[list[str], list[str]]:
