@@ -3,19 +3,31 @@
 
 """Tensors that are computed once and stored in Arrow files."""
 
+import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable
+from contextlib import ExitStack, closing
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, Features, Value
+from datasets.table import MemoryMappedTable, concat_tables
+from datasets.utils import tqdm
 from safetensors import torch as safetensors
+
+from ..batching import CORES
+from .key_index import KeyIndex
+from .pipelining import ahead, behind
 
 
 TENSORS = "_tensors"  # column with the tensors of a row, in the safetensors format
 ROWS_PER_FILE = 1000
+ROWS_AT_ONCE = 100  # that are written at once
 
 
 def is_precomputed(row: dict[str, Any]) -> bool:
@@ -66,16 +78,18 @@ def precompute_dataset(
     num_processes: int = 1,
     wait: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = print,
+    prepare: Callable[[dict[str, Any]], Any] = dict,
 ) -> Dataset:
     """
     Encodes a dataset into Arrow files of 1000 rows each. Existing files are loaded, so an interrupted run continues with the
-    file that was not finished. The files are distributed among the processes.
+    file that was not finished. The files are distributed among the processes. Rows are read ahead and results are written behind,
+    while others are encoded.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             The rows.
         encode (`Callable`):
-            Returns an example for each of several rows.
+            Returns an example for each of several prepared rows.
         features ([`~datasets.Features`]):
             Columns of the examples besides their tensors.
         name (`str`):
@@ -94,6 +108,8 @@ def precompute_dataset(
             Waits for all processes.
         say (`Callable`, *optional*):
             Prints a message.
+        prepare (`Callable`, *optional*):
+            From a row to what `encode` is given of it, in threads. By default the row.
 
     Returns:
         [`~datasets.Dataset`]: the examples, memory-mapped, with their tensors as one column.
@@ -108,11 +124,12 @@ def precompute_dataset(
         start: folder / f"{re.sub('[^A-Za-z0-9_]+', '-', name)}-{fingerprint}-{start // ROWS_PER_FILE:05d}.arrow"
         for start in starts
     }
-    missing = [start for start in starts if not files[start].exists()]
+    present = set(os.listdir(folder))
+    missing = [start for start in starts if files[start].name not in present]
     wait()
     if missing:
         rows = sum(min(ROWS_PER_FILE, len(dataset) - start) for start in missing)
-        size = rows * len(write_example(encode([dataset[missing[0]]])[0])[TENSORS])
+        size = rows * len(write_example(encode([prepare(dataset[missing[0]])])[0])[TENSORS])
         free = shutil.disk_usage(folder).free
         say(f"Precomputing {name}: {rows:,} of {len(dataset):,} rows are missing, {size / 1e9:.2f} GB, in {folder}.")
         if size > free:
@@ -122,29 +139,110 @@ def precompute_dataset(
             )
     else:
         say(f"Precomputed before: {name}, {len(dataset):,} rows in {folder}.")
+    parts = {
+        files[start]: range(start, min(start + ROWS_PER_FILE, len(dataset)))
+        for start in missing
+        if start // ROWS_PER_FILE % num_processes == process_index
+    }
 
-    def encode_batch(batch: dict[str, list]) -> dict[str, list]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        examples = [write_example(example) for example in encode(rows)]
-        return {column: [example[column] for example in examples] for column in features}
+    def read(numbers: range) -> list:
+        columns = dataset[numbers.start : numbers.stop]
+        return [prepare(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
-    for index, start in enumerate(starts):
-        if index % num_processes == process_index:
-            part = dataset.select(range(start, min(start + ROWS_PER_FILE, len(dataset))))
-            part.map(
-                encode_batch,
-                batched=True,
-                batch_size=batch_size,
-                remove_columns=part.column_names,
-                features=features,
-                cache_file_name=str(files[start]),
-                load_from_cache_file=True,
-                new_fingerprint=f"{fingerprint}-{start}",
-                writer_batch_size=100,
-                desc=f"Precomputing {name}, file {index + 1} of {len(starts)}",
-            )
+    with tqdm(total=sum(map(len, parts.values())), desc=f"Precomputing {name}", disable=not parts or None) as progress:
+        write_files(parts, features, read, encode, batch_size, progress.update)
     wait()
-    return concatenate_datasets([Dataset.from_file(str(files[start])) for start in starts])
+    table = concat_tables([MemoryMappedTable.from_file(str(file)) for file in files.values()])
+    return Dataset(table, fingerprint=fingerprint)
+
+
+def write_files(
+    parts: dict[Path, range],
+    features: Features,
+    read: Callable[[range], list],
+    encode: Callable[[list], list[dict[str, Any]]],
+    batch_size: int,
+    done: Callable[[int], Any],
+) -> None:
+    """
+    Writes examples into Arrow files, whole or not at all: reads rows ahead, and writes behind.
+
+    Args:
+        parts (`dict[Path, range]`):
+            The numbers of the rows of each file.
+        features ([`~datasets.Features`]):
+            Columns of the files.
+        read (`Callable`):
+            From the numbers of some rows to what `encode` is given of them, in threads.
+        encode (`Callable`):
+            From what several rows gave to an example for each.
+        batch_size (`int`):
+            Number of rows that are encoded at once.
+        done (`Callable`):
+            Is told how many rows were encoded.
+    """
+    each = -(-batch_size // CORES)  # so that all threads work on one batch, and few rows are handed over one by one
+    pieces = (
+        part[start : start + batch_size][first : first + each]
+        for part in parts.values()
+        for start in range(0, len(part), batch_size)
+        for first in range(0, min(batch_size, len(part) - start), each)
+    )
+    read_ahead = ahead(read, pieces, 2 * -(-batch_size // each))
+    with ExitStack() as files, closing(read_ahead), behind(1) as write:
+        rows = chain.from_iterable(read_ahead)
+        for path, part in parts.items():
+            file = files.enter_context(ArrowFile(path, features))
+            for start in range(0, len(part), batch_size):
+                batch = list(islice(rows, min(batch_size, len(part) - start)))
+                write(file.write, encode(batch))
+                done(len(batch))
+            write(file.finish)
+
+
+class ArrowFile:
+    """
+    A file of examples, which has its name once it is whole.
+
+    Args:
+        path (`Path`):
+            The file.
+        features ([`~datasets.Features`]):
+            Its columns.
+    """
+
+    def __init__(self, path: Path, features: Features):
+        self.path, self.schema = path, features.arrow_schema
+        self.temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        self.rows: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "ArrowFile":
+        self.file = self.temporary.open("wb")
+        self.stream = pa.ipc.new_stream(self.file, self.schema)
+        return self
+
+    def write(self, examples: list[dict[str, Any]]) -> None:
+        """Writes examples, see [`data.caching.write_example`]."""
+        self.rows += map(write_example, examples)
+        if len(self.rows) >= ROWS_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        self.stream.write_batch(pa.RecordBatch.from_pylist(self.rows, schema=self.schema))
+        self.rows = []
+
+    def finish(self) -> None:
+        """Gives the file its name."""
+        self.flush()
+        self.stream.close()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.temporary.replace(self.path)
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
 
 
 class TensorCache:
@@ -160,7 +258,7 @@ class TensorCache:
 
     def __init__(self, dataset: Dataset, key: str):
         self.dataset = dataset
-        self.places = {value: place for place, value in enumerate(dataset[key])}
+        self.places = KeyIndex(dataset.data.column(key))
 
     def __getitem__(self, keys: list[str | None]) -> dict[str, torch.Tensor]:
         """

@@ -153,6 +153,10 @@ class AttributeSFTTrainer(DiffusionTrainer):
         return super().prompts_of({"prompt": prompt})
 
     @property
+    def prompt_settings(self) -> tuple:
+        return self.args.prompt_dropout > 0, self.attribute_prompts.settings
+
+    @property
     def has_fixed_prompts(self) -> bool:
         return self.args.attribute_dropout == 0
 

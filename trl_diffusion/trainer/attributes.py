@@ -53,6 +53,14 @@ class AttributePrompts:
         self.places = {attribute.id: place for place, attribute in enumerate(criteria.attributes)}
         self.warned = False
 
+    @property
+    def settings(self) -> tuple:
+        """What the prompts depend on besides the rows and the tokenizers."""
+        args = self.args
+        words = attribute_words(self.criteria)
+        dimensions = [attribute.dimension for attribute in self.criteria.attributes]
+        return args.attribute_order, args.attribute_separator, args.max_attributes, words, dimensions
+
     def __call__(self, prompt: str | None, positive: list[str], negative: list[str]) -> tuple[str | None, int]:
         """
         Args:

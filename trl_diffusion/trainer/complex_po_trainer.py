@@ -274,6 +274,11 @@ class ComplexPOTrainer(DiffusionTrainer):
         attributes = [([], []), *self._expert_attributes(row["positive_attributes"], row["negative_attributes"])]
         return [self.attribute_prompts(prompt, *side)[0] for prompt in super().prompts_of(row) for side in attributes]
 
+    @property
+    def prompt_settings(self) -> tuple:
+        args = self.args
+        return args.prompt_dropout > 0, args.attribute_targets, self.attribute_prompts.settings
+
     def _frozen_fingerprints(self) -> list[Any]:
         args, (weights, config, description) = self.args, self.expert
         asked = (args.attribute_targets, args.target_strength, args.reverse_preference, args.policy_condition)

@@ -82,6 +82,8 @@ class DiffusionConfig(_BaseConfig):
             for streams.
         precompute_dir (`str`, *optional*):
             Folder of these files. Defaults to one in the cache of `datasets`.
+        precompute_dtype (`str`, *optional*, defaults to `"float32"`):
+            What the latents of images are stored in: `"float16"` takes half the space, and rounds them by 0.05 % at most.
         precompute_ref_preds (`bool`, *optional*, defaults to `False`):
             With `precompute`, also compute the predictions of the frozen models before the training, for the timestep and the
             noise of each row and epoch; a step then only runs the policy. Where the reference inverts, `precompute` alone
@@ -225,6 +227,13 @@ class DiffusionConfig(_BaseConfig):
     precompute_dir: str | None = field(
         default=None, metadata={"help": "Folder of these files. Defaults to one in the cache of `datasets`."}
     )
+    precompute_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "What the latents of images are stored in. float16 takes half the space.",
+            "choices": ["float32", "float16"],
+        },
+    )
     precompute_ref_preds: bool = field(
         default=False,
         metadata={"help": "With `precompute`, also compute the frozen models' predictions before the training."},
@@ -314,6 +323,7 @@ class DiffusionConfig(_BaseConfig):
         for name, values in (
             ("size_conditions", ("target", "original")),
             ("timestep_density", ("uniform", "logit_normal", "mode")),
+            ("precompute_dtype", ("float32", "float16")),
             ("noise_source", ("random", "inversion")),
             ("inversion_model", ("reference", "policy")),
         ):

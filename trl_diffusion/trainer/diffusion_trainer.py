@@ -85,6 +85,7 @@ class DiffusionTrainer(_BaseTrainer):
     config_class: type[DiffusionConfig]
     collator_class: type[ImageCollator]
     uses_reference = False  # whether the objective compares the policy to a reference
+    prompt_settings: Any = None  # what `prompts_of` depends on besides the row, where prompts take long to make
 
     def __init__(
         self,
@@ -116,11 +117,10 @@ class DiffusionTrainer(_BaseTrainer):
         )
         self.prepare_prompts()
         if args.precompute:  # before the denoiser is in memory
-            settings = args.per_device_eval_batch_size, args.precompute_dir
-            self.files = Precomputation(self.encoder, self.data_collator, *settings)
+            self.files = Precomputation.for_training(self.encoder, self.data_collator, args)
             warn_of_unused_rows(train_dataset, args)
-            prompts_of = self.prompts_of if self.has_fixed_prompts else None
-            train_dataset, eval_dataset = self.files.datasets(train_dataset, eval_dataset, prompts_of)
+            prompts = (self.prompts_of, self.prompt_settings) if self.has_fixed_prompts else (None, None)
+            train_dataset, eval_dataset = self.files.datasets(train_dataset, eval_dataset, *prompts)
             self.prepared += self.files.image_datasets
         denoiser = self.backbone.load_denoiser()
         self.denoiser_was_training, targets = denoiser.training, self.backbone.lora_target_modules
@@ -243,7 +243,7 @@ class DiffusionTrainer(_BaseTrainer):
         args, dataset = self.args, self.train_dataset
         self.model.train()  # as in a step
         rows = self._bucket_sampler(dataset) if args.aspect_ratio_buckets else dataset
-        depends_on = noising_settings(args, self.encoder, dataset["prompt"]), self._frozen_fingerprints()
+        depends_on = noising_settings(args, self.encoder), self._frozen_fingerprints()
         self.noised_caches = self.files.by_epoch(
             dataset, num_epochs(len(rows), args), self._noised_tensors, depends_on
         )

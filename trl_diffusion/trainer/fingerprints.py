@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from datasets.fingerprint import Hasher
 from peft import PeftModel
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 NO_MATTER = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # in configurations
@@ -82,6 +83,25 @@ def module_fingerprint(module: torch.nn.Module) -> str:
             some = weight.detach().flatten()[:: max(1, weight.numel() // NUM_ELEMENTS)]
             digest.update(repr((name, str(weight.dtype), tuple(weight.shape), some.tolist())).encode())
     return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    A hash of what a tokenizer makes of texts, whatever it was last asked for.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+
+    Returns:
+        `str`
+    """
+    limits = tokenizer.model_max_length, tokenizer.pad_token_id
+    if not tokenizer.is_fast:
+        return Hasher.hash((tokenizer, limits))
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules.pop("truncation"), rules.pop("padding")  # those of the last call
+    return Hasher.hash((json.dumps(rules, sort_keys=True), limits))
 
 
 def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:

@@ -5,13 +5,14 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
@@ -19,12 +20,17 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from transformers import TrainingArguments
 
+from ..backbones.base import Backbone
 from ..data.buckets import TRAINING_SIZE
 from ..data.caching import TensorCache, precompute_dataset
 from ..data.collators import ImageCollator
+from ..data.column_checks import repeated
 from ..data.formats import each_dataset
+from ..data.hashing import hash_of
 from .diffusion_config import DiffusionConfig
 from .encoding import BatchEncoder
+from .fingerprints import tokenizer_fingerprint
+from .prompt_list import PromptsOf, kept_prompts, list_prompts
 
 
 logger = get_logger(__name__)
@@ -32,33 +38,25 @@ logger = get_logger(__name__)
 FORMAT_VERSION = 3  # of the files; another one is another file
 
 
-def text_fingerprint(encoder: BatchEncoder, prompts: Iterable[str | None]) -> str:
+def text_fingerprint(encoder: BatchEncoder) -> str:
     """
-    A hash of how prompts are encoded: of their tokens and of the text encoders.
+    A hash of how prompts are encoded: of the tokenizers and the text encoders.
 
     Args:
         encoder ([`trainer.encoding.BatchEncoder`]):
             Encodes prompts.
-        prompts (`Iterable[str]`):
-            The prompts; `None` is the unconditional branch.
 
     Returns:
         `str`
     """
-    prompts = _in_order(prompts)
     backbone = encoder.backbone
-    texts = [prompt or "" for prompt in prompts]
-    tokens = [
-        (tokenizer(texts, verbose=False).input_ids, tokenizer.model_max_length, tokenizer.pad_token_id)
-        for tokenizer in (getattr(backbone.pipeline, name) for name in backbone.tokenizer_names)
-    ]
     encoders = [encoder.fingerprint(name) for name in backbone.text_encoder_names]
-    return Hasher.hash((prompts, tokens, backbone.max_sequence_length, encoders))
+    return Hasher.hash((tokenizer_fingerprints(backbone), backbone.max_sequence_length, encoders))
 
 
-def _in_order(prompts: Iterable[str | None]) -> list[str | None]:
-    """Each prompt once, in an order that does not depend on the rows: the unconditional branch first."""
-    return sorted(set(prompts), key=lambda prompt: (prompt is not None, prompt or ""))
+def tokenizer_fingerprints(backbone: Backbone) -> list[str]:
+    """The [`trainer.fingerprints.tokenizer_fingerprint`] of each tokenizer of a pipeline."""
+    return [tokenizer_fingerprint(getattr(backbone.pipeline, name)) for name in backbone.tokenizer_names]
 
 
 @dataclasses.dataclass
@@ -75,19 +73,29 @@ class Precomputation:
             Number of rows that are encoded at once.
         folder (`str`, *optional*):
             Folder of the files. Defaults to one in the cache of `datasets`.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            What the moments of images are stored in.
     """
 
     encoder: BatchEncoder
     collator: ImageCollator
     batch_size: int
     folder: str | None = None
+    dtype: torch.dtype = torch.float32
     image_datasets: list[Dataset] = dataclasses.field(default_factory=list)  # results of `images`
+
+    @classmethod
+    def for_training(cls, encoder: BatchEncoder, collator: ImageCollator, args: DiffusionConfig) -> "Precomputation":
+        """As a configuration says."""
+        dtype = getattr(torch, args.precompute_dtype)
+        return cls(encoder, collator, args.per_device_eval_batch_size, args.precompute_dir, dtype)
 
     def datasets(
         self,
         train_dataset: Dataset | IterableDataset | None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None,
-        prompts_of: Callable[[dict[str, Any]], list[str | None]] | None,
+        prompts_of: PromptsOf | None,
+        prompt_settings: Any = None,
     ) -> tuple[Dataset | None, Dataset | dict[str, Dataset] | None]:
         """
         Encodes the images and prompts of a training, which the encoder then looks up, and takes the encoders off the device.
@@ -100,6 +108,8 @@ class Precomputation:
             prompts_of (`Callable`, *optional*):
                 From a row to its prompts, see [`~Precomputation.prompts`]. If `None`, prompts are not known beforehand, and the
                 text encoders stay.
+            prompt_settings (*optional*):
+                See [`~Precomputation.prompts`].
 
         Returns:
             `tuple`: both datasets with encoded images.
@@ -110,7 +120,7 @@ class Precomputation:
         train_dataset = each_dataset(train_dataset, "train_dataset", self.images)
         eval_dataset = each_dataset(eval_dataset, "eval_dataset", self.images)
         if prompts_of is not None and self.image_datasets:
-            self.encoder.prompt_cache = self.prompts(prompts_of)
+            self.encoder.prompt_cache = self.prompts(prompts_of, prompt_settings)
         backbone = self.encoder.backbone
         backbone.offload(backbone.encoder_names if prompts_of is not None else ("vae",))
         return train_dataset, eval_dataset
@@ -136,19 +146,20 @@ class Precomputation:
                 f"`{name}` is a stream, which cannot be precomputed. Load it without `streaming=True`, or train without "
                 "`precompute`."
             )
-        ids = [str(row_id) for row_id in dataset["id"]]
-        if len(set(ids)) < len(ids):
+        if dataset.format["type"] == "custom":  # a transform of the user gives the ids
+            number = len(dataset) - len(set(map(str, dataset["id"])))
+        else:
+            number, _ = repeated(dataset, "id")
+        if number:
             raise ValueError(
-                f"`{name}` has {len(ids):,} rows with only {len(set(ids)):,} different ids, and what is precomputed is found "
-                "by its id. Give each row its own, or remove the column `id`: rows are then numbered."
+                f"`{name}` has {len(dataset):,} rows with only {len(dataset) - number:,} different ids, and what is precomputed "
+                "is found by its id. Give each row its own, or remove the column `id`: rows are then numbered."
             )
         collator = self.collator
         is_random = collator.random_flip or not collator.center_crop
         preparation = collator if is_random else dataclasses.replace(collator, seed=0)
 
-        def encode(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            with ThreadPoolExecutor() as threads:
-                examples = list(threads.map(collator.prepare, rows))
+        def encode(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for column in collator.image_columns:
                 pixel_values = [example.pop(f"{column}_pixel_values") for example in examples]
                 for example, pixels in zip(examples, pixel_values, strict=True):
@@ -156,28 +167,34 @@ class Precomputation:
                 for size in {pixels.shape for pixels in pixel_values}:
                     places = [place for place, pixels in enumerate(pixel_values) if pixels.shape == size]
                     batch = torch.stack([pixel_values[place] for place in places]).to(self.encoder.device)
-                    for place, mean, std in zip(places, *self.encoder.encode_images(batch), strict=True):
+                    moments = (moment.to(self.dtype) for moment in self.encoder.encode_images(batch))
+                    for place, mean, std in zip(places, *moments, strict=True):
                         examples[place] |= {f"{column}_latents_mean": mean, f"{column}_latents_std": std}
             return examples
 
+        in_half = [] if self.dtype == torch.float32 else [str(self.dtype)]
         features = {"id": Value("string"), "prompt": Value("string"), TRAINING_SIZE: List(Value("int32"))}
         encoded = self._precompute(
             dataset,
             encode,
             features | collator.text_features,
             f"images of {name}",
-            (dataset._fingerprint, preparation, self.encoder.fingerprint("vae")),
+            (dataset._fingerprint, preparation, self.encoder.fingerprint("vae"), *in_half),
+            collator.prepare,
         )
         self.image_datasets.append(encoded)
         return encoded
 
-    def prompts(self, prompts_of: Callable[[dict[str, Any]], list[str | None]]) -> TensorCache:
+    def prompts(self, prompts_of: PromptsOf, settings: Any = None) -> TensorCache:
         """
         Encodes the prompts of the datasets whose images were encoded, each once, and stores padded sequences at their own length.
 
         Args:
             prompts_of (`Callable`):
                 From a row to its prompts; `None` is the unconditional branch.
+            settings (*optional*):
+                What the prompts follow from besides the rows and the tokenizers, where they take long to make: they are then kept
+                in a file.
 
         Returns:
             [`data.caching.TensorCache`]: text conditions by prompt.
@@ -192,11 +209,16 @@ class Precomputation:
                     example[name] = example[name][: int(example["prompt_lengths"])]
             return [row | example for row, example in zip(rows, examples, strict=True)]
 
-        columns = ["prompt", *self.collator.text_features]
-        rows = (row for dataset in self.image_datasets for row in dataset.select_columns(columns))
-        prompts = _in_order(prompt for row in rows for prompt in prompts_of(row))
-        rows = Dataset.from_dict({"prompt": prompts}, features=Features({"prompt": Value("string")}))
-        features, fingerprint = {"prompt": Value("string")}, text_fingerprint(self.encoder, prompts)
+        given = self.image_datasets, ["prompt", *self.collator.text_features], prompts_of
+        if settings is None:
+            prompts = list_prompts(*given)
+        else:
+            rows = [dataset._fingerprint for dataset in self.image_datasets]
+            key = Hasher.hash((rows, settings, tokenizer_fingerprints(backbone), backbone.max_sequence_length))
+            prompts = kept_prompts(self._folder / f"list-of-prompts-{key}.arrow", *given)
+        features = Features({"prompt": Value("string")})
+        rows = Dataset(pa.table({"prompt": prompts.cast(pa.string())}))
+        fingerprint = Hasher.hash((hash_of(prompts), text_fingerprint(self.encoder)))
         return TensorCache(self._precompute(rows, encode, features, "prompts", fingerprint), "prompt")
 
     def by_id(
@@ -262,27 +284,37 @@ class Precomputation:
             for epoch, name in enumerate(names)
         ]
 
-    def _precompute(self, dataset: Dataset, encode: Callable, features: dict, name: str, depends_on: Any) -> Dataset:
+    @property
+    def _folder(self) -> Path:
+        return Path(self.folder or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion")
+
+    def _precompute(
+        self, dataset: Dataset, encode: Callable, features: dict, name: str, depends_on: Any, prepare: Callable = dict
+    ) -> Dataset:
         state, precision = PartialState(), {torch.bfloat16: "bf16", torch.float16: "fp16"}
-        folder = Path(self.folder or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion")
         fingerprint = Hasher.hash((FORMAT_VERSION, precision.get(self.encoder.half_dtype, "no"), depends_on))
-        # Rows that are precomputed already may have several sizes, of which a batch holds one
-        is_one_size = TRAINING_SIZE not in dataset.column_names or len(set(map(tuple, dataset[TRAINING_SIZE]))) == 1
-        dataset = precompute_dataset(
+        return precompute_dataset(
             dataset,
             encode,
             Features(features),
             name,
             fingerprint,
-            folder,
-            self.batch_size if is_one_size else 1,
+            self._folder,
+            self.batch_size if is_of_one_size(dataset) else 1,
             state.process_index,
             state.num_processes,
             state.wait_for_everyone,
             state.print,
+            prepare,
         )
-        dataset._fingerprint = fingerprint
-        return dataset
+
+
+def is_of_one_size(dataset: Dataset) -> bool:
+    """Whether a batch may hold any rows. Rows that are precomputed already may have several sizes, of which a batch holds one."""
+    if TRAINING_SIZE not in dataset.column_names:
+        return True
+    sides = pc.list_flatten(dataset.data.column(TRAINING_SIZE)).to_numpy().reshape(-1, 2)
+    return bool((sides == sides[0]).all())
 
 
 def num_epochs(rows: int, args: TrainingArguments) -> int:
@@ -293,12 +325,12 @@ def num_epochs(rows: int, args: TrainingArguments) -> int:
     return math.ceil(args.max_steps / max(1, steps)) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
 
 
-def noising_settings(args: DiffusionConfig, encoder: BatchEncoder, prompts: Iterable[str]) -> tuple:
+def noising_settings(args: DiffusionConfig, encoder: BatchEncoder) -> tuple:
     """What noised rows depend on besides the rows, the epoch and the denoisers."""
     backbone = encoder.backbone
     return (
         *(backbone.process.describe(), backbone.settings, args.seed, args.prompt_dropout, args.size_conditions),
-        *(args.noise_source, args.inversion_steps, args.inversion_eta, text_fingerprint(encoder, {None, *prompts})),
+        *(args.noise_source, args.inversion_steps, args.inversion_eta, text_fingerprint(encoder)),
     )
 
 

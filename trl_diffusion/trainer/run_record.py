@@ -13,11 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from datasets import Dataset, Image, IterableDataset
 from peft import LoraConfig
 from transformers import TrainingArguments
 
+from ..data.hashing import update_hash
 from ..files import write_file
 from .fingerprints import same_base, tensors_hash
 
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 RUN_RECORD_NAME = "run_record.json"
 NUM_HASHED_IMAGES = 64
+HASH_VERSION = "2:"  # of the hash of rows
 
 # Settings that do not bear on the weights of a run. All others are compared, those that a later version adds included.
 NO_MATTER = {
@@ -193,15 +196,19 @@ def dataset_fingerprint(dataset: Dataset, columns: Iterable[str]) -> str:
     images = [name for name in columns if isinstance(dataset.features[name], Image)]
     others = [name for name in columns if name not in images]
     digest.update(repr((len(dataset), images, others)).encode())
-    if others:
-        for batch in dataset.select_columns(others).with_format("arrow").iter(10_000):
-            digest.update(repr([batch[name].to_pylist() for name in others]).encode())
+    for name in others:
+        column = dataset.data.column(name)
+        if pa.types.is_string(column.type):
+            column = column.cast(pa.large_string())  # of which a row can be taken in any order, however many there are
+        if dataset._indices is not None:
+            column = column.take(dataset._indices.column(0))
+        update_hash(digest, column)
     if images:
         some = dataset.select_columns(images).select(range(0, len(dataset), max(1, len(dataset) // NUM_HASHED_IMAGES)))
         for row in some.with_format("arrow").iter(1):
             for name in images:
                 digest.update((row[name][0].as_py() or {}).get("bytes") or b"")
-    return digest.hexdigest()
+    return HASH_VERSION + digest.hexdigest()
 
 
 def library_versions() -> dict[str, str]:
@@ -346,7 +353,7 @@ def compare_runs(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str]
         was, is_ = before.get(name), now.get(name)
         if was != is_ and (name != "rows_per_forward" or None not in (was, is_)):
             changes.append(f"{what} were {was} and are {is_}")
-    if before.get("num_rows") == now.get("num_rows") and before.get("dataset") != now.get("dataset"):
+    if before.get("num_rows") == now.get("num_rows") and not _same_rows(before.get("dataset"), now.get("dataset")):
         changes.append("`train_dataset` has other rows, or the same in another order")
     was, is_ = before.get("versions", {}), now.get("versions", {})
     changes += [f"{name} was {was[name]} and is {is_[name]}" for name in was if name in is_ and was[name] != is_[name]]
@@ -423,6 +430,11 @@ def _same_reference(before: str | list[float] | None, now: str | list[float] | N
     if isinstance(before, list) and isinstance(now, list):
         return same_base(before, now)
     return before == now
+
+
+def _same_rows(before: str | None, now: str | None) -> bool:
+    """Whether two hashes are of the same rows. Those of another version of the hash say nothing."""
+    return before == now or str(before).startswith(HASH_VERSION) != str(now).startswith(HASH_VERSION)
 
 
 def _without_the_end(before: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,90 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Every prompt that a training may ask for, each once: of a million rows in Arrow, and kept where they take long to make."""
+
+import uuid
+from bisect import bisect_left
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from datasets.table import MemoryMappedTable
+
+
+PromptsOf = Callable[[dict[str, Any]], list[str | None]]
+
+ROWS_AT_ONCE = 10_000
+NUM_CHECKED_ROWS = 64
+
+
+def list_prompts(datasets: list[Dataset], columns: list[str], prompts_of: PromptsOf) -> pa.ChunkedArray:
+    """
+    The different prompts of some datasets.
+
+    Args:
+        datasets (`list[~datasets.Dataset]`):
+            Precomputed rows.
+        columns (`list[str]`):
+            The columns that prompts follow from. Of one column of texts, each text is asked for once.
+        prompts_of (`Callable`):
+            From a row to its prompts; `None` is the unconditional branch.
+
+    Returns:
+        `pa.ChunkedArray`: in order, null last.
+    """
+    parts = []
+    for dataset in datasets:
+        table = dataset.data.table.select(columns)
+        if columns == ["prompt"]:
+            table = pa.table({"prompt": table["prompt"].unique()})
+        for batch in table.to_batches(ROWS_AT_ONCE):
+            found = {prompt for row in batch.to_pylist() for prompt in prompts_of(row)}
+            parts.append(pa.array(found, pa.large_string()))
+    prompts = pa.chunked_array(parts, pa.large_string()).unique()
+    return pa.chunked_array([prompts.take(pc.sort_indices(prompts))])
+
+
+def kept_prompts(path: Path, datasets: list[Dataset], columns: list[str], prompts_of: PromptsOf) -> pa.ChunkedArray:
+    """
+    Like [`trainer.prompt_list.list_prompts`], from a file where it exists and has the prompts of some rows.
+
+    Args:
+        path (`Path`):
+            The file, whose name holds a hash of what the prompts follow from.
+        datasets, columns, prompts_of:
+            As there.
+
+    Returns:
+        `pa.ChunkedArray`
+    """
+    if path.exists():
+        prompts = MemoryMappedTable.from_file(str(path)).column("prompt")
+        rows = (
+            row
+            for dataset in datasets
+            for row in dataset.select_columns(columns).select(
+                range(0, len(dataset), max(1, len(dataset) // NUM_CHECKED_ROWS))
+            )
+        )
+        if all(_holds(prompts, prompt) for row in rows for prompt in prompts_of(row)):
+            return prompts
+    prompts = list_prompts(datasets, columns, prompts_of)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    table = pa.table({"prompt": prompts})
+    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    temporary.replace(path)
+    return prompts
+
+
+def _holds(prompts: pa.ChunkedArray, prompt: str | None) -> bool:
+    if prompt is None:
+        return prompts.null_count > 0
+    known = range(len(prompts) - prompts.null_count)
+    place = bisect_left(known, prompt, key=lambda place: prompts[place].as_py())
+    return place in known and prompts[place].as_py() == prompt
