@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import statistics
 import tempfile
 import time
@@ -118,7 +119,7 @@ def annotation_table(rows: int) -> Dataset:
 
 def on_disk(folder: Path, rows: int, make: Callable[[int], Dataset]) -> Dataset:
     """Rows that are memory-mapped, in chunks of 1000."""
-    path = folder / f"{make.__name__}-{rows}.arrow"
+    path = folder.parent / f"{make.__name__}-{rows}.arrow"
     if not path.exists():
         write_arrow(path, make(rows))
     return Dataset.from_file(str(path))
@@ -409,13 +410,19 @@ def main() -> None:
     results = {"rows": [], "overlap": {}}
     arms = [arm for arm in ARMS if any(part in arm for part in args.arms)]
     print(f"| arm | {' | '.join(f'{rows:,} rows' for rows in args.rows)} |\n|---|{'---|' * len(args.rows)}")
+    root = Path(tempfile.mkdtemp())  # with tables of rows that arms share
     for arm in arms:
         cells = []
         for rows in args.rows:
-            with tempfile.TemporaryDirectory() as folder:
-                results["rows"].append(measure(arm, rows, Path(folder)))
+            folder = root / "arm"
+            folder.mkdir()
+            results["rows"].append(measure(arm, rows, folder))
+            shutil.rmtree(folder)
             cells.append("{seconds:.2f} s, {mib:.0f} MiB".format(**results["rows"][-1]))
+            if args.output:
+                args.output.write_text(json.dumps(results, indent=1) + "\n")
         print(f"| {arm} | {' | '.join(cells)} |", flush=True)
+    shutil.rmtree(root)
     for name, reading, encoding in (("reading", 20e-3, 5e-3), ("encoding", 5e-3, 10e-3), ("both", 20e-3, 10e-3)):
         if args.overlap:
             found = [overlap(reading, encoding) for _ in range(args.overlap)]

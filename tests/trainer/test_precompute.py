@@ -30,7 +30,9 @@ from trl_diffusion import (
 from trl_diffusion.backbones import StableDiffusionBackbone
 from trl_diffusion.data import caching
 from trl_diffusion.data.collators import InstancePairCollator
+from trl_diffusion.trainer import prompt_list
 from trl_diffusion.trainer.attributes import EXPERT_FILE_NAME
+from trl_diffusion.trainer.fingerprints import tokenizer_fingerprint
 from trl_diffusion.trainer.noised_batch import Noiser
 
 
@@ -875,6 +877,97 @@ def test_the_size_that_is_expected_is_what_a_dataset_takes(tmp_path, monkeypatch
         written = sum(path.stat().st_size for path in (tmp_path / "cache").glob(f"{name.replace(' ', '-')}-*.arrow"))
         if name != PROMPTS:  # two rows, of which the file's own header is a good part
             assert size == pytest.approx(written, rel=0.05), name
+
+
+# ---- In 16 bit ----
+
+
+def test_latents_in_16_bit_take_half_the_space(tmp_path):
+    """Beside those in 32 bit, whose files they do not take; latents differ by their rounding, and training goes on."""
+    trainers = [iapo(tmp_path, precompute_dtype=dtype, resolution=64) for dtype in ("float32", "float16", "float32")]
+    rows = [trainer.data_collator([trainer.train_dataset[row] for row in range(3)]) for trainer in trainers]
+    assert rows[0]["chosen_latents_mean"].dtype == rows[2]["chosen_latents_mean"].dtype == torch.float32
+    assert rows[1]["chosen_latents_mean"].dtype == rows[1]["rejected_latents_std"].dtype == torch.float16
+    for name in ("chosen_latents_mean", "rejected_latents_std"):
+        torch.testing.assert_close(rows[1][name].float(), rows[0][name], rtol=2**-11, atol=2**-24)
+    keys = [(0, name, row_id) for name in "cr" for row_id in rows[0]["id"]]
+    exact, rounded = (trainer.encoder.sample_latents(row, keys) for trainer, row in zip(trainers, rows[:2]))
+    assert rounded.dtype == torch.float32 and 0 < (exact - rounded).abs().max() < 4e-3
+    sizes = sorted(path.stat().st_size for path in (tmp_path / "cache").glob("images-*.arrow"))
+    moments = 6 * 2 * 2 * 4 * 16 * 16  # pairs, images, mean and deviation, numbers
+    assert len(sizes) == 2 and sizes[1] - sizes[0] == pytest.approx(2 * moments, rel=0.02)
+    trainers[1].train()
+    assert all(math.isfinite(loss) for (loss,) in logs(trainers[1], "loss"))
+
+
+def test_another_type_of_stored_latents_is_refused(tmp_path):
+    """bfloat16 has too few digits."""
+    with pytest.raises(ValueError, match="`precompute_dtype` must be 'float32' or 'float16', got 'bfloat16'"):
+        InstanceDPOConfig(str(tmp_path), precompute_dtype="bfloat16")
+
+
+# ---- What a second start does not do ----
+
+
+def test_a_second_start_makes_no_prompt_again(tmp_path, experts, criteria, monkeypatch):
+    """The prompts of CPO, which take long to make, are kept: of those of a few rows alone it is seen that they are there."""
+    monkeypatch.setattr(prompt_list, "NUM_CHECKED_ROWS", 2)
+    asked, prompts_of = [], ComplexPOTrainer.prompts_of
+    monkeypatch.setattr(ComplexPOTrainer, "prompts_of", lambda self, row: asked.append(row) or prompts_of(self, row))
+    given = (tmp_path, experts["sd"], criteria)
+    caches = []
+    for expected in (8, 2, 2):
+        asked.clear()
+        caches.append(cpo(*given, dataset=tiny.paintings(8)).encoder.prompt_cache)
+        assert len(asked) == expected
+    assert caches[0].dataset["prompt"][:] == caches[1].dataset["prompt"][:]
+    for setting in ({"max_attributes": 1}, {"attribute_targets": "paired"}, {"prompt_dropout": 0.5}):
+        asked.clear()
+        cpo(*given, dataset=tiny.paintings(8), **setting)
+        assert len(asked) == 8, setting
+    asked.clear()
+    cpo(*given, dataset=tiny.paintings(8).select(range(7, -1, -1)))
+    assert len(asked) == 8
+
+
+def test_kept_prompts_that_are_not_those_of_the_rows_are_made_again(tmp_path, experts, criteria):
+    """As where a subclass makes others than its settings say."""
+
+    class Other(ComplexPOTrainer):
+        def prompts_of(self, row):
+            return [f"{prompt} !" for prompt in super().prompts_of(row)]
+
+    trainer = cpo(tmp_path, experts["sd"], criteria)
+    args = trainer.args
+    other = Other(tiny.sd_pipeline(), experts["sd"], args, train_dataset=tiny.paintings(6), peft_config=lora())
+    kept = set(other.encoder.prompt_cache.dataset["prompt"][:])
+    assert kept == {f"{prompt} !" for prompt in trainer.encoder.prompt_cache.dataset["prompt"][:]}
+
+
+@pytest.mark.parametrize("rows", [2000, 4000])
+def test_a_prompt_is_asked_for_once_however_many_rows_have_it(rows):
+    """Of a column of texts, each that differs; in order, null last."""
+    asked = []
+    dataset = Dataset.from_dict({"prompt": [f"prompt {row % 50}" for row in range(rows)]})
+    listed = prompt_list.list_prompts(
+        [dataset, dataset], ["prompt"], lambda row: asked.append(row) or [row["prompt"], None]
+    )
+    assert len(asked) == 2 * 50
+    assert listed.to_pylist() == [*sorted(f"prompt {number}" for number in range(50)), None]
+
+
+def test_a_tokenizer_is_told_by_what_it_makes_of_texts():
+    """Not by what it was asked last; another word, another limit, another padding is another one."""
+    one, other = tiny.tokenizer(), tiny.tokenizer()
+    fingerprint = tokenizer_fingerprint(one)
+    one("a cat", padding="max_length", truncation=True)
+    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(other) == fingerprint
+    other.model_max_length = 10
+    assert tokenizer_fingerprint(other) != fingerprint
+    other = tiny.tokenizer()
+    other.add_tokens(["elephant"])
+    assert tokenizer_fingerprint(other) != fingerprint
+    assert tokenizer_fingerprint(tiny.t5_tokenizer()) != fingerprint
 
 
 # ---- Mistakes ----

@@ -16,8 +16,8 @@ from accelerate.logging import get_logger
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
-from ..batching import CORES
 from .column_checks import selected
+from .pipelining import CORES
 
 
 logger = get_logger(__name__)

@@ -22,9 +22,8 @@ from datasets.table import MemoryMappedTable, concat_tables
 from datasets.utils import tqdm
 from safetensors import torch as safetensors
 
-from ..batching import CORES
 from .key_index import KeyIndex
-from .pipelining import ahead, behind
+from .pipelining import CORES, ahead, behind
 
 
 TENSORS = "_tensors"  # column with the tensors of a row, in the safetensors format

@@ -21,6 +21,7 @@ PREFERENCES = ("chosen", "rejected", "tie")
 ATTRIBUTE_COLUMNS = ("positive_attributes", "negative_attributes")
 UNKNOWN = (None, Value("null"), List(Value("null")))  # no type is known, or every value is null
 BOXES = ("chosen_box", "rejected_box")
+ROWS_AT_ONCE = 50_000
 MOST_PATHS = 10_000  # of more, as many are looked for, at equal distances: each may be a request to a server
 
 
@@ -139,7 +140,7 @@ def _cast(column: str, dtype: str) -> str:
 # ----- values -----
 
 
-def bad_rows(dataset: Dataset, column: str, is_bad: Callable[[pa.Array], np.ndarray]) -> np.ndarray:
+def bad_rows(dataset: Dataset, column: str, is_bad: Callable[[pa.ChunkedArray], np.ndarray]) -> np.ndarray:
     """
     Finds rows by the Arrow data of one column. No row becomes a Python object.
 
@@ -149,12 +150,14 @@ def bad_rows(dataset: Dataset, column: str, is_bad: Callable[[pa.Array], np.ndar
         column (`str`):
             The column.
         is_bad (`Callable`):
-            From a part of the column to a bool for each row.
+            From a part of the column, in chunks, to a bool for each row.
 
     Returns:
         `np.ndarray`: the numbers of the rows, in order.
     """
-    bad = np.concatenate([np.asarray(is_bad(chunk), dtype=bool) for chunk in dataset.data.column(column).chunks])
+    values = dataset.data.column(column)
+    parts = (values.slice(start, ROWS_AT_ONCE) for start in range(0, len(values), ROWS_AT_ONCE))
+    bad = np.concatenate([np.asarray(is_bad(part), dtype=bool) for part in parts])
     return selected(dataset, bad).nonzero()[0]
 
 
@@ -163,12 +166,12 @@ def selected(dataset: Dataset, values: np.ndarray) -> np.ndarray:
     return values if dataset._indices is None else values[dataset._indices.column(0).to_numpy()]
 
 
-def nulls(column: pa.Array) -> np.ndarray:
+def nulls(column: pa.ChunkedArray) -> np.ndarray:
     """Which values are null."""
     return column.is_null().to_numpy(zero_copy_only=False)
 
 
-def without_image(column: pa.Array) -> np.ndarray:
+def without_image(column: pa.ChunkedArray) -> np.ndarray:
     """Which values hold no image: they are null, or have neither bytes nor a path, or an empty one."""
     parts = [column]
     if pa.types.is_struct(column.type):
@@ -180,7 +183,7 @@ def without_image(column: pa.Array) -> np.ndarray:
     return empty
 
 
-def _greater(lengths: pa.Array) -> pa.Array:
+def _greater(lengths: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.greater(lengths, pa.scalar(0, lengths.type))
 
 
@@ -215,7 +218,7 @@ def missing_files(dataset: Dataset, column: str) -> np.ndarray:
     return np.array(found, dtype=int)
 
 
-def _is_path(column: pa.Array) -> np.ndarray:
+def _is_path(column: pa.ChunkedArray) -> np.ndarray:
     """Which values of an undecoded column of images have a path and no bytes."""
     has = {}
     for part in ("bytes", "path"):

@@ -204,7 +204,7 @@ def _faults(
         "id": (nulls, row_id),
         "prompt": (nulls, row_prompt),
         **{column: (without_image, partial(read_image, column=column)) for column in image_columns},
-        "instances": (bad_instances, check_instances),
+        "instances": (lambda values: bad_instances(values.combine_chunks()), check_instances),
     }
     for column, (is_bad, check) in checks.items():
         if column not in features or column in wrong or column == "instances" and features[column] in UNKNOWN:

@@ -49,7 +49,7 @@ def _update(digest: Any, values: pa.Array) -> None:
         digest.update(_numbers(pc.list_value_length(values), np.int64))
         _update(digest, values.flatten())
     elif _is_text(kind) or _is_bytes(kind):
-        known = values.drop_null().cast(pa.large_binary())
+        known = values.cast(pa.large_string() if _is_text(kind) else pa.large_binary()).drop_null()
         digest.update(_numbers(pc.binary_length(known), np.int64))
         _, offsets, content = known.buffers()
         if len(known):

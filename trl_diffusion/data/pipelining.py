@@ -3,13 +3,15 @@
 
 """Reads ahead of what is computed, and writes behind it, in threads and with a bounded number of items in memory."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from ..batching import CORES
+
+CORES = os.cpu_count() or 1
 
 
 def ahead(function: Callable, items: Iterable, number: int) -> Generator[Any]:
