@@ -664,37 +664,40 @@ def test_the_experts_files_follow_what_its_prompts_are_made_of(tmp_path, criteri
     torch.testing.assert_close(torch.tensor(logs(runs[0], "loss")), torch.tensor(logs(runs[1], "loss")))
 
 
+def encodings_of_all_trainers(folder, criteria: str, expert: str) -> int:
+    """Precomputes for all trainers in one folder, and counts what their encoders had to encode."""
+    pipelines = [PIPELINES[name]() for name in ("sd", "sdxl", "sd", "sd")]
+    calls = [encoder_calls(pipeline) for pipeline in pipelines]
+    pairs, paintings = tiny.pairs(2), tiny.paintings(4)
+    iapo(folder, pipelines[0], pairs, noise_source="inversion", inversion_steps=2, prompt_dropout=0.5, max_steps=1)
+    iapo(folder, pipelines[1], pairs.remove_columns("id"))
+    expert_trainer(folder, criteria, pipelines[2], paintings)
+    cpo(folder, expert, criteria, pipelines[3], paintings, target_strength=1.5)
+    return sum(sum(each.values()) for each in calls)
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
-from tests.trainer import test_precompute as own
-from tests import tiny
+from tests.trainer.test_precompute import encodings_of_all_trainers
 
-folder, criteria, expert = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-pipelines = [own.PIPELINES[name]() for name in ("sd", "sdxl", "sd", "sd")]
-calls = [own.encoder_calls(pipeline) for pipeline in pipelines]
-pairs, paintings = tiny.pairs(2), tiny.paintings(4)
-own.iapo(folder, pipelines[0], pairs, noise_source="inversion", inversion_steps=2, prompt_dropout=0.5, max_steps=1)
-own.iapo(folder, pipelines[1], pairs.remove_columns("id"))
-own.expert_trainer(folder, criteria, pipelines[2], paintings)
-own.cpo(folder, expert, criteria, pipelines[3], paintings, target_strength=1.5)
-print("calls", sum(sum(each.values()) for each in calls))
+print("found", hash("the same"), encodings_of_all_trainers(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
 """
 
 
 def test_another_python_process_finds_the_files(tmp_path, criteria, experts):
     """Whatever the order in which it hashes strings: what it computes is named the same, for all trainers."""
-    found = []
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path), criteria, experts["sd"]]
-        output = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment
-        )
-        calls = int(re.search(r"calls (\d+)", output.stdout.decode())[1])
-        found.append((calls, sorted(all_files(tmp_path))))
-    assert found[0][0] > 0
-    assert found[1] == (0, found[0][1])
+    assert encodings_of_all_trainers(tmp_path, criteria, experts["sd"]) > 0
+    files = sorted(all_files(tmp_path))
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), criteria, experts["sd"]]
+    output = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment
+    )
+    other_hash, num_encodings = re.search(r"found (-?\d+) (\d+)", output.stdout.decode()).groups()
+    assert int(other_hash) != hash("the same")
+    assert (int(num_encodings), sorted(all_files(tmp_path))) == (0, files)
 
 
 def test_a_pipeline_from_another_folder_finds_the_files(tmp_path, capsys):
