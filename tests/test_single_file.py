@@ -147,24 +147,37 @@ def averages(weights):
     return {f"model_ema.{name}": weights[key] + 1 for key, name in names.items()} | {"model_ema.decay": torch.ones(1)}
 
 
+@pytest.fixture(scope="module")
+def originals(files) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return sd_file(), sdxl_file(load_pipeline(files["sdxl"][1]))
+
+
+def outputs(backbone) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the denoiser predicts, and how the VAE encodes an image."""
+    image = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    return tiny.predictions(backbone, backbone.denoiser), backbone.encode_images(image)[0]
+
+
+@pytest.fixture(scope="module")
+def expected(files) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {family: outputs(load_backbone(files[family][1])) for family in ("sd", "sdxl")}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
-def test_layouts(files, tmp_path, layout, ending):
+def test_layouts(files, originals, expected, tmp_path, layout, ending):
     """The prediction is that of the pipeline, exactly where the file is not rounded, and in the type that was asked for."""
     family, make, tolerance = LAYOUTS[layout]
-    weights = make(sd_file(), sdxl_file(load_pipeline(files["sdxl"][1])))
+    weights = make(*originals)
     path = tmp_path / f"model.{ending}"
     if ending == "ckpt":
         torch.save({"state_dict": weights, "epoch": 3}, path)
     else:
         save_file(weights, path)
-    found, expected = load_backbone(path, config=files[family][1]), load_backbone(files[family][1])
+    found = load_backbone(path, config=files[family][1])
     assert found.denoiser.dtype == found.pipeline.vae.dtype == torch.float32
-    difference = tiny.predictions(found, found.denoiser) - tiny.predictions(expected, expected.denoiser)
-    assert difference.abs().max() <= tolerance
-    images = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
-    difference = found.encode_images(images)[0] - expected.encode_images(images)[0]
-    assert difference.abs().max() <= tolerance
+    for output, of_the_pipeline in zip(outputs(found), expected[family], strict=True):
+        assert (output - of_the_pipeline).abs().max() <= tolerance
 
 
 def test_a_file_that_says_that_it_predicts_velocity(files, tmp_path):

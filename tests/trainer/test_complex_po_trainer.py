@@ -348,11 +348,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, family, experts, crite
     """Stopped in the middle of an epoch and resumed: the same weights and losses, bit for bit."""
     settings = {"expert": experts[family], "criteria": criteria, "dataset": tiny.paintings(10), "max_steps": 6}
     settings |= {"random_flip": True, "prompt_dropout": 0.3, "center_crop": False, "attribute_targets": "paired"}
-    whole = make_trainer(tmp_path / "whole", PIPELINES[family](), **settings)
+    whole = make_trainer(tmp_path, PIPELINES[family](), save_strategy="steps", save_steps=3, **settings)
     whole.train()
-    make_trainer(tmp_path / "cut", PIPELINES[family](), save_strategy="steps", save_steps=3, **settings).train()
-    resumed = make_trainer(tmp_path / "cut", PIPELINES[family](), **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    resumed = make_trainer(tmp_path, PIPELINES[family](), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert max_difference(weights(whole.model), weights(resumed.model)) == 0
     assert logged(whole, "loss")[3:] == logged(resumed, "loss")[3:]
 

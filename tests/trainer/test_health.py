@@ -410,6 +410,7 @@ def test_the_denoiser_comes_back_in_its_mode(tmp_path, peft_config, was_training
     pipeline = tiny.sd_pipeline()
     pipeline.unet.train(was_training)
     settings = {"num_inference_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "eval_dataset": tiny.pairs(2)}
+    settings |= {"max_steps": 1}
     trainer = iapo(tmp_path, pipeline, peft_config=peft_config, sample_prompts=["a cat"], **settings)
     uses = [trainer.train, trainer.evaluate, lambda: trainer.sample(["a"]), lambda: trainer.sample(["a"], True)]
     for use in uses:

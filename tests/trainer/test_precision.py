@@ -51,23 +51,35 @@ def trained(tmp_path, model, family="sd", is_lora=True, ref_model=None, **settin
 @pytest.mark.parametrize("family", ["sd", "flux"])
 @pytest.mark.parametrize("half", HALF)
 @pytest.mark.parametrize("is_lora", [True, False])
-@pytest.mark.parametrize("given", ["object", "name"])
-def test_half_precision_without_mixed_precision(tmp_path, models, caplog, family, half, is_lora, given):
-    """The run is that of the same weights in float32, and says what was cast and what to set."""
-    rounded = DiffusionPipeline.from_pretrained(models[family], dtype=HALF[half])
-    settings = {"model_init_kwargs": {"dtype": half}} if given == "name" else {}
-    with caplog.at_level(logging.WARNING):
-        model = models[family] if given == "name" else rounded
-        trainer = trained(tmp_path, model, family, is_lora, **settings)
-    names = ", ".join(f"`{name}`" for name in trainer.backbone.encoder_names)
-    said = f"This run computes in float32. Cast to it from another precision: {names}. Set `bf16=True` or `fp16=True`"
-    assert caplog.text.count(said) == 1
-    rounded = DiffusionPipeline.from_pretrained(models[family], dtype=HALF[half])
-    for component in rounded.components.values():
+def test_half_precision_without_mixed_precision(tmp_path, models, caplog, family, half, is_lora):
+    """
+    Given as an object or by name, the run is that of the same weights in float32, and says what was cast and what to set.
+    """
+
+    def rounded() -> DiffusionPipeline:
+        return DiffusionPipeline.from_pretrained(models[family], dtype=HALF[half])
+
+    def errors(trainer: InstanceDPOTrainer) -> list[float]:  # the first loss is ln 2, whatever the model
+        return [entry[name] for entry in trainer.state.log_history for name in entry if "errors/" in name]
+
+    found = {}
+    for given in ("object", "name"):
+        settings = {"model_init_kwargs": {"dtype": half}} if given == "name" else {}
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            trainer = trained(tmp_path, models[family] if given == "name" else rounded(), family, is_lora, **settings)
+        names = ", ".join(f"`{name}`" for name in trainer.backbone.encoder_names)
+        said = (
+            f"This run computes in float32. Cast to it from another precision: {names}. Set `bf16=True` or `fp16=True`"
+        )
+        assert caplog.text.count(said) == 1
+        found[given] = errors(trainer)
+    pipeline = rounded()
+    for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.to(torch.float32)
     caplog.clear()
-    assert tiny.losses(trained(tmp_path, rounded, family, is_lora)) == tiny.losses(trainer)
+    assert errors(trained(tmp_path, pipeline, family, is_lora)) == found["object"] == found["name"] != []
     assert "This run computes" not in caplog.text
 
 

@@ -359,12 +359,10 @@ def test_a_resumed_run_with_inversion_is_the_uninterrupted_one(tmp_path, family,
         "peft_config": lora(),
         "inversion_steps": 4,
     }
-    whole = iapo(tmp_path, PIPELINES[family](), output_dir=str(tmp_path / "whole"), **settings)
+    whole = iapo(tmp_path, PIPELINES[family](), save_strategy="steps", save_steps=save_steps, **settings)
     whole.train()
-    cut = settings | {"output_dir": str(tmp_path / "cut")}
-    iapo(tmp_path, PIPELINES[family](), save_strategy="steps", save_steps=save_steps, **cut).train()
-    resumed = iapo(tmp_path, PIPELINES[family](), **cut)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{save_steps}"))
+    resumed = iapo(tmp_path, PIPELINES[family](), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{save_steps}"))
     assert logs(resumed, "loss")[save_steps:] == logs(whole, "loss")[save_steps:]
     assert max_difference(weights(whole.model), weights(resumed.model)) == 0
 
@@ -668,37 +666,40 @@ def test_the_experts_files_follow_what_its_prompts_are_made_of(tmp_path, criteri
     torch.testing.assert_close(torch.tensor(logs(runs[0], "loss")), torch.tensor(logs(runs[1], "loss")))
 
 
+def encodings_of_all_trainers(folder, criteria: str, expert: str) -> int:
+    """Precomputes for all trainers in one folder, and counts what their encoders had to encode."""
+    pipelines = [PIPELINES[name]() for name in ("sd", "sdxl", "sd", "sd")]
+    calls = [encoder_calls(pipeline) for pipeline in pipelines]
+    pairs, paintings = tiny.pairs(2), tiny.paintings(4)
+    iapo(folder, pipelines[0], pairs, noise_source="inversion", inversion_steps=2, prompt_dropout=0.5, max_steps=1)
+    iapo(folder, pipelines[1], pairs.remove_columns("id"))
+    expert_trainer(folder, criteria, pipelines[2], paintings)
+    cpo(folder, expert, criteria, pipelines[3], paintings, target_strength=1.5)
+    return sum(sum(each.values()) for each in calls)
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
-from tests.trainer import test_precompute as own
-from tests import tiny
+from tests.trainer.test_precompute import encodings_of_all_trainers
 
-folder, criteria, expert = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-pipelines = [own.PIPELINES[name]() for name in ("sd", "sdxl", "sd", "sd")]
-calls = [own.encoder_calls(pipeline) for pipeline in pipelines]
-pairs, paintings = tiny.pairs(2), tiny.paintings(4)
-own.iapo(folder, pipelines[0], pairs, noise_source="inversion", inversion_steps=2, prompt_dropout=0.5, max_steps=1)
-own.iapo(folder, pipelines[1], pairs.remove_columns("id"))
-own.expert_trainer(folder, criteria, pipelines[2], paintings)
-own.cpo(folder, expert, criteria, pipelines[3], paintings, target_strength=1.5)
-print("calls", sum(sum(each.values()) for each in calls))
+print("found", hash("the same"), encodings_of_all_trainers(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
 """
 
 
 def test_another_python_process_finds_the_files(tmp_path, criteria, experts):
     """Whatever the order in which it hashes strings: what it computes is named the same, for all trainers."""
-    found = []
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path), criteria, experts["sd"]]
-        output = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment
-        )
-        calls = int(re.search(r"calls (\d+)", output.stdout.decode())[1])
-        found.append((calls, sorted(all_files(tmp_path))))
-    assert found[0][0] > 0
-    assert found[1] == (0, found[0][1])
+    assert encodings_of_all_trainers(tmp_path, criteria, experts["sd"]) > 0
+    files = sorted(all_files(tmp_path))
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), criteria, experts["sd"]]
+    output = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment
+    )
+    other_hash, num_encodings = re.search(r"found (-?\d+) (\d+)", output.stdout.decode()).groups()
+    assert int(other_hash) != hash("the same")
+    assert (int(num_encodings), sorted(all_files(tmp_path))) == (0, files)
 
 
 def test_a_pipeline_from_another_folder_finds_the_files(tmp_path, capsys):
@@ -832,25 +833,31 @@ def test_a_dataset_that_was_not_precomputed_is_evaluated_like_any_other(tmp_path
 TIMES = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time", "epoch"}
 
 
-@pytest.mark.parametrize("train", ["memory", "stream"])
-@pytest.mark.parametrize("evaluation", ["memory", "stream"])
-def test_streams_and_rows_in_memory_mix(tmp_path, train, evaluation):
-    """Train on one and evaluate on the other: the weights and metrics are those of rows in memory."""
-
-    def given(dataset, kind):
-        return dataset.to_iterable_dataset() if kind == "stream" else dataset
-
+def what_is_found(folder, *kinds: str) -> tuple:
+    """Losses, evaluations, metrics and weights of a training and an evaluation, each on rows in memory or on a stream."""
+    datasets = [
+        rows.to_iterable_dataset() if kind == "stream" else rows
+        for rows, kind in zip((tiny.pairs(6), tiny.pairs(3)), kinds, strict=True)
+    ]
     settings = {"precompute": False, "train_sampling_strategy": "sequential", "max_steps": 2}
     settings |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
-    found = []
-    for kinds in (("memory", "memory"), (train, evaluation)):
-        dataset, eval_dataset = given(tiny.pairs(6), kinds[0]), given(tiny.pairs(3), kinds[1])
-        trainer = iapo(tmp_path, dataset=dataset, eval_dataset=eval_dataset, **settings)
-        trainer.train()
-        metrics = {name: value for name, value in trainer.evaluate().items() if name not in TIMES}
-        evaluations = torch.tensor(logs(trainer, "eval_loss", "eval_errors/chosen", "eval_rewards/margins"))
-        found.append((logs(trainer, "loss"), evaluations, metrics, weights(trainer.model)))
-    one, other = found
+    trainer = iapo(folder, dataset=datasets[0], eval_dataset=datasets[1], **settings)
+    trainer.train()
+    metrics = {name: value for name, value in trainer.evaluate().items() if name not in TIMES}
+    evaluations = torch.tensor(logs(trainer, "eval_loss", "eval_errors/chosen", "eval_rewards/margins"))
+    return logs(trainer, "loss"), evaluations, metrics, weights(trainer.model)
+
+
+@pytest.fixture(scope="module")
+def in_memory(tmp_path_factory) -> tuple:
+    return what_is_found(tmp_path_factory.mktemp("memory"), "memory", "memory")
+
+
+@pytest.mark.parametrize("train", ["memory", "stream"])
+@pytest.mark.parametrize("evaluation", ["memory", "stream"])
+def test_streams_and_rows_in_memory_mix(tmp_path, in_memory, train, evaluation):
+    """Train on one and evaluate on the other: the weights and metrics are those of rows in memory."""
+    one, other = in_memory, what_is_found(tmp_path, train, evaluation)
     assert one[0] == other[0] and len(one[0]) == 2 and max_difference(one[3], other[3]) == 0
     assert torch.equal(one[1], other[1]) and len(one[1]) == 3
     assert one[2] == other[2]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,12 @@ def library_versions() -> dict[str, str]:
         `dict[str, str]`: without what tells the build, such as `+cpu`.
     """
     names = ("trl-diffusion", "torch", "diffusers", "peft", "transformers", "accelerate", "datasets")
-    return {name: version(name).split("+")[0] for name in names}
+    return {name: _version(name) for name in names}
+
+
+@cache  # each look-up parses the package's whole description
+def _version(name: str) -> str:
+    return version(name).split("+")[0]
 
 
 def _rows(args: TrainingArguments, lora: LoraConfig | None) -> dict[str, int | None]:
