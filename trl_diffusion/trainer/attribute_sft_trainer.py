@@ -145,7 +145,7 @@ class AttributeSFTTrainer(DiffusionTrainer):
             text, missing = self.attribute_prompts(prompt, positive, negative)
             prompts.append(text)
             left_out.append(missing)
-        self.record({"attributes/left_out": torch.tensor(left_out, device=self.accelerator.device)})
+        self.record({"attributes/left_out": torch.tensor(left_out).to(self.accelerator.device, non_blocking=True)})
         return self.randomness.drop_prompts(prompts, inputs["id"])
 
     def prompts_of(self, row: dict[str, Any]) -> list[str | None]:

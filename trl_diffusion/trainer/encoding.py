@@ -194,7 +194,8 @@ class BatchEncoder:
                 for what in ("original_sizes", "crop_top_lefts")
             )
         else:
-            original_sizes = torch.tensor([[height, width]], device=latents.device).expand(len(latents), 2)
+            sides = [torch.full((len(latents), 1), side, device=latents.device) for side in (height, width)]
+            original_sizes = torch.cat(sides, dim=1)
             crop_top_lefts = torch.zeros_like(original_sizes)
         of_images = self.backbone.image_conditions(original_sizes, crop_top_lefts, (height, width))
         of_text = self.encode_prompts(prompts)
