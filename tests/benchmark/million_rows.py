@@ -342,13 +342,13 @@ def overlap(reading: float, encoding: float, rows: int = 400, batch_size: int = 
             Seconds that a row takes to be read, on as many threads as there are cores, and to be encoded.
     """
     with tempfile.TemporaryDirectory() as folder:
-        dataset = pair_table(rows)
+        dataset = prepare_dataset(pair_table(rows), "train_dataset", PAIR, PAIR[1:])
         collator = SlowCollator(8)
         SlowCollator.seconds = reading
 
         def encode_images(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             time.sleep(encoding * len(pixels) / 2)
-            return (torch.zeros(len(pixels), 4, 64, 64),) * 2
+            return torch.zeros(len(pixels), 4, 64, 64), torch.zeros(len(pixels), 4, 64, 64)
 
         encoder = SimpleNamespace(
             device=torch.device("cpu"), half_dtype=None, encode_images=encode_images, fingerprint=lambda name: name
@@ -370,9 +370,9 @@ def work(arm: str, rows: int, folder: Path, pipe: Connection) -> None:
     measured = ARMS[arm](rows, folder)
     pipe.send(None)
     pipe.recv()
-    begin = time.perf_counter()
+    begin, worked = time.perf_counter(), time.process_time()
     measured()
-    pipe.send(time.perf_counter() - begin)
+    pipe.send((time.perf_counter() - begin, time.process_time() - worked))
     pipe.recv()
 
 
@@ -394,10 +394,11 @@ def measure(arm: str, rows: int, folder: Path) -> dict[str, float]:
     pipe.send(None)
     while not pipe.poll(0.02):
         peak = max(peak, own_memory(process.pid))
-    seconds = pipe.recv()
+    seconds, cpu = pipe.recv()
     pipe.send(None)
     process.join()
-    return {"arm": arm, "rows": rows, "seconds": round(seconds, 3), "mib": round((peak - before) / 2**20, 1)}
+    mib = round((peak - before) / 2**20, 1)
+    return {"arm": arm, "rows": rows, "seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3), "mib": mib}
 
 
 def main() -> None:
@@ -418,7 +419,7 @@ def main() -> None:
             folder.mkdir()
             results["rows"].append(measure(arm, rows, folder))
             shutil.rmtree(folder)
-            cells.append("{seconds:.2f} s, {mib:.0f} MiB".format(**results["rows"][-1]))
+            cells.append("{seconds:.2f} s ({cpu_seconds:.2f} s of CPU), {mib:.0f} MiB".format(**results["rows"][-1]))
             if args.output:
                 args.output.write_text(json.dumps(results, indent=1) + "\n")
         print(f"| {arm} | {' | '.join(cells)} |", flush=True)
