@@ -27,14 +27,14 @@ def threads():
 
 UNET = MODELS["unet"]
 ARMS = iapo.EXPERIMENT.arms
-SMALL = {"num_pairs": 64, "num_paintings": 64, "max_steps": 2, "num_samples": 8}
+SMALL = {"num_pairs": 64, "num_paintings": 64, "max_steps": 2, "num_samples": 16}
 CPO_ARMS = ["base", "sft", "cpo", "cpo_stabilised", "cpo_paired"]
 
 
 def run_small(experiment, name: str, folder, seed: int = 0, model: str = "unet") -> list[bytes]:
     """The first images of an arm that is trained on annotated rows for two steps."""
     annotations, _ = annotate(experiment, 64, seed, str(folder))
-    _, images, *_ = run_arm(experiment, model, name, annotations, 64, 2, 4, seed, str(folder))
+    _, images, *_ = run_arm(experiment, model, name, annotations, 64, 2, 16, seed, str(folder))
     return [image.tobytes() for image in images]
 
 
@@ -45,11 +45,11 @@ def test_it_writes_results_pictures_and_a_report(tmp_path):
     assert list(results)[:4] == ["base", *ARMS] == ["base", "dpo", "iapo", "iapo_covering"]
     for name in ("base", *ARMS):
         assert set(results[name]) == {"clean_a", "clean_b", "match_a", "match_b", "n"}
-        assert results[name]["n"] == 8
+        assert results[name]["n"] == 16
         assert all(0 <= results[name][key] <= 1 for key in results[name] if key != "n")
     assert list(results["cpo"]) == CPO_ARMS
     for scores in results["cpo"].values():
-        assert list(scores) == ["negatives", "positives", "match", "n"] and scores["n"] == 8
+        assert list(scores) == ["negatives", "positives", "match", "n"] and scores["n"] == 16
         assert scores["negatives"] + scores["positives"] == 4 and 0 <= scores["match"] <= 1
     assert (
         results["seed"] == 0 and results["seconds"] > 0 and {"trl", "diffusers", "torch"} <= set(results["versions"])
