@@ -72,7 +72,7 @@ def to_meta(trainer: DiffusionTrainer) -> None:
     if trainer.reference is not None and trainer.reference.denoiser is not None:
         trainer.reference.denoiser.to(META)
     trainer.backbone.to(META)
-    trainer.encoder.device = META
+    trainer.encoder.device = trainer.encoder.ahead.device = META
     trainer.accelerator.state.device = META
 
 
