@@ -7,6 +7,8 @@ import ast
 import logging
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 # Where the pipelines of diffusers warn in each call of what they cut off a prompt, and how
@@ -46,12 +48,20 @@ class CutPrompts(logging.Filter):
             )
 
 
-def quiet() -> CutPrompts:
+def hold_back() -> CutPrompts:
     """Holds the warnings of each call back, in this process. Returns what collects the endings that are cut off prompts."""
     cut = CutPrompts()
     for name in PIPELINES:
-        logger = logging.getLogger(f"diffusers.pipelines.{name}")
-        for earlier in [each for each in logger.filters if isinstance(each, CutPrompts)]:
-            logger.removeFilter(earlier)  # of another command in this process
-        logger.addFilter(cut)
+        logging.getLogger(f"diffusers.pipelines.{name}").addFilter(cut)
     return cut
+
+
+@contextmanager
+def quiet() -> Iterator[CutPrompts]:
+    """Holds them back while the context lasts: other code in this process, such as a notebook's, gets them as before."""
+    cut = hold_back()
+    try:
+        yield cut
+    finally:
+        for name in PIPELINES:
+            logging.getLogger(f"diffusers.pipelines.{name}").removeFilter(cut)

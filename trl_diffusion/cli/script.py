@@ -34,8 +34,8 @@ def run_script(command: str, find_script: Callable[[], ModuleType], flags: list[
     Returns:
         `int`: the exit status: what `main` returns or 0, 2 after a mistake, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    cut, status = quiet(), 0
-    with stopping(command) as stop:
+    status = 0
+    with quiet() as cut, stopping(command) as stop:
         try:
             with mistakes(command) as made:
                 script = find_script()
@@ -66,9 +66,8 @@ def run_launched(command: str, find_script: Callable[[], ModuleType], flags: lis
     Returns:
         `int`: the exit status, that of the script.
     """
-    quiet()
     status = 2
-    with stopping(command, forwards=True) as stop, mistakes(command):
+    with quiet(), stopping(command, forwards=True) as stop, mistakes(command):
         script = find_script()
         parser = parser_of(command, script)
         from .launch import launch

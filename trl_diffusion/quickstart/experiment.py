@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from PIL import Image
 from transformers import PrinterCallback
 
@@ -33,6 +33,7 @@ FAST = {
     "bf16": False,
     "dataloader_pin_memory": False,
 }
+TRAINING = "training"  # folder with the labelled rows and what is precomputed of them
 
 
 def train_quietly(trainer: DiffusionTrainer) -> DiffusionTrainer:
@@ -107,16 +108,19 @@ def annotate(experiment: Experiment, num_rows: int, seed: int, output_dir: str) 
         seed (`int`):
             Seed of the data.
         output_dir (`str`):
-            The annotations are written to its folder `annotations`.
+            The annotations are written to its folder `annotations`, with the labelled rows, which all arms share.
 
     Returns:
         `tuple`: the folder of these annotations, and the counts of the run.
     """
     torch.set_num_threads(1)
-    rows, columns = prepare_rows(experiment.unlabelled_rows(num_rows, seed), experiment.find_columns)
+    unlabelled = experiment.unlabelled_rows(num_rows, seed)
+    rows, columns = prepare_rows(unlabelled, experiment.find_columns)
     source = {"name": experiment.name, "split": experiment.name, "num_rows": num_rows, "seed": seed}
     task = experiment.annotation_task(source, columns)
     finished = run(rows, task, Path(output_dir) / "annotations", run_locally, disable_tqdm=True)
+    labelled = join_annotations(unlabelled, load_annotations(finished.folder))
+    labelled.save_to_disk(Path(finished.folder) / TRAINING)
     return str(finished.folder), dict(finished.counts)
 
 
@@ -144,7 +148,7 @@ def run_arm(
         annotations (`str`):
             Folder of the annotations, see [`annotate`].
         num_rows (`int`):
-            Number of rows to train on, as annotated.
+            Number of rows to train on, the first of those that were annotated.
         max_steps (`int`):
             Optimizer steps.
         num_samples (`int`):
@@ -162,8 +166,10 @@ def run_arm(
     pipeline = load_pipeline(getattr(MODELS[model], experiment.name))
     if name in experiment.arms:
         arm = experiment.arms[name]
-        rows = join_annotations(experiment.unlabelled_rows(num_rows, seed), load_annotations(annotations))
+        folder = str(Path(annotations) / TRAINING)
         settings = {"output_dir": output_dir, "seed": seed, "max_steps": max_steps}
+        settings |= {"precompute": True, "precompute_dir": folder}  # once for all arms
+        rows = load_from_disk(folder).select(range(num_rows))
         arm.train(pipeline, rows, settings | arm.settings)
     prompts = evaluation_prompts(num_samples, seed, experiment.sample_scene)
     images = generate(pipeline, prompts, seed)

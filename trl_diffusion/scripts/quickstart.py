@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_diffusion.cli.parser import CommandParser
-from trl_diffusion.cli.quiet import quiet
+from trl_diffusion.cli.quiet import hold_back
 from trl_diffusion.cli.stopping import SIGNALS, blocked
 
 
@@ -205,7 +205,7 @@ def prepare_worker() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    quiet()
+    hold_back()
     disable_progress_bars()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
