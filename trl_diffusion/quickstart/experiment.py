@@ -3,8 +3,10 @@
 
 """What both experiments of the quickstart do: annotate a world's data, train the base in several ways, compare the results."""
 
+import io
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,7 +172,8 @@ def run_arm(
         settings = {"output_dir": output_dir, "seed": seed, "max_steps": max_steps}
         settings |= {"precompute": True, "precompute_dir": folder}  # once for all arms
         rows = load_from_disk(folder).select(range(num_rows))
-        arm.train(pipeline, rows, settings | arm.settings)
+        with redirect_stdout(io.StringIO()):  # what is precomputed is said by every arm
+            arm.train(pipeline, rows, settings | arm.settings)
     prompts = evaluation_prompts(num_samples, seed, experiment.sample_scene)
     images = generate(pipeline, prompts, seed)
     scores = experiment.score(images, prompts)

@@ -80,9 +80,9 @@ class QuickstartArguments:
     num_samples: int = field(default=512, metadata={"help": "Images that each model generates."})
 
 
-# Rough seconds on one core for a row of the data, an optimizer step and an image. For the UNet's defaults they give 425 s in all,
-# where docs/source/log.md has runs of 361 and 504 s
-SECONDS = {"unet": (0.02, 0.6, 0.03), "flow": (0.02, 0.8, 0.03)}
+# Rough seconds on one core for a row of the data, an optimizer step and an image. For the UNet's defaults they give 258 s in all,
+# where docs/source/log.md has a run of 259 s
+SECONDS = {"unet": (0.01, 0.4, 0.03), "flow": (0.01, 0.8, 0.03)}
 STARTING = 15  # seconds until both processes have imported everything
 PACKAGES = ("trl-diffusion", "trl", "transformers", "diffusers", "peft", "torch")
 
