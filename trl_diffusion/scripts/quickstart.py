@@ -81,7 +81,7 @@ class QuickstartArguments:
 
 
 # Rough seconds on one core for a row of the data, an optimizer step and an image. For the UNet's defaults they give 258 s in all,
-# where docs/source/log.md has a run of 259 s
+# where docs/source/log.md has runs of 259 and 272 s
 SECONDS = {"unet": (0.01, 0.4, 0.03), "flow": (0.01, 0.8, 0.03)}
 STARTING = 15  # seconds until both processes have imported everything
 PACKAGES = ("trl-diffusion", "trl", "transformers", "diffusers", "peft", "torch")
