@@ -21,11 +21,18 @@ from .stable_diffusion import StableDiffusionBackbone
 from .stable_diffusion_3 import StableDiffusion3Backbone
 from .stable_diffusion_xl import StableDiffusionXLBackbone
 from .weights import check_finite
+from .z_image import ZImageBackbone
 
 
 logger = logging.getLogger(__name__)
 
-BACKBONES = (StableDiffusionBackbone, StableDiffusionXLBackbone, StableDiffusion3Backbone, FluxBackbone)
+BACKBONES = (
+    StableDiffusionBackbone,
+    StableDiffusionXLBackbone,
+    StableDiffusion3Backbone,
+    FluxBackbone,
+    ZImageBackbone,
+)
 
 
 def load_backbone(
@@ -165,6 +172,7 @@ __all__ = [
     "StableDiffusion3Backbone",
     "StableDiffusionBackbone",
     "StableDiffusionXLBackbone",
+    "ZImageBackbone",
     "backbone_class_of",
     "load_backbone",
     "load_pipeline",
