@@ -44,10 +44,11 @@ class ZImageBackbone(FlowBackbone):
     def prompt_limits(self) -> dict[str, int]:
         return {"tokenizer": self.max_sequence_length}
 
-    def fits(self, prompt: str) -> bool:
-        messages = [{"role": "user", "content": prompt}]
-        settings = {"add_generation_prompt": True, "enable_thinking": True, "tokenize": False}
-        return super().fits(self.pipeline.tokenizer.apply_chat_template(messages, **settings))
+    @staticmethod
+    def num_tokens(tokenizer, prompt) -> int:
+        messages, settings = [{"role": "user", "content": prompt}], {"enable_thinking": True, "tokenize": False}
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **settings)
+        return FlowBackbone.num_tokens(tokenizer, text)
 
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         prompt_embeds, _ = self.pipeline.encode_prompt(
