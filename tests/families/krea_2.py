@@ -21,7 +21,7 @@ def text_encoder() -> Qwen3VLModel:
     ).eval()
 
 
-def pipeline(seed: int = 0, is_distilled: bool = False, **scheduler_settings) -> Krea2Pipeline:
+def pipeline(seed: int = 0, is_distilled: bool = False, layers=LAYERS, **scheduler_settings) -> Krea2Pipeline:
     """32x32 images, 8x8 latents in patches of 2x2: Raw, or Turbo. The default size is 1024, so that trainings need `resolution=32`."""
     torch.manual_seed(seed)
     return Krea2Pipeline(
@@ -34,7 +34,7 @@ def pipeline(seed: int = 0, is_distilled: bool = False, **scheduler_settings) ->
             intermediate_size=32,
             timestep_embed_dim=16,
             text_hidden_dim=32,
-            num_text_layers=len(LAYERS),
+            num_text_layers=len(layers),
             text_num_attention_heads=2,
             text_num_key_value_heads=2,
             text_intermediate_size=32,
@@ -46,7 +46,7 @@ def pipeline(seed: int = 0, is_distilled: bool = False, **scheduler_settings) ->
         vae=vae(),
         text_encoder=text_encoder(),
         tokenizer=tokenizer(),
-        text_encoder_select_layers=LAYERS,
+        text_encoder_select_layers=layers,
         is_distilled=is_distilled,
     )
 

@@ -276,7 +276,16 @@ FAMILIES = [
     for module in modules_of("backbones")
     if module.count(".") == 2
     and module.split(".")[2]
-    not in ("base", "checks", "flow", "flow_checks", "qwen_image_checks", "single_file", "stable_diffusion_checks")
+    not in (
+        "base",
+        "checks",
+        "flow",
+        "flow_checks",
+        "krea_2_checks",
+        "qwen_parts",
+        "single_file",
+        "stable_diffusion_checks",
+    )
 ]
 
 

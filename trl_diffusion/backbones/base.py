@@ -320,7 +320,9 @@ class Backbone(ABC):
         for name in names:
             getattr(self.pipeline, name).to(self.device)
         if self.channels_last and "vae" in names:
-            self.pipeline.vae.to(memory_format=torch.channels_last)
+            vae = self.pipeline.vae
+            if all(parameter.ndim < 5 for parameter in vae.parameters()):  # one of videos cannot be laid out so
+                vae.to(memory_format=torch.channels_last)
 
     def offload(self, names: tuple[str, ...]) -> None:
         """

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from diffusers import Krea2Pipeline, Krea2Transformer2DModel
+from torch.nn.utils.rnn import pad_sequence
 
-from .checks import check_other_weights, refuse, refuse_reference
 from .flow import FlowBackbone
-from .qwen_image_checks import VAE_SETTINGS, check_frame_vae, check_template, check_text_width, frame_moments
+from .krea_2_checks import check_layers, check_length, check_same_inputs
+from .qwen_parts import VAE_SETTINGS, check_frame_vae, check_template, check_text_width, frame_moments, text_mask
 
 
 class Krea2Backbone(FlowBackbone):
@@ -29,7 +30,9 @@ class Krea2Backbone(FlowBackbone):
     lora_target_modules = ("to_q", "to_k", "to_v", "to_gate", "to_out.0")
     posterior_moments = staticmethod(frame_moments)
     padded_conditions = ("prompt_embeds",)
+    host_conditions = ("prompt_lengths",)
     max_sequence_length = 512  # the pipeline's default
+    longest_sequence = 1024  # the pipeline itself has no limit
     unguided_scale = 0.0  # the pipeline adds `guidance_scale` times the difference of the branches to the prompt's
     default_resolution = 1024  # the pipeline's default
 
@@ -42,22 +45,15 @@ class Krea2Backbone(FlowBackbone):
         check_frame_vae(pipeline, pipeline.patch_size)
         check_text_width(pipeline, "text_hidden_dim")
         check_template(pipeline, pipeline.prompt_template_encode_prefix)
-        layers, number = pipeline.text_encoder_select_layers, pipeline.transformer.config.num_text_layers
-        last = pipeline.text_encoder.config.text_config.num_hidden_layers
-        if len(layers) != number or not all(0 <= layer <= last for layer in layers):
-            refuse(
-                f"`text_encoder_select_layers` is {layers}, and `transformer.config.num_text_layers` is {number}",
-                f"the transformer takes so many of the {last} layers of `text_encoder`",
-                "Make the pipeline with the layers that belong to the transformer",
-            )
+        check_layers(pipeline)
 
     def check_reference(self, pipeline) -> None:
-        check_other_weights(self.pipeline, pipeline, self.denoiser_name)
-        for key in ("text_encoder_select_layers", "patch_size"):
-            own, other = getattr(self.pipeline, key), getattr(pipeline, key)
-            if own != other:
-                refuse_reference(f"its `{key}` is {other} and the policy's is {own}")
         super().check_reference(pipeline)
+        check_same_inputs(self.pipeline, pipeline)
+
+    def configure(self, max_sequence_length, embedded_guidance) -> None:
+        super().configure(max_sequence_length, embedded_guidance)
+        check_length(self.pipeline, self.max_sequence_length)
 
     @property
     def patch_size(self) -> int:
@@ -78,22 +74,22 @@ class Krea2Backbone(FlowBackbone):
         settings = {"device": self.device, "max_sequence_length": self.max_sequence_length}
         embeds, mask = self.pipeline.encode_prompt([prompt or "" for prompt in prompts], **settings)
         # The padding stands before the end of the template. All text is at one position, so that the order makes no difference
-        lengths, order = mask.sum(dim=1), (~mask).long().argsort(dim=1, stable=True)[:, : mask.sum(dim=1).max()]
-        rows = torch.arange(len(mask), device=mask.device)[:, None]
-        return {"prompt_embeds": embeds[rows, order] * mask[rows, order][..., None, None], "prompt_lengths": lengths}
+        texts = [row[is_text] for row, is_text in zip(embeds, mask, strict=True)]
+        lengths = torch.tensor([len(text) for text in texts])
+        return {"prompt_embeds": pad_sequence(texts, batch_first=True), "prompt_lengths": lengths}
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions) -> torch.Tensor:
         (batch_size, channels, height, width), embeds = noisy_latents.shape, conditions["prompt_embeds"]
         settings = height // self.patch_size, width // self.patch_size, noisy_latents.device
         if settings not in self.position_ids:
             self.position_ids[settings] = self.pipeline.prepare_position_ids(0, *settings)
-        ids, places = self.position_ids[settings], torch.arange(embeds.shape[1], device=embeds.device)
+        ids = self.position_ids[settings]
         packed = denoiser(
             hidden_states=self.pipeline._pack_latents(noisy_latents, batch_size, channels, height, width),
             encoder_hidden_states=embeds,
             timestep=(timesteps / self.process.num_timesteps).to(noisy_latents.dtype),
-            position_ids=torch.cat([ids.new_zeros(len(places), 3), ids]),  # text is at the origin
-            encoder_attention_mask=places < conditions["prompt_lengths"][:, None],
+            position_ids=torch.cat([ids.new_zeros(embeds.shape[1], 3), ids]),  # text is at the origin
+            encoder_attention_mask=text_mask(embeds, conditions["prompt_lengths"]),
             return_dict=False,
         )[0]
         scale = self.vae_scale_factor

@@ -11,7 +11,7 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from .checks import refuse
 from .flow import FlowBackbone
 from .flow_checks import check_thousand_timesteps
-from .qwen_image_checks import VAE_SETTINGS, check_frame_vae, check_template, check_text_width, frame_moments
+from .qwen_parts import VAE_SETTINGS, check_frame_vae, check_template, check_text_width, frame_moments, text_mask
 
 
 UNCONDITIONAL = " "  # the negative prompt that the model is published with; the pipeline itself makes none
@@ -32,6 +32,7 @@ class QwenImageBackbone(FlowBackbone):
     vae_settings = VAE_SETTINGS
     posterior_moments = staticmethod(frame_moments)
     padded_conditions = ("prompt_embeds",)
+    host_conditions = ("prompt_lengths",)
     max_sequence_length = 512  # the pipeline's default
     longest_sequence = 1024
     guidance_hint = "pass `true_cfg_scale` above 1 and `negative_prompt=' '` to it; its `guidance_scale` makes none"
@@ -40,13 +41,18 @@ class QwenImageBackbone(FlowBackbone):
     @classmethod
     def check_parts(cls, pipeline) -> None:
         config = pipeline.transformer.config
-        for key in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+        for key, reason in (
+            ("guidance_embeds", "diffusers fails when it tells such a transformer a guidance scale"),
+            ("zero_cond_t", "it edits images, of which a `QwenImagePipeline` gives it none"),
+            (
+                "use_additional_t_cond",
+                "it draws images in layers, and a `QwenImagePipeline` does not tell it how many",
+            ),
+            ("use_layer3d_rope", "it draws images in layers, of which a `QwenImagePipeline` has one"),
+        ):
             if config[key]:
-                refuse(
-                    f"`transformer.config.{key}` is {config[key]}",
-                    "a `QwenImagePipeline` does not call such a transformer (one that edits or draws layers) as it was trained",
-                    "Choose a text-to-image model, such as Qwen/Qwen-Image",
-                )
+                way_out = "Choose a text-to-image model, such as Qwen/Qwen-Image"
+                refuse(f"`transformer.config.{key}` is {config[key]}", reason, way_out)
         check_thousand_timesteps(pipeline)
         check_frame_vae(pipeline, cls.patch_size)
         check_text_width(pipeline, "joint_attention_dim")
@@ -68,17 +74,16 @@ class QwenImageBackbone(FlowBackbone):
         prompts = [UNCONDITIONAL if prompt is None else prompt for prompt in prompts]
         settings = {"device": self.device, "max_sequence_length": self.max_sequence_length}
         embeds, mask = self.pipeline.encode_prompt(prompts, **settings)
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
-        return {"prompt_embeds": embeds, "prompt_lengths": mask.sum(dim=1)}
+        lengths = torch.tensor([embeds.shape[1]] * len(embeds)) if mask is None else mask.sum(dim=1).cpu()
+        return {"prompt_embeds": embeds, "prompt_lengths": lengths}
 
     def predict(self, denoiser, noisy_latents, timesteps, conditions) -> torch.Tensor:
         (batch_size, channels, height, width), embeds = noisy_latents.shape, conditions["prompt_embeds"]
-        places = torch.arange(embeds.shape[1], device=embeds.device)
         packed = denoiser(
             hidden_states=self.pipeline._pack_latents(noisy_latents, batch_size, channels, height, width),
             timestep=timesteps.to(noisy_latents.dtype) / 1000,  # the transformer multiplies by 1000
             encoder_hidden_states=embeds,
-            encoder_hidden_states_mask=places < conditions["prompt_lengths"][:, None],
+            encoder_hidden_states_mask=text_mask(embeds, conditions["prompt_lengths"]),
             img_shapes=[[(1, height // 2, width // 2)]] * batch_size,
             return_dict=False,
         )[0]

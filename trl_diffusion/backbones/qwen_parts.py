@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What Qwen-Image and Krea 2 share: a VAE that encodes videos, of which an image is one frame, and prompts in a chat template."""
+"""What Qwen-Image and Krea 2 share: a VAE that encodes videos, of which an image is one frame, and prompts in a template."""
 
 import math
 
@@ -19,6 +19,23 @@ def frame_moments(vae: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Ten
     """As [`backbones.vae.posterior_moments`], by a VAE that takes `(B, 3, frames, H, W)`."""
     mean, std = posterior_moments(vae, images.unsqueeze(2))
     return mean.squeeze(2), std.squeeze(2)
+
+
+def text_mask(embeds: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor | None:
+    """
+    Which tokens are no padding. Without a mask attention is faster, and whether one is needed is known without waiting for the device.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(B, L, ...)`):
+            The padded sequences.
+        lengths (`torch.Tensor` of shape `(B,)`):
+            Their own lengths, on the CPU.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L)`, or `None` where nothing is padded: booleans on the device of the sequences.
+    """
+    mask = torch.arange(embeds.shape[1]) < lengths[:, None]
+    return None if mask.all() else mask.to(embeds.device, non_blocking=True)
 
 
 def check_frame_vae(pipeline: DiffusionPipeline, patch_size: int) -> None:
