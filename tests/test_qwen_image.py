@@ -6,13 +6,15 @@
 import diffusers
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from safetensors.torch import save_file
 
 from tests import tiny
-from tests.families import qwen_image
+from tests.families import FAMILIES, qwen_image
 from tests.families.qwen_image import pipeline as make
+from tests.trainer.waits import micro_batch, to_meta
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
 from trl_diffusion.backbones import QwenImageBackbone, backbone_class_of, load_backbone, load_pipeline
 
@@ -251,3 +253,35 @@ def test_a_file_is_refused(tmp_path):
         save_file({name.replace("model.diffusion_model.", prefix): weight for name, weight in weights.items()}, path)
         with pytest.raises(ValueError, match=f"{path} holds .*. A single file must hold the model of one of these"):
             load_pipeline(str(path))
+
+
+@pytest.fixture
+def device_is_restored():
+    """`to_meta` changes the device of a state that all trainers of a process share."""
+    state = dict(AcceleratorState._shared_state)
+    yield
+    AcceleratorState._shared_state.update(state)
+
+
+@pytest.mark.usefixtures("device_is_restored")
+@pytest.mark.parametrize("family", ["qwen_image", "krea_2"])
+@pytest.mark.parametrize("prompts", [["a cat", "a dog"], ["a cat", "a red dog"]])
+def test_a_micro_batch_waits_for_no_result(family, prompts, tmp_path):
+    """
+    Whether prompts are of one length or not, nothing is asked of the device between two steps. Only diffusers' transformer of
+    Qwen-Image makes one number on the device in each call with a mask, by a copy that waits.
+    """
+    settings = tiny.FAST | FAMILIES[family].settings | {"use_cpu": True, "precompute": True}
+    trainer = InstanceDPOTrainer(
+        FAMILIES[family].make(),
+        args=InstanceDPOConfig(str(tmp_path / "out"), precompute_dir=str(tmp_path / "files"), **settings),
+        train_dataset=tiny.pairs(2).remove_columns("prompt").add_column("prompt", prompts),
+        peft_config=tiny.lora(),
+    )
+    rows = [trainer.train_dataset[index] for index in (0, 1)]
+    to_meta(trainer)
+    micro_batch(trainer, rows)  # makes what stays on the device
+    traffic = micro_batch(trainer, rows)
+    assert not traffic.waits
+    calls = 2 if family == "qwen_image" and prompts[1] == "a red dog" else 0  # of reference and policy
+    assert sum(traffic.blocking.values()) == traffic.blocking["as_tensor"] == calls

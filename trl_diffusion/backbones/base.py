@@ -60,6 +60,9 @@ class Backbone(ABC):
             How to have the pipeline sample with an unconditional branch, where its `guidance_scale` does not.
         padded_conditions (`tuple[str, ...]`):
             Names of the text conditions that `prompt_lengths` belongs to; none where padding is not masked.
+        host_conditions (`tuple[str, ...]`):
+            Names of the text conditions that stay on the CPU, where the shapes of what is computed follow from them: the host would
+            have to wait for the device to know them.
         process ([`process.Process`]):
             How latents are noised, and what the denoiser predicts.
     """
@@ -74,6 +77,7 @@ class Backbone(ABC):
     embedded_guidance: float | None = None
     guidance_hint: str | None = None
     padded_conditions: tuple[str, ...] = ()
+    host_conditions: tuple[str, ...] = ()
     posterior_moments = staticmethod(posterior_moments)  # of images; a family's own where its VAE is called otherwise
 
     def __init__(self, pipeline: DiffusionPipeline, source: PipelineSource | None = None):
@@ -128,7 +132,7 @@ class Backbone(ABC):
                 The prompts. `None` is the branch that classifier-free guidance calls unconditional, as the pipeline makes it.
 
         Returns:
-            `dict[str, torch.Tensor]`: tensors whose first dimension is `B`.
+            `dict[str, torch.Tensor]`: tensors whose first dimension is `B`, on the device but for those of `host_conditions`.
         """
 
     def image_conditions(

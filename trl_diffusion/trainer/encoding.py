@@ -12,7 +12,7 @@ import torch
 from ..backbones.base import Backbone
 from ..data.caching import TensorCache
 from ..data.transforms import normalize_pixels
-from .ahead import Ahead, Need
+from .ahead import Ahead, Need, take_rows
 from .fingerprints import module_fingerprint
 from .row_randomness import RowRandomness
 
@@ -54,7 +54,7 @@ class BatchEncoder:
         self.image_columns = image_columns
         self.size_conditions = size_conditions
         self.prompt_cache: TensorCache | None = None
-        self.ahead = Ahead(device)
+        self.ahead = Ahead(device, backbone.host_conditions)
         self.fingerprints: dict[str, str] = {}
         self.borrowed: ExitStack | None = None
 
@@ -159,7 +159,6 @@ class BatchEncoder:
         Returns:
             `dict[str, torch.Tensor]`: text conditions whose first dimension is `B`.
         """
-        device = self.device
         if self.prompt_cache is not None and all(prompt in self.prompt_cache.places for prompt in prompts):
             return self.ahead.rows(self.prompt_cache, prompts)
         different = list(dict.fromkeys(prompts))
@@ -167,8 +166,7 @@ class BatchEncoder:
             conditions = self.backbone.encode_prompts(different)
         if len(different) == len(prompts):
             return conditions
-        places = torch.tensor([different.index(prompt) for prompt in prompts]).to(device, non_blocking=True)
-        return {name: value[places] for name, value in conditions.items()}
+        return take_rows(conditions, torch.tensor([different.index(prompt) for prompt in prompts]))
 
     def conditions(
         self, prompts: list[str | None], inputs: dict[str, Any], latents: torch.Tensor
