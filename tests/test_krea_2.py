@@ -7,11 +7,15 @@ import pytest
 import torch
 from diffusers import Krea2Transformer2DModel
 from diffusers.models.transformers.transformer_krea2 import Krea2AttnProcessor
+from peft import get_peft_model
 
+from tests import tiny
 from tests.families.krea_2 import LAYERS
 from tests.families.krea_2 import pipeline as make
 from tests.families.qwen_image import pipeline as qwen_image_pipeline
 from trl_diffusion.backbones import Krea2Backbone, load_backbone
+from trl_diffusion.trainer.adapters import AdapterMixer, with_adapter
+from trl_diffusion.trainer.lora import with_target_modules
 
 
 class OtherProcessor(Krea2AttnProcessor):
@@ -175,3 +179,27 @@ def test_the_number_of_tokens_leaves_room_for_the_template():
     load_backbone(make()).configure(6, None)
     with pytest.raises(ValueError, match="`max_sequence_length` is 5, of which the end of the template takes 5"):
         load_backbone(make()).configure(5, None)
+
+
+# ---- LoRA ----
+
+
+def test_adapters_share_a_batch():
+    """Rows with different adapters are predicted as each alone, also in the blocks of the text, which take each token for a row."""
+    backbone = load_backbone(make())
+    policy = get_peft_model(backbone.denoiser, with_target_modules(tiny.lora(4, 8), backbone.lora_target_modules))
+    policy.add_adapter("expert", with_target_modules(tiny.lora(2, 8), backbone.lora_target_modules))
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in policy.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.2, generator=generator)
+    conditions, timesteps = backbone.encode_prompts(PROMPTS + ["a dog"]), torch.tensor([200.0, 900.0, 500.0])
+    latents = torch.randn(3, 4, 8, 8, generator=generator)
+    adapters, mixer = ["expert", "default", None], AdapterMixer(policy)
+    with mixer.mixing([(adapter, 1) for adapter in adapters]):
+        mixed = backbone.predict(policy, latents, timesteps, conditions)
+    for row, adapter in enumerate(adapters):
+        with torch.no_grad(), with_adapter(mixer.layers, adapter):
+            alone = backbone.predict(policy, latents, timesteps, conditions)[row]
+        torch.testing.assert_close(mixed[row], alone, atol=1e-5, rtol=1e-5)
+        assert (alone - mixed[row - 1]).abs().max() > 1e-2
