@@ -9,13 +9,13 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.families import FAMILIES, qwen_image
 from tests.families.qwen_image import pipeline as make
 from tests.trainer.waits import micro_batch, to_meta
-from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
+from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer, export_lora
 from trl_diffusion.backbones import QwenImageBackbone, backbone_class_of, load_backbone, load_pipeline
 
 
@@ -285,3 +285,63 @@ def test_a_micro_batch_waits_for_no_result(family, prompts, tmp_path):
     assert not traffic.waits
     calls = 2 if family == "qwen_image" and prompts[1] == "a red dog" else 0  # of reference and policy
     assert sum(traffic.blocking.values()) == traffic.blocking["as_tensor"] == calls
+
+
+@pytest.mark.parametrize("family", ["qwen_image", "krea_2"])
+def test_the_code_of_a_card_runs(family, tmp_path):
+    """A LoRA is drawn by the code on its card, for Qwen-Image with the guidance that its users have, and with a VAE of its own."""
+    FAMILIES[family].make().save_pretrained(tmp_path / "base")
+    model = load_pipeline(str(tmp_path / "base"))
+    model.register_to_config(_name_or_path="user/base")
+    settings = tiny.FAST | FAMILIES[family].settings | {"max_steps": 1}
+    trainer = InstanceDPOTrainer(
+        model,
+        args=InstanceDPOConfig(str(tmp_path / "out"), use_cpu=True, **settings),
+        train_dataset=tiny.pairs(2),
+        peft_config=tiny.lora(4, 8),
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.args.model_init_kwargs = {"vae": "user/vae"}
+    trainer.create_model_card()
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert ('negative_prompt=" ", true_cfg_scale=4.0' in code) is (family == "qwen_image")
+    for printed, here in (
+        ('"user/base"', repr(str(tmp_path / "base"))),
+        ('"user/vae"', repr(str(tmp_path / "base" / "vae"))),
+        ('"out"', repr(str(tmp_path / "out"))),
+        ('.to("cuda")', ""),
+        ("width=32", "width=32, num_inference_steps=2, output_type='np'"),
+    ):
+        assert printed in code
+        code = code.replace(printed, here)
+    scope = {"torch": torch}
+    exec(code, scope)
+    assert scope["image"].shape == (32, 32, 3) and scope["image"].std() > 0.01
+
+
+@pytest.mark.parametrize("family", ["qwen_image", "krea_2"])
+def test_an_exported_lora_is_the_same(family, tmp_path):
+    """The file for ComfyUI, which knows both families by the names of diffusers, has the strength of each layer in its weights."""
+    settings = tiny.FAST | FAMILIES[family].settings | {"max_steps": 1, "learning_rate": 0.1}
+    trainer = InstanceDPOTrainer(
+        FAMILIES[family].make(),
+        args=InstanceDPOConfig(str(tmp_path / "out"), use_cpu=True, **settings),
+        train_dataset=tiny.pairs(2),
+        peft_config=tiny.lora(4, 8),
+    )
+    trainer.train()
+    trainer.save_model()
+    backbone = trainer.backbone
+    conditions = backbone.encode_prompts(["a cat"])
+    latents, predictions = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    for file in (tmp_path / "out", export_lora(tmp_path / "out", tmp_path / "comfyui.safetensors")):
+        plain = FAMILIES[family].make()
+        plain.load_lora_weights(file)
+        with torch.no_grad():
+            predictions.append(backbone.predict(plain.transformer, latents, torch.tensor([500.0]), conditions))
+    assert torch.equal(*predictions)
+    with torch.no_grad():
+        base = backbone.predict(FAMILIES[family].make().transformer, latents, torch.tensor([500.0]), conditions)
+    assert (predictions[0] - base).abs().max() > 1e-3
+    assert all(name.startswith("transformer.") for name in load_file(tmp_path / "comfyui.safetensors"))
