@@ -276,7 +276,7 @@ FAMILIES = [
     for module in modules_of("backbones")
     if module.count(".") == 2
     and not module.endswith("checks")
-    and module.split(".")[2] not in ("base", "flow", "single_file")
+    and module.split(".")[2] not in ("base", "flow", "qwen_parts", "single_file")
 ]
 
 

@@ -14,7 +14,9 @@ from .base import Backbone
 from .checks import class_of_diffusers
 from .dtypes import given_dtype
 from .flux import FluxBackbone
+from .krea_2 import Krea2Backbone
 from .names import find_model
+from .qwen_image import QwenImageBackbone
 from .single_file import load_single_file
 from .source import PipelineSource, read_index
 from .stable_diffusion import StableDiffusionBackbone
@@ -32,6 +34,8 @@ BACKBONES = (
     StableDiffusion3Backbone,
     FluxBackbone,
     ZImageBackbone,
+    QwenImageBackbone,
+    Krea2Backbone,
 )
 
 
@@ -169,6 +173,8 @@ __all__ = [
     "BACKBONES",
     "Backbone",
     "FluxBackbone",
+    "Krea2Backbone",
+    "QwenImageBackbone",
     "StableDiffusion3Backbone",
     "StableDiffusionBackbone",
     "StableDiffusionXLBackbone",

@@ -53,6 +53,8 @@ class Backbone(ABC):
             Names of the components that cut prompts into tokens.
         max_sequence_length (`int` or `None`):
             Number of tokens that prompts are padded to, where the pipeline leaves the choice.
+        longest_sequence (`int`):
+            The largest number that it may be.
         embedded_guidance (`float` or `None`):
             The guidance scale that the denoiser is told in training, where it takes one.
         guidance_hint (`str` or `None`):
@@ -72,6 +74,7 @@ class Backbone(ABC):
     tokenizer_names: tuple[str, ...]
     lora_target_modules: tuple[str, ...]
     max_sequence_length: int | None = None
+    longest_sequence: int = 512
     embedded_guidance: float | None = None
     guidance_hint: str | None = None
     padded_conditions: tuple[str, ...] = ()
@@ -211,6 +214,11 @@ class Backbone(ABC):
                     f"`{name}` is {value}, but this `{type(self.pipeline).__name__}` leaves no choice of it. Leave it out."
                 )
             setattr(self, name, value)
+        if self.max_sequence_length is not None and self.max_sequence_length > self.longest_sequence:
+            raise ValueError(
+                f"`max_sequence_length` is {self.max_sequence_length}, and a `{type(self.pipeline).__name__}` takes 1 to "
+                f"{self.longest_sequence} tokens."
+            )
 
     def set_timestep_density(self, density: str, **settings: float) -> None:
         """
@@ -317,7 +325,9 @@ class Backbone(ABC):
         for name in names:
             getattr(self.pipeline, name).to(self.device)
         if self.channels_last and "vae" in names:
-            self.pipeline.vae.to(memory_format=torch.channels_last)
+            vae = self.pipeline.vae
+            if all(parameter.ndim < 5 for parameter in vae.parameters()):  # one of videos cannot be laid out so
+                vae.to(memory_format=torch.channels_last)
 
     def offload(self, names: tuple[str, ...]) -> None:
         """

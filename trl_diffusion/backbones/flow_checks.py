@@ -112,7 +112,9 @@ def check_transformer(
             "Call `pipeline.transformer.unfuse_qkv_projections()`, or load the pipeline anew",
         )
     config = transformer.config
-    if (out_channels := config.get("out_channels") or config.in_channels) != config.in_channels:
+    out_channels = config.get("out_channels") or config.in_channels
+    packed_channels = out_channels * config.get("patch_size", 1) ** 2  # where the transformer counts before packing
+    if config.in_channels not in (out_channels, packed_channels):
         refuse(
             f"`transformer.config.in_channels` is {config.in_channels} and `out_channels` is {out_channels}",
             "it takes more than the noised latents (inpainting, depth, image editing)",

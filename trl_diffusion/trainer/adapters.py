@@ -85,9 +85,13 @@ class AdapterMixer:
             self.slices.clear()
 
     def _add(self, layer: LoraLayer, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        # A layer may be given each row as several, such as one for each token in the text blocks of Krea 2
+        number, rest = divmod(len(args[0]), max(self.num_rows, 1))
+        is_by_row = rest == 0 and (number == 1 or args[0].ndim > 2)
         for adapter, rows in self.slices:
+            rows = slice(rows.start * number, rows.stop * number)
             if adapter in layer.lora_A:
-                if len(args[0]) != self.num_rows:
+                if not is_by_row:
                     name = next(name for name, module in self.policy.named_modules() if module is layer)
                     raise ValueError(
                         f"The LoRA {adapter!r} adapts `{name.removeprefix('base_model.model.')}`, which is given the tokens of all rows "

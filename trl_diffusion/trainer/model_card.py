@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, ModelMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, ModelMixin, QwenImagePipeline
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import CLIPTokenizer, PreTrainedModel
 
@@ -123,6 +123,7 @@ def diffusion_model_card(
         beta_is_of_velocity=is_flow and hasattr(args, "beta"),
         loading_arguments=_loading_arguments(pipeline, is_flow),
         vae=_given_vae(args) if is_lora else None,
+        vae_class=pipeline.config["vae"][1],
         call_arguments=_call_arguments(args, pipeline, resolution, needs_guidance=is_reversed and is_lora),
         versions={
             package: version(package)
@@ -186,6 +187,8 @@ def _call_arguments(args: DiffusionConfig, pipeline: DiffusionPipeline, resoluti
         arguments.append(f"max_sequence_length={args.max_sequence_length}")
     if needs_guidance and isinstance(pipeline, FluxPipeline):
         arguments += ['negative_prompt=""', "true_cfg_scale=2.0"]
+    if isinstance(pipeline, QwenImagePipeline):  # which has no guidance without them
+        arguments += ['negative_prompt=" "', "true_cfg_scale=4.0"]
     return ", ".join(arguments)
 
 
