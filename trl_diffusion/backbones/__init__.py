@@ -15,6 +15,7 @@ from .checks import class_of_diffusers
 from .dtypes import given_dtype
 from .flux import FluxBackbone
 from .names import find_model
+from .sana import SanaBackbone
 from .single_file import load_single_file
 from .source import PipelineSource, read_index
 from .stable_diffusion import StableDiffusionBackbone
@@ -25,7 +26,7 @@ from .weights import check_finite
 
 logger = logging.getLogger(__name__)
 
-BACKBONES = (StableDiffusionBackbone, StableDiffusionXLBackbone, StableDiffusion3Backbone, FluxBackbone)
+BACKBONES = (StableDiffusionBackbone, StableDiffusionXLBackbone, StableDiffusion3Backbone, FluxBackbone, SanaBackbone)
 
 
 def load_backbone(
@@ -162,6 +163,7 @@ __all__ = [
     "BACKBONES",
     "Backbone",
     "FluxBackbone",
+    "SanaBackbone",
     "StableDiffusion3Backbone",
     "StableDiffusionBackbone",
     "StableDiffusionXLBackbone",
