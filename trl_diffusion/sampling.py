@@ -68,7 +68,8 @@ def sample_images(
     """
     if keys is None:
         keys = list(range(len(prompts)))
-    guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    given = {"guidance_scale": guidance_scale, "height": height, "width": width}
+    given = {name: value for name, value in given.items() if value is not None}  # not all pipelines take None
     images, further = [], kwargs
     bar = getattr(pipeline, "_progress_bar_config", {})
     try:
@@ -80,10 +81,8 @@ def sample_images(
                 prompts[batch],
                 generator=[keyed_generator(seed, key, "sample") for key in keys[batch]],
                 num_inference_steps=num_inference_steps,
-                height=height,
-                width=width,
                 output_type="np",
-                **guidance,
+                **given,
                 **further,
             ).images
             _check_finite(pixels, prompts[batch])

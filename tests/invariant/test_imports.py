@@ -251,7 +251,15 @@ def f(pipeline, prediction_type):
 
 @pytest.mark.parametrize(
     "module",
-    [m for m in MODULES if m not in ("trl_diffusion.process", "trl_diffusion.backbones.stable_diffusion_checks")],
+    [
+        module
+        for module in MODULES
+        if module
+        not in (
+            "trl_diffusion.process",
+            *(f"trl_diffusion.backbones.{name}_checks" for name in ("sana", "stable_diffusion")),
+        )
+    ],
 )
 def test_only_the_process_knows_what_a_model_predicts(module):
     """No code beside the process and the checks of a pipeline asks for a prediction type or a schedule."""

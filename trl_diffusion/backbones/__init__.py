@@ -17,6 +17,7 @@ from .flux import FluxBackbone
 from .krea_2 import Krea2Backbone
 from .names import find_model
 from .qwen_image import QwenImageBackbone
+from .sana import SanaBackbone
 from .single_file import load_single_file
 from .source import PipelineSource, read_index
 from .stable_diffusion import StableDiffusionBackbone
@@ -36,6 +37,7 @@ BACKBONES = (
     ZImageBackbone,
     QwenImageBackbone,
     Krea2Backbone,
+    SanaBackbone,
 )
 
 
@@ -175,6 +177,7 @@ __all__ = [
     "FluxBackbone",
     "Krea2Backbone",
     "QwenImageBackbone",
+    "SanaBackbone",
     "StableDiffusion3Backbone",
     "StableDiffusionBackbone",
     "StableDiffusionXLBackbone",

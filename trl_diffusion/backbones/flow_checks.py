@@ -28,6 +28,7 @@ def check_flow_pipeline(
     transformer_class: type[torch.nn.Module],
     text_encoders: dict[str, str],
     attention_processors: Collection[str],
+    check_scheduler: Callable[[SchedulerMixin], None],
 ) -> None:
     """
     Refuses a pipeline of a flow transformer that is not made of the parts of its family.
@@ -41,6 +42,8 @@ def check_flow_pipeline(
             Names of the text encoders, and of their classes.
         attention_processors (`Collection[str]`):
             Names of the attention processors that compute plain attention by the layers that are trained and saved.
+        check_scheduler (`Callable`):
+            Refuses a scheduler that does not tell how the family's timesteps are shifted.
 
     Raises:
         `ValueError`: As all checks.

@@ -275,13 +275,16 @@ def sample_rows(
 def further_settings(pipeline: DiffusionPipeline, protocol: Protocol, name: str) -> dict[str, Any]:
     """
     The arguments of the pipeline's call for the settings that only some pipelines take. Warns of those that this one does not
-    take: a protocol may be for models of several families.
+    take: a protocol may be for models of several families. Where a pipeline would draw another size and resize the image, a size
+    that the protocol sets is drawn.
     """
     given = {key: getattr(protocol, key) for key in OF_SOME_PIPELINES if getattr(protocol, key) is not None}
     taken = inspect.signature(pipeline.__call__).parameters
     if others := [key for key in given if key not in taken]:
         logger.warning(f"{name} is sampled without {' and '.join(others)}: a `{type(pipeline).__name__}` takes none.")
     settings = {key: value for key, value in given.items() if key in taken}
+    if "use_resolution_binning" in taken and (protocol.height or protocol.width):
+        settings["use_resolution_binning"] = False
     return settings | ({"negative_prompt": ""} if "true_cfg_scale" in settings else {})
 
 
