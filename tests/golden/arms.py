@@ -18,6 +18,7 @@ from trl_diffusion import (
 )
 
 from .. import tiny
+from ..families import FAMILIES
 
 
 STEPS = 20
@@ -44,7 +45,7 @@ ARMS: dict[str, tuple[str, bool, str, dict[str, Any]]] = {
     },
     **{
         f"{trainer}-{family}-{'lora' if is_lora else 'full'}-{noise}": (family, is_lora, trainer, settings)
-        for family in tiny.FLOWS
+        for family in FAMILIES
         for trainer, is_lora, noise, settings in (
             ("iapo", True, "random", IAPO | {"timestep_density": "logit_normal"}),
             ("iapo", False, "inversion", IAPO | INVERSION),
@@ -94,27 +95,26 @@ def record(name: str, changes: dict[str, Any] | None = None) -> dict[str, list[f
 
 
 def _trainer(name: str, family: str, is_lora: bool, settings: dict[str, Any], changes: dict[str, Any], folder: Path):
-    own = tiny.settings(tiny.PIPELINES[family]())
+    make = FAMILIES[family].make if family in FAMILIES else tiny.PIPELINES[family]
+    own = FAMILIES[family].settings if family in FAMILIES else {}
     common = tiny.FAST | own | {"max_steps": STEPS, "use_cpu": True, "output_dir": str(folder)} | settings | changes
     if settings.get("precompute"):
         common["precompute_dir"] = str(folder / "cache")
     lora = tiny.lora(alpha=8) if is_lora else None
     if name == "iapo":
         data = {"train_dataset": tiny.pairs(8), "eval_dataset": tiny.pairs(2)}
-        return InstanceDPOTrainer(tiny.PIPELINES[family](), args=InstanceDPOConfig(**common), peft_config=lora, **data)
+        return InstanceDPOTrainer(make(), args=InstanceDPOConfig(**common), peft_config=lora, **data)
     (folder / "criteria.yaml").write_text(tiny.CRITERIA)
     common |= {"criteria": str(folder / "criteria.yaml")}
     data = {"train_dataset": tiny.paintings(8), "eval_dataset": tiny.paintings(2), "peft_config": lora}
     if name == "sft":
-        return AttributeSFTTrainer(
-            tiny.PIPELINES[family](), args=AttributeSFTConfig(attribute_dropout=0.3, **common), **data
-        )
+        return AttributeSFTTrainer(make(), args=AttributeSFTConfig(attribute_dropout=0.3, **common), **data)
     base = tiny.FAST | own | {"learning_rate": 0.05, "use_cpu": True, "criteria": common["criteria"]} | changes
     expert = AttributeSFTTrainer(
-        tiny.PIPELINES[family](),
+        make(),
         args=AttributeSFTConfig(str(folder / "expert"), **base),
         train_dataset=tiny.paintings(8),
         peft_config=tiny.lora(),
     )
     expert.train()
-    return ComplexPOTrainer(tiny.PIPELINES[family](), expert, args=ComplexPOConfig(**common), **data)
+    return ComplexPOTrainer(make(), expert, args=ComplexPOConfig(**common), **data)

@@ -18,6 +18,7 @@ from peft import LoraConfig
 from ..process import Process
 from .checks import check_module
 from .source import FreedComponent, PipelineSource
+from .vae import posterior_moments
 
 
 MAX_PIXELS = 1024**2  # that the VAE encodes at a time; its first layer makes 128 channels of them: 0.5 GiB in float32
@@ -74,6 +75,7 @@ class Backbone(ABC):
     guidance_hint: str | None = None
     unguided_scale: float = 1.0
     padded_conditions: tuple[str, ...] = ()
+    posterior_moments = staticmethod(posterior_moments)  # of images; a family's own where its VAE is called otherwise
 
     def __init__(self, pipeline: DiffusionPipeline, source: PipelineSource | None = None):
         self.pipeline = pipeline
@@ -282,6 +284,11 @@ class Backbone(ABC):
         """Number of pixels along a side of a latent position."""
         return self.pipeline.vae_scale_factor
 
+    @property
+    def latent_channels(self) -> int:
+        """Number of channels of the latents."""
+        return self.pipeline.vae.config.latent_channels
+
     def check_resolution(self, resolution: int | None) -> int:
         """The resolution in pixels, or the default one. Raises a `ValueError` where the VAE cannot encode such an image."""
         resolution = resolution or self.default_resolution
@@ -319,7 +326,7 @@ class Backbone(ABC):
         """
         for name in self.encoder_names:
             encoder = getattr(self.pipeline, name)
-            is_apart = half_dtype is not None and name == "vae" and encoder.config.force_upcast
+            is_apart = half_dtype is not None and name == "vae" and encoder.config.get("force_upcast", False)
             if encoder.dtype not in (torch.float32, half_dtype) and not is_apart:
                 self.casts[name] = half_dtype or torch.float32
                 torch.nn.Module.to(encoder, self.casts[name])  # that of diffusers warns of every cast
@@ -453,18 +460,12 @@ class Backbone(ABC):
             in the denoiser's scale, float32. The deviation is 0 where the VAE has no posterior.
         """
         size = max(1, MAX_PIXELS // (pixel_values.shape[2] * pixel_values.shape[3]))
-        moments = [self._encode_slice(images) for images in pixel_values.split(size)]
+        vae = self.pipeline.vae
+        slices = pixel_values.split(size)
+        moments = [self.posterior_moments(vae, images.to(vae.device, vae.dtype)) for images in slices]
         mean, std = (torch.cat(values) for values in zip(*moments, strict=True))
         shift, scale = (value.to(mean.device, non_blocking=True) for value in self.latent_statistics())
         return (mean - shift) * scale, std * scale
-
-    def _encode_slice(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation in the VAE's own scale."""
-        vae = self.pipeline.vae
-        encoded = vae.encode(images.to(vae.device, vae.dtype))
-        if "latent_dist" in encoded:
-            return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-        return encoded.latent.float(), torch.zeros_like(encoded.latent, dtype=torch.float32)
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """

@@ -10,10 +10,12 @@ component and the setting, the reason and the way out.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from .vae import posterior_moments
 from .weights import check_finite
 
 
@@ -193,6 +195,7 @@ def check_same_inputs(
     denoiser_keys: tuple[str, ...],
     encoder_names: tuple[str, ...],
     vae_keys: tuple[str, ...],
+    moments: Callable[[torch.nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = posterior_moments,
 ) -> None:
     """
     Refuses a reference that cannot be given what the policy is given: latents and embeddings, made by the policy's pipeline.
@@ -210,6 +213,8 @@ def check_same_inputs(
             Names of the text encoders.
         vae_keys (`tuple[str, ...]`):
             Settings of the VAE that the scale of latents depends on.
+        moments (`Callable`, *optional*, defaults to [`backbones.vae.posterior_moments`]):
+            Encodes images by a VAE of the family.
 
     Raises:
         `ValueError`: If the reference does not fit.
@@ -230,7 +235,7 @@ def check_same_inputs(
         own, other = pipeline.vae.config.get(key), reference.vae.config.get(key)
         if own != other:
             refuse_reference(f"its `vae.config.{key}` is {other!r} and the policy's is {own!r}")
-    if not same_latents(pipeline.vae, reference.vae):
+    if not same_latents(pipeline.vae, reference.vae, moments):
         refuse_reference("its `vae` encodes images to other latents")
 
 
@@ -256,13 +261,17 @@ def same_weights(module: torch.nn.Module, other: torch.nn.Module, parts: tuple[s
 
 
 @torch.no_grad()
-def same_latents(vae: AutoencoderKL, other: AutoencoderKL) -> bool:
+def same_latents(
+    vae: torch.nn.Module,
+    other: torch.nn.Module,
+    moments: Callable[[torch.nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> bool:
     """Whether two VAEs encode alike; there are encoders with other weights, made for float16, that do."""
     if same_weights(vae, other, ("encoder", "quant_conv")):
         return True
     colours = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     image = torch.nn.functional.interpolate(colours, size=(64, 64), mode="bilinear")
-    mean, other_mean = (
-        copy.deepcopy(each).to("cpu", torch.float32).encode(image).latent_dist.mean for each in (vae, other)
+    (mean, _), (other_mean, _) = (
+        moments(copy.deepcopy(each).to("cpu", torch.float32), image) for each in (vae, other)
     )
     return mean.shape == other_mean.shape and bool((mean - other_mean).norm() <= 0.02 * mean.norm())

@@ -3,15 +3,10 @@
 
 """What a pipeline with a flow transformer must be so that it is trained rightly, see [`backbones.checks`]."""
 
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SchedulerMixin,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from collections.abc import Callable, Collection
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, SchedulerMixin
 
 from .checks import (
     check_ignored,
@@ -26,53 +21,40 @@ from .checks import (
 )
 
 
-CLIP, CLIP_WITH_PROJECTION, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
-TEXT_ENCODERS = {
-    StableDiffusion3Pipeline: {
-        "text_encoder": CLIP_WITH_PROJECTION,
-        "text_encoder_2": CLIP_WITH_PROJECTION,
-        "text_encoder_3": T5,
-    },
-    FluxPipeline: {"text_encoder": CLIP, "text_encoder_2": T5},
-}
-TRANSFORMERS = {StableDiffusion3Pipeline: SD3Transformer2DModel, FluxPipeline: FluxTransformer2DModel}
-# Attention processors that compute plain attention by the layers that are trained and saved
-ATTENTION_PROCESSORS = {"JointAttnProcessor2_0", "XFormersJointAttnProcessor", "FluxAttnProcessor"}
-# What of a transformer's configuration its inputs depend on
-INPUTS = (
-    "in_channels",
-    "out_channels",
-    "patch_size",
-    "joint_attention_dim",
-    "pooled_projection_dim",
-    "guidance_embeds",
-)
+def check_flow_pipeline(
+    pipeline: DiffusionPipeline,
+    transformer_class: type[torch.nn.Module],
+    text_encoders: dict[str, str],
+    attention_processors: Collection[str],
+) -> None:
+    """
+    Refuses a pipeline of a flow transformer that is not made of the parts of its family.
 
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline.
+        transformer_class (`type`):
+            Class of its transformer.
+        text_encoders (`dict[str, str]`):
+            Names of the text encoders, and of their classes.
+        attention_processors (`Collection[str]`):
+            Names of the attention processors that compute plain attention by the layers that are trained and saved.
 
-def check_flow_pipeline(pipeline: DiffusionPipeline) -> None:
-    """Refuses a pipeline of Stable Diffusion 3 or FLUX.1 that cannot be trained rightly."""
-    encoders = text_encoders(pipeline)
-    for name in ("scheduler", "transformer", "vae", *map(tokenizer_of, encoders), *encoders):
+    Raises:
+        `ValueError`: As all checks.
+    """
+    for name in ("scheduler", "transformer", "vae", *map(tokenizer_of, text_encoders), *text_encoders):
         if getattr(pipeline, name, None) is None:
             refuse(f"`{name}` is None", "training needs it", f"Load the pipeline without `{name}=None`")
-    check_scheduler(pipeline.scheduler, is_flux=isinstance(pipeline, FluxPipeline))
-    for name in ("transformer", "vae", *encoders):
+    check_scheduler(pipeline.scheduler)
+    for name in ("transformer", "vae", *text_encoders):
         check_module(name, getattr(pipeline, name))
-    check_transformer(pipeline)
-    check_vae(pipeline)
-    for name, wanted in encoders.items():
+    check_transformer(pipeline, transformer_class, attention_processors)
+    for name, wanted in text_encoders.items():
         check_text_encoder(pipeline, name, wanted)
-    check_embeddings(pipeline)
 
 
-def text_encoders(pipeline: DiffusionPipeline) -> dict[str, str]:
-    """The classes of a pipeline's text encoders by name; Stable Diffusion 3 may be without T5 and its tokenizer."""
-    encoders = next(names for kind, names in TEXT_ENCODERS.items() if isinstance(pipeline, kind))
-    without_t5 = "text_encoder_3" in encoders and pipeline.text_encoder_3 is pipeline.tokenizer_3 is None
-    return {name: wanted for name, wanted in encoders.items() if not (without_t5 and name == "text_encoder_3")}
-
-
-def check_scheduler(scheduler: SchedulerMixin, is_flux: bool) -> None:
+def check_scheduler(scheduler: SchedulerMixin) -> None:
     """Refuses a scheduler that does not tell how the timesteps of a rectified flow are shifted."""
     name, config = type(scheduler).__name__, scheduler.config
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
@@ -91,18 +73,24 @@ def check_scheduler(scheduler: SchedulerMixin, is_flux: bool) -> None:
         value = scheduler.shift if key == "shift" else config[key]
         if not isinstance(value, int | float) or not 0 < value < float("inf"):
             refuse(f"`scheduler.config.{key}` is {value!r}", "timesteps are shifted by it", correct)
-    if is_flux and config.num_train_timesteps != 1000:
+
+
+def check_thousand_timesteps(pipeline: DiffusionPipeline) -> None:
+    """Refuses another number of timesteps than 1000 where the pipeline divides by 1000."""
+    number = pipeline.scheduler.config.num_train_timesteps
+    if number != 1000:
         refuse(
-            f"`scheduler.config.num_train_timesteps` is {config.num_train_timesteps}",
-            "a `FluxPipeline` divides timesteps by 1000, whatever the scheduler says",
-            correct,
+            f"`scheduler.config.num_train_timesteps` is {number}",
+            f"a `{type(pipeline).__name__}` divides timesteps by 1000, whatever the scheduler says",
+            "Load the scheduler that belongs to the model",
         )
 
 
-def check_transformer(pipeline: DiffusionPipeline) -> None:
+def check_transformer(
+    pipeline: DiffusionPipeline, wanted: type[torch.nn.Module], attention_processors: Collection[str]
+) -> None:
     """Refuses a transformer that needs more than noised latents, a timestep and a prompt."""
     transformer = pipeline.transformer
-    wanted = next(wanted for kind, wanted in TRANSFORMERS.items() if isinstance(pipeline, kind))
     if type(transformer) is not wanted:
         refuse(
             f"`transformer` is a `{type(transformer).__name__}`",
@@ -113,7 +101,7 @@ def check_transformer(pipeline: DiffusionPipeline) -> None:
     if any("IPAdapter" in name for name in processors):
         refuse("`transformer` carries an IP-Adapter", "training has no image prompts", "Load the pipeline without it")
     is_fused = any(getattr(module, "fused_projections", False) for module in transformer.modules())
-    if is_fused or (others := processors - ATTENTION_PROCESSORS):
+    if is_fused or (others := processors - set(attention_processors)):
         what = "fused projections" if is_fused else f"attention processors of the kind `{', '.join(sorted(others))}`"
         refuse(
             f"`transformer` has {what}",
@@ -121,16 +109,16 @@ def check_transformer(pipeline: DiffusionPipeline) -> None:
             "Call `pipeline.transformer.unfuse_qkv_projections()`, or load the pipeline anew",
         )
     config = transformer.config
-    if (config.out_channels or config.in_channels) != config.in_channels:
+    if (out_channels := config.get("out_channels") or config.in_channels) != config.in_channels:
         refuse(
-            f"`transformer.config.in_channels` is {config.in_channels} and `out_channels` is {config.out_channels}",
+            f"`transformer.config.in_channels` is {config.in_channels} and `out_channels` is {out_channels}",
             "it takes more than the noised latents (inpainting, depth, image editing)",
             "Choose a text-to-image model, where both are the same",
         )
 
 
 def check_vae(pipeline: DiffusionPipeline) -> None:
-    """Refuses a VAE whose latents are not those that the pipeline decodes."""
+    """Refuses a VAE whose latents are not those that Stable Diffusion 3 or FLUX.1 decodes."""
     channels = pipeline.transformer.config.in_channels
     if isinstance(pipeline, FluxPipeline):
         channels //= 4  # 2x2 positions are packed into the channels
@@ -148,8 +136,8 @@ def check_vae(pipeline: DiffusionPipeline) -> None:
     )
 
 
-def check_embeddings(pipeline: DiffusionPipeline) -> None:
-    """Refuses text encoders whose embeddings are not of the width that the transformer takes."""
+def check_clip_and_t5(pipeline: DiffusionPipeline) -> None:
+    """Refuses CLIP and T5 encoders whose embeddings are not of the width that the transformer takes."""
     config, clip = pipeline.transformer.config, pipeline.text_encoder.config
     if isinstance(pipeline, FluxPipeline):
         pooled, longest, t5 = clip.hidden_size, 0, pipeline.text_encoder_2
@@ -182,13 +170,36 @@ def check_embeddings(pipeline: DiffusionPipeline) -> None:
         )
 
 
-def check_flow_reference(pipeline: DiffusionPipeline, reference: DiffusionPipeline) -> None:
-    """Refuses a reference that cannot be given what the policy is given, see [`backbones.checks.check_same_inputs`]."""
+def check_flow_reference(
+    pipeline: DiffusionPipeline,
+    reference: DiffusionPipeline,
+    transformer_inputs: tuple[str, ...],
+    text_encoders: tuple[str, ...],
+    vae_settings: tuple[str, ...],
+    moments: Callable[[torch.nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """
+    Refuses a reference that cannot be given what the policy is given, see [`backbones.checks.check_same_inputs`].
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The policy's pipeline.
+        reference ([`~diffusers.DiffusionPipeline`]):
+            The reference's pipeline.
+        transformer_inputs (`tuple[str, ...]`):
+            Settings of the transformer that its inputs depend on.
+        text_encoders (`tuple[str, ...]`):
+            Names of the text encoders.
+        vae_settings (`tuple[str, ...]`):
+            Settings of the VAE that the scale of latents depends on.
+        moments (`Callable`):
+            Encodes images by a VAE of the family.
+
+    Raises:
+        `ValueError`: If the reference does not fit.
+    """
     check_other_weights(pipeline, reference, "transformer")
     own, other = (each.scheduler.config.num_train_timesteps for each in (pipeline, reference))
     if own != other:
         refuse_reference(f"its `scheduler.config.num_train_timesteps` is {other} and the policy's is {own}")
-    if text_encoders(pipeline) != text_encoders(reference):
-        refuse_reference("only one of them has T5")
-    names = tuple(text_encoders(pipeline))
-    check_same_inputs(pipeline, reference, "transformer", INPUTS, names, ("scaling_factor", "shift_factor"))
+    check_same_inputs(pipeline, reference, "transformer", transformer_inputs, text_encoders, vae_settings, moments)

@@ -4,10 +4,10 @@
 """FLUX.1 dev and schnell: CLIP and T5, and a flow transformer that takes packed latents and, in dev, a guidance scale."""
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from .flow import FlowBackbone
-from .flow_checks import check_flow_pipeline, check_flow_reference
+from .flow_checks import check_clip_and_t5, check_thousand_timesteps, check_vae
 
 
 class FluxBackbone(FlowBackbone):
@@ -18,19 +18,24 @@ class FluxBackbone(FlowBackbone):
     pipeline_class = FluxPipeline
     text_encoder_names = ("text_encoder", "text_encoder_2")
     tokenizer_names = ("tokenizer", "tokenizer_2")
+    transformer_class = FluxTransformer2DModel
+    text_encoder_classes = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
+    attention_processors = ("FluxAttnProcessor",)
+    transformer_inputs = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
     max_sequence_length = 512  # the pipeline's default
     guidance_hint = "pass `true_cfg_scale` above 1 and `negative_prompt=''` to it; its `guidance_scale` makes none"
     patch_size = 2  # 2x2 positions are packed into the channels
-
-    check = staticmethod(check_flow_pipeline)
 
     def __init__(self, pipeline, source=None):
         super().__init__(pipeline, source)
         self.embedded_guidance = 1.0 if self.denoiser.config.guidance_embeds else None
         self.position_ids: dict[tuple, torch.Tensor] = {}  # the pipeline makes them on the CPU
 
-    def check_reference(self, pipeline) -> None:
-        check_flow_reference(self.pipeline, pipeline)
+    @classmethod
+    def check_parts(cls, pipeline) -> None:
+        check_thousand_timesteps(pipeline)
+        check_vae(pipeline)
+        check_clip_and_t5(pipeline)
 
     @property
     def default_resolution(self) -> int:

@@ -4,10 +4,11 @@
 """Stable Diffusion 3 and 3.5 (arXiv:2403.03206): two CLIP encoders and T5, and a flow transformer."""
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
+from .checks import check_other_weights, refuse_reference
 from .flow import FlowBackbone
-from .flow_checks import check_flow_pipeline, check_flow_reference
+from .flow_checks import check_clip_and_t5, check_vae
 
 
 class StableDiffusion3Backbone(FlowBackbone):
@@ -18,17 +19,37 @@ class StableDiffusion3Backbone(FlowBackbone):
     pipeline_class = StableDiffusion3Pipeline
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     tokenizer_names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    transformer_class = SD3Transformer2DModel
+    text_encoder_classes = {
+        **dict.fromkeys(("text_encoder", "text_encoder_2"), "CLIPTextModelWithProjection"),
+        "text_encoder_3": "T5EncoderModel",
+    }
+    attention_processors = ("JointAttnProcessor2_0", "XFormersJointAttnProcessor")
+    transformer_inputs = ("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim")
     max_sequence_length = 256  # the pipeline's default
-
-    check = staticmethod(check_flow_pipeline)
 
     def __init__(self, pipeline, source=None):
         if pipeline.text_encoder_3 is None:  # the pipeline puts zeros in place of T5's embeddings
             self.text_encoder_names, self.tokenizer_names = self.text_encoder_names[:2], self.tokenizer_names[:2]
         super().__init__(pipeline, source)
 
+    @classmethod
+    def text_encoders_of(cls, pipeline) -> dict[str, str]:
+        encoders = dict(cls.text_encoder_classes)
+        if pipeline.text_encoder_3 is pipeline.tokenizer_3 is None:
+            del encoders["text_encoder_3"]
+        return encoders
+
+    @classmethod
+    def check_parts(cls, pipeline) -> None:
+        check_vae(pipeline)
+        check_clip_and_t5(pipeline)
+
     def check_reference(self, pipeline) -> None:
-        check_flow_reference(self.pipeline, pipeline)
+        check_other_weights(self.pipeline, pipeline, self.denoiser_name)
+        if self.text_encoders_of(self.pipeline) != self.text_encoders_of(pipeline):
+            refuse_reference("only one of them has T5")
+        super().check_reference(pipeline)
 
     @property
     def patch_size(self) -> int:

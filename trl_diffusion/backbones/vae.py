@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Loading a VAE by its name, in place of the one that a pipeline was saved with."""
+"""What a VAE encodes images to, and loading one by its name in place of the one that a pipeline was saved with."""
 
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,26 @@ from .weights import check_loading_info
 
 
 HUB_ARGUMENTS = ("cache_dir", "token", "local_files_only")
+
+
+def posterior_moments(vae: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Encodes images.
+
+    Args:
+        vae (`torch.nn.Module`):
+            The VAE.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`):
+            Images in [-1, 1], in the VAE's precision.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`, each of shape `(B, C, h, w)`: mean and standard deviation in the VAE's own scale, float32.
+        The deviation is 0 where the VAE has no posterior.
+    """
+    encoded = vae.encode(images)
+    if "latent_dist" in encoded:
+        return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+    return encoded.latent.float(), torch.zeros_like(encoded.latent, dtype=torch.float32)
 
 
 def load_vae(name: str | Path, dtype: torch.dtype, config: str, kwargs: dict[str, Any]) -> AutoencoderKL:

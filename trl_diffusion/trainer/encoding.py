@@ -145,7 +145,7 @@ class BatchEncoder:
         if f"{column}_latents_mean" in inputs:
             return tuple(inputs[f"{column}_latents_mean"].shape[1:])
         sides = (side // self.backbone.vae_scale_factor for side in inputs[f"{column}_pixel_values"].shape[2:])
-        return self.backbone.pipeline.vae.config.latent_channels, *sides
+        return self.backbone.latent_channels, *sides
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
