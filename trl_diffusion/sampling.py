@@ -94,7 +94,7 @@ def sample_images(
                 if name in TEXTS and value is not None
             }
             pixels = pipeline(
-                prompts[batch],
+                prompt=prompts[batch],  # the first argument of some pipelines is an image
                 generator=[keyed_generator(seed, key, "sample") for key in keys[batch]],
                 num_inference_steps=num_inference_steps,
                 output_type="np",

@@ -500,11 +500,16 @@ class Backbone(ABC):
 
 
 @contextmanager
-def in_float32(module: torch.nn.Module) -> Iterator[None]:
-    """Casts a module to float32 while the context lasts, which rounds nothing."""
-    dtype = module.dtype
-    torch.nn.Module.to(module, torch.float32)  # that of diffusers warns of every cast
+def in_float32(vae: torch.nn.Module) -> Iterator[None]:
+    """
+    Casts a VAE to float32 while the context lasts, which rounds nothing, and with it the latents that it decodes: before a training has
+    prepared the denoiser, pipelines leave them in half precision.
+    """
+    dtype, decode = vae.dtype, vae.decode
+    torch.nn.Module.to(vae, torch.float32)  # that of diffusers warns of every cast
+    vae.decode = lambda latents, *args, **kwargs: decode(latents.float(), *args, **kwargs)
     try:
         yield
     finally:
-        torch.nn.Module.to(module, dtype)
+        del vae.decode
+        torch.nn.Module.to(vae, dtype)
