@@ -154,7 +154,7 @@ class TestKohya:
 @pytest.mark.parametrize("negative", [False, True])
 @pytest.mark.parametrize("family", ["sd", "flux"])
 def test_dropout_ends_with_the_training(tmp_path, folders, family, negative):
-    """A LoRA that was trained with dropout is drawn with without it: each prediction is that of the LoRA without dropout."""
+    """A LoRA that was trained with dropout is drawn with without it."""
     weights, header = read_tensors(folders[f"{family} lora"] / LORA_WEIGHTS_NAME)
     name = "unet" if family == "sd" else "transformer"
     lora = write(tmp_path / "dropped", weights, header | {f"{name}.lora_dropout": 0.5})
