@@ -305,7 +305,7 @@ def test_the_code_of_a_card_runs(family, tmp_path):
     trainer.args.model_init_kwargs = {"vae": "user/vae"}
     trainer.create_model_card()
     code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert ('negative_prompt=" ", true_cfg_scale=4.0' in code) is (family == "qwen_image")
+    assert ('true_cfg_scale=4.0, negative_prompt=" "' in code) is (family == "qwen_image")
     for printed, here in (
         ('"user/base"', repr(str(tmp_path / "base"))),
         ('"user/vae"', repr(str(tmp_path / "base" / "vae"))),

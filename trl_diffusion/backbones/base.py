@@ -60,6 +60,8 @@ class Backbone(ABC):
         guidance_hint (`str` or `None`):
             How to have the pipeline sample with an unconditional branch, where it calls the denoiser once for each branch and may
             do without: sampling without one is then refused where a branch has a model of its own.
+        true_guidance (`dict[str, Any]`):
+            Arguments of the pipeline's call by which it has an unconditional branch, where it has none without them.
         unguided_scale (`float`):
             The largest guidance scale at which the pipeline has no unconditional branch.
         padded_conditions (`tuple[str, ...]`):
@@ -80,6 +82,7 @@ class Backbone(ABC):
     longest_sequence: int = 512
     embedded_guidance: float | None = None
     guidance_hint: str | None = None
+    true_guidance: dict[str, Any] = {}
     unguided_scale: float = 1.0
     padded_conditions: tuple[str, ...] = ()
     host_conditions: tuple[str, ...] = ()

@@ -344,8 +344,10 @@ class DiffusionConfig(_BaseConfig):
             ("inversion_model", ("reference", "policy")),
         ):
             check_choice(self, name, values)
-        if self.max_sequence_length is not None and self.max_sequence_length < 1:
-            raise ValueError(f"`max_sequence_length` must be at least 1, got {self.max_sequence_length}.")
+        if self.max_sequence_length is not None and not 1 <= self.max_sequence_length <= 1024:
+            raise ValueError(
+                f"`max_sequence_length` is {self.max_sequence_length}, and no pipeline takes more than 1024 tokens, or less than 1."
+            )
         if not self.logit_std > 0:
             raise ValueError(f"`logit_std` is a standard deviation and must be above 0, got {self.logit_std}.")
         if not -1 <= self.mode_scale <= 2 / (math.pi - 2):

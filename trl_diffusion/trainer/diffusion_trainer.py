@@ -432,6 +432,7 @@ class DiffusionTrainer(_BaseTrainer):
                 *(self.method, self.args, self.backbone.pipeline),
                 is_lora=isinstance(self.policy, PeftModel),
                 resolution=self.resolution,
+                sampling_settings=self.backbone.sampling_settings,
                 global_step=self.state.global_step,
                 example_prompt=self._example_prompt,
                 further=self._card_parameters,

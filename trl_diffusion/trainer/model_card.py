@@ -3,19 +3,21 @@
 
 """The model card."""
 
+import json
 import os
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, ModelMixin, QwenImagePipeline, SanaPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from ..backbones import backbone_class_of
 from ..hub import hub_id
+from ..sampling import default_guidance
 from .diffusion_config import DENSITY_SETTINGS, DiffusionConfig
 
 
@@ -47,6 +49,7 @@ def diffusion_model_card(
     *,
     is_lora: bool,
     resolution: int,
+    sampling_settings: dict[str, Any],
     global_step: int,
     example_prompt: str,
     further: dict[str, object],
@@ -69,6 +72,8 @@ def diffusion_model_card(
             Whether a LoRA was trained.
         resolution (`int`):
             Width and height in pixels of the training images.
+        sampling_settings (`dict[str, Any]`):
+            See [`backbones.base.Backbone.sampling_settings`].
         global_step (`int`):
             Number of optimizer steps.
         example_prompt (`str`):
@@ -124,7 +129,9 @@ def diffusion_model_card(
         loading_arguments=_loading_arguments(pipeline, is_flow),
         vae=_given_vae(args) if is_lora else None,
         vae_class=pipeline.config["vae"][1],
-        call_arguments=_call_arguments(args, pipeline, resolution, needs_guidance=is_reversed and is_lora),
+        call_arguments=_call_arguments(
+            *(args, pipeline, resolution, sampling_settings), needs_guidance=is_reversed and is_lora
+        ),
         versions={
             package: version(package)
             for package in ("trl-diffusion", "trl", "diffusers", "transformers", "peft", "torch", "datasets")
@@ -180,18 +187,24 @@ def _loading_arguments(pipeline: DiffusionPipeline, is_flow: bool) -> str:
     return ", ".join([f"dtype=torch.{'bfloat16' if is_flow else 'float16'}", *left_out])
 
 
-def _call_arguments(args: DiffusionConfig, pipeline: DiffusionPipeline, resolution: int, needs_guidance: bool) -> str:
+def _call_arguments(
+    args: DiffusionConfig,
+    pipeline: DiffusionPipeline,
+    resolution: int,
+    sampling_settings: dict[str, Any],
+    needs_guidance: bool,
+) -> str:
     """How the pipeline samples as it was trained; `needs_guidance` is whether it must have an unconditional branch."""
-    arguments = [f"height={resolution}", f"width={resolution}"]
-    if args.max_sequence_length is not None:
-        arguments.append(f"max_sequence_length={args.max_sequence_length}")
-    if needs_guidance and isinstance(pipeline, FluxPipeline):
-        arguments += ['negative_prompt=""', "true_cfg_scale=2.0"]
-    if isinstance(pipeline, QwenImagePipeline):  # which has no guidance without them
-        arguments += ['negative_prompt=" "', "true_cfg_scale=4.0"]
-    if isinstance(pipeline, SanaPipeline):
-        arguments.append("use_resolution_binning=False")
-    return ", ".join(arguments)
+    family, scale = backbone_class_of(pipeline), default_guidance(type(pipeline), pipeline.config)
+    guidance = family.true_guidance if needs_guidance else {}
+    if scale is not None and len(written := family.guidance_arguments(scale)) > 1:  # a scale alone has no effect
+        guidance = written
+    arguments = {"height": resolution, "width": resolution} | sampling_settings | guidance
+    if args.max_sequence_length is None:
+        arguments.pop("max_sequence_length", None)
+    return ", ".join(
+        f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in arguments.items()
+    )
 
 
 def _hyperparameters(args: DiffusionConfig, unit: str, resolution: int, global_step: int) -> dict[str, object]:
