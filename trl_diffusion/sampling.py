@@ -77,7 +77,7 @@ def sample_images(
             if isinstance(kwargs.get("negative_prompt"), str):  # one for each prompt, which FLUX.1 needs
                 further = kwargs | {"negative_prompt": [kwargs["negative_prompt"]] * len(prompts[batch])}
             pixels = pipeline(
-                prompts[batch],
+                prompt=prompts[batch],  # the first argument of some pipelines is an image
                 generator=[keyed_generator(seed, key, "sample") for key in keys[batch]],
                 num_inference_steps=num_inference_steps,
                 height=height,

@@ -14,6 +14,7 @@ from .base import Backbone
 from .checks import class_of_diffusers
 from .dtypes import given_dtype
 from .flux import FluxBackbone
+from .flux_2 import Flux2KleinBackbone
 from .names import find_model
 from .single_file import load_single_file
 from .source import PipelineSource, read_index
@@ -25,7 +26,13 @@ from .weights import check_finite
 
 logger = logging.getLogger(__name__)
 
-BACKBONES = (StableDiffusionBackbone, StableDiffusionXLBackbone, StableDiffusion3Backbone, FluxBackbone)
+BACKBONES = (
+    StableDiffusionBackbone,
+    StableDiffusionXLBackbone,
+    StableDiffusion3Backbone,
+    FluxBackbone,
+    Flux2KleinBackbone,
+)
 
 
 def load_backbone(
@@ -161,6 +168,7 @@ def backbone_class_of(pipeline: DiffusionPipeline) -> type[Backbone]:
 __all__ = [
     "BACKBONES",
     "Backbone",
+    "Flux2KleinBackbone",
     "FluxBackbone",
     "StableDiffusion3Backbone",
     "StableDiffusionBackbone",

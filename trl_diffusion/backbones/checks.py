@@ -161,8 +161,8 @@ def check_text_encoder(pipeline: DiffusionPipeline, name: str, wanted: str) -> N
             "tokens were added to the tokenizer only",
             f"Load them with `pipeline.load_textual_inversion(...)`, or load the model's own `{token}`",
         )
-    positions = getattr(encoder.config, "max_position_embeddings", None)  # T5 has none
-    if positions is not None and tokenizer.model_max_length > positions:
+    # Of CLIP: the others' prompts are padded to `max_sequence_length`, whatever their tokenizers say
+    if wanted.startswith("CLIP") and tokenizer.model_max_length > (positions := encoder.config.max_position_embeddings):
         refuse(
             f"`{token}.model_max_length` is {tokenizer.model_max_length} and `{name}` takes {positions} tokens",
             "prompts are padded to the former",
