@@ -56,12 +56,12 @@ def qwen3_encoder(vocab_size: int, layers: int, hidden_size: int = 8) -> Qwen3Fo
     ).eval()
 
 
-def flux_2_vae() -> AutoencoderKLFlux2:
+def flux_2_vae(channels: tuple[int, ...] = (8, 8, 8)) -> AutoencoderKLFlux2:
     """With statistics that are neither 0 nor 1."""
     vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8, 8),
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=channels,
+        down_block_types=["DownEncoderBlock2D"] * len(channels),
+        up_block_types=["UpDecoderBlock2D"] * len(channels),
         latent_channels=4,
         norm_num_groups=4,
         sample_size=32,
@@ -96,7 +96,7 @@ def klein_pipeline(seed: int = 0, is_distilled: bool = False, **scheduler_settin
     tokenizer = qwen_tokenizer()
     return Flux2KleinPipeline(
         transformer=flux_2_transformer(24),
-        scheduler=tiny.flow_scheduler(use_dynamic_shifting=True, **scheduler_settings),
+        scheduler=tiny.flow_scheduler(**{"use_dynamic_shifting": True} | scheduler_settings),
         vae=flux_2_vae(),
         text_encoder=qwen3_encoder(len(tokenizer), layers=28),
         tokenizer=tokenizer,
@@ -108,7 +108,7 @@ def read_call(backbone, arguments, output, size) -> Call:
     def unpack(packed):
         height, width = (side // backbone.vae_scale_factor for side in size)
         ids = arguments["img_ids"]
-        return backbone.pipeline._unpack_latents_with_ids(packed, ids.expand(len(packed), -1, -1), height, width)
+        return Flux2KleinPipeline._unpack_latents_with_ids(packed, ids.expand(len(packed), -1, -1), height, width)
 
     return Call(unpack(arguments["hidden_states"]), unpack(output[0]))
 

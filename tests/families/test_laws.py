@@ -422,7 +422,9 @@ def guided_calls(family: Family, backbone: Backbone) -> list[Call]:
 
     transformer.forward = note
     try:
-        backbone.pipeline(prompt=PROMPTS, height=32, width=32, num_inference_steps=1, output_type="latent", **family.guided)
+        backbone.pipeline(
+            prompt=PROMPTS, height=32, width=32, num_inference_steps=1, output_type="latent", **family.guided
+        )
     finally:
         transformer.forward = guided
     return calls

@@ -15,6 +15,7 @@ from .checks import class_of_diffusers
 from .dtypes import given_dtype
 from .flux import FluxBackbone
 from .flux_2 import Flux2KleinBackbone
+from .flux_2_dev import Flux2Backbone
 from .names import find_model
 from .single_file import load_single_file
 from .source import PipelineSource, read_index
@@ -32,6 +33,7 @@ BACKBONES = (
     StableDiffusion3Backbone,
     FluxBackbone,
     Flux2KleinBackbone,
+    Flux2Backbone,
 )
 
 
@@ -168,6 +170,7 @@ def backbone_class_of(pipeline: DiffusionPipeline) -> type[Backbone]:
 __all__ = [
     "BACKBONES",
     "Backbone",
+    "Flux2Backbone",
     "Flux2KleinBackbone",
     "FluxBackbone",
     "StableDiffusion3Backbone",

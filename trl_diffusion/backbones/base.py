@@ -14,9 +14,10 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..process import Process
-from .checks import check_module
+from .checks import check_module, plain_tokenizer
 from .source import FreedComponent, PipelineSource
 from .vae import posterior_moments
 
@@ -370,11 +371,18 @@ class Backbone(ABC):
             components.update(own)
             self.pipeline.__class__ = own_class
 
+    @staticmethod
+    def templated(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, prompt: str) -> str:
+        """What a tokenizer is given for a prompt: the prompt, with a template around it where the family has one."""
+        return prompt
+
     def fits(self, prompt: str) -> bool:
         """Whether the text encoders read the whole of a prompt."""
+        tokenizers = {name: getattr(self.pipeline, name) for name in self.prompt_limits}
         return all(
-            len(getattr(self.pipeline, name)(prompt, verbose=False).input_ids) <= limit
-            for name, limit in self.prompt_limits.items()
+            len(plain_tokenizer(tokenizer)(self.templated(tokenizer, prompt), verbose=False).input_ids)
+            <= self.prompt_limits[name]
+            for name, tokenizer in tokenizers.items()
         )
 
     @contextmanager
@@ -471,11 +479,16 @@ class Backbone(ABC):
 
 
 @contextmanager
-def _in_float32(module: torch.nn.Module) -> Iterator[None]:
-    """Casts a module to float32 while the context lasts, which rounds nothing."""
-    dtype = module.dtype
-    torch.nn.Module.to(module, torch.float32)  # that of diffusers warns of every cast
+def _in_float32(vae: torch.nn.Module) -> Iterator[None]:
+    """
+    Casts a VAE to float32 while the context lasts, which rounds nothing, and with it the latents that it decodes: before a training has
+    prepared the denoiser, pipelines leave them in half precision.
+    """
+    dtype, decode = vae.dtype, vae.decode
+    torch.nn.Module.to(vae, torch.float32)  # that of diffusers warns of every cast
+    vae.decode = lambda latents, *args, **kwargs: decode(latents.float(), *args, **kwargs)
     try:
         yield
     finally:
-        torch.nn.Module.to(module, dtype)
+        del vae.decode
+        torch.nn.Module.to(vae, dtype)

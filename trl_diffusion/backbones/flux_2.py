@@ -3,12 +3,11 @@
 
 """FLUX.2-klein, base and distilled: Qwen3's hidden layers, and a flow transformer on patches of a VAE with statistics of its own."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from .flow import FlowBackbone
@@ -24,11 +23,6 @@ def patchified_moments(vae: torch.nn.Module, images: torch.Tensor) -> tuple[torc
     """[`backbones.vae.posterior_moments`] with 2x2 positions in the channels, `(B, 4 C, h / 2, w / 2)`."""
     mean, std = map(Flux2KleinPipeline._patchify_latents, posterior_moments(vae, images))
     return mean, std
-
-
-def as_weights(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Casts what goes into a module to the precision of its weights: the pipelines leave latents in that of the prompts."""
-    return tuple(value.to(next(module.parameters()).dtype) for value in args)
 
 
 class Flux2KleinBackbone(FlowBackbone):
@@ -99,12 +93,12 @@ class Flux2KleinBackbone(FlowBackbone):
     def prompt_limits(self) -> dict[str, int]:
         return {"tokenizer": self.max_sequence_length}
 
-    def fits(self, prompt: str) -> bool:
+    @staticmethod
+    def templated(tokenizer, prompt) -> str:
         message = [{"role": "user", "content": prompt}]
-        text = self.pipeline.tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             message, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-        return len(self.pipeline.tokenizer(text, verbose=False).input_ids) <= self.max_sequence_length
 
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         prompt_embeds, _ = self.pipeline.encode_prompt(
@@ -116,7 +110,10 @@ class Flux2KleinBackbone(FlowBackbone):
         prompt_embeds, guidance = conditions["prompt_embeds"], self.embedded_guidance
         settings = *noisy_latents.shape[2:], prompt_embeds.shape[1], noisy_latents.device
         if settings not in self.position_ids:
-            ids = self.pipeline._prepare_text_ids(prompt_embeds[:1]), self.pipeline._prepare_latent_ids(noisy_latents[:1])
+            ids = (
+                self.pipeline._prepare_text_ids(prompt_embeds[:1]),
+                self.pipeline._prepare_latent_ids(noisy_latents[:1]),
+            )
             self.position_ids[settings] = tuple(each[0].to(noisy_latents.device) for each in ids)
         txt_ids, img_ids = self.position_ids[settings]
         packed = denoiser(
@@ -129,15 +126,6 @@ class Flux2KleinBackbone(FlowBackbone):
             return_dict=False,
         )[0]
         return packed.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
-
-    @contextmanager
-    def sampling_with(self, denoiser) -> Iterator[DiffusionPipeline]:
-        with super().sampling_with(denoiser) as pipeline:
-            hook = pipeline.vae.decoder.register_forward_pre_hook(as_weights)
-            try:
-                yield pipeline
-            finally:
-                hook.remove()
 
     @staticmethod
     def guidance_branches(pipeline, context, arguments) -> tuple[str, ...]:

@@ -71,6 +71,7 @@ def prompt_fits(name: str) -> Callable[[str], bool]:
     import transformers
 
     from trl_diffusion.backbones import BACKBONES
+    from trl_diffusion.backbones.checks import plain_tokenizer
     from trl_diffusion.backbones.source import read_index
 
     index = read_index(name, {})
@@ -81,11 +82,14 @@ def prompt_fits(name: str) -> Callable[[str], bool]:
     loaded = {
         part: getattr(transformers, kind).from_pretrained(name, subfolder=part) for part, kind in classes.items()
     }
-    limits = {part: tokenizer.model_max_length for part, tokenizer in loaded.items()}
-    if t5 := [part for part, kind in classes.items() if kind.startswith("T5")]:  # it reads what CLIP does not
-        limits = {t5[0]: families[0].max_sequence_length}
+    limits = {part: plain_tokenizer(tokenizer).model_max_length for part, tokenizer in loaded.items()}
+    # T5 and language models read what CLIP does not
+    if others := [part for part, kind in classes.items() if not kind.startswith("CLIP")]:
+        limits = {others[0]: families[0].max_sequence_length}
     return lambda prompt: all(
-        len(loaded[part](prompt, verbose=False).input_ids) <= limit for part, limit in limits.items()
+        len(plain_tokenizer(loaded[part])(families[0].templated(loaded[part], prompt), verbose=False).input_ids)
+        <= limit
+        for part, limit in limits.items()
     )
 
 

@@ -123,6 +123,7 @@ def diffusion_model_card(
         beta_is_of_velocity=is_flow and hasattr(args, "beta"),
         loading_arguments=_loading_arguments(pipeline, is_flow),
         vae=_given_vae(args) if is_lora else None,
+        vae_class=type(pipeline.vae).__name__,
         call_arguments=_call_arguments(args, pipeline, resolution, needs_guidance=is_reversed and is_lora),
         versions={
             package: version(package)
