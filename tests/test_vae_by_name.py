@@ -76,7 +76,9 @@ def test_names_of_the_hub(folder, monkeypatch):
 
     monkeypatch.setattr(module.AutoencoderKL, "load_config", config)
     monkeypatch.setattr(module.AutoencoderKL, "from_pretrained", loaded)
-    module.load_vae("user/vae", torch.float16, "base", {"token": "t", "revision": "r", "variant": "fp16"})
+    module.load_vae(
+        "user/vae", torch.float16, str(folder / "base"), {"token": "t", "revision": "r", "variant": "fp16"}
+    )
     assert asked == [
         ("user/vae", {"token": "t"}),
         ("user/vae", {"subfolder": "vae", "token": "t"}),

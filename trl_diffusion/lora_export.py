@@ -25,7 +25,7 @@ def export_lora(lora: str | Path, output: str | Path) -> Path:
       ComfyUI and A1111.
       Where layers have different alphas, their ratio to the most common one is in `lora_up`.
     - FLUX.1: `transformer....lora_A.weight`, `.lora_B.weight` and `.alpha`, for ComfyUI.
-    - Stable Diffusion 3, of which diffusers reads no `.alpha`, Z-Image, and a LoRA of FLUX.1 without its single blocks, which has the
+    - Stable Diffusion 3, of which diffusers reads no `.alpha`, Z-Image, FLUX.2, and a LoRA of FLUX.1 without its single blocks, which has the
       names of Stable Diffusion 3: `lora_A` and `lora_B` alone, for ComfyUI, with the scale in `lora_B`.
 
     What goes into the weights is exact where it is a power of two, and else rounded to float32.
@@ -116,7 +116,12 @@ def _kohya(weights: dict[str, torch.Tensor], alphas: dict[str, float], path: Pat
 
 def _transformer(weights: dict[str, torch.Tensor], alphas: dict[str, float]) -> dict[str, torch.Tensor]:
     exported = {f"transformer.{key}": value.contiguous() for key, value in weights.items()}
-    is_flux = any(module.startswith("single_transformer_blocks.") for module in alphas)
+    # Those of FLUX.2 have other layers than those of FLUX.1
+    is_flux = any(
+        module.startswith("single_transformer_blocks.")
+        and not module.endswith((".attn.to_qkv_mlp_proj", ".attn.to_out"))
+        for module in alphas
+    )
     for module, alpha in alphas.items():
         if is_flux:
             exported[f"transformer.{module}.alpha"] = _as_tensor(alpha)

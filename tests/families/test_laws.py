@@ -63,7 +63,7 @@ def calls_of(family: Family, backbone: Backbone, size: tuple[int, int], **argume
     hook = transformer.register_forward_hook(note, with_kwargs=True)
     try:
         height, width = size
-        backbone.pipeline([*PROMPTS], height=height, width=width, output_type="latent", **arguments)
+        backbone.pipeline(prompt=[*PROMPTS], height=height, width=width, output_type="latent", **arguments)
     finally:
         hook.remove()
     return calls
@@ -177,7 +177,7 @@ def test_latents_are_what_the_pipeline_decodes(family, tmp_path):
         return ([torch.zeros_like(one) for one in output[0]] if isinstance(output[0], list) else output[0] * 0,)
 
     pipeline.transformer.register_forward_hook(standstill, with_kwargs=True)
-    pipeline([*PROMPTS], height=size[0], width=size[1], num_inference_steps=1, output_type="np", **family.call)
+    pipeline(prompt=[*PROMPTS], height=size[0], width=size[1], num_inference_steps=1, output_type="np", **family.call)
     (moments,) = decoded
 
     def encode(images, **kwargs):
@@ -218,7 +218,7 @@ def test_timesteps_are_distributed_as_the_pipelines_schedule(family, size, tmp_p
 
         with family.full_schedule():
             backbone.pipeline(
-                "a cat",
+                prompt="a cat",
                 height=size[0],
                 width=size[1],
                 num_inference_steps=1000,
@@ -427,7 +427,7 @@ def guided_calls(family: Family, backbone: Backbone) -> list[Call]:
     transformer.forward = note
     try:
         backbone.pipeline(
-            [*PROMPTS], height=32, width=32, num_inference_steps=1, output_type="latent", **family.guided
+            prompt=[*PROMPTS], height=32, width=32, num_inference_steps=1, output_type="latent", **family.guided
         )
     finally:
         transformer.forward = guided

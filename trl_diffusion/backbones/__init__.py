@@ -14,6 +14,8 @@ from .base import Backbone
 from .checks import class_of_diffusers
 from .dtypes import given_dtype
 from .flux import FluxBackbone
+from .flux_2 import Flux2KleinBackbone
+from .flux_2_dev import Flux2Backbone
 from .krea_2 import Krea2Backbone
 from .names import find_model
 from .qwen_image import QwenImageBackbone
@@ -34,6 +36,8 @@ BACKBONES = (
     StableDiffusionXLBackbone,
     StableDiffusion3Backbone,
     FluxBackbone,
+    Flux2KleinBackbone,
+    Flux2Backbone,
     ZImageBackbone,
     QwenImageBackbone,
     Krea2Backbone,
@@ -174,6 +178,8 @@ def backbone_class_of(pipeline: DiffusionPipeline) -> type[Backbone]:
 __all__ = [
     "BACKBONES",
     "Backbone",
+    "Flux2Backbone",
+    "Flux2KleinBackbone",
     "FluxBackbone",
     "Krea2Backbone",
     "QwenImageBackbone",

@@ -14,10 +14,10 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..process import Process
-from .checks import check_module
+from .checks import check_module, plain_tokenizer
 from .source import FreedComponent, PipelineSource
 from .vae import posterior_moments
 
@@ -418,9 +418,14 @@ class Backbone(ABC):
             self.pipeline.__class__ = own_class
 
     @staticmethod
-    def num_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
-        """How many tokens a prompt has for a tokenizer, special ones and those of the family's template included."""
-        return len(tokenizer(prompt, verbose=False).input_ids)
+    def templated(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, prompt: str) -> str:
+        """What a tokenizer is given for a prompt: the prompt, with a template around it where the family has one."""
+        return prompt
+
+    @classmethod
+    def num_tokens(cls, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, prompt: str) -> int:
+        """How many tokens a prompt has for a tokenizer, special ones and those of the template included."""
+        return len(plain_tokenizer(tokenizer)(cls.templated(tokenizer, prompt), verbose=False).input_ids)
 
     def fits(self, prompt: str) -> bool:
         """Whether the text encoders read the whole of a prompt."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .vae import posterior_moments
 from .weights import check_finite
@@ -71,6 +72,11 @@ def check_module(name: str, module: torch.nn.Module) -> None:
 def tokenizer_of(text_encoder_name: str) -> str:
     """Name of the tokenizer that belongs to a text encoder."""
     return text_encoder_name.replace("text_encoder", "tokenizer")
+
+
+def plain_tokenizer(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer itself where a pipeline has one for texts and images."""
+    return tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
 
 
 def check_vae_scale(
@@ -158,7 +164,7 @@ def check_text_encoder(pipeline: DiffusionPipeline, name: str, wanted: str) -> N
         `ValueError`: As all checks.
     """
     encoder, token = getattr(pipeline, name), tokenizer_of(name)
-    tokenizer = getattr(pipeline, token)
+    tokenizer = plain_tokenizer(getattr(pipeline, token))
     if all(parent.__name__ != wanted for parent in type(encoder).__mro__):
         refuse(
             f"`{name}` is a `{type(encoder).__name__}`",
@@ -237,8 +243,12 @@ def check_same_inputs(
             refuse_reference(f"its `{denoiser_name}.config.{key}` is {other!r} and the policy's is {own!r}")
     for name in encoder_names:
         token = tokenizer_of(name)
-        own, other = getattr(pipeline, token), getattr(reference, token)
-        if own.get_vocab() != other.get_vocab() or own.model_max_length != other.model_max_length:
+        has_same_template = getattr(pipeline, token).chat_template == getattr(reference, token).chat_template
+        own, other = (plain_tokenizer(getattr(each, token)) for each in (pipeline, reference))
+        if (own.get_vocab(), own.model_max_length) != (
+            other.get_vocab(),
+            other.model_max_length,
+        ) or not has_same_template:
             refuse_reference(f"its `{token}` is another one")
     for name in encoder_names:
         if not same_weights(getattr(pipeline, name), getattr(reference, name)):

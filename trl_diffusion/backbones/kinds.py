@@ -33,6 +33,8 @@ WAYS_OUT = {
     "the UNet of a pipeline's folder": "Pass the folder of the whole pipeline",
     "the transformer of a pipeline's folder": "Pass the folder of the whole pipeline",
 }
+# Kinds of which diffusers reads no pipeline out of one file
+WITHOUT_FILES = {"flux-2-dev": "a transformer of FLUX.2"}
 OTHER_INPUTS = {5: "depth maps", 7: "small images", 8: "an image to edit", 9: "inpainting masks"}
 
 
@@ -66,10 +68,13 @@ def kind_of(checkpoint: dict[str, torch.Tensor], path: str, supported: dict[str,
         return kind
     names = ", ".join(f"`{name}`" for name in dict.fromkeys(family.__name__ for family in supported.values()))
     part = _part(checkpoint) if is_unknown or "control" in kind else None
-    what = part or ("no model that is known" if is_unknown else f"a model of the kind {kind!r}")
+    what = part or (
+        "no model that is known" if is_unknown else WITHOUT_FILES.get(kind, f"a model of the kind {kind!r}")
+    )
     if channels != 4:
         what = f"a model whose UNet takes {channels} channels ({OTHER_INPUTS.get(channels, 'not only an image')})"
     way_out = WAYS_OUT.get(part, "Pass a text-to-image model with weights named as in the original code")
+    way_out = "Pass the folder or the Hub id of the whole pipeline" if kind in WITHOUT_FILES else way_out
     raise ValueError(f"{path} holds {what}. A single file must hold the model of one of these: {names}. {way_out}.")
 
 

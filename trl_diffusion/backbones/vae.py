@@ -3,11 +3,13 @@
 
 """What a VAE encodes images to, and loading one by its name in place of the one that a pipeline was saved with."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from .names import INDEX, find_model
 from .weights import check_loading_info
@@ -36,9 +38,9 @@ def posterior_moments(vae: torch.nn.Module, images: torch.Tensor) -> tuple[torch
     return encoded.latent.float(), torch.zeros_like(encoded.latent, dtype=torch.float32)
 
 
-def load_vae(name: str | Path, dtype: torch.dtype, config: str, kwargs: dict[str, Any]) -> AutoencoderKL:
+def load_vae(name: str | Path, dtype: torch.dtype, config: str, kwargs: dict[str, Any]) -> torch.nn.Module:
     """
-    Loads a VAE.
+    Loads a VAE of the class that a pipeline has.
 
     Args:
         name (`str` or `Path`):
@@ -47,35 +49,46 @@ def load_vae(name: str | Path, dtype: torch.dtype, config: str, kwargs: dict[str
         dtype (`torch.dtype`):
             Precision of its weights.
         config (`str`):
-            Folder or Hub id of the pipeline that gives a single file its configuration.
+            Folder or Hub id of the pipeline, which also gives a single file its configuration.
         kwargs (`dict`):
             What is passed to `from_pretrained`, of which the arguments for the Hub are used.
 
     Returns:
-        [`~diffusers.AutoencoderKL`]
+        `torch.nn.Module`: such as an [`~diffusers.AutoencoderKL`].
 
     Raises:
-        `ValueError`: If there is no such VAE, or its weights do not fit.
+        `ValueError`: If there is no such VAE, or it is of another class, or its weights do not fit.
     """
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    vae_class = _vae_class(config, hub)
     path = Path(name).expanduser()
     where = str(path) if path.is_dir() else find_model(name)
     try:
         if Path(where).is_file():
+            if vae_class is not AutoencoderKL:
+                raise ValueError(
+                    f"`vae` is {name}, a file, and diffusers reads no `{vae_class.__name__}` out of one. Pass its folder or Hub id."
+                )
             vae = AutoencoderKL.from_single_file(where, config=config, subfolder="vae", dtype=dtype)
             info = {"missing_keys": [key for key, weight in vae.named_parameters() if weight.is_meta]}
         else:
             folder = {"subfolder": "vae"} if _is_pipeline(where, hub) else {}
             kind = AutoencoderKL.load_config(where, **folder, **hub).get("_class_name")
-            if kind != AutoencoderKL.__name__:
+            if kind != vae_class.__name__:
                 raise ValueError(
-                    f"`vae` is {name}, a `{kind}`. Pass an `{AutoencoderKL.__name__}`, as the pipelines here have it."
+                    f"`vae` is {name}, a `{kind}`. Pass an `{vae_class.__name__}`, as the pipeline has it."
                 )
-            vae, info = AutoencoderKL.from_pretrained(where, dtype=dtype, output_loading_info=True, **folder, **hub)
+            vae, info = vae_class.from_pretrained(where, dtype=dtype, output_loading_info=True, **folder, **hub)
     except (OSError, NotImplementedError) as error:
         raise ValueError(f"`vae` is {name}, which cannot be loaded: {str(error).splitlines()[0]}") from error
     check_loading_info(info, f"The VAE {name}")
     return vae
+
+
+def _vae_class(pipeline: str, hub: dict[str, Any]) -> type[torch.nn.Module]:
+    """The class of VAE that a pipeline of this class has."""
+    pipeline_class = getattr(diffusers, DiffusionPipeline.load_config(pipeline, **hub)["_class_name"], None)
+    return AutoencoderKL if pipeline_class is None else inspect.signature(pipeline_class).parameters["vae"].annotation
 
 
 def _is_pipeline(where: str, hub: dict[str, Any]) -> bool:

@@ -15,8 +15,9 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
 
-# Names that a text encoder has twice, with and without, as its version of transformers has it
-PREFIX, NO_MATTER = "text_model.", ("position_ids", "encoder.embed_tokens.weight", "shared.weight")
+# Names that a text encoder has twice, with and without, as its version of transformers has it; of the last no prompt is encoded
+PREFIX = "text_model."
+NO_MATTER = ("position_ids", "encoder.embed_tokens.weight", "shared.weight", "lm_head.weight")
 # Other parts of the models that text encoders are taken from
 OTHER_TOWERS = ("vision_model.", "visual_projection.", "logit_scale", "decoder.", "lm_head.")
 

@@ -45,10 +45,10 @@ class ZImageBackbone(FlowBackbone):
         return {"tokenizer": self.max_sequence_length}
 
     @staticmethod
-    def num_tokens(tokenizer, prompt) -> int:
-        messages, settings = [{"role": "user", "content": prompt}], {"enable_thinking": True, "tokenize": False}
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **settings)
-        return FlowBackbone.num_tokens(tokenizer, text)
+    def templated(tokenizer, prompt) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        settings = {"add_generation_prompt": True, "enable_thinking": True, "tokenize": False}
+        return tokenizer.apply_chat_template(messages, **settings)
 
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         prompt_embeds, _ = self.pipeline.encode_prompt(

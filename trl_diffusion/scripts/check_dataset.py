@@ -71,6 +71,7 @@ def prompt_fits(name: str) -> Callable[[str], bool]:
     import transformers
 
     from trl_diffusion.backbones import BACKBONES
+    from trl_diffusion.backbones.checks import plain_tokenizer
     from trl_diffusion.backbones.source import read_index
 
     index = read_index(name, {})
@@ -81,7 +82,7 @@ def prompt_fits(name: str) -> Callable[[str], bool]:
     loaded = {
         part: getattr(transformers, kind).from_pretrained(name, subfolder=part) for part, kind in classes.items()
     }
-    limits = {part: tokenizer.model_max_length for part, tokenizer in loaded.items()}
+    limits = {part: plain_tokenizer(tokenizer).model_max_length for part, tokenizer in loaded.items()}
     if others := [
         part for part, kind in classes.items() if not kind.startswith("CLIP")
     ]:  # they read what CLIP does not

@@ -11,7 +11,9 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from datasets.fingerprint import Hasher
 from peft import PeftModel
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+
+from ..backbones.checks import plain_tokenizer
 
 
 NO_MATTER = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # in configurations
@@ -85,18 +87,21 @@ def module_fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> str:
     """
     A hash of what a tokenizer makes of texts, whatever it was last asked for.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            The tokenizer, or what has it.
 
     Returns:
         `str`
     """
+    template, tokenizer = tokenizer.chat_template, plain_tokenizer(tokenizer)
     limits = tokenizer.model_max_length, tokenizer.pad_token_id
+    if template is not None:
+        limits = *limits, template, tokenizer.padding_side
     if not tokenizer.is_fast:
         return Hasher.hash((tokenizer, limits))
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
