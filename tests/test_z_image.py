@@ -26,7 +26,7 @@ from trl_diffusion import (
     InstanceDPOTrainer,
     export_lora,
 )
-from trl_diffusion.backbones import ZImageBackbone, load_backbone
+from trl_diffusion.backbones import ZImageBackbone, backbone_class_of, load_backbone
 from trl_diffusion.lora_files import load_lora
 from trl_diffusion.scripts.check_dataset import prompt_fits
 from trl_diffusion.trainer.fingerprints import tokenizer_fingerprint
@@ -299,13 +299,14 @@ def test_what_is_refused(change, message):
         load_backbone(pipeline)
 
 
-@pytest.mark.parametrize("name", ["ZImageImg2ImgPipeline", "ZImageInpaintPipeline"])
-def test_pipelines_of_other_tasks_are_refused_by_name(name):
-    pipeline = getattr(diffusers, name)(**z_image_pipeline().components)
+@pytest.mark.parametrize("kind", ["Img2Img", "Inpaint", "Omni", "ControlNet", "ControlNetInpaint"])
+def test_pipelines_of_other_tasks_are_refused_by_name(kind):
+    name = f"ZImage{kind}Pipeline"
+    pipeline = object.__new__(getattr(diffusers, name))
     with pytest.raises(
         ValueError, match=f"`model` is a `{name}`, a family that is not supported yet.*`ZImagePipeline`"
     ):
-        load_backbone(pipeline)
+        backbone_class_of(pipeline)
 
 
 @pytest.mark.parametrize(("resolution", "message"), [(34, "no multiple of 4"), (36, "no multiple of 8"), (32, None)])
