@@ -207,6 +207,11 @@ class Backbone(ABC):
                     f"`{name}` is {value}, but this `{type(self.pipeline).__name__}` leaves no choice of it. Leave it out."
                 )
             setattr(self, name, value)
+        if not self.fits(""):
+            raise ValueError(
+                f"`max_sequence_length` is {self.max_sequence_length}, and the text around a prompt alone has more tokens, so that no "
+                "prompt would be read. Leave it out, or raise it."
+            )
 
     def set_timestep_density(self, density: str, **settings: float) -> None:
         """
