@@ -7,21 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import Flux2KleinInpaintPipeline, Flux2KleinKVPipeline
+from diffusers import Flux2KleinInpaintPipeline, Flux2KleinKVPipeline, Flux2Transformer2DModel
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests import tiny
 from tests.families.flux_2 import SHORT, TEMPLATE, flux_2_transformer, flux_2_vae, klein_pipeline, qwen3_encoder
 from tests.families.flux_2_dev import flux_2_dev_pipeline, mistral3_encoder
 from tests.families.test_laws import predictions
 from tests.test_flow_checks import compiled, configure, group_offloading, rebuilt, set_part
+from tests.trainer.test_host_traffic import device_is_restored  # noqa: F401
+from tests.trainer.waits import micro_batch, to_meta
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer, export_lora
 from trl_diffusion.backbones import Flux2Backbone, Flux2KleinBackbone, load_backbone, load_pipeline
 from trl_diffusion.backbones.flux_2 import NUM_STEPS
+from trl_diffusion.lora_files import load_lora, read_lora
 from trl_diffusion.scripts.check_dataset import prompt_fits
 from trl_diffusion.trainer.fingerprints import tokenizer_fingerprint
+from trl_diffusion.trainer.lora import with_target_modules
 
 
 LORA = LoraConfig(r=2, target_modules=["to_q"])
@@ -209,6 +215,16 @@ def test_prompts_stand_in_a_template_and_are_padded():
         assert backbone.encode_prompts(["cat"])["prompt_embeds"].shape == (1, 48, 24)
 
 
+def test_the_template_must_fit():
+    """With fewer tokens than the template has all prompts would be one."""
+    backbone = load_backbone(klein_pipeline())
+    with pytest.raises(
+        ValueError, match="`max_sequence_length` is 18, and the text around a prompt alone has more tokens"
+    ):
+        backbone.configure(18, None)
+    backbone.configure(19, None)
+
+
 def test_check_dataset_counts_with_the_template(tmp_path):
     """`check-dataset` finds the prompts that do not fit into the 512 tokens of the pipeline's call."""
     klein_pipeline().save_pretrained(tmp_path)
@@ -313,6 +329,63 @@ def test_a_lora_adapts_all_attention(tmp_path):
     assert (drawn[0] - predictions(trainer.backbone, klein_pipeline().transformer)).abs().max() > 1e-3
 
 
+BLOCKS_OF_BFL = {
+    "attn.to_q": "img_attn.qkv",
+    "attn.add_q_proj": "txt_attn.qkv",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+}
+
+
+def lora_of_bfl(
+    prefix: str, a: str, b: str, dot: str = "."
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A LoRA on all attention by the names of the original code, and by those of diffusers."""
+    original, own, rank = {}, {}, 2
+
+    def add(name: str, modules: list[str], outs: int, ins: int) -> None:
+        halves = torch.randn(rank, ins), torch.randn(outs * len(modules), rank)
+        name = f"{prefix}{name.replace('.', dot)}"
+        original.update({f"{name}.{a}.weight": halves[0], f"{name}.{b}.weight": halves[1]})
+        for module, part in zip(modules, halves[1].chunk(len(modules)), strict=True):
+            own.update({f"{module}.lora_A.weight": halves[0], f"{module}.lora_B.weight": part})
+
+    for module, name in BLOCKS_OF_BFL.items():
+        names = [module.replace("q", letter) for letter in "qkv"] if "qkv" in name else [module]
+        add(f"double_blocks.0.{name}", [f"transformer_blocks.0.{each}" for each in names], 16, 16)
+    for block in (0, 1):
+        add(f"single_blocks.{block}.linear1", [f"single_transformer_blocks.{block}.attn.to_qkv_mlp_proj"], 144, 16)
+        add(f"single_blocks.{block}.linear2", [f"single_transformer_blocks.{block}.attn.to_out"], 16, 64)
+    return original, own
+
+
+@pytest.mark.parametrize("kind", ["ai-toolkit", "kohya"])
+def test_loras_by_the_names_of_the_original_code(tmp_path, kind):
+    """What other trainers write, with one layer for three projections: all of it is loaded, with its alpha, to be sampled and trained on."""
+    names = (
+        ("diffusion_model.", "lora_A", "lora_B")
+        if kind == "ai-toolkit"
+        else ("lora_unet_", "lora_down", "lora_up", "_")
+    )
+    torch.manual_seed(0)
+    original, own = lora_of_bfl(*names)
+    scale = 1.0
+    if kind == "kohya":
+        scale, modules = 0.5, {key.split(".")[0] for key in original}
+        original |= {f"{module}.alpha": torch.tensor(1.0) for module in modules}  # of rank 2
+    save_file(original, tmp_path / "lora.safetensors")
+    pipeline = klein_pipeline()
+    load_lora(pipeline, tmp_path / "lora.safetensors", "its")
+    layers = {name: layer for name, layer in pipeline.transformer.named_modules() if isinstance(layer, LoraLayer)}
+    assert layers.keys() == {key.rpartition(".lora_")[0] for key in own}
+    for name, layer in layers.items():
+        expected = scale * own[f"{name}.lora_B.weight"] @ own[f"{name}.lora_A.weight"]
+        torch.testing.assert_close(layer.get_delta_weight("its"), expected)
+    if kind == "kohya":
+        weights, config = read_lora(tmp_path / "lora.safetensors", klein_pipeline(), "transformer")
+        assert weights.keys() == {f"base_model.model.{key}" for key in own} and config.lora_alpha == config.r == 2
+
+
 def test_samples_before_a_mixed_precision_training(tmp_path):
     """The policy is not prepared yet, so that latents are in bfloat16; the VAE decodes them in float32, and is as it was afterwards."""
     klein_pipeline().save_pretrained(tmp_path / "pipeline")
@@ -355,6 +428,46 @@ def test_the_cards_code_runs(tmp_path, monkeypatch):
     scope = {}
     exec(code.replace('.to("cuda")', "").replace("torch.bfloat16", "torch.float32"), scope)
     assert scope["image"].size == (32, 32) and type(scope["vae"]).__name__ == "AutoencoderKLFlux2"
+
+
+@pytest.mark.usefixtures("device_is_restored")
+@pytest.mark.parametrize("settings", [{}, {"precompute": True}])
+def test_a_micro_batch_waits_for_no_result(tmp_path, settings):
+    """Of a step that encodes prompts, the only copies that wait are those of the pipeline: tokens, their mask, and positions of the text."""
+    trainer = trainer_of(klein_pipeline(), tmp_path, precompute_dir=str(tmp_path / "files"), **settings)
+    rows = [trainer.train_dataset[index] for index in (0, 1)]
+    to_meta(trainer)
+    micro_batch(trainer, rows)  # makes what stays on the device: positions
+    traffic = micro_batch(trainer, rows)
+    assert not traffic.waits
+    assert sum(traffic.blocking.values()) == (0 if settings else 3)
+
+
+def test_klein_4b_at_its_true_size():
+    """Shapes, the number of weights and that of a LoRA, and the operations of a forward for 1024 pixels, without memory."""
+    backbone = load_backbone(klein_pipeline())
+    with torch.device("meta"):
+        transformer = Flux2Transformer2DModel(
+            num_layers=5,
+            num_single_layers=20,
+            num_attention_heads=24,
+            joint_attention_dim=3 * 2560,
+            guidance_embeds=False,
+        )
+        latents, timesteps = torch.randn(1, 128, 64, 64), torch.rand(1)
+        conditions = {"prompt_embeds": torch.randn(1, 512, 3 * 2560)}
+    backbone.pipeline.transformer = transformer
+    with FlopCounterMode(display=False) as operations:
+        prediction = backbone.predict(transformer, latents, timesteps, conditions)
+    assert prediction.shape == latents.shape
+    assert sum(weight.numel() for weight in transformer.parameters()) == 3_875_544_576
+    # A layer on n tokens takes two for each of its weights, and attention 4 n^2 x 3072; norms are not counted
+    assert operations.get_total_flops() / 1e12 == pytest.approx(34.8, abs=0.05)
+    model = get_peft_model(transformer, with_target_modules(LoraConfig(r=64), backbone.lora_target_modules))
+    width, inner = 3072, 3 * 3072
+    double, single = 8 * 2 * width, (width + 3 * width + 2 * inner) + (width + inner + width)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert trained == 64 * (5 * double + 20 * single) == 74_711_040
 
 
 # ---- dev ----

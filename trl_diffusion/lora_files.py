@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders import Flux2LoraLoaderMixin
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -270,7 +271,7 @@ def convert_lora(
             f"The LoRA {path} has names that diffusers does not convert for a `{type(pipeline).__name__}`: {shortened(error)}"
         ) from error
     tensors = [key for key in weights if not key.endswith(".alpha")]
-    if (lost := sum(map(_num_parts, tensors)) - len(converted)) > 0:
+    if (lost := sum(_num_parts(key, pipeline) for key in tensors) - len(converted)) > 0:
         odd = next((key for key in tensors if ".lora" not in key and "_lora" not in key), tensors[0])
         raise ValueError(
             f"The LoRA {path} holds {lost} tensors that diffusers leaves out for a `{type(pipeline).__name__}`, such as {odd!r}, so "
@@ -299,11 +300,14 @@ def _layer_of(key: str) -> str:
     return f"{name}.alpha"
 
 
-def _num_parts(key: str) -> int:
-    """How many tensors of diffusers one tensor of a file becomes: in FLUX.1's own layout, several projections are one."""
+def _num_parts(key: str, pipeline: DiffusionPipeline) -> int:
+    """How many tensors of diffusers one tensor of a file becomes: in the own layouts of FLUX, several projections are one."""
     if key.startswith(("unet.", "transformer.", "text_encoder")):
         return 1
-    return 3 if "qkv" in key else 4 if "linear1" in key else 1
+    is_split = "linear1" in key and not isinstance(
+        pipeline, Flux2LoraLoaderMixin
+    )  # diffusers has it in one layer for FLUX.2
+    return 3 if "qkv" in key and "to_qkv" not in key else 4 if is_split else 1
 
 
 def load_lora(pipeline: DiffusionPipeline, path: Path, adapter_name: str) -> None:

@@ -251,6 +251,11 @@ class Backbone(ABC):
                 f"`max_sequence_length` is {self.max_sequence_length}, and a `{type(self.pipeline).__name__}` takes 1 to "
                 f"{self.longest_sequence} tokens."
             )
+        if not self.fits(""):
+            raise ValueError(
+                f"`max_sequence_length` is {self.max_sequence_length}, and the text around a prompt alone has more tokens, so that no "
+                "prompt would be read. Leave it out, or raise it."
+            )
 
     def set_timestep_density(self, density: str, **settings: float) -> None:
         """
