@@ -14,6 +14,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
 
 from ..process import Process
 from .checks import check_module
@@ -121,6 +122,11 @@ class Backbone(ABC):
     def prompt_limits(self) -> dict[str, int]:
         """The longest prompt in tokens, special ones included, by the name of the tokenizer: by default what each one says."""
         return {name: getattr(self.pipeline, name).model_max_length for name in self.tokenizer_names}
+
+    @property
+    def text_settings(self) -> tuple[Any, ...]:
+        """What the embeddings of a prompt depend on besides tokenizers, text encoders and `max_sequence_length`: a cache is of these."""
+        return ()
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
@@ -384,10 +390,15 @@ class Backbone(ABC):
             components.update(own)
             self.pipeline.__class__ = own_class
 
+    @staticmethod
+    def num_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+        """How many tokens a prompt has for a tokenizer, special ones and those of the family's template included."""
+        return len(tokenizer(prompt, verbose=False).input_ids)
+
     def fits(self, prompt: str) -> bool:
         """Whether the text encoders read the whole of a prompt."""
         return all(
-            len(getattr(self.pipeline, name)(prompt, verbose=False).input_ids) <= limit
+            self.num_tokens(getattr(self.pipeline, name), prompt) <= limit
             for name, limit in self.prompt_limits.items()
         )
 
