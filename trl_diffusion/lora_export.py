@@ -25,8 +25,8 @@ def export_lora(lora: str | Path, output: str | Path) -> Path:
       ComfyUI and A1111.
       Where layers have different alphas, their ratio to the most common one is in `lora_up`.
     - FLUX.1: `transformer....lora_A.weight`, `.lora_B.weight` and `.alpha`, for ComfyUI.
-    - Stable Diffusion 3, of which diffusers reads no `.alpha`, and a LoRA of FLUX.1 without its single blocks, which has the same
-      names: `lora_A` and `lora_B` alone, for ComfyUI, with the scale in `lora_B`.
+    - Stable Diffusion 3, of which diffusers reads no `.alpha`, Z-Image, and a LoRA of FLUX.1 without its single blocks, which has the
+      names of Stable Diffusion 3: `lora_A` and `lora_B` alone, for ComfyUI, with the scale in `lora_B`.
 
     What goes into the weights is exact where it is a power of two, and else rounded to float32.
 

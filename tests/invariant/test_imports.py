@@ -251,7 +251,15 @@ def f(pipeline, prediction_type):
 
 @pytest.mark.parametrize(
     "module",
-    [m for m in MODULES if m not in ("trl_diffusion.process", "trl_diffusion.backbones.stable_diffusion_checks")],
+    [
+        module
+        for module in MODULES
+        if module
+        not in (
+            "trl_diffusion.process",
+            *(f"trl_diffusion.backbones.{name}_checks" for name in ("sana", "stable_diffusion")),
+        )
+    ],
 )
 def test_only_the_process_knows_what_a_model_predicts(module):
     """No code beside the process and the checks of a pipeline asks for a prediction type or a schedule."""
@@ -275,17 +283,8 @@ FAMILIES = [
     module
     for module in modules_of("backbones")
     if module.count(".") == 2
-    and module.split(".")[2]
-    not in (
-        "base",
-        "checks",
-        "flow",
-        "flow_checks",
-        "krea_2_checks",
-        "qwen_parts",
-        "single_file",
-        "stable_diffusion_checks",
-    )
+    and not module.endswith("checks")
+    and module.split(".")[2] not in ("base", "flow", "qwen_parts", "single_file")
 ]
 
 

@@ -17,12 +17,14 @@ from .flux import FluxBackbone
 from .krea_2 import Krea2Backbone
 from .names import find_model
 from .qwen_image import QwenImageBackbone
+from .sana import SanaBackbone
 from .single_file import load_single_file
 from .source import PipelineSource, read_index
 from .stable_diffusion import StableDiffusionBackbone
 from .stable_diffusion_3 import StableDiffusion3Backbone
 from .stable_diffusion_xl import StableDiffusionXLBackbone
 from .weights import check_finite
+from .z_image import ZImageBackbone
 
 
 logger = logging.getLogger(__name__)
@@ -32,8 +34,10 @@ BACKBONES = (
     StableDiffusionXLBackbone,
     StableDiffusion3Backbone,
     FluxBackbone,
+    ZImageBackbone,
     QwenImageBackbone,
     Krea2Backbone,
+    SanaBackbone,
 )
 
 
@@ -173,9 +177,11 @@ __all__ = [
     "FluxBackbone",
     "Krea2Backbone",
     "QwenImageBackbone",
+    "SanaBackbone",
     "StableDiffusion3Backbone",
     "StableDiffusionBackbone",
     "StableDiffusionXLBackbone",
+    "ZImageBackbone",
     "backbone_class_of",
     "load_backbone",
     "load_pipeline",

@@ -5,7 +5,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,10 @@ class Backbone(ABC):
         embedded_guidance (`float` or `None`):
             The guidance scale that the denoiser is told in training, where it takes one.
         guidance_hint (`str` or `None`):
-            How to have the pipeline sample with an unconditional branch, where its `guidance_scale` does not.
+            How to have the pipeline sample with an unconditional branch, where it calls the denoiser once for each branch and may
+            do without: sampling without one is then refused where a branch has a model of its own.
+        unguided_scale (`float`):
+            The largest guidance scale at which the pipeline has no unconditional branch.
         padded_conditions (`tuple[str, ...]`):
             Names of the text conditions that `prompt_lengths` belongs to; none where padding is not masked.
         host_conditions (`tuple[str, ...]`):
@@ -77,6 +80,7 @@ class Backbone(ABC):
     longest_sequence: int = 512
     embedded_guidance: float | None = None
     guidance_hint: str | None = None
+    unguided_scale: float = 1.0
     padded_conditions: tuple[str, ...] = ()
     host_conditions: tuple[str, ...] = ()
     posterior_moments = staticmethod(posterior_moments)  # of images; a family's own where its VAE is called otherwise
@@ -198,13 +202,38 @@ class Backbone(ABC):
             pipeline ([`~diffusers.DiffusionPipeline`]):
                 The pipeline.
             context (`str` or `None`):
-                What the pipeline calls the call, `"cond"` or `"uncond"`, where it calls the denoiser once for each branch.
+                What the pipeline calls the call, `"cond"` or `"uncond"`, where it calls the denoiser once for each branch. Where
+                it names no call, `"again"` is a further one in a row with the same tensor as `timestep`: the second branch
+                of a pipeline that calls the denoiser for the conditional branch first.
             arguments (`dict[str, Any]`):
-                Keyword arguments of the call.
+                The arguments of the call by their names in the denoiser's `forward`, positional ones too.
 
         Returns:
             `tuple[str, ...]`: `"conditional"`, `"unconditional"` or both.
         """
+
+    @staticmethod
+    def guidance_arguments(scale: float) -> dict[str, Any]:
+        """
+        The arguments of the pipeline's call for a guidance scale, as its users write them: the scale first, then what else
+        guidance needs, such as a negative prompt.
+        """
+        return {"guidance_scale": scale}
+
+    @staticmethod
+    def sampling_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        What a pipeline is sampled with where nothing else is asked for, if it is not the default of its call: `guidance_scale`
+        and `num_inference_steps`, such as those of a distilled model whose configuration says that it is one.
+
+        Args:
+            config (`Mapping[str, Any]`):
+                The pipeline's configuration, the content of `model_index.json`.
+
+        Returns:
+            `dict[str, Any]`
+        """
+        return {}
 
     # ---- What all families share ----
 
@@ -418,7 +447,7 @@ class Backbone(ABC):
         own, was_training = self.denoiser, denoiser.training
         setattr(self.pipeline, self.denoiser_name, denoiser.eval())
         try:
-            with self.encoders_on_device(), _in_float32(self.pipeline.vae):
+            with self.encoders_on_device(), in_float32(self.pipeline.vae):
                 yield self.pipeline
         finally:
             setattr(self.pipeline, self.denoiser_name, own)
@@ -496,11 +525,16 @@ class Backbone(ABC):
 
 
 @contextmanager
-def _in_float32(module: torch.nn.Module) -> Iterator[None]:
-    """Casts a module to float32 while the context lasts, which rounds nothing."""
-    dtype = module.dtype
-    torch.nn.Module.to(module, torch.float32)  # that of diffusers warns of every cast
+def in_float32(vae: torch.nn.Module) -> Iterator[None]:
+    """
+    Casts a VAE to float32 while the context lasts, which rounds nothing, and with it the latents that it decodes: before a training has
+    prepared the denoiser, pipelines leave them in half precision.
+    """
+    dtype, decode = vae.dtype, vae.decode
+    torch.nn.Module.to(vae, torch.float32)  # that of diffusers warns of every cast
+    vae.decode = lambda latents, *args, **kwargs: decode(latents.float(), *args, **kwargs)
     try:
         yield
     finally:
-        torch.nn.Module.to(module, dtype)
+        del vae.decode
+        torch.nn.Module.to(vae, dtype)

@@ -73,9 +73,15 @@ def tokenizer_of(text_encoder_name: str) -> str:
     return text_encoder_name.replace("text_encoder", "tokenizer")
 
 
-def check_vae_scale(pipeline: DiffusionPipeline, denoiser_name: str, denoiser_channels: int) -> None:
+def check_vae_scale(
+    pipeline: DiffusionPipeline,
+    denoiser_name: str,
+    denoiser_channels: int,
+    wanted: type[torch.nn.Module] = AutoencoderKL,
+    blocks: str = "block_out_channels",
+) -> None:
     """
-    Refuses a VAE that is not a plain `AutoencoderKL` with the denoiser's channels and a scale.
+    Refuses a VAE of another class than the family's, without the denoiser's channels, or without a scale.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -84,28 +90,33 @@ def check_vae_scale(pipeline: DiffusionPipeline, denoiser_name: str, denoiser_ch
             Name of the denoiser.
         denoiser_channels (`int`):
             Number of channels of the latents that the denoiser takes.
+        wanted (`type`, *optional*, defaults to [`~diffusers.AutoencoderKL`]):
+            Class of the VAE.
+        blocks (`str`, *optional*, defaults to `"block_out_channels"`):
+            Its setting that has an entry for each size of its features.
 
     Raises:
         `ValueError`: As all checks.
     """
     vae = pipeline.vae
-    if not isinstance(vae, AutoencoderKL):
+    if not isinstance(vae, wanted):
         refuse(
             f"`vae` is a `{type(vae).__name__}`",
-            "training samples latents from the posterior of an `AutoencoderKL`",
-            "Train with the model's `AutoencoderKL`, and put the other one back for sampling",
+            f"training encodes images by an `{wanted.__name__}`",
+            f"Train with the model's `{wanted.__name__}`, and put the other one back for sampling",
         )
     config, channels = vae.config, vae.config.latent_channels
-    if channels != denoiser_channels or config.in_channels != 3 or config.out_channels != 3:
+    out_channels = config.get("out_channels", config.in_channels)  # an `AutoencoderDC` has one number for both
+    if channels != denoiser_channels or config.in_channels != 3 or out_channels != 3:
         refuse(
-            f"`vae` has `in_channels={config.in_channels}`, `out_channels={config.out_channels}` and "
+            f"`vae` has `in_channels={config.in_channels}`, `out_channels={out_channels}` and "
             f"`latent_channels={channels}`, and `{denoiser_name}` takes latents of {denoiser_channels} channels",
             f"images have 3 channels, and `{denoiser_name}` takes the latents of the VAE alone",
             f"Load the VAE that belongs to `{denoiser_name}`",
         )
-    if pipeline.vae_scale_factor != 2 ** (len(config.block_out_channels) - 1):
+    if pipeline.vae_scale_factor != 2 ** (len(config[blocks]) - 1):
         refuse(
-            f"`vae` has `block_out_channels={config.block_out_channels}` and `pipeline.vae_scale_factor` is {pipeline.vae_scale_factor}",
+            f"`vae` has `{blocks}={config[blocks]}` and `pipeline.vae_scale_factor` is {pipeline.vae_scale_factor}",
             "the VAE was put into a pipeline that was made with another one",
             f"Make the pipeline anew, `{type(pipeline).__name__}(**pipeline.components)`",
         )
@@ -115,7 +126,7 @@ def check_vae_scale(pipeline: DiffusionPipeline, denoiser_name: str, denoiser_ch
             f"`vae.config.scaling_factor` is {scale!r}",
             "the pipeline divides latents by it",
             "Set it to the model's, such as 0.18215 (Stable Diffusion), 0.13025 (Stable Diffusion XL), 1.5305 (Stable "
-            "Diffusion 3) or 0.3611 (FLUX.1)",
+            "Diffusion 3), 0.3611 (FLUX.1) or 0.41407 (Sana)",
         )
 
 
@@ -161,8 +172,9 @@ def check_text_encoder(pipeline: DiffusionPipeline, name: str, wanted: str) -> N
             "tokens were added to the tokenizer only",
             f"Load them with `pipeline.load_textual_inversion(...)`, or load the model's own `{token}`",
         )
-    positions = getattr(encoder.config, "max_position_embeddings", None)  # T5 has none
-    if positions is not None and tokenizer.model_max_length > positions:
+    # Only CLIP's prompts are padded to what the tokenizer says
+    positions = encoder.config.max_position_embeddings if "CLIP" in wanted else tokenizer.model_max_length
+    if tokenizer.model_max_length > positions:
         refuse(
             f"`{token}.model_max_length` is {tokenizer.model_max_length} and `{name}` takes {positions} tokens",
             "prompts are padded to the former",

@@ -126,10 +126,14 @@ class DiffusionConfig(_BaseConfig):
             among wandb, trackio and tensorboard.
         sample_steps (`int`, *optional*, defaults to `100`):
             Optimizer steps between two such samplings.
-        num_inference_steps (`int`, *optional*, defaults to `25`):
-            Sampling steps of these images.
+        sample_model (`str`, *optional*):
+            Another model that draws these images with the LoRA that is trained, and its base images without: a Hub id or a folder
+            of a pipeline of the same architecture, such as a distilled version of what is trained. It is loaded to draw and
+            freed after that. Where all weights are trained there is nothing that could be put on it.
+        num_inference_steps (`int`, *optional*):
+            Sampling steps of these images. Defaults to 25, with `sample_model` to those of its pipeline.
         guidance_scale (`float`, *optional*):
-            Guidance of these images. Defaults to the pipeline's.
+            Guidance of these images, as users of the pipeline write it. Defaults to the pipeline's.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -287,7 +291,13 @@ class DiffusionConfig(_BaseConfig):
         },
     )
     sample_steps: int = field(default=100, metadata={"help": "Optimizer steps between two such samplings."})
-    num_inference_steps: int = field(default=25, metadata={"help": "Sampling steps of these images."})
+    sample_model: str | None = field(
+        default=None,
+        metadata={"help": "Another model that draws these images with the LoRA, such as a distilled version."},
+    )
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Sampling steps of these images. Defaults to 25, or those of `sample_model`."}
+    )
     guidance_scale: float | None = field(
         default=None, metadata={"help": "Guidance of these images. Defaults to the pipeline's."}
     )
@@ -310,6 +320,12 @@ class DiffusionConfig(_BaseConfig):
         if self.dataloader_pin_memory:
             self.accelerator_config.non_blocking = True  # from pinned memory a batch is copied while the GPU works
 
+        if self.sample_model is None and self.num_inference_steps is None:
+            self.num_inference_steps = 25
+        if self.sample_model is not None and not isinstance(self.sample_model, str):
+            raise ValueError(
+                f"`sample_model` is a `{type(self.sample_model).__name__}`: pass the name of a pipeline, a Hub id or a folder."
+            )
         if self.resolution is not None and self.resolution <= 0:
             raise ValueError(f"`resolution` must be a positive number of pixels, got {self.resolution}.")
         if not 0 <= self.prompt_dropout <= 1:

@@ -24,7 +24,6 @@ from ..data.collators import ImageCollator
 from ..data.formats import all_datasets, each_dataset, prepare_dataset
 from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
 from ..hub import pushing
-from ..sampling import sample_images
 from .callbacks import HealthCallback, SampleImagesCallback
 from .checkpoints import BestCheckpointCallback, load_weights, may_push, push_checkpoint, save_weights
 from .diffusion_config import DiffusionConfig, check_data_settings, check_not_sharded, collator_settings
@@ -39,6 +38,7 @@ from .precompute import Precomputation, noising_settings, num_epochs, warn_of_un
 from .reference import Reference, check_untrained, make_reference
 from .row_randomness import RowRandomness
 from .run_record import describe_run, write_run_record
+from .samples import Samples
 
 
 logger = get_logger(__name__)
@@ -109,6 +109,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.initial_weights, peft_config = read_initial_lora(args, self.backbone, peft_config)
         self.process = self.backbone.process
         self.resolution = self.backbone.check_resolution(args.resolution)
+        self.samples = Samples(args, self.backbone, self.resolution, peft_config)
         self.backbone.to(args.device, args.channels_last)
         self.rows, settings = train_dataset, collator_settings(args, self.resolution, self.backbone)
         self.data_collator = data_collator or self.make_collator(**settings)
@@ -370,15 +371,12 @@ class DiffusionTrainer(_BaseTrainer):
         return output
 
     def sample(self, prompts: list[str], with_reference: bool = False) -> list[PIL.Image.Image]:
-        """One image for each prompt, by policy or reference, at the size that is trained at and always from the same noise."""
-        lent = self.reference.lend(self.policy) if with_reference else nullcontext(self.policy)
-        settings = self.args.sampling_settings(self.resolution) | self.backbone.sampling_settings
-        with lent as denoiser, self.backbone.sampling_with(self.accelerator.unwrap_model(denoiser)) as pipeline:
-            return sample_images(pipeline, prompts, **settings)
+        """One image for each prompt, by policy or reference or `args.sample_model`, as trained in size, always from the same noise."""
+        return self.samples.draw(prompts, self.policy, self.reference, with_reference)
 
     def pipeline(self) -> DiffusionPipeline:
         """A pipeline that samples with the policy as it is now, such as `trainer.pipeline()("a red bicycle").images[0]`."""
-        return self.backbone.pipeline_with(self.policy)
+        return self.samples.pipeline(self.policy)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:

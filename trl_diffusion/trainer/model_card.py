@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, ModelMixin, QwenImagePipeline
+from diffusers import DiffusionPipeline, FluxPipeline, ModelMixin, QwenImagePipeline, SanaPipeline
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import CLIPTokenizer, PreTrainedModel
 
@@ -93,7 +93,7 @@ def diffusion_model_card(
     # A LoRA on a base that was changed would draw other images on the base of that name
     base_model = None if is_lora and changes else base_name
     is_reversed = getattr(args, "reverse_preference", False)
-    is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    is_flow = "transformer" in pipeline.components  # whatever it is sampled with
     dataset_name = hub_id(dataset_name)
     card_data = ModelCardData(
         base_model=base_model,
@@ -189,6 +189,8 @@ def _call_arguments(args: DiffusionConfig, pipeline: DiffusionPipeline, resoluti
         arguments += ['negative_prompt=""', "true_cfg_scale=2.0"]
     if isinstance(pipeline, QwenImagePipeline):  # which has no guidance without them
         arguments += ['negative_prompt=" "', "true_cfg_scale=4.0"]
+    if isinstance(pipeline, SanaPipeline):
+        arguments.append("use_resolution_binning=False")
     return ", ".join(arguments)
 
 
