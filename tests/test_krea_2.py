@@ -10,12 +10,16 @@ from diffusers.models.transformers.transformer_krea2 import Krea2AttnProcessor
 from peft import get_peft_model
 
 from tests import tiny
+from tests.families import FAMILIES
 from tests.families.krea_2 import LAYERS
 from tests.families.krea_2 import pipeline as make
 from tests.families.qwen_image import pipeline as qwen_image_pipeline
 from trl_diffusion.backbones import Krea2Backbone, load_backbone
+from trl_diffusion.scripts.check_dataset import prompt_fits
 from trl_diffusion.trainer.adapters import AdapterMixer, with_adapter
+from trl_diffusion.trainer.encoding import BatchEncoder
 from trl_diffusion.trainer.lora import with_target_modules
+from trl_diffusion.trainer.precompute import text_fingerprint
 
 
 class OtherProcessor(Krea2AttnProcessor):
@@ -203,3 +207,23 @@ def test_adapters_share_a_batch():
             alone = backbone.predict(policy, latents, timesteps, conditions)[row]
         torch.testing.assert_close(mixed[row], alone, atol=1e-5, rtol=1e-5)
         assert (alone - mixed[row - 1]).abs().max() > 1e-2
+
+
+def test_prompts_of_other_layers_are_other_files():
+    """What is stored of a prompt depends on the layers and the template: a cache of others is not read."""
+    encoders = [
+        BatchEncoder(load_backbone(make(layers=layers)), torch.device("cpu"), None, ("chosen",), "target")
+        for layers in (LAYERS, LAYERS, (1, 2))
+    ]
+    same, again, other = map(text_fingerprint, encoders)
+    assert same == again != other
+    encoders[0].backbone.pipeline.prompt_template_encode_suffix += "<think>"
+    assert text_fingerprint(encoders[0]) != same
+
+
+@pytest.mark.parametrize(("family", "number"), [("qwen_image", 512), ("krea_2", 507)])
+def test_a_dataset_is_checked_by_the_tokens_that_are_read(family, number, tmp_path):
+    """`check-dataset` counts as the trainer does: 512 tokens, of which the end of Krea 2's template takes 5."""
+    FAMILIES[family].make().save_pretrained(tmp_path)
+    fits = prompt_fits(str(tmp_path))
+    assert fits(" ".join(["red"] * number)) and not fits(" ".join(["red"] * (number + 1)))

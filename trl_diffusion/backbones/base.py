@@ -130,6 +130,11 @@ class Backbone(ABC):
         """The longest prompt in tokens, special ones included, by the name of the tokenizer: by default what each one says."""
         return {name: getattr(self.pipeline, name).model_max_length for name in self.tokenizer_names}
 
+    @property
+    def text_settings(self) -> tuple[Any, ...]:
+        """What the embeddings of a prompt depend on besides tokenizers, text encoders and `max_sequence_length`: a cache is of these."""
+        return ()
+
     @abstractmethod
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         """

@@ -67,8 +67,19 @@ class Krea2Backbone(FlowBackbone):
         return 1.15 if self.pipeline.config.is_distilled else super().shift_for(num_patches)
 
     @property
+    def text_settings(self) -> tuple[Any, ...]:
+        template = self.pipeline.prompt_template_encode_prefix, self.pipeline.prompt_template_encode_suffix
+        return *template, self.pipeline.text_encoder_select_layers
+
+    @property
     def prompt_limits(self) -> dict[str, int]:
-        return {"tokenizer": self.max_sequence_length - self.pipeline.prompt_template_encode_num_suffix_tokens}
+        return {"tokenizer": self.max_sequence_length}
+
+    @staticmethod
+    def num_tokens(tokenizer, prompt) -> int:
+        return (
+            FlowBackbone.num_tokens(tokenizer, prompt) + 5
+        )  # the end of the template is among those that are counted
 
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         settings = {"device": self.device, "max_sequence_length": self.max_sequence_length}

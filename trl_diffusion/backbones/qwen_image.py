@@ -67,6 +67,10 @@ class QwenImageBackbone(FlowBackbone):
         return self.pipeline.vae.config.z_dim
 
     @property
+    def text_settings(self) -> tuple[Any, ...]:
+        return (self.pipeline.prompt_template_encode,)
+
+    @property
     def prompt_limits(self) -> dict[str, int]:
         return {"tokenizer": self.max_sequence_length}  # without the template, which is cut off first
 

@@ -63,11 +63,11 @@ class DiffusionConfig(_BaseConfig):
             Other families have no such conditions.
         prompt_dropout (`float`, *optional*, defaults to `0.0`):
             Probability of replacing a prompt by the unconditional branch of classifier-free guidance, as the pipeline makes
-            it (for SDXL zeros, else the encoding of the empty prompt).
+            it (for SDXL zeros, for Qwen-Image the encoding of a space, else that of the empty prompt).
         max_sequence_length (`int`, *optional*):
-            Number of tokens that prompts are padded to for T5, in training and in samples. Defaults to the pipeline's: 256 for
-            Stable Diffusion 3, 512 for FLUX.1 (schnell was trained with 256). Fewer cost less; give the pipeline the same.
-            Families without T5 leave no choice.
+            Number of tokens that are read of a prompt, or that it is padded to, in training and in samples. Defaults to the
+            pipeline's: 256 for Stable Diffusion 3, 512 for FLUX.1 (schnell was trained with 256), Qwen-Image and Krea 2. Fewer cost
+            less; give the pipeline the same. Stable Diffusion 1, 2 and XL leave no choice.
         embedded_guidance (`float`, *optional*):
             The guidance scale that FLUX.1 dev is told in training. Defaults to 1, at which it predicts what an image of the data
             asks for; at the 3.5 that it is sampled with, its prediction is one of a guided model. Other models take none.
@@ -211,7 +211,7 @@ class DiffusionConfig(_BaseConfig):
     )
     max_sequence_length: int | None = field(
         default=None,
-        metadata={"help": "Number of tokens that prompts are padded to for T5. Defaults to the pipeline's."},
+        metadata={"help": "Number of tokens that are read of a prompt. Defaults to the pipeline's."},
     )
     embedded_guidance: float | None = field(
         default=None, metadata={"help": "The guidance scale that FLUX.1 dev is told in training. Defaults to 1."}

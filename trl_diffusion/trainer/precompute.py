@@ -51,7 +51,8 @@ def text_fingerprint(encoder: BatchEncoder) -> str:
     """
     backbone = encoder.backbone
     encoders = [encoder.fingerprint(name) for name in backbone.text_encoder_names]
-    return Hasher.hash((tokenizer_fingerprints(backbone), backbone.max_sequence_length, encoders))
+    settings = *(tokenizer_fingerprints(backbone), backbone.max_sequence_length, encoders), *backbone.text_settings
+    return Hasher.hash(settings)
 
 
 def tokenizer_fingerprints(backbone: Backbone) -> list[str]:
