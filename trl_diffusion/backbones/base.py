@@ -14,6 +14,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
 
 from ..process import Process
 from .checks import check_module
@@ -370,10 +371,15 @@ class Backbone(ABC):
             components.update(own)
             self.pipeline.__class__ = own_class
 
+    @staticmethod
+    def num_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+        """How many tokens a prompt has for a tokenizer, special ones and those of the family's template included."""
+        return len(tokenizer(prompt, verbose=False).input_ids)
+
     def fits(self, prompt: str) -> bool:
         """Whether the text encoders read the whole of a prompt."""
         return all(
-            len(getattr(self.pipeline, name)(prompt, verbose=False).input_ids) <= limit
+            self.num_tokens(getattr(self.pipeline, name), prompt) <= limit
             for name, limit in self.prompt_limits.items()
         )
 

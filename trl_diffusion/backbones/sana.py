@@ -65,24 +65,28 @@ class SanaBackbone(FlowBackbone):
         # The pipeline would draw one of its own sizes, and resize the image
         return super().sampling_settings | {"use_resolution_binning": False}
 
-    def fits(self, prompt: str) -> bool:
-        return self.num_tokens(prompt) <= self.max_sequence_length
+    @property
+    def prompt_limits(self) -> dict[str, int]:
+        return {"tokenizer": self.max_sequence_length}
 
-    def num_tokens(self, prompt: str | None) -> int:
-        """How many tokens of a prompt the transformer is given if none are cut off: the first, and what follows the instruction."""
-        instruction = "" if prompt is None else "\n".join(INSTRUCTION)
-        (text,) = self.pipeline._text_preprocessing(prompt or "", clean_caption=False)
-        texts = (instruction + text, instruction)
-        whole, before = (len(self.pipeline.tokenizer(each, verbose=False).input_ids) for each in texts)
-        return whole if prompt is None else whole - before + 2
+    @staticmethod
+    def num_tokens(tokenizer, prompt: str) -> int:
+        # The transformer is given the first, the instruction's last, and those of the prompt, in small letters
+        instruction = "\n".join(INSTRUCTION)
+        whole, before = (
+            len(tokenizer(text, verbose=False).input_ids)
+            for text in (instruction + prompt.lower().strip(), instruction)
+        )
+        return whole - before + 2
 
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         prompt_embeds = self.embed([prompt or "" for prompt in prompts], INSTRUCTION)
         if None in prompts:
             is_dropped = torch.tensor([prompt is None for prompt in prompts]).to(self.device, non_blocking=True)
             prompt_embeds = torch.where(is_dropped[:, None, None], self.embed([""], None), prompt_embeds)
-        # Counted on the host, which a length on the device would make wait
-        lengths = [min(self.num_tokens(prompt), self.max_sequence_length) for prompt in prompts]
+        # Counted on the host, which a length on the device would make wait; a dropped prompt is one token, without the instruction
+        tokenizer, longest = self.pipeline.tokenizer, self.max_sequence_length
+        lengths = [1 if prompt is None else min(self.num_tokens(tokenizer, prompt), longest) for prompt in prompts]
         prompt_embeds = prompt_embeds[:, : max(lengths)]
         prompt_lengths = torch.tensor(lengths).to(self.device, non_blocking=True)
         is_padding = ~is_token(prompt_lengths, prompt_embeds)

@@ -82,11 +82,11 @@ def prompt_fits(name: str) -> Callable[[str], bool]:
         part: getattr(transformers, kind).from_pretrained(name, subfolder=part) for part, kind in classes.items()
     }
     limits = {part: tokenizer.model_max_length for part, tokenizer in loaded.items()}
-    if t5 := [part for part, kind in classes.items() if kind.startswith("T5")]:  # it reads what CLIP does not
-        limits = {t5[0]: families[0].max_sequence_length}
-    return lambda prompt: all(
-        len(loaded[part](prompt, verbose=False).input_ids) <= limit for part, limit in limits.items()
-    )
+    if others := [
+        part for part, kind in classes.items() if not kind.startswith("CLIP")
+    ]:  # they read what CLIP does not
+        limits = {others[0]: families[0].max_sequence_length}
+    return lambda prompt: all(families[0].num_tokens(loaded[part], prompt) <= limit for part, limit in limits.items())
 
 
 def main(args: CheckDatasetArguments) -> int:
