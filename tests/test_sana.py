@@ -10,17 +10,19 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma2ForCausalLM
 
 from tests import tiny
 from tests.families.sana import SHORT, dpm_solver, sana_pipeline
 from tests.test_process import chi_squared
-from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
+from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer, export_lora
 from trl_diffusion.backbones import load_backbone
 from trl_diffusion.backbones.sana import INSTRUCTION, SanaBackbone, is_token
 from trl_diffusion.evaluation.generate import further_settings
 from trl_diffusion.evaluation.protocols import Protocol
+from trl_diffusion.scripts.check_dataset import prompt_fits
 
 
 LONG = "a red circle and a blue square and a dog and a cat and a red square and a blue dog"
@@ -40,8 +42,8 @@ def backbone_of(max_sequence_length: int = 16, **settings) -> SanaBackbone:
 def test_prompts_are_those_of_the_pipeline():
     """
     Embeddings of prompts up to their last token, and the number of tokens, are the pipeline's by its mask: behind the instruction,
-    in small letters, cut off at the limit; without the instruction where the prompt is dropped. Twelve tokens are the first, one of
-    the instruction's end, and ten of the prompt.
+    in small letters, cut off at the limit; without the instruction where the prompt is dropped. The instruction's
+    last blank is in the first token of the prompt, so that twelve tokens are the first and eleven words.
     """
     backbone = backbone_of(12)
     prompts = ["", "a", "A Red CIRCLE ", "a cat and a dog", LONG]
@@ -74,8 +76,17 @@ def test_the_instruction_is_the_pipelines():
     """Eight lines that end where the prompt begins; without a limit of its own, training has the pipeline's 300 tokens."""
     assert len(INSTRUCTION) == 8 and INSTRUCTION[-1] == "User Prompt: "
     backbone = load_backbone(sana_pipeline())
-    assert backbone.max_sequence_length == 300
+    assert backbone.max_sequence_length == 300 and backbone.prompt_limits == {"tokenizer": 300}
     assert backbone.sampling_settings == {"max_sequence_length": 300, "use_resolution_binning": False}
+
+
+def test_a_check_of_a_dataset_counts_as_the_training(tmp_path):
+    """`check-dataset` loads the tokenizer alone, and counts behind the instruction, up to the pipeline's 300 tokens."""
+    pipeline = sana_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    fits, backbone = prompt_fits(str(tmp_path)), load_backbone(pipeline)
+    for prompt, expected in ((" ".join(["cat"] * 299), True), (" ".join(["cat"] * 300), False)):
+        assert fits(prompt) == backbone.fits(prompt) == expected
 
 
 # ---- Times ----
@@ -141,7 +152,7 @@ def test_resolutions_are_those_that_the_pipeline_takes(resolution, message):
 def test_samples_have_the_size_that_is_trained_at(tmp_path):
     """
     The pipeline draws sizes of its own, such as 1024x1024 for 96x96, and resizes the image: not where a size is asked for, in training,
-    in an evaluation, and in the code on the card.
+    in an evaluation, and in the code on the card, which names no other program.
     """
     pipeline, drawn = sana_pipeline(), []
     pipeline.transformer.register_forward_pre_hook(
@@ -155,6 +166,10 @@ def test_samples_have_the_size_that_is_trained_at(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "height=96, width=96, max_sequence_length=16, use_resolution_binning=False" in card
     assert "bfloat16" in card and "`beta` multiplies errors of the velocity" in card
+    assert "export-lora" not in card
+    trainer.save_model()
+    with pytest.raises(ValueError, match="is one of Sana, for which ComfyUI and A1111 have no names"):
+        export_lora(tmp_path, tmp_path / "out" / "lora.safetensors")
     asked, left = (further_settings(pipeline, Protocol(height=height), "sana") for height in (96, None))
     assert asked == {"use_resolution_binning": False} and left == {}
 
@@ -266,7 +281,7 @@ CASES = [
     (set_part(text_encoder=of_causal_lm), "`text_encoder` is a `Gemma2ForCausalLM`, but .* by a `Gemma2Model`"),
     (set_part(text_encoder=lambda p: tiny.text_encoder()), "`text_encoder` is a `CLIPTextModel`"),
     (lambda p: p.tokenizer.add_tokens("<mine>"), "`tokenizer` has .* tokens were added"),
-    (without_bos, "`tokenizer` puts no token before a prompt, but an empty prompt would be all padding"),
+    (without_bos, "`tokenizer` makes 0 tokens of an empty prompt"),
 ]  # fmt: skip
 
 
@@ -333,6 +348,14 @@ def test_references_that_fit():
     with torch.no_grad():
         reference.transformer.proj_out.weight += 1
     load_backbone(sana_pipeline()).check_reference(reference)
+
+
+def test_a_single_file_is_refused_by_name(tmp_path):
+    """A file with the names of Sana's own code."""
+    path = tmp_path / "sana.safetensors"
+    save_file({"blocks.0.cross_attn.q_linear.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(ValueError, match="sana.safetensors holds a model of the kind 'sana'. A single file must hold"):
+        load_backbone(path)
 
 
 # ---- Precision and true size ----

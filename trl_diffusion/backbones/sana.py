@@ -69,22 +69,24 @@ class SanaBackbone(FlowBackbone):
     def prompt_limits(self) -> dict[str, int]:
         return {"tokenizer": self.max_sequence_length}
 
-    @classmethod
-    def num_tokens(cls, tokenizer, prompt: str | None) -> int:
-        # What the transformer is given if nothing is cut off: the first token, and what follows the instruction
-        instruction = "" if prompt is None else "\n".join(INSTRUCTION)
-        (text,) = SanaPipeline._text_preprocessing(None, prompt or "", clean_caption=False)
-        whole, before = (len(tokenizer(each, verbose=False).input_ids) for each in (instruction + text, instruction))
-        return whole if prompt is None else whole - before + 2
+    @staticmethod
+    def num_tokens(tokenizer, prompt: str) -> int:
+        # The transformer is given the first, the instruction's last, and those of the prompt, in small letters
+        instruction = "\n".join(INSTRUCTION)
+        whole, before = (
+            len(tokenizer(text, verbose=False).input_ids)
+            for text in (instruction + prompt.lower().strip(), instruction)
+        )
+        return whole - before + 2
 
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         prompt_embeds = self.embed([prompt or "" for prompt in prompts], INSTRUCTION)
         if None in prompts:
             is_dropped = torch.tensor([prompt is None for prompt in prompts]).to(self.device, non_blocking=True)
             prompt_embeds = torch.where(is_dropped[:, None, None], self.embed([""], None), prompt_embeds)
-        # Counted on the host, which a length on the device would make wait
-        tokenizer = self.pipeline.tokenizer
-        lengths = [min(self.num_tokens(tokenizer, prompt), self.max_sequence_length) for prompt in prompts]
+        # Counted on the host, which a length on the device would make wait; a dropped prompt is one token, without the instruction
+        tokenizer, longest = self.pipeline.tokenizer, self.max_sequence_length
+        lengths = [1 if prompt is None else min(self.num_tokens(tokenizer, prompt), longest) for prompt in prompts]
         prompt_embeds = prompt_embeds[:, : max(lengths)]
         prompt_lengths = torch.tensor(lengths).to(self.device, non_blocking=True)
         is_padding = ~is_token(prompt_lengths, prompt_embeds)

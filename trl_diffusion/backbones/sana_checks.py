@@ -54,9 +54,9 @@ def check_parts(pipeline: DiffusionPipeline) -> None:
             "they belong to different models",
             "Load the text encoder that belongs to the transformer",
         )
-    if not pipeline.tokenizer("").input_ids:
+    if (number := len(pipeline.tokenizer("").input_ids)) != 1:
         refuse(
-            "`tokenizer` puts no token before a prompt",
-            "an empty prompt would be all padding, which is masked",
+            f"`tokenizer` makes {number} tokens of an empty prompt",
+            "the model knows one, which stands before every prompt",
             "Load the model's own `tokenizer`, which begins with `<bos>`",
         )
