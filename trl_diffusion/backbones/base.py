@@ -69,6 +69,8 @@ class Backbone(ABC):
         host_conditions (`tuple[str, ...]`):
             Names of the text conditions that stay on the CPU, where the shapes of what is computed follow from them: the host would
             have to wait for the device to know them.
+        has_comfyui_names (`bool`):
+            Whether ComfyUI knows names for the weights of a LoRA, see [`export_lora`].
         process ([`process.Process`]):
             How latents are noised, and what the denoiser predicts.
     """
@@ -86,6 +88,7 @@ class Backbone(ABC):
     unguided_scale: float = 1.0
     padded_conditions: tuple[str, ...] = ()
     host_conditions: tuple[str, ...] = ()
+    has_comfyui_names: bool = True
     posterior_moments = staticmethod(posterior_moments)  # of images; a family's own where its VAE is called otherwise
 
     def __init__(self, pipeline: DiffusionPipeline, source: PipelineSource | None = None):

@@ -35,6 +35,7 @@ class SanaBackbone(FlowBackbone):
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
     max_sequence_length = 300  # the pipeline's default
     padded_conditions = ("prompt_embeds",)
+    has_comfyui_names = False
     check_parts = staticmethod(check_parts)
     check_scheduler = staticmethod(check_scheduler)
 

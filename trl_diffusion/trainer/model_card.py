@@ -120,7 +120,7 @@ def diffusion_model_card(
         initial_lora=hub_id(args.initial_lora),
         dataset_name=dataset_name,
         is_lora=is_lora,
-        is_exported=is_lora and not isinstance(pipeline, SanaPipeline),
+        is_exported=is_lora and backbone_class_of(pipeline).has_comfyui_names,
         is_reversed=is_reversed,
         example_prompt=example_prompt,
         method=method.name,
