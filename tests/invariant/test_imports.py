@@ -271,11 +271,12 @@ def lines_of_code(source: str) -> int:
     return sum(bool(line.strip()) and line.strip()[0] != "#" and at not in docstrings for at, line in lines)
 
 
+SHARED_FILES = {
+    *("base", "checks", "flow", "flow_checks", "stable_diffusion_checks"),
+    *("single_file", "source", "quantization"),
+}
 FAMILIES = [
-    module
-    for module in modules_of("backbones")
-    if module.count(".") == 2
-    and module.split(".")[2] not in ("base", "checks", "flow", "flow_checks", "single_file", "stable_diffusion_checks")
+    module for module in modules_of("backbones") if module.count(".") == 2 and module.split(".")[2] not in SHARED_FILES
 ]
 
 
