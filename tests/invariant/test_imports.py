@@ -279,12 +279,11 @@ def lines_of_code(source: str) -> int:
     return sum(bool(line.strip()) and line.strip()[0] != "#" and at not in docstrings for at, line in lines)
 
 
+SHARED_FILES = {"base", "flow", "quantization", "qwen_parts", "single_file", "source"}
 FAMILIES = [
     module
     for module in modules_of("backbones")
-    if module.count(".") == 2
-    and not module.endswith("checks")
-    and module.split(".")[2] not in ("base", "flow", "qwen_parts", "single_file")
+    if module.count(".") == 2 and not module.endswith("checks") and module.split(".")[2] not in SHARED_FILES
 ]
 
 

@@ -18,6 +18,7 @@ from .flux_2 import Flux2KleinBackbone
 from .flux_2_dev import Flux2Backbone
 from .krea_2 import Krea2Backbone
 from .names import find_model
+from .quantization import SETTING, check_environment, read_quantization
 from .qwen_image import QwenImageBackbone
 from .sana import SanaBackbone
 from .single_file import load_single_file
@@ -69,7 +70,8 @@ def load_backbone(
         **kwargs:
             Passed to [`~diffusers.DiffusionPipeline.from_pretrained`], such as `revision` and `variant`. A `dtype`, or a
             `torch_dtype`, goes before the two above; it may be a string, or a `dict` by component. `vae` may be the name of a VAE,
-            see [`backbones.vae.load_vae`]. `config` is for single files.
+            see [`backbones.vae.load_vae`]. `quantization_config` is for folders, see [`backbones.quantization.read_quantization`].
+            `config` is for single files.
 
     Returns:
         [`backbones.base.Backbone`]
@@ -90,6 +92,11 @@ def load_backbone(
             pipeline.register_to_config(requires_safety_checker=False)
         source, empty = None, {}
     elif Path(name := find_model(model)).is_file():
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                f"{SETTING} is for pipelines in folders, and {name} is a single file. Save it as a folder once, with "
+                "`from_single_file(...).save_pretrained(...)` of its pipeline in diffusers, and name that."
+            )
         dtype = given_dtype(kwargs) or {"default": denoiser_dtype, "vae": torch.float32}
         pipeline, source = load_single_file(name, dtype=dtype, **kwargs), None
     else:
@@ -114,9 +121,13 @@ def _open(
     unrounded = dtype = given or torch.float32
     class_name = read_index(name, kwargs)["_class_name"]
     families = [family for family in BACKBONES if family.pipeline_class.__name__ == class_name]
+    quantization = kwargs.pop("quantization_config", None)
+    if quantization is not None and families:
+        quantization = read_quantization(quantization, families[0].denoiser_name, families[0].text_encoder_names)
+        check_environment(SETTING)
     if families and not given and (encoder_dtype, denoiser_dtype) != (torch.float32, torch.float32):
         dtype = {"default": encoder_dtype, "vae": torch.float32, families[0].denoiser_name: denoiser_dtype}
-    source = PipelineSource(name, dtype, unrounded, **kwargs)
+    source = PipelineSource(name, dtype, unrounded, quantization, **kwargs)
     names = [family.denoiser_name for family in families if without_denoiser and family.denoiser_name not in kwargs]
     empty = {name: source.empty(name) for name in names}
     return source, {name: module for name, module in empty.items() if module is not None}

@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..process import Process
 from .checks import check_module, plain_tokenizer
+from .offloading import offload_by_layer, stop_offloading
+from .quantization import describe_quantization
 from .source import FreedComponent, PipelineSource
 from .vae import posterior_moments
 
@@ -73,6 +75,8 @@ class Backbone(ABC):
             Whether ComfyUI knows names for the weights of a LoRA, see [`export_lora`].
         process ([`process.Process`]):
             How latents are noised, and what the denoiser predicts.
+        quantization (`dict[str, str]`):
+            How those components are quantised that are, by name.
     """
 
     pipeline_class: type[DiffusionPipeline]
@@ -102,6 +106,9 @@ class Backbone(ABC):
         self.offloaded: tuple[str, ...] = ()
         self.casts: dict[str, torch.dtype] = {}
         self.saved_in: Path | None = None  # the last checkpoint of the whole pipeline
+        self.offloads_encoders = False
+        names = self.denoiser_name, *self.encoder_names
+        self.quantization = {name: how for name in names if (how := self._how_quantized(name))}
 
     # ---- What a family says of itself ----
 
@@ -328,6 +335,12 @@ class Backbone(ABC):
             )
         return resolution
 
+    def _how_quantized(self, name: str) -> str | None:
+        module = getattr(self.pipeline, name)
+        if hasattr(module, "awaits_weights"):
+            return self.source.planned_quantization(name)
+        return describe_quantization(module)
+
     def load_denoiser(self) -> torch.nn.Module:
         """
         The denoiser with its weights, which are loaded now where the pipeline was loaded without them.
@@ -339,6 +352,8 @@ class Backbone(ABC):
         if hasattr(self.denoiser, "awaits_weights"):
             setattr(self.pipeline, name, self.source.load(self.pipeline, (name,))[name])
             check_module(name, self.denoiser)
+            if how := self._how_quantized(name):
+                self.quantization[name] = how
         return self.denoiser
 
     def cast_encoders(self, half_dtype: torch.dtype | None) -> list[str]:
@@ -361,18 +376,28 @@ class Backbone(ABC):
                 torch.nn.Module.to(encoder, self.casts[name])  # that of diffusers warns of every cast
         return list(self.casts)
 
-    def to(self, device: torch.device, channels_last: bool = False) -> None:
-        """Moves the encoders to a device (the Trainer moves the denoiser), and lays out the VAE as asked."""
-        self.device, self.channels_last = device, channels_last
+    def to(self, device: torch.device, channels_last: bool = False, offloads_encoders: bool = False) -> None:
+        """
+        Moves the encoders to a device (the Trainer moves the denoiser), or has them pass through it layer by layer, and lays out the
+        VAE as asked.
+        """
+        self.device, self.channels_last, self.offloads_encoders = device, channels_last, offloads_encoders
         self._place(tuple(name for name in self.encoder_names if name not in self.offloaded))
 
     def _place(self, names: tuple[str, ...]) -> None:
         for name in names:
-            getattr(self.pipeline, name).to(self.device)
+            self._move(getattr(self.pipeline, name))
         if self.channels_last and "vae" in names:
             vae = self.pipeline.vae
             if all(parameter.ndim < 5 for parameter in vae.parameters()):  # one of videos cannot be laid out so
                 vae.to(memory_format=torch.channels_last)
+
+    def _move(self, encoder: torch.nn.Module) -> None:
+        if self.offloads_encoders:
+            offload_by_layer(encoder, self.device)
+        else:
+            stop_offloading(encoder)
+            encoder.to(self.device)
 
     def offload(self, names: tuple[str, ...]) -> None:
         """
@@ -386,6 +411,7 @@ class Backbone(ABC):
         self.offloaded = names
         for name in names:
             if self.source is None:
+                stop_offloading(getattr(self.pipeline, name))
                 getattr(self.pipeline, name).to("cpu")
             else:  # past the pipeline's `__setattr__`, so that its configuration still names the component
                 vars(self.pipeline)[name] = FreedComponent(name)
@@ -483,7 +509,7 @@ class Backbone(ABC):
         with self.encoders_on_device():
             pipeline = copy.copy(self.pipeline)
         for name in self.encoder_names:
-            getattr(pipeline, name).to(self.device)
+            self._move(getattr(pipeline, name))
         setattr(pipeline, self.denoiser_name, denoiser.eval())
         return pipeline
 

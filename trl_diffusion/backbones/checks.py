@@ -9,13 +9,14 @@ would not be what was trained, the model is refused by name when it is loaded: e
 component and the setting, the reason and the way out.
 """
 
-import copy
 from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from .offloading import is_offloaded_by_layer
+from .quantization import describe_quantization, quantized_layers
 from .vae import posterior_moments
 from .weights import check_finite
 
@@ -53,18 +54,29 @@ def check_module(name: str, module: torch.nn.Module) -> None:
             "`enable_sequential_cpu_offload()` (`pipeline.reset_device_map()` or `pipeline.remove_all_hooks()` undo these)",
         )
     registries = [child._diffusers_hook for child in module.modules() if hasattr(child, "_diffusers_hook")]
-    if hooks := {hook for registry in registries for hook in registry.hooks}:
+    hooks = {hook for registry in registries for hook in registry.hooks}
+    if hooks and not is_offloaded_by_layer(module):
         refuse(
             f"`{name}` has hooks of diffusers ({', '.join(sorted(hooks))})",
             "they offload, cast, cache or skip what training must compute",
-            "Load the pipeline again and do not enable group offloading, layerwise casting or caching",
+            "Load the pipeline again and do not enable group offloading, layerwise casting or caching; `offload_encoders=True` has "
+            "encoders pass through the GPU layer by layer",
+        )
+    quantized = {id(layer.weight) for layer in quantized_layers(module).values()}
+    if quantized and name == "vae":
+        refuse(
+            f"`vae` is quantized ({describe_quantization(module)})",
+            "its latents are what is trained on, and it is small",
+            "Load it without `quantization_config`, and name the denoiser and text encoders in `components_to_quantize`",
         )
     for parameter in module.parameters():
+        if id(parameter) in quantized:
+            continue
         if type(parameter) is not torch.nn.Parameter or not parameter.is_floating_point() or parameter.itemsize < 2:
             refuse(
                 f"`{name}` is quantized or sharded (it has a `{type(parameter).__name__}` of {parameter.dtype})",
                 "such weights can be neither cast nor saved into a plain pipeline",
-                "Load it without `quantization_config`, in float32, bfloat16 or float16",
+                "Load it without `quantization_config`, in float32, bfloat16 or float16, or under a LoRA in 4 or 8 bits by bitsandbytes",
             )
     check_finite(name, module)
 
@@ -201,6 +213,12 @@ def check_other_weights(pipeline: DiffusionPipeline, reference: DiffusionPipelin
     """Refuses a reference of another family, or one that shares the weights that are trained."""
     if class_of_diffusers(pipeline) is not class_of_diffusers(reference):
         refuse_reference(f"it is a `{type(reference).__name__}` and the policy is a `{type(pipeline).__name__}`")
+    own, other = (describe_quantization(getattr(each, denoiser_name)) for each in (pipeline, reference))
+    if own != other:
+        refuse_reference(
+            f"its `{denoiser_name}` is held in {other or 'full precision'} and the policy's in {own or 'full precision'}, so that they "
+            "differ before anything is trained"
+        )
     trained = {id(parameter) for parameter in getattr(pipeline, denoiser_name).parameters()}
     if any(id(parameter) in trained for parameter in getattr(reference, denoiser_name).parameters()):
         refuse_reference(f"its `{denoiser_name}` has the weights that are trained, and would move with them")
@@ -293,7 +311,12 @@ def same_latents(
         return True
     colours = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     image = torch.nn.functional.interpolate(colours, size=(64, 64), mode="bilinear")
-    (mean, _), (other_mean, _) = (
-        moments(copy.deepcopy(each).to("cpu", torch.float32), image) for each in (vae, other)
-    )
+    (mean, _), (other_mean, _) = (moments(_plain_copy(each), image) for each in (vae, other))
     return mean.shape == other_mean.shape and bool((mean - other_mean).norm() <= 0.02 * mean.norm())
+
+
+def _plain_copy(vae: torch.nn.Module) -> torch.nn.Module:
+    """A copy in float32 on the CPU, without hooks."""
+    plain = type(vae).from_config(vae.config).eval()
+    plain.load_state_dict(vae.state_dict())
+    return plain

@@ -15,6 +15,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
 from ..backbones import Backbone
+from ..backbones.quantization import as_arguments
 from ..data.buckets import bucket_sizes
 from ..hub import NO_TOKEN, has_token
 
@@ -37,7 +38,8 @@ class DiffusionConfig(_BaseConfig):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the model is given as a Hub
             id, a folder or a single file, such as `{"variant": "fp16", "revision": "..."}`. `vae` names another VAE, and
             `config` the pipeline that gives a single file its configuration. `dtype` is a type, its name, or a `dict` of these by
-            component. Without it, mixed precision (`bf16`, `fp16`) also is the type of what stays frozen: of the text encoders,
+            component. `quantization_config`, a [`~diffusers.PipelineQuantizationConfig`] or its arguments, holds the denoiser's frozen
+            weights in 4 or 8 bits under a LoRA. Without `dtype`, mixed precision (`bf16`, `fp16`) also is the type of what stays frozen: of the text encoders,
             and of the denoiser under a LoRA. Everything else, the VAE too, is loaded in float32. Without mixed precision, a
             pipeline in half precision is cast to float32.
         initial_lora (`str`, *optional*):
@@ -84,6 +86,9 @@ class DiffusionConfig(_BaseConfig):
             Folder of these files. Defaults to one in the cache of `datasets`.
         precompute_dtype (`str`, *optional*, defaults to `"float32"`):
             What the latents of images are stored in: `"float16"` takes half the space, and rounds them by 0.05 % at most.
+        offload_encoders (`bool`, *optional*, defaults to `False`):
+            Keep VAE and text encoders in CPU memory and have them pass through the GPU layer by layer, by diffusers' group offloading:
+            for encoders that do not fit. Slower and of the same numbers; encode once, with `precompute`.
         precompute_ref_preds (`bool`, *optional*, defaults to `False`):
             With `precompute`, also compute the predictions of the frozen models before the training, for the timestep and the
             noise of each row and epoch; a step then only runs the policy. Where the reference inverts, `precompute` alone
@@ -238,6 +243,12 @@ class DiffusionConfig(_BaseConfig):
             "choices": ["float32", "float16"],
         },
     )
+    offload_encoders: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep VAE and text encoders in CPU memory and have them pass through the GPU layer by layer."
+        },
+    )
     precompute_ref_preds: bool = field(
         default=False,
         metadata={"help": "With `precompute`, also compute the frozen models' predictions before the training."},
@@ -312,6 +323,9 @@ class DiffusionConfig(_BaseConfig):
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 4 if torch.cuda.is_available() and not self.use_cpu else 0
         super().__post_init__()
+        if isinstance(self.model_init_kwargs, dict) and self.model_init_kwargs.get("quantization_config") is not None:
+            plain = as_arguments(self.model_init_kwargs["quantization_config"])  # as records of the run hold it
+            self.model_init_kwargs = self.model_init_kwargs | {"quantization_config": plain}
         if self.push_to_hub and not has_token(self.hub_token):
             logger.warning(f"`push_to_hub` is set, and the push will fail. {NO_TOKEN}")
         resume = str(self.resume_from_checkpoint).lower()

@@ -110,7 +110,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.process = self.backbone.process
         self.resolution = self.backbone.check_resolution(args.resolution)
         self.samples = Samples(args, self.backbone, self.resolution, peft_config)
-        self.backbone.to(args.device, args.channels_last)
+        self.backbone.to(args.device, args.channels_last, args.offload_encoders)
         self.rows, settings = train_dataset, collator_settings(args, self.resolution, self.backbone)
         self.data_collator = data_collator or self.make_collator(**settings)
         self.encoder = BatchEncoder(
@@ -397,7 +397,7 @@ class DiffusionTrainer(_BaseTrainer):
         lora = self.policy.peft_config["default"] if isinstance(self.policy, PeftModel) else None
         return describe_run(
             *(self.args, type(self).__name__, self.base, self.process.describe(), lora),
-            *(self.rows, (*self.columns, "id", "instances"), reference),
+            *(self.rows, (*self.columns, "id", "instances"), reference, self.backbone.quantization),
             initial_lora=self.initial_weights,
             resolved={"resolution": self.resolution, **self.backbone.settings},
             **self.record_details(),

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from ..backbones import backbone_class_of
+from ..backbones.quantization import describe_quantization
 from ..hub import hub_id
 from ..sampling import default_guidance
 from .diffusion_config import DENSITY_SETTINGS, DiffusionConfig
@@ -125,7 +126,7 @@ def diffusion_model_card(
         example_prompt=example_prompt,
         method=method.name,
         paper=method.paper,
-        hyperparameters=_hyperparameters(args, method.unit, resolution, global_step) | further,
+        hyperparameters=_hyperparameters(args, method.unit, resolution, global_step) | _held_in(pipeline) | further,
         beta_is_of_velocity=is_flow and hasattr(args, "beta"),
         loading_arguments=_loading_arguments(pipeline, is_flow),
         vae=_given_vae(args) if is_lora else None,
@@ -144,6 +145,13 @@ def _given_vae(args: DiffusionConfig) -> str | None:
     """The VAE that `model_init_kwargs` names in place of the pipeline's."""
     name = (args.model_init_kwargs or {}).get("vae")
     return (hub_id(str(name)) or "another VAE") if isinstance(name, str | os.PathLike) else None
+
+
+def _held_in(pipeline: DiffusionPipeline) -> dict[str, str]:
+    """How the denoiser's frozen weights were quantised, if they were."""
+    name = backbone_class_of(pipeline).denoiser_name
+    how = describe_quantization(getattr(pipeline, name))
+    return {f"`{name}` while training": f"held in {how}"} if how else {}
 
 
 def changes_of_base(pipeline: DiffusionPipeline) -> list[str]:
