@@ -432,7 +432,7 @@ def all_files(folder) -> dict[str, bytes]:
 def test_an_interrupted_precomputation_goes_on(tmp_path, monkeypatch, fail_at):
     """Files of 2 rows; the VAE fails, is repaired, and the files are those of an uninterrupted run."""
     monkeypatch.setattr(caching, "ROWS_PER_FILE", 2)
-    settings = {"noise_source": "inversion", "per_device_eval_batch_size": 1, "dataset": tiny.pairs(7)}
+    settings = {"noise_source": "inversion", "per_device_eval_batch_size": 1, "dataset": tiny.pairs(7), "max_steps": 4}
     iapo(tmp_path / "whole", **settings)
     whole = all_files(tmp_path / "whole")
     pipeline = tiny.sd_pipeline()
@@ -637,7 +637,9 @@ def test_more_epochs_add_their_own_inversions_only(tmp_path, capsys):
     computed(capsys)
     trainer = iapo(tmp_path, noise_source="inversion", max_steps=-1, num_train_epochs=2.5)
     assert computed(capsys) == {"noised rows of epoch 3"} and len(trainer.noised_caches) == 3
-    first, third = (trainer.noised_caches[epoch][["row-0", "row-1"]]["timesteps"] for epoch in (0, 2))
+    visited = trainer.noised_caches[2].dataset["id"][:]
+    assert len(visited) == 4  # of 6, in two steps
+    first, third = (trainer.noised_caches[epoch][visited]["timesteps"] for epoch in (0, 2))
     assert not torch.equal(first, third)
     trainer.train()
     assert trainer.state.global_step == 8
@@ -925,15 +927,15 @@ def test_a_second_start_makes_no_prompt_again(tmp_path, experts, criteria, monke
     caches = []
     for expected in (8, 2, 2):
         asked.clear()
-        caches.append(cpo(*given, dataset=tiny.paintings(8)).encoder.prompt_cache)
+        caches.append(cpo(*given, dataset=tiny.paintings(8), max_steps=4).encoder.prompt_cache)
         assert len(asked) == expected
     assert caches[0].dataset["prompt"][:] == caches[1].dataset["prompt"][:]
     for setting in ({"max_attributes": 1}, {"attribute_targets": "paired"}, {"prompt_dropout": 0.5}):
         asked.clear()
-        cpo(*given, dataset=tiny.paintings(8), **setting)
+        cpo(*given, dataset=tiny.paintings(8), max_steps=4, **setting)
         assert len(asked) == 8, setting
     asked.clear()
-    cpo(*given, dataset=tiny.paintings(8).select(range(7, -1, -1)))
+    cpo(*given, dataset=tiny.paintings(8).select(range(7, -1, -1)), max_steps=4)
     assert len(asked) == 8
 
 
@@ -1019,13 +1021,14 @@ def test_an_unreadable_image_is_named(tmp_path):
         iapo(tmp_path, dataset=dataset)
 
 
-def test_rows_that_a_short_training_does_not_reach_are_warned_of(tmp_path, caplog):
-    """The warning says how many, and how to leave them out."""
+def test_what_a_short_training_does_not_reach_is_said_and_not_encoded(tmp_path, capsys):
+    """How many rows of how many are encoded is in the line of the images."""
     iapo(tmp_path, dataset=tiny.pairs(8), max_steps=2)
-    assert "use 4 of the 8 rows" in caplog.text and "select(range(4))" in caplog.text
-    caplog.clear()
+    assert f"{IMAGES}: 4 of 4 rows are missing" in (said := capsys.readouterr().out)
+    assert said.count("The dataset has 8, and the others are not needed.") == 1
     iapo(tmp_path, dataset=tiny.pairs(8), max_steps=4)
-    assert "rows of `train_dataset`" not in caplog.text
+    assert f"{IMAGES}: 4 of 8 rows are missing" in (said := capsys.readouterr().out)
+    assert "are not needed" not in said
 
 
 def test_an_epoch_beyond_those_that_were_precomputed_is_inverted_live(tmp_path):

@@ -4,38 +4,37 @@
 """Encoding images and prompts once, before the training."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
-from transformers import TrainingArguments
 
 from ..backbones.base import Backbone
-from ..data.buckets import TRAINING_SIZE
-from ..data.caching import TensorCache, precompute_dataset
+from ..data.buckets import TRAINING_SIZE, training_sizes
+from ..data.caching import TensorCache, precompute_dataset, with_absent
 from ..data.collators import ImageCollator
 from ..data.column_checks import repeated
+from ..data.encoded_files import keys_of
 from ..data.formats import each_dataset
 from ..data.hashing import hash_of
 from .diffusion_config import DiffusionConfig
 from .encoding import BatchEncoder
 from .fingerprints import tokenizer_fingerprint
-from .prompt_list import PromptsOf, kept_prompts, list_prompts
+from .prompt_list import PromptsOf, kept_prompts, list_prompts, mean_tokens
+from .row_order import union
 
-
-logger = get_logger(__name__)
 
 FORMAT_VERSION = 3  # of the files; another one is another file
+NUM_SIZED_IMAGES = 256  # by which the space of images of many shapes is told
+NUM_SIZED_PROMPTS = 2000  # the same of prompts of many lengths
 
 
 def text_fingerprint(encoder: BatchEncoder) -> str:
@@ -75,6 +74,12 @@ class Precomputation:
             Folder of the files. Defaults to one in the cache of `datasets`.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             What the moments of images are stored in.
+
+    Attributes:
+        image_datasets (`list[~datasets.Dataset]`):
+            What [`~Precomputation.images`] encoded.
+        epochs (`list[np.ndarray | None]`):
+            The rows that each epoch visits, see [`trainer.row_order.visited_rows`].
     """
 
     encoder: BatchEncoder
@@ -82,7 +87,8 @@ class Precomputation:
     batch_size: int
     folder: str | None = None
     dtype: torch.dtype = torch.float32
-    image_datasets: list[Dataset] = dataclasses.field(default_factory=list)  # results of `images`
+    image_datasets: list[Dataset] = dataclasses.field(default_factory=list)
+    epochs: list[np.ndarray | None] = dataclasses.field(default_factory=list)
 
     @classmethod
     def for_training(cls, encoder: BatchEncoder, collator: ImageCollator, args: DiffusionConfig) -> "Precomputation":
@@ -94,17 +100,22 @@ class Precomputation:
         self,
         train_dataset: Dataset | IterableDataset | None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None,
+        visited: Callable[[Dataset], list[np.ndarray | None]],
         prompts_of: PromptsOf | None,
         prompt_settings: Any = None,
     ) -> tuple[Dataset | None, Dataset | dict[str, Dataset] | None]:
         """
-        Encodes the images and prompts of a training, which the encoder then looks up, and takes the encoders off the device.
+        Encodes the images and prompts of a training, which the encoder then looks up, and takes the encoders off the device: of the
+        rows to train on those that the training visits, and all rows to evaluate on.
 
         Args:
             train_dataset ([`~datasets.Dataset`], *optional*):
                 The rows to train on.
             eval_dataset ([`~datasets.Dataset`] or `dict`, *optional*):
                 The rows to evaluate on.
+            visited (`Callable`):
+                From the training sizes of the rows to train on, as a dataset, to the rows that each epoch visits, see
+                [`trainer.row_order.visited_rows`].
             prompts_of (`Callable`, *optional*):
                 From a row to its prompts, see [`~Precomputation.prompts`]. If `None`, prompts are not known beforehand, and the
                 text encoders stay.
@@ -117,7 +128,8 @@ class Precomputation:
         Raises:
             `ValueError`: See [`~Precomputation.images`].
         """
-        train_dataset = each_dataset(train_dataset, "train_dataset", self.images)
+        if train_dataset is not None:
+            train_dataset = self.visited_images(train_dataset, "train_dataset", visited)
         eval_dataset = each_dataset(eval_dataset, "eval_dataset", self.images)
         if prompts_of is not None and self.image_datasets:
             self.encoder.prompt_cache = self.prompts(prompts_of, prompt_settings)
@@ -125,7 +137,29 @@ class Precomputation:
         backbone.offload(backbone.encoder_names if prompts_of is not None else ("vae",))
         return train_dataset, eval_dataset
 
-    def images(self, dataset: Dataset | IterableDataset, name: str) -> Dataset:
+    def visited_images(
+        self, dataset: Dataset | IterableDataset, name: str, visited: Callable[[Dataset], list[np.ndarray | None]]
+    ) -> Dataset:
+        """Encodes the images of the rows that a training visits. The others are there, and to use one is an error."""
+        check_rows(dataset, name)
+        collator = self.collator
+        if collator.buckets is None:
+            sizes = np.full((len(dataset), 2), collator.resolution)
+        else:
+            sizes = training_sizes(dataset, collator.size, repr(collator.buckets))
+        sizes = pa.FixedSizeListArray.from_arrays(pa.array(sizes.reshape(-1), pa.int32()), 2).cast(
+            pa.list_(pa.int32())
+        )
+        self.epochs = visited(Dataset(pa.table({TRAINING_SIZE: sizes})))
+        rows = union(self.epochs, len(dataset))
+        encoded = self.images(dataset, name, rows)
+        return (
+            encoded
+            if rows is None
+            else with_absent(encoded, rows, {"id": keys_of(dataset, "id"), TRAINING_SIZE: sizes})
+        )
+
+    def images(self, dataset: Dataset | IterableDataset, name: str, rows: np.ndarray | None = None) -> Dataset:
         """
         Encodes the images of a dataset to the moments of the VAE's posterior.
 
@@ -134,27 +168,16 @@ class Precomputation:
                 The rows.
             name (`str`):
                 What the user calls the dataset, for messages.
+            rows (`np.ndarray`, *optional*):
+                The numbers of the rows that are needed. By default all.
 
         Returns:
-            [`~datasets.Dataset`]: the rows as the collator prepares them, with moments in place of pixels.
+            [`~datasets.Dataset`]: these rows as the collator prepares them, with moments in place of pixels.
 
         Raises:
             `ValueError`: If the dataset is a stream, if two rows have one id, or if the disk has too little space.
         """
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(
-                f"`{name}` is a stream, which cannot be precomputed. Load it without `streaming=True`, or train without "
-                "`precompute`."
-            )
-        if dataset.format["type"] == "custom":  # a transform of the user gives the ids
-            number = len(dataset) - len(set(map(str, dataset["id"])))
-        else:
-            number, _ = repeated(dataset, "id")
-        if number:
-            raise ValueError(
-                f"`{name}` has {len(dataset):,} rows with only {len(dataset) - number:,} different ids, and what is precomputed "
-                "is found by its id. Give each row its own, or remove the column `id`: rows are then numbered."
-            )
+        check_rows(dataset, name)
         collator = self.collator
         is_random = collator.random_flip or not collator.center_crop
         preparation = collator if is_random else dataclasses.replace(collator, seed=0)
@@ -172,6 +195,15 @@ class Precomputation:
                         examples[place] |= {f"{column}_latents_mean": mean, f"{column}_latents_std": std}
             return examples
 
+        def more_bytes(first: dict[str, Any], missing: np.ndarray) -> float:
+            if collator.buckets is None:
+                return 0.0
+            some = missing[:: max(1, len(missing) // NUM_SIZED_IMAGES)]
+            areas = [np.prod(collator.size(dataset[row])) for row in some.tolist()]
+            return (np.mean(areas) / areas[0] - 1) * sum(
+                first[latents].nbytes for latents in first if "_latents_" in latents
+            )
+
         in_half = [] if self.dtype == torch.float32 else [str(self.dtype)]
         features = {"id": Value("string"), "prompt": Value("string"), TRAINING_SIZE: List(Value("int32"))}
         encoded = self._precompute(
@@ -180,6 +212,8 @@ class Precomputation:
             features | collator.text_features,
             f"images of {name}",
             (dataset._fingerprint, preparation, self.encoder.fingerprint("vae"), *in_half),
+            rows,
+            more_bytes,
             collator.prepare,
         )
         self.image_datasets.append(encoded)
@@ -213,13 +247,24 @@ class Precomputation:
         if settings is None:
             prompts = list_prompts(*given)
         else:
-            rows = [dataset._fingerprint for dataset in self.image_datasets]
+            ids = [pa.chunked_array([keys_of(dataset, "id")]) for dataset in self.image_datasets]
+            rows = [
+                (dataset._fingerprint, hash_of(keys)) for dataset, keys in zip(self.image_datasets, ids, strict=True)
+            ]
             key = Hasher.hash((rows, settings, tokenizer_fingerprints(backbone), backbone.max_sequence_length))
             prompts = kept_prompts(self._folder / f"list-of-prompts-{key}.arrow", *given)
+
+        def more_bytes(first: dict[str, Any], missing: np.ndarray) -> float:
+            each = sum(first[name].nbytes / max(1, len(first[name])) for name in backbone.padded_conditions)
+            some = prompts.take(pa.array(missing[:: max(1, len(missing) // NUM_SIZED_PROMPTS)])).to_pylist()
+            return each * (mean_tokens(backbone, some) - mean_tokens(backbone, some[:1])) if each else 0.0
+
+        rows, numbers = Dataset(pa.table({"prompt": prompts.cast(pa.string())})), np.arange(len(prompts))
         features = Features({"prompt": Value("string")})
-        rows = Dataset(pa.table({"prompt": prompts.cast(pa.string())}))
-        fingerprint = Hasher.hash((hash_of(prompts), text_fingerprint(self.encoder)))
-        return TensorCache(self._precompute(rows, encode, features, "prompts", fingerprint), "prompt")
+        encoded = self._precompute(
+            rows, encode, features, "prompts", text_fingerprint(self.encoder), numbers, more_bytes
+        )
+        return TensorCache(encoded, "prompt")
 
     def by_id(
         self,
@@ -227,6 +272,7 @@ class Precomputation:
         encode: Callable[[dict[str, Any]], dict[str, torch.Tensor]],
         name: str,
         depends_on: Any,
+        rows: np.ndarray | None = None,
     ) -> TensorCache:
         """
         Computes tensors for the rows of a precomputed dataset.
@@ -240,6 +286,8 @@ class Precomputation:
                 What is computed, for messages.
             depends_on (`Any`):
                 What the result depends on besides the rows.
+            rows (`np.ndarray`, *optional*):
+                The numbers of the rows that are needed. By default all.
 
         Returns:
             [`data.caching.TensorCache`]: the tensors by id.
@@ -252,24 +300,28 @@ class Precomputation:
                 for place, row in enumerate(rows)
             ]
 
+        def more_bytes(first: dict[str, Any], missing: np.ndarray) -> float:
+            areas = training_sizes(dataset, None, "")[missing].prod(axis=1)
+            tensors = sum(value.nbytes for value in first.values() if isinstance(value, torch.Tensor))
+            return (areas.mean() / areas[0] - 1) * tensors
+
         features, dependencies = {"id": Value("string")}, (dataset._fingerprint, depends_on)
-        return TensorCache(self._precompute(dataset, encode_rows, features, name, dependencies), "id")
+        return TensorCache(
+            self._precompute(dataset, encode_rows, features, name, dependencies, rows, more_bytes), "id"
+        )
 
     def by_epoch(
         self,
         dataset: Dataset,
-        epochs: int,
         encode: Callable[[dict[str, Any], int], dict[str, torch.Tensor]],
         depends_on: Any,
     ) -> list[TensorCache]:
         """
-        Computes tensors for the rows of a precomputed dataset, anew for each epoch.
+        Computes tensors for the rows of the precomputed dataset to train on, anew for each epoch and those that it visits.
 
         Args:
             dataset ([`~datasets.Dataset`]):
-                A result of [`~Precomputation.images`].
-            epochs (`int`):
-                Number of epochs.
+                The dataset that [`~Precomputation.datasets`] made of it.
             encode (`Callable`):
                 From a batch of the collator and the epoch to tensors by name, whose first dimension is that of the batch.
             depends_on (`Any`):
@@ -278,10 +330,17 @@ class Precomputation:
         Returns:
             `list[TensorCache]`: for each epoch, the tensors by id.
         """
-        names = [f"noised rows of epoch {epoch + 1}" for epoch in range(epochs)]
         return [
-            self.by_id(dataset, partial(encode, epoch=epoch), name, (depends_on, epoch))
-            for epoch, name in enumerate(names)
+            self.by_id(
+                *(
+                    dataset,
+                    partial(encode, epoch=epoch),
+                    f"noised rows of epoch {epoch + 1}",
+                    (depends_on, epoch),
+                    rows,
+                )
+            )
+            for epoch, rows in enumerate(self.epochs)
         ]
 
     @property
@@ -289,7 +348,15 @@ class Precomputation:
         return Path(self.folder or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion")
 
     def _precompute(
-        self, dataset: Dataset, encode: Callable, features: dict, name: str, depends_on: Any, prepare: Callable = dict
+        self,
+        dataset: Dataset,
+        encode: Callable,
+        features: dict,
+        name: str,
+        depends_on: Any,
+        rows: np.ndarray | None,
+        more_bytes: Callable[[dict[str, Any], np.ndarray], float],
+        prepare: Callable = dict,
     ) -> Dataset:
         state, precision = PartialState(), {torch.bfloat16: "bf16", torch.float16: "fp16"}
         fingerprint = Hasher.hash((FORMAT_VERSION, precision.get(self.encoder.half_dtype, "no"), depends_on))
@@ -306,6 +373,8 @@ class Precomputation:
             state.wait_for_everyone,
             state.print,
             prepare,
+            rows,
+            more_bytes,
         )
 
 
@@ -313,16 +382,26 @@ def is_of_one_size(dataset: Dataset) -> bool:
     """Whether a batch may hold any rows. Rows that are precomputed already may have several sizes, of which a batch holds one."""
     if TRAINING_SIZE not in dataset.column_names:
         return True
-    sides = pc.list_flatten(dataset.data.column(TRAINING_SIZE)).to_numpy().reshape(-1, 2)
-    return bool((sides == sides[0]).all())
+    sides = training_sizes(dataset, None, "")
+    return bool((sides == sides[:1]).all())
 
 
-def num_epochs(rows: int, args: TrainingArguments) -> int:
-    """The number of epochs that a training on so many rows begins."""
-    batches = rows / (args.train_batch_size * args.world_size)
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    steps = math.ceil(batches / args.gradient_accumulation_steps)
-    return math.ceil(args.max_steps / max(1, steps)) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
+def check_rows(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raises a `ValueError` where a dataset is a stream or two of its rows have one id."""
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"`{name}` is a stream, which cannot be precomputed. Load it without `streaming=True`, or train without "
+            "`precompute`."
+        )
+    if dataset.format["type"] == "custom":  # a transform of the user gives the ids
+        number = len(dataset) - len(set(map(str, dataset["id"])))
+    else:
+        number, _ = repeated(dataset, "id")
+    if number:
+        raise ValueError(
+            f"`{name}` has {len(dataset):,} rows with only {len(dataset) - number:,} different ids, and what is precomputed "
+            "is found by its id. Give each row its own, or remove the column `id`: rows are then numbered."
+        )
 
 
 def noising_settings(args: DiffusionConfig, encoder: BatchEncoder) -> tuple:
@@ -332,14 +411,3 @@ def noising_settings(args: DiffusionConfig, encoder: BatchEncoder) -> tuple:
         *(backbone.process.describe(), backbone.settings, args.seed, args.prompt_dropout, args.size_conditions),
         *(args.noise_source, args.inversion_steps, args.inversion_eta, text_fingerprint(encoder)),
     )
-
-
-def warn_of_unused_rows(dataset: Dataset | IterableDataset | None, args: TrainingArguments) -> None:
-    """Warns of a training that visits only some of the rows that are precomputed for it."""
-    used = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if isinstance(dataset, Dataset) and 0 < used < len(dataset):
-        logger.warning(
-            f"The {args.max_steps} steps of this training use {used:,} of the {len(dataset):,} rows of `train_dataset`, and "
-            "all of them are precomputed. Pass only the rows that are needed: "
-            f"`dataset.shuffle(seed=0).select(range({used}))`."
-        )

@@ -14,6 +14,8 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.table import MemoryMappedTable
 
+from ..backbones.base import Backbone
+
 
 PromptsOf = Callable[[dict[str, Any]], list[str | None]]
 
@@ -39,6 +41,8 @@ def list_prompts(datasets: list[Dataset], columns: list[str], prompts_of: Prompt
     parts = []
     for dataset in datasets:
         table = dataset.data.table.select(columns)
+        if dataset._indices is not None:
+            table = table.take(dataset._indices.column(0))
         if columns == ["prompt"]:
             table = pa.table({"prompt": table["prompt"].unique()})
         for batch in table.to_batches(ROWS_AT_ONCE):
@@ -88,3 +92,12 @@ def _holds(prompts: pa.ChunkedArray, prompt: str | None) -> bool:
     known = range(len(prompts) - prompts.null_count)
     place = bisect_left(known, prompt, key=lambda place: prompts[place].as_py())
     return place in known and prompts[place].as_py() == prompt
+
+
+def mean_tokens(backbone: Backbone, prompts: list[str | None]) -> float:
+    """The mean number of tokens of prompts, each by the tokenizer that makes most of it and as far as it is read."""
+    texts, counts = [prompt or "" for prompt in prompts], []
+    for name, limit in backbone.prompt_limits.items():
+        tokens = getattr(backbone.pipeline, name)(texts, verbose=False)["input_ids"]
+        counts.append([min(limit, len(of_text)) for of_text in tokens])
+    return sum(map(max, zip(*counts, strict=True))) / len(texts)
