@@ -19,6 +19,7 @@ from accelerate import PartialState
 
 from tests import tiny
 from tests.distributed.row_weights import RowsOfSteps, make_trainer, pairs_of_sizes
+from trl_diffusion.data.caching import TENSORS
 
 
 CASES = {
@@ -45,7 +46,8 @@ def run(folder: Path, case: str, is_resumed: bool = False) -> dict[str, list]:
     trainer.add_callback(noted)
     trainer.train(resume_from_checkpoint=is_resumed and str(folder / case / "checkpoint-1"))
     noised = [row for cache in trainer.noised_caches for row in cache.dataset["id"]]
-    return {"encoded": trainer.files.image_datasets[0]["id"][:], "steps": noted.steps[:-1], "noised": noised}
+    encoded = [row["id"] for row in trainer.train_dataset if row[TENSORS] is not None]
+    return {"encoded": encoded, "steps": noted.steps[:-1], "noised": noised}
 
 
 def run_all(folder: Path) -> dict[str, dict[str, list]]:

@@ -22,6 +22,7 @@ from trl_diffusion import (
     InstanceDPOConfig,
     InstanceDPOTrainer,
 )
+from trl_diffusion.data.caching import TENSORS
 from trl_diffusion.trainer.row_order import union
 
 
@@ -45,6 +46,11 @@ def visits(trainer: InstanceDPOTrainer, **settings) -> list[list[str]]:
     trainer.add_callback(noted)
     trainer.train(**settings)
     return noted.steps[:-1]
+
+
+def encoded(trainer) -> list[str]:
+    """The ids of the rows to train on whose images are encoded."""
+    return sorted(row["id"] for row in trainer.train_dataset if row[TENSORS] is not None)
 
 
 def ids(rows: list[list[str]]) -> list[str]:
@@ -84,12 +90,12 @@ def test_the_rows_that_are_visited_are_those_that_are_encoded(tmp_path, case):
     settings, number = CASES[case]
     dataset = pairs_of_sizes() if settings.get("aspect_ratio_buckets") else tiny.pairs(11)
     trainer = make_trainer(tmp_path, dataset, **settings)
-    encoded = sorted(trainer.files.image_datasets[0]["id"])
+    there = encoded(trainer)
     visited = visits(trainer)
     if case.startswith(("without", "a batch")):  # then all
-        assert set(ids(visited)) < set(encoded) == set(dataset["id"])
+        assert set(ids(visited)) < set(there) == set(dataset["id"])
         return
-    assert ids(visited) == encoded and len(encoded) == (number or len(encoded))
+    assert ids(visited) == there and len(there) == (number or len(there))
     assert len(trainer.train_dataset) == len(dataset)
     live = make_trainer(tmp_path, dataset, precompute=False, **settings)
     assert visits(live) == visited
@@ -99,7 +105,7 @@ def test_the_rows_that_are_visited_are_those_that_are_encoded(tmp_path, case):
 def test_seeds_give_different_rows(tmp_path):
     """Else the cases above would not tell one order from another."""
     settings = [{}, {"seed": 7}, {"data_seed": 5}, {"train_sampling_strategy": "sequential"}]
-    found = [make_trainer(tmp_path, max_steps=2, **setting).files.image_datasets[0]["id"][:] for setting in settings]
+    found = [encoded(make_trainer(tmp_path, max_steps=2, **setting)) for setting in settings]
     assert len(set(map(tuple, found))) == 4
 
 
@@ -108,7 +114,7 @@ def test_two_trainers_of_different_seeds_visit_their_own_rows(tmp_path):
     trainers = [make_trainer(tmp_path, max_steps=2, seed=seed) for seed in (0, 7)]
     torch.manual_seed(99)
     for trainer in trainers:
-        assert ids(visits(trainer)) == sorted(trainer.files.image_datasets[0]["id"])
+        assert ids(visits(trainer)) == encoded(trainer)
 
 
 @pytest.mark.parametrize("save_steps", [2, 3])
@@ -121,7 +127,7 @@ def test_a_resumed_run_visits_the_rest(tmp_path, save_steps):
     resumed = make_trainer(tmp_path, **settings)
     rest = visits(resumed, resume_from_checkpoint=str(tmp_path / f"checkpoint-{save_steps}"))
     assert files(tmp_path) == before and rest == visited[save_steps:]
-    assert ids(visited) == sorted(resumed.files.image_datasets[0]["id"]) and len(ids(visited)) == 8
+    assert ids(visited) == encoded(resumed) and len(ids(visited)) == 8
     assert tiny.max_difference(tiny.weights(whole.model), tiny.weights(resumed.model)) == 0
 
 
@@ -158,7 +164,7 @@ def test_a_longer_run_encodes_what_it_visits_besides(tmp_path, capsys):
 def test_a_row_that_was_not_encoded_is_named(tmp_path):
     """A longer training than was said, and an evaluation of the rows that are not all there."""
     trainer = make_trainer(tmp_path, max_steps=2)
-    visited = trainer.files.image_datasets[0]["id"][:]
+    visited = encoded(trainer)
     trainer.args.max_steps = 4
     with pytest.raises(ValueError, match=r"The row with id '(row-\d+)' was not encoded.*`max_steps`") as found:
         trainer.train()
@@ -185,7 +191,7 @@ def test_noised_rows_that_a_longer_training_reaches_are_noised_live(tmp_path):
 def test_rows_to_evaluate_on_are_encoded_whole(tmp_path):
     """Also where no evaluation is asked for: `evaluate` may be called."""
     trainer = make_trainer(tmp_path, max_steps=1, eval_strategy="no", eval_dataset=tiny.pairs(5))
-    assert [len(dataset) for dataset in trainer.files.image_datasets] == [2, 5]
+    assert len(encoded(trainer)) == 2 and len(trainer.eval_dataset) == 5
     live = make_trainer(tmp_path, precompute=False, max_steps=1, eval_dataset=tiny.pairs(5))
     assert trainer.evaluate()["eval_errors/chosen"] == pytest.approx(live.evaluate()["eval_errors/chosen"], abs=1e-6)
 
@@ -195,7 +201,7 @@ def test_only_prompts_of_visited_rows_are_encoded(tmp_path, prompt_dropout):
     """With the unconditional branch where prompts are dropped; of both stages of CPO those with the rows' attributes."""
     dataset = tiny.pairs(8).map(lambda row: {"prompt": f"a {row['id'][-1]}"})
     trainer = make_trainer(tmp_path, dataset, max_steps=2, prompt_dropout=prompt_dropout)
-    rows = trainer.files.image_datasets[0]["id"][:]
+    rows = encoded(trainer)
     unconditional = [None] if prompt_dropout else []
     assert trainer.encoder.prompt_cache.dataset["prompt"][:] == [f"a {row[-1]}" for row in rows] + unconditional
 
@@ -208,7 +214,7 @@ def test_only_prompts_of_visited_rows_are_encoded(tmp_path, prompt_dropout):
     )
     args = ComplexPOConfig(str(tmp_path / "policy"), **settings)
     for trainer in (expert, ComplexPOTrainer(tiny.sd_pipeline(), expert, args, train_dataset=paintings)):
-        rows = [row for row in paintings if row["id"] in set(trainer.files.image_datasets[0]["id"])]
+        rows = [row for row in paintings if row["id"] in encoded(trainer)]
         assert len(rows) == 4
         asked = {prompt for row in rows for prompt in trainer.prompts_of(row)}
         assert set(trainer.encoder.prompt_cache.dataset["prompt"]) == asked and (None in asked) == bool(unconditional)
@@ -227,7 +233,7 @@ def test_a_dataset_with_a_transform_and_one_that_is_a_selection(tmp_path):
     for name, dataset in kinds.items():
         runs = [make_trainer(tmp_path, dataset, precompute=on, **settings) for on in (False, True)]
         one, other = (visits(trainer) for trainer in runs)
-        assert one == other and ids(one) == sorted(runs[1].files.image_datasets[0]["id"]), name
+        assert one == other and ids(one) == encoded(runs[1]), name
         torch.testing.assert_close(losses(runs[0]), losses(runs[1]), atol=2e-4, rtol=0)
 
 

@@ -3,6 +3,7 @@
 
 """Tensors that are computed once and stored in Arrow files."""
 
+import dataclasses
 import json
 import os
 import re
@@ -104,7 +105,7 @@ def with_absent(encoded: Dataset, rows: np.ndarray, others: dict[str, pa.Array])
 
     Args:
         encoded ([`~datasets.Dataset`]):
-            A result of [`data.caching.precompute_dataset`] for some rows of a dataset.
+            A result of [`data.caching.Encoding`] for some rows of a dataset.
         rows (`np.ndarray`):
             The numbers of these rows, in order.
         others (`dict[str, pa.Array]`):
@@ -128,27 +129,13 @@ def with_absent(encoded: Dataset, rows: np.ndarray, others: dict[str, pa.Array])
     return select(concat_tables([encoded.data, table]), places, encoded._fingerprint)
 
 
-def precompute_dataset(
-    dataset: Dataset,
-    encode: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
-    features: Features,
-    name: str,
-    fingerprint: str,
-    folder: Path,
-    batch_size: int,
-    process_index: int = 0,
-    num_processes: int = 1,
-    wait: Callable[[], None] = lambda: None,
-    say: Callable[[str], None] = print,
-    prepare: Callable[[dict[str, Any]], Any] = dict,
-    rows: np.ndarray | None = None,
-    more_bytes: Callable[[dict[str, Any], np.ndarray], float] = lambda first, rows: 0.0,
-) -> Dataset:
+@dataclasses.dataclass
+class Encoding:
     """
     Encodes a dataset, or some of its rows, into Arrow files of at most 1000 rows each. What is in a file already is not encoded again,
     whatever other rows it was encoded with, so an interrupted run continues with the file that was not finished, and a run on more
-    rows adds these. The files are distributed among the processes. Rows are read ahead and results are written behind, while others
-    are encoded.
+    rows adds these. When it is made, it says how much there is to do. The files are distributed among the processes. Rows are read
+    ahead and results are written behind, while others are encoded.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -181,52 +168,109 @@ def precompute_dataset(
         more_bytes (`Callable`, *optional*):
             From the first example and the numbers of the rows that are missing to how many bytes more than the first they take on
             average, where their tensors differ in size.
+        reserved (`int`, *optional*, defaults to `0`):
+            How many bytes others will take before.
 
-    Returns:
-        [`~datasets.Dataset`]: the examples of the rows, in their order, memory-mapped, with their tensors as one column.
+    Attributes:
+        size (`int`):
+            About how many bytes are missing.
 
     Raises:
         `ValueError`: If there is not enough space on the disk.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    features = Features({**features, TENSORS: Value("large_binary")})
-    keys = keys_of(dataset, next(iter(features)))
-    needed = np.arange(len(dataset)) if rows is None else rows
-    files = EncodedFiles(folder, f"{re.sub('[^A-Za-z0-9_]+', '-', name)}-{fingerprint}", features)
-    missing = needed[files.places(keys.take(pa.array(needed))) < 0]
-    wait()
-    parts = files.names_of(missing, keys, len(dataset) if rows is None else None, ROWS_PER_FILE)
-    of_all = (
-        "" if len(needed) == len(dataset) else f" The dataset has {len(dataset):,}, and the others are not needed."
-    )
-    if parts:
-        first = encode([prepare(dataset[int(missing[0])])])[0]
-        longer = mean_length(keys.take(pa.array(missing))) - mean_length(keys.slice(int(missing[0]), 1))
-        more, counts = longer + more_bytes(first, missing), [len(part) for part in parts.values()]
-        size = files.expected_size(write_example(first), counts, ROWS_AT_ONCE, more)
-        free = shutil.disk_usage(folder).free
-        say(
-            f"Precomputing {name}: {len(missing):,} of {len(needed):,} rows are missing, about {readable(size)} in {folder}, where "
-            f"{readable(free)} are free.{of_all}"
+
+    dataset: Dataset
+    encode: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+    features: Features
+    name: str
+    fingerprint: str
+    folder: Path
+    batch_size: int
+    process_index: int = 0
+    num_processes: int = 1
+    wait: Callable[[], None] = lambda: None
+    say: Callable[[str], None] = print
+    prepare: Callable[[dict[str, Any]], Any] = dict
+    rows: np.ndarray | None = None
+    more_bytes: Callable[[dict[str, Any], np.ndarray], float] = lambda first, rows: 0.0
+    reserved: int = 0
+
+    def __post_init__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.features = Features({**self.features, TENSORS: Value("large_binary")})
+        number, keys = len(self.dataset), keys_of(self.dataset, next(iter(self.features)))
+        needed = np.arange(number) if self.rows is None else self.rows
+        self.keys = keys.take(pa.array(needed))
+        self.files = EncodedFiles(
+            self.folder, f"{re.sub('[^A-Za-z0-9_]+', '-', self.name)}-{self.fingerprint}", self.features
         )
-        if size > free:
+        missing = needed[self.files.places(self.keys) < 0]
+        self.wait()
+        self.parts = self.files.names_of(missing, keys, number if self.rows is None else None, ROWS_PER_FILE)
+        self.size = self._expected_size(missing, keys) if len(missing) else 0
+        free, others = shutil.disk_usage(self.folder).free, ""
+        if len(needed) < number:
+            others = f" The dataset has {number:,}, and the others are not needed."
+        if not len(missing):
+            self.say(f"Precomputed before: {self.name}, {len(needed):,} rows in {self.folder}.{others}")
+            return
+        self.say(
+            f"Precomputing {self.name}: {len(missing):,} of {len(needed):,} rows are missing, about {readable(self.size)} in "
+            f"{self.folder}, where {readable(free)} are free.{others}"
+        )
+        if self.size + self.reserved > free:
+            beside = f" beside {self.reserved / 1e9:.2f} GB for what comes before" if self.reserved else ""
             raise ValueError(
-                f"Precomputing {name} needs {size / 1e9:.2f} GB, and the disk of {folder} has {free / 1e9:.2f} GB left. "
-                "Set `precompute_dir` to a folder on another disk, train on fewer rows, or train without `precompute`."
+                f"Precomputing {self.name} needs {self.size / 1e9:.2f} GB{beside}, and the disk of {self.folder} has "
+                f"{free / 1e9:.2f} GB left. Set `precompute_dir` to a folder on another disk, train on fewer rows, or train "
+                "without `precompute`."
             )
-    else:
-        say(f"Precomputed before: {name}, {len(needed):,} rows in {folder}.{of_all}")
-    own = dict(islice(parts.items(), process_index, None, num_processes))
 
-    def read(numbers: range | list[int]) -> list:
-        columns = dataset[numbers]
-        return [prepare(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    def _expected_size(self, missing: np.ndarray, keys: pa.LargeStringArray) -> int:
+        first = self.encode([self.prepare(self.dataset[int(missing[0])])])[0]
+        longer = mean_length(keys.take(pa.array(missing))) - mean_length(keys.slice(int(missing[0]), 1))
+        counts = [len(part) for part in self.parts.values()]
+        more = longer + self.more_bytes(first, missing)
+        return self.files.expected_size(write_example(first), counts, ROWS_AT_ONCE, more)
 
-    with tqdm(total=sum(map(len, own.values())), desc=f"Precomputing {name}", disable=not own or None) as progress:
-        write_files(own, features, read, encode, batch_size, progress.update)
-    wait()
-    files.add(parts)
-    return files.dataset(files.places(keys.take(pa.array(needed))), fingerprint)
+    def run(self) -> Dataset:
+        """
+        Encodes what is missing.
+
+        Returns:
+            [`~datasets.Dataset`]: the examples of the rows, in their order, memory-mapped, with their tensors as one column.
+        """
+        parts = dict(islice(self.parts.items(), self.process_index, None, self.num_processes))
+
+        def read(numbers: range | list[int]) -> list:
+            columns = self.dataset[numbers]
+            return [self.prepare(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+        number = sum(map(len, parts.values()))
+        with tqdm(total=number, desc=f"Precomputing {self.name}", disable=not parts or None) as progress:
+            write_files(parts, self.features, read, self.encode, self.batch_size, progress.update)
+        self.wait()
+        self.files.add(self.parts)
+        return self.files.dataset(self.files.places(self.keys), self.fingerprint)
+
+
+def precompute_dataset(
+    dataset: Dataset,
+    encode: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    features: Features,
+    name: str,
+    fingerprint: str,
+    folder: Path,
+    batch_size: int,
+    process_index: int = 0,
+    num_processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = print,
+    prepare: Callable[[dict[str, Any]], Any] = dict,
+) -> Dataset:
+    """The encoded rows of a whole dataset, see [`data.caching.Encoding`] for the arguments."""
+    into, processes = (name, fingerprint, folder, batch_size), (process_index, num_processes, wait)
+    return Encoding(dataset, encode, features, *into, *processes, say, prepare).run()
 
 
 def write_files(

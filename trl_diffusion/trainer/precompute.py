@@ -19,7 +19,7 @@ from datasets.fingerprint import Hasher
 
 from ..backbones.base import Backbone
 from ..data.buckets import TRAINING_SIZE, training_sizes
-from ..data.caching import TensorCache, precompute_dataset, with_absent
+from ..data.caching import Encoding, TensorCache, with_absent
 from ..data.collators import ImageCollator
 from ..data.column_checks import repeated
 from ..data.encoded_files import keys_of
@@ -28,7 +28,7 @@ from ..data.hashing import hash_of
 from .diffusion_config import DiffusionConfig
 from .encoding import BatchEncoder
 from .fingerprints import tokenizer_fingerprint
-from .prompt_list import PromptsOf, kept_prompts, list_prompts, mean_tokens
+from .prompt_list import PromptsOf, kept_prompts, list_prompts, mean_tokens, text_rows
 from .row_order import union
 
 
@@ -61,7 +61,8 @@ def tokenizer_fingerprints(backbone: Backbone) -> list[str]:
 @dataclasses.dataclass
 class Precomputation:
     """
-    Encodes datasets into Arrow files, or finds them there.
+    Encodes datasets into Arrow files, or finds them there. What is known beforehand is planned first: before the work begins, it is
+    said how much there is of each kind, and that it has room together.
 
     Args:
         encoder ([`trainer.encoding.BatchEncoder`]):
@@ -76,10 +77,10 @@ class Precomputation:
             What the moments of images are stored in.
 
     Attributes:
-        image_datasets (`list[~datasets.Dataset]`):
-            What [`~Precomputation.images`] encoded.
         epochs (`list[np.ndarray | None]`):
             The rows that each epoch visits, see [`trainer.row_order.visited_rows`].
+        plans (`list[data.caching.Encoding]`):
+            What is planned and not done, or was done last.
     """
 
     encoder: BatchEncoder
@@ -87,8 +88,8 @@ class Precomputation:
     batch_size: int
     folder: str | None = None
     dtype: torch.dtype = torch.float32
-    image_datasets: list[Dataset] = dataclasses.field(default_factory=list)
     epochs: list[np.ndarray | None] = dataclasses.field(default_factory=list)
+    plans: list[Encoding] = dataclasses.field(default_factory=list)
 
     @classmethod
     def for_training(cls, encoder: BatchEncoder, collator: ImageCollator, args: DiffusionConfig) -> "Precomputation":
@@ -128,40 +129,47 @@ class Precomputation:
         Raises:
             `ValueError`: See [`~Precomputation.images`].
         """
-        if train_dataset is not None:
-            train_dataset = self.visited_images(train_dataset, "train_dataset", visited)
-        eval_dataset = each_dataset(eval_dataset, "eval_dataset", self.images)
-        if prompts_of is not None and self.image_datasets:
-            self.encoder.prompt_cache = self.prompts(prompts_of, prompt_settings)
+        self.plans = []
+        train = None if train_dataset is None else self.visited_images(train_dataset, "train_dataset", visited)
+        evaluation = each_dataset(eval_dataset, "eval_dataset", self.images)
+        prompts = self.prompts(prompts_of, prompt_settings) if prompts_of is not None and self.plans else None
+        if train is not None:
+            train_dataset = self.with_others(train, train.run())
+        eval_dataset = each_dataset(evaluation, "eval_dataset", lambda plan, _: plan.run())
+        if prompts is not None:
+            self.encoder.prompt_cache = TensorCache(prompts.run(), "prompt")
         backbone = self.encoder.backbone
         backbone.offload(backbone.encoder_names if prompts_of is not None else ("vae",))
         return train_dataset, eval_dataset
 
     def visited_images(
         self, dataset: Dataset | IterableDataset, name: str, visited: Callable[[Dataset], list[np.ndarray | None]]
-    ) -> Dataset:
-        """Encodes the images of the rows that a training visits. The others are there, and to use one is an error."""
+    ) -> Encoding:
+        """Plans [`~Precomputation.images`] for the rows that a training visits."""
         check_rows(dataset, name)
+        self.epochs = visited(Dataset(pa.table({TRAINING_SIZE: self.sizes(dataset)})))
+        return self.images(dataset, name, union(self.epochs, len(dataset)))
+
+    def sizes(self, dataset: Dataset) -> pa.Array:
+        """The training size of each row of a dataset, `[height, width]` in pixels."""
         collator = self.collator
         if collator.buckets is None:
             sizes = np.full((len(dataset), 2), collator.resolution)
         else:
             sizes = training_sizes(dataset, collator.size, repr(collator.buckets))
-        sizes = pa.FixedSizeListArray.from_arrays(pa.array(sizes.reshape(-1), pa.int32()), 2).cast(
-            pa.list_(pa.int32())
-        )
-        self.epochs = visited(Dataset(pa.table({TRAINING_SIZE: sizes})))
-        rows = union(self.epochs, len(dataset))
-        encoded = self.images(dataset, name, rows)
-        return (
-            encoded
-            if rows is None
-            else with_absent(encoded, rows, {"id": keys_of(dataset, "id"), TRAINING_SIZE: sizes})
-        )
+        sizes = pa.array(sizes.reshape(-1), pa.int32())
+        return pa.FixedSizeListArray.from_arrays(sizes, 2).cast(pa.list_(pa.int32()))
 
-    def images(self, dataset: Dataset | IterableDataset, name: str, rows: np.ndarray | None = None) -> Dataset:
+    def with_others(self, plan: Encoding, encoded: Dataset) -> Dataset:
+        """What was encoded of a dataset, with its other rows, if there are any: to use one of these is an error."""
+        if plan.rows is None:
+            return encoded
+        others = {"id": keys_of(plan.dataset, "id"), TRAINING_SIZE: self.sizes(plan.dataset)}
+        return with_absent(encoded, plan.rows, others)
+
+    def images(self, dataset: Dataset | IterableDataset, name: str, rows: np.ndarray | None = None) -> Encoding:
         """
-        Encodes the images of a dataset to the moments of the VAE's posterior.
+        Plans to encode the images of a dataset to the moments of the VAE's posterior.
 
         Args:
             dataset ([`~datasets.Dataset`]):
@@ -172,7 +180,7 @@ class Precomputation:
                 The numbers of the rows that are needed. By default all.
 
         Returns:
-            [`~datasets.Dataset`]: these rows as the collator prepares them, with moments in place of pixels.
+            [`data.caching.Encoding`]: from it these rows as the collator prepares them, with moments in place of pixels.
 
         Raises:
             `ValueError`: If the dataset is a stream, if two rows have one id, or if the disk has too little space.
@@ -206,7 +214,7 @@ class Precomputation:
 
         in_half = [] if self.dtype == torch.float32 else [str(self.dtype)]
         features = {"id": Value("string"), "prompt": Value("string"), TRAINING_SIZE: List(Value("int32"))}
-        encoded = self._precompute(
+        return self._plan(
             dataset,
             encode,
             features | collator.text_features,
@@ -216,12 +224,10 @@ class Precomputation:
             more_bytes,
             collator.prepare,
         )
-        self.image_datasets.append(encoded)
-        return encoded
 
-    def prompts(self, prompts_of: PromptsOf, settings: Any = None) -> TensorCache:
+    def prompts(self, prompts_of: PromptsOf, settings: Any = None) -> Encoding:
         """
-        Encodes the prompts of the datasets whose images were encoded, each once, and stores padded sequences at their own length.
+        Plans to encode the prompts of the rows whose images are, each once, and to store padded sequences at their own length.
 
         Args:
             prompts_of (`Callable`):
@@ -231,9 +237,9 @@ class Precomputation:
                 in a file.
 
         Returns:
-            [`data.caching.TensorCache`]: text conditions by prompt.
+            [`data.caching.Encoding`]: from it text conditions by prompt.
         """
-        backbone = self.encoder.backbone
+        backbone, collator = self.encoder.backbone, self.collator
 
         def encode(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             conditions = self.encoder.encode_prompts([row["prompt"] for row in rows])
@@ -243,16 +249,17 @@ class Precomputation:
                     example[name] = example[name][: int(example["prompt_lengths"])]
             return [row | example for row, example in zip(rows, examples, strict=True)]
 
-        given = self.image_datasets, ["prompt", *self.collator.text_features], prompts_of
-        if settings is None:
-            prompts = list_prompts(*given)
+        if collator.text_features:
+            given = ["id", "prompt", *collator.text_features], lambda row: prompts_of(collator.texts(row))
         else:
-            ids = [pa.chunked_array([keys_of(dataset, "id")]) for dataset in self.image_datasets]
-            rows = [
-                (dataset._fingerprint, hash_of(keys)) for dataset, keys in zip(self.image_datasets, ids, strict=True)
-            ]
+            given = ["prompt"], prompts_of
+        texts = [text_rows(plan.dataset, plan.rows, given[0], collator.texts) for plan in self.plans]
+        if settings is None:
+            prompts = list_prompts(texts, *given)
+        else:
+            rows = [(plan.dataset._fingerprint, hash_of(pa.chunked_array([plan.keys]))) for plan in self.plans]
             key = Hasher.hash((rows, settings, tokenizer_fingerprints(backbone), backbone.max_sequence_length))
-            prompts = kept_prompts(self._folder / f"list-of-prompts-{key}.arrow", *given)
+            prompts = kept_prompts(self._folder / f"list-of-prompts-{key}.arrow", texts, *given)
 
         def more_bytes(first: dict[str, Any], missing: np.ndarray) -> float:
             each = sum(first[name].nbytes / max(1, len(first[name])) for name in backbone.padded_conditions)
@@ -261,10 +268,7 @@ class Precomputation:
 
         rows, numbers = Dataset(pa.table({"prompt": prompts.cast(pa.string())})), np.arange(len(prompts))
         features = Features({"prompt": Value("string")})
-        encoded = self._precompute(
-            rows, encode, features, "prompts", text_fingerprint(self.encoder), numbers, more_bytes
-        )
-        return TensorCache(encoded, "prompt")
+        return self._plan(rows, encode, features, "prompts", text_fingerprint(self.encoder), numbers, more_bytes)
 
     def by_id(
         self,
@@ -273,9 +277,9 @@ class Precomputation:
         name: str,
         depends_on: Any,
         rows: np.ndarray | None = None,
-    ) -> TensorCache:
+    ) -> Encoding:
         """
-        Computes tensors for the rows of a precomputed dataset.
+        Plans to compute tensors for the rows of a precomputed dataset.
 
         Args:
             dataset ([`~datasets.Dataset`]):
@@ -290,7 +294,7 @@ class Precomputation:
                 The numbers of the rows that are needed. By default all.
 
         Returns:
-            [`data.caching.TensorCache`]: the tensors by id.
+            [`data.caching.Encoding`]: from it the tensors by id.
         """
 
         def encode_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -306,9 +310,7 @@ class Precomputation:
             return (areas.mean() / areas[0] - 1) * tensors
 
         features, dependencies = {"id": Value("string")}, (dataset._fingerprint, depends_on)
-        return TensorCache(
-            self._precompute(dataset, encode_rows, features, name, dependencies, rows, more_bytes), "id"
-        )
+        return self._plan(dataset, encode_rows, features, name, dependencies, rows, more_bytes)
 
     def by_epoch(
         self,
@@ -330,24 +332,16 @@ class Precomputation:
         Returns:
             `list[TensorCache]`: for each epoch, the tensors by id.
         """
-        return [
-            self.by_id(
-                *(
-                    dataset,
-                    partial(encode, epoch=epoch),
-                    f"noised rows of epoch {epoch + 1}",
-                    (depends_on, epoch),
-                    rows,
-                )
-            )
-            for epoch, rows in enumerate(self.epochs)
-        ]
+        self.plans, names = [], [f"noised rows of epoch {epoch + 1}" for epoch in range(len(self.epochs))]
+        for epoch, (name, rows) in enumerate(zip(names, self.epochs, strict=True)):
+            self.by_id(dataset, partial(encode, epoch=epoch), name, (depends_on, epoch), rows)
+        return [TensorCache(plan.run(), "id") for plan in self.plans]
 
     @property
     def _folder(self) -> Path:
         return Path(self.folder or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion")
 
-    def _precompute(
+    def _plan(
         self,
         dataset: Dataset,
         encode: Callable,
@@ -357,10 +351,10 @@ class Precomputation:
         rows: np.ndarray | None,
         more_bytes: Callable[[dict[str, Any], np.ndarray], float],
         prepare: Callable = dict,
-    ) -> Dataset:
+    ) -> Encoding:
         state, precision = PartialState(), {torch.bfloat16: "bf16", torch.float16: "fp16"}
         fingerprint = Hasher.hash((FORMAT_VERSION, precision.get(self.encoder.half_dtype, "no"), depends_on))
-        return precompute_dataset(
+        plan = Encoding(
             dataset,
             encode,
             Features(features),
@@ -375,7 +369,10 @@ class Precomputation:
             prepare,
             rows,
             more_bytes,
+            sum(plan.size for plan in self.plans),
         )
+        self.plans.append(plan)
+        return plan
 
 
 def is_of_one_size(dataset: Dataset) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -23,13 +24,40 @@ ROWS_AT_ONCE = 10_000
 NUM_CHECKED_ROWS = 64
 
 
+def text_rows(
+    dataset: Dataset, rows: np.ndarray | None, columns: list[str], texts: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Dataset:
+    """
+    The columns that prompts follow from, of some rows of a dataset whose images are not encoded.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+        rows (`np.ndarray` or `None`):
+            The numbers of the rows; `None` for all.
+        columns (`list[str]`):
+            The columns.
+        texts (`Callable`):
+            From a row to these columns, where a transform of the user makes the rows.
+
+    Returns:
+        [`~datasets.Dataset`]
+    """
+    if dataset.format["type"] == "custom":
+        return Dataset.from_list(
+            [texts(dataset[row]) for row in (range(len(dataset)) if rows is None else rows.tolist())]
+        )
+    dataset = dataset.select_columns(columns)
+    return dataset if rows is None else dataset.select(rows)
+
+
 def list_prompts(datasets: list[Dataset], columns: list[str], prompts_of: PromptsOf) -> pa.ChunkedArray:
     """
     The different prompts of some datasets.
 
     Args:
         datasets (`list[~datasets.Dataset]`):
-            Precomputed rows.
+            The rows.
         columns (`list[str]`):
             The columns that prompts follow from. Of one column of texts, each text is asked for once.
         prompts_of (`Callable`):
