@@ -909,6 +909,18 @@ def test_latents_in_16_bit_take_half_the_space(tmp_path):
     assert all(math.isfinite(loss) for (loss,) in logs(trainers[1], "loss"))
 
 
+@pytest.mark.parametrize("source", ["random", "inversion"])
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_latents_in_16_bit_train_under_mixed_precision(tmp_path, family, source):
+    """Under autocast to bfloat16, latents in float16 give the losses of those in float32 to bfloat16's rounding."""
+    found, settings = [], {"bf16": True, "use_cpu": True, "noise_source": source, "inversion_steps": 1, "beta": 5.0}
+    for dtype in ("float32", "float16"):
+        trainer = iapo(tmp_path, PIPELINES[family](), precompute_dtype=dtype, peft_config=lora(), **settings)
+        trainer.train()
+        found.append(torch.tensor(logs(trainer, "loss", "errors/chosen")))
+    torch.testing.assert_close(*found, atol=2e-2, rtol=2e-2)
+
+
 def test_another_type_of_stored_latents_is_refused(tmp_path):
     """bfloat16 has too few digits."""
     with pytest.raises(ValueError, match="`precompute_dtype` must be 'float32' or 'float16', got 'bfloat16'"):

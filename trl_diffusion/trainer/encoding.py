@@ -95,7 +95,10 @@ class BatchEncoder:
         columns = self.image_columns
         if f"{columns[0]}_latents_mean" in inputs:
             mean, std = (
-                torch.cat([inputs[f"{column}_latents_{what}"] for column in columns]) for what in ("mean", "std")
+                torch.cat(
+                    [inputs[f"{column}_latents_{what}"].float() for column in columns]
+                )  # autocast joins no float16
+                for what in ("mean", "std")
             )
         else:
             mean, std = self.encode_images(
