@@ -628,7 +628,9 @@ def test_new_prompts_to_evaluate_on_leave_the_inversions_alone(tmp_path, capsys)
     computed(capsys)
     eval_dataset = tiny.pairs(2).map(lambda row: {"prompt": "a blue dog"})
     iapo(tmp_path, noise_source="inversion", eval_dataset=eval_dataset)
-    assert computed(capsys) == {"images of eval_dataset", PROMPTS}
+    said = capsys.readouterr().out
+    assert set(re.findall(r"^Precomputing (.*): [\d,]+ of", said, re.M)) == {"images of eval_dataset", PROMPTS}
+    assert "Precomputing prompts: 1 of 3 rows are missing" in said
 
 
 def test_more_epochs_add_their_own_inversions_only(tmp_path, capsys):

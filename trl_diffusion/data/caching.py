@@ -174,6 +174,8 @@ class Encoding:
     Attributes:
         size (`int`):
             About how many bytes are missing.
+        keys (`pa.LargeStringArray`), all_keys (`pa.LargeStringArray`):
+            The keys of the rows that are needed, and of all rows of the dataset.
 
     Raises:
         `ValueError`: If there is not enough space on the disk.
@@ -198,8 +200,8 @@ class Encoding:
     def __post_init__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.features = Features({**self.features, TENSORS: Value("large_binary")})
-        number, keys = len(self.dataset), keys_of(self.dataset, next(iter(self.features)))
-        needed = np.arange(number) if self.rows is None else self.rows
+        self.all_keys = keys = keys_of(self.dataset, next(iter(self.features)))
+        number, needed = len(keys), np.arange(len(keys)) if self.rows is None else self.rows
         self.keys = keys.take(pa.array(needed))
         self.files = EncodedFiles(
             self.folder, f"{re.sub('[^A-Za-z0-9_]+', '-', self.name)}-{self.fingerprint}", self.features

@@ -22,7 +22,6 @@ from ..data.buckets import TRAINING_SIZE, training_sizes
 from ..data.caching import Encoding, TensorCache, with_absent
 from ..data.collators import ImageCollator
 from ..data.column_checks import repeated
-from ..data.encoded_files import keys_of
 from ..data.formats import each_dataset
 from ..data.hashing import hash_of
 from .diffusion_config import DiffusionConfig
@@ -79,6 +78,8 @@ class Precomputation:
     Attributes:
         epochs (`list[np.ndarray | None]`):
             The rows that each epoch visits, see [`trainer.row_order.visited_rows`].
+        train_sizes (`pa.Array`, *optional*):
+            The training size of each row to train on.
         plans (`list[data.caching.Encoding]`):
             What is planned and not done, or was done last.
     """
@@ -89,6 +90,7 @@ class Precomputation:
     folder: str | None = None
     dtype: torch.dtype = torch.float32
     epochs: list[np.ndarray | None] = dataclasses.field(default_factory=list)
+    train_sizes: pa.Array | None = None
     plans: list[Encoding] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -147,7 +149,8 @@ class Precomputation:
     ) -> Encoding:
         """Plans [`~Precomputation.images`] for the rows that a training visits."""
         check_rows(dataset, name)
-        self.epochs = visited(Dataset(pa.table({TRAINING_SIZE: self.sizes(dataset)})))
+        self.train_sizes = self.sizes(dataset)
+        self.epochs = visited(Dataset(pa.table({TRAINING_SIZE: self.train_sizes})))
         return self.images(dataset, name, union(self.epochs, len(dataset)))
 
     def sizes(self, dataset: Dataset) -> pa.Array:
@@ -164,8 +167,7 @@ class Precomputation:
         """What was encoded of a dataset, with its other rows, if there are any: to use one of these is an error."""
         if plan.rows is None:
             return encoded
-        others = {"id": keys_of(plan.dataset, "id"), TRAINING_SIZE: self.sizes(plan.dataset)}
-        return with_absent(encoded, plan.rows, others)
+        return with_absent(encoded, plan.rows, {"id": plan.all_keys, TRAINING_SIZE: self.train_sizes})
 
     def images(self, dataset: Dataset | IterableDataset, name: str, rows: np.ndarray | None = None) -> Encoding:
         """
