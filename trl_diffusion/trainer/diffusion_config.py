@@ -78,10 +78,10 @@ class DiffusionConfig(_BaseConfig):
             as `resolution` squared, see [`data.buckets.bucket_sizes`]. A batch holds one size; both images of a pair share
             theirs. In each epoch, rows that fill no batch of their size are left out. Not for streams.
         precompute (`bool`, *optional*, defaults to `False`):
-            Before the training, encode each image and each prompt once, and keep the results in Arrow files. The encoders
-            then leave the GPU: where the model is given by its name they are freed before the denoiser is loaded, and loaded
-            again when they are needed. Worth it where rows are trained on more than once, in epochs or in several runs. Not
-            for streams.
+            Before the training, encode each image and each prompt that it uses once, and keep the results in Arrow files. The
+            encoders then leave the GPU: where the model is given by its name they are freed before the denoiser is loaded, and
+            loaded again when they are needed. Worth it where rows are trained on more than once, in epochs or in several runs.
+            Not for streams.
         precompute_dir (`str`, *optional*):
             Folder of these files. Defaults to one in the cache of `datasets`.
         precompute_dtype (`str`, *optional*, defaults to `"float32"`):

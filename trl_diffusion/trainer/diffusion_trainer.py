@@ -27,15 +27,16 @@ from ..hub import pushing
 from .callbacks import HealthCallback, SampleImagesCallback
 from .checkpoints import BestCheckpointCallback, load_weights, may_push, push_checkpoint, save_weights
 from .diffusion_config import DiffusionConfig, check_data_settings, check_not_sharded, collator_settings
-from .encoding import BatchEncoder
+from .encoding import BatchEncoder, with_rows
 from .fingerprints import base_fingerprint
 from .initial_lora import read_initial_lora
 from .meters import Meters, Metrics
 from .model_card import Method, diffusion_model_card
 from .noised_batch import NoisedBatch, Noiser, by_row
 from .policy import evaluation_mode, make_backbone, make_policy, training_mode
-from .precompute import Precomputation, noising_settings, num_epochs, warn_of_unused_rows
+from .precompute import Precomputation, noising_settings
 from .reference import Reference, check_untrained, make_reference
+from .row_order import seeded, visited_rows
 from .row_randomness import RowRandomness
 from .run_record import describe_run, write_run_record
 from .samples import Samples
@@ -119,10 +120,10 @@ class DiffusionTrainer(_BaseTrainer):
         self.prepare_prompts()
         if args.precompute:  # before the denoiser is in memory
             self.files = Precomputation.for_training(self.encoder, self.data_collator, args)
-            warn_of_unused_rows(train_dataset, args)
+            visited = partial(visited_rows, self, every_epoch=args.is_noised_by_epoch)
             prompts = (self.prompts_of, self.prompt_settings) if self.has_fixed_prompts else (None, None)
-            train_dataset, eval_dataset = self.files.datasets(train_dataset, eval_dataset, *prompts)
-            self.prepared += self.files.image_datasets
+            train_dataset, eval_dataset = self.files.datasets(train_dataset, eval_dataset, visited, *prompts)
+            self.prepared += all_datasets(train_dataset, eval_dataset)
         denoiser = self.backbone.load_denoiser()
         self.denoiser_was_training, targets = denoiser.training, self.backbone.lora_target_modules
         super().__init__(
@@ -219,6 +220,10 @@ class DiffusionTrainer(_BaseTrainer):
             dataset, sampler_fn = pad_for_processes(dataset, sampler_fn, multiple, lambda: self._epoch, args.data_seed)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
 
+    def get_train_dataloader(self):
+        with seeded(self.args.seed):
+            return super().get_train_dataloader()
+
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
@@ -241,13 +246,10 @@ class DiffusionTrainer(_BaseTrainer):
         return BucketSampler(sizes, self._train_batch_size, self.args.seed, lambda: self._epoch)
 
     def precompute_noised(self) -> None:
-        """Noises each precomputed row for each epoch, and asks the frozen models."""
-        args, dataset = self.args, self.train_dataset
+        """Noises the precomputed rows of each epoch, and asks the frozen models."""
         self.model.train()  # as in a step
-        rows = self._bucket_sampler(dataset) if args.aspect_ratio_buckets else dataset
-        depends_on = noising_settings(args, self.encoder), self._frozen_fingerprints()
-        epochs = num_epochs(len(rows), args)
-        self.noised_caches = self.files.by_epoch(dataset, epochs, self._noised_tensors, depends_on)
+        depends_on = noising_settings(self.args, self.encoder), self._frozen_fingerprints()
+        self.noised_caches = self.files.by_epoch(self.train_dataset, self._noised_tensors, depends_on)
         self.state.epoch = 0
         self.meters.averages("train")  # none of these was a step
         self.model.train(self.denoiser_was_training)
@@ -320,9 +322,8 @@ class DiffusionTrainer(_BaseTrainer):
         """The noised latents of a batch with the frozen models' predictions: once in training, at 8 timesteps in evaluation."""
         latents = self.encoder.sample_latents(inputs, self.randomness.image_keys(inputs["id"], self.image_columns))
         batch = self.prepare_batch(inputs, latents)
-        if self.model.training and self._epoch < len(self.noised_caches):
-            tensors = self.encoder.ahead.rows(self.noised_caches[self._epoch], inputs["id"])
-            yield self.noiser.cached(batch, latents, tensors)
+        for cache in with_rows(self.noised_caches[self._epoch :][:1], inputs["id"]) if self.model.training else ():
+            yield self.noiser.cached(batch, latents, self.encoder.ahead.rows(cache, inputs["id"]))
             return
         for timesteps, keys in self.randomness.timesteps(inputs["id"], latents.shape[2:]):
             with self.reference.lend(model) if self.args.reference_inverts else nullcontext(model) as inverter:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..backbones.base import Backbone
-from ..data.caching import TensorCache
+from ..data.caching import TensorCache, check_encoded
 from ..data.transforms import normalize_pixels
 from .ahead import Ahead, Need, take_rows
 from .fingerprints import module_fingerprint
@@ -87,11 +87,18 @@ class BatchEncoder:
 
         Returns:
             `torch.Tensor` of shape `(n * B, C, h, w)`: float32 latents in the denoiser's scale.
+
+        Raises:
+            `ValueError`: If a row was not encoded that should have been, see [`data.caching.check_encoded`].
         """
+        check_encoded(inputs)
         columns = self.image_columns
         if f"{columns[0]}_latents_mean" in inputs:
             mean, std = (
-                torch.cat([inputs[f"{column}_latents_{what}"] for column in columns]) for what in ("mean", "std")
+                torch.cat(
+                    [inputs[f"{column}_latents_{what}"].float() for column in columns]
+                )  # autocast joins no float16
+                for what in ("mean", "std")
             )
         else:
             mean, std = self.encode_images(
@@ -119,7 +126,7 @@ class BatchEncoder:
             is_noised (`bool`):
                 Whether rows are noised by random noise.
             noised_caches (`list[TensorCache]`):
-                The cache of noised rows that the epoch reads, if there is one.
+                The cache of noised rows that the epoch reads, if there is one. It may lack rows, which are noised live.
             inputs (`dict`):
                 A batch of the collator.
             steps (`int`):
@@ -128,7 +135,9 @@ class BatchEncoder:
         Returns:
             [`trainer.ahead.Need`]
         """
+        check_encoded(inputs)
         randomness, ids = randomness.later(steps), inputs["id"]
+        noised_caches = with_rows(noised_caches, ids)
         noise = [randomness.image_keys(ids, self.image_columns)]
         if is_noised and not noised_caches:
             noise.append([randomness.key(row_id) for row_id in ids])
@@ -230,3 +239,8 @@ class BatchEncoder:
         if self.half_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.half_dtype, enabled)
+
+
+def with_rows(caches: list[TensorCache], ids: list[str]) -> list[TensorCache]:
+    """Those of some caches that have all of some rows."""
+    return [cache for cache in caches if all(row_id in cache.places for row_id in ids)]
