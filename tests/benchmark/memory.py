@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.benchmark.families import FAMILIES, Family, empty_conditions, empty_latents
 from tests.benchmark.live_bytes import GIB, LiveBytes, make_fake
-from tests.benchmark.recipe import fake_tensors, make_policy, make_trainer, micro_step
+from tests.benchmark.recipe import fake_tensors, make_policy, make_trainer
 from trl_diffusion import ComplexPOConfig, ComplexPOTrainer, InstanceDPOConfig, InstanceDPOTrainer
 from trl_diffusion.backbones.base import MAX_PIXELS
 from trl_diffusion.process import DiscreteProcess, Process, RectifiedFlow
@@ -131,6 +132,16 @@ def largest_inputs(linears: list[torch.nn.Linear], found: Counter):
             hook.remove()
 
 
+def count_batch(trainer: DiffusionTrainer, noised: NoisedBatch) -> None:
+    """A batch's objective and backward; before it what is frozen, where that has more rows than the policy and may be the peak."""
+    with torch.autocast("cpu", torch.bfloat16):
+        frozen = {"ref_pred": torch.empty_like(noised.latents)}
+        if isinstance(trainer, ComplexPOTrainer):
+            frozen = trainer.frozen_predictions(trainer.model, noised)
+        losses, _ = trainer.objective(trainer.model, noised._replace(frozen=frozen))
+    losses.mean().backward()
+
+
 def count_step(family: Family, trainer: DiffusionTrainer, resolution: int, linears: list[torch.nn.Linear]) -> dict:
     """
     GiB of gradients and activations at the peak of a batch's frozen forward, forward and backward; and what bitsandbytes takes
@@ -151,7 +162,7 @@ def count_step(family: Family, trainer: DiffusionTrainer, resolution: int, linea
             tracker.put(tensor, "activations")
     tracker.peak = Counter()
     with tracker, largest_inputs(linears, rows):
-        micro_step(trainer, noised)
+        count_batch(trainer, noised)
     for parameter in trained:
         parameter.grad = None
     products = [num * (4 * linear.out_features + linear.in_features) for linear, num in rows.items()]
@@ -318,9 +329,9 @@ def count(names: list[str], found: dict[str, dict], write: Callable[[], None]) -
                 "encoding": encoding,
                 "recipes": {},
             }
-    for checkpointing in (True, False):
+    for checkpointing, recipe in product((True, False), TRAINERS):
         for name in names:
-            for recipe in recipes_of(found[name]):
+            if recipe in recipes_of(found[name]):
                 known = found[name]["recipes"].setdefault(recipe, {"steps": []})
                 done = [(step["resolution"], step["activation_checkpointing"]) for step in known["steps"]]
                 missing = [side for side in RESOLUTIONS if (side, checkpointing) not in done]
