@@ -170,12 +170,13 @@ SD35_ENCODERS = ((models.clip_vit_l_with_projection, 77), CLIP_BIG_G, (models.t5
 SD35_CONDITIONS = {"prompt_embeds": (77 + 256, 4096), "pooled_prompt_embeds": (2048,)}
 TWO_STREAMS = FlowBackbone.lora_target_modules  # projections of the image and of the text
 UNET = {"predict": predict_sd, "latent_channels": 4, "is_flow": False}
-FLUX2 = {
-    "make_vae": AutoencoderKLFlux2,
-    "predict": predict_flux2,
-    "latent_channels": 32,
-    "lora_target_modules": (*TWO_STREAMS, "to_qkv_mlp_proj"),  # the single blocks have one projection for all
-}
+FLUX2 = {"make_vae": AutoencoderKLFlux2, "predict": predict_flux2, "latent_channels": 32}
+
+
+def flux2_targets(num_single_layers: int) -> tuple[str, ...]:
+    """A single block has one projection for queries, keys, values and its feed-forward network, and one behind both."""
+    outputs = (f"single_transformer_blocks.{block}.attn.to_out" for block in range(num_single_layers))
+    return *TWO_STREAMS, "to_qkv_mlp_proj", *outputs
 
 
 def sana(size: str) -> Family:
@@ -212,6 +213,7 @@ FAMILIES = {
         partial(models.flux2_klein_transformer, "4B"),
         make_text_encoders=((models.qwen3_4b_lm, 512),),
         conditions={"prompt_embeds": (512, 3 * 2560)},
+        lora_target_modules=flux2_targets(20),
         **FLUX2,
     ),
     "z_image": Family(
@@ -229,6 +231,7 @@ FAMILIES = {
         partial(models.flux2_klein_transformer, "9B"),
         make_text_encoders=((models.qwen3_8b_lm, 512),),
         conditions={"prompt_embeds": (512, 3 * 4096)},
+        lora_target_modules=flux2_targets(24),
         **FLUX2,
     ),
     "flux": Family(
@@ -240,6 +243,7 @@ FAMILIES = {
         "krea/Krea-2-Raw",
         *(Krea2Transformer2DModel, AutoencoderKLQwenImage, ((models.qwen3_vl_4b, 512 + 34),)),
         *(predict_krea_2, 16, {"prompt_embeds": (512, 12, 2560)}),
+        lora_target_modules=(*StableDiffusionBackbone.lora_target_modules, "to_gate"),
     ),
     "qwen_image": Family(
         "Qwen/Qwen-Image",
@@ -251,6 +255,7 @@ FAMILIES = {
         Flux2Transformer2DModel,
         make_text_encoders=((models.mistral_small_3, 512),),
         conditions={"prompt_embeds": (512, 15360), "guidance": ()},
+        lora_target_modules=flux2_targets(48),
         **FLUX2,
     ),
 }

@@ -225,7 +225,8 @@ def smallest_card(peak_gib: float) -> int | None:
 def count_encoding(family: Family) -> dict[str, float]:
     """
     GiB of the encoders' weights, and at the peak of encoding with all of them there and no denoiser: text in bfloat16, so many prompts
-    at a time as `per_device_eval_batch_size`; images in float32, one of 1024 pixels a side at a time.
+    at a time as `per_device_eval_batch_size`; images in float32, one of 1024 pixels a side at a time. With `offload_encoders` their
+    largest layer takes the place of their weights.
     """
     with torch.device("meta"):
         vae = family.make_vae().eval()
@@ -241,11 +242,17 @@ def count_encoding(family: Family) -> dict[str, float]:
             for encoder, tokens in text_encoders:
                 ids = torch.zeros(PROMPTS_AT_ONCE, tokens, dtype=torch.long)
                 encode_text(encoder, ids)
+    layers = [
+        sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+        for model in (vae, *(encoder for encoder, _ in text_encoders))
+        for module in model.modules()
+    ]
     return {
         "vae_parameters": sum(p.numel() for p in vae.parameters()),
         "text_encoder_parameters": sum(p.numel() for encoder, _ in text_encoders for p in encoder.parameters()),
         "weights_gib": tracker.peak["weights"] / GIB,
         "activations_gib": tracker.peak["activations"] / GIB,
+        "largest_layer_gib": max(layers) / GIB,
     }
 
 
@@ -295,6 +302,7 @@ def count_recipe(
 def add_peaks(recipe: dict[str, object], encoding: dict[str, float]) -> None:
     """Adds up the parts of each step, by the precision of the base and the optimizer, and finds the smallest card."""
     encoding_peak = encoding["weights_gib"] + encoding["activations_gib"]
+    offloaded_peak = encoding["largest_layer_gib"] + encoding["activations_gib"]
     for step in recipe["steps"]:
         step["peaks"] = {}
         for base, weights in recipe["weights_gib"].items():
@@ -306,6 +314,7 @@ def add_peaks(recipe: dict[str, object], encoding: dict[str, float]) -> None:
                     "training_gib": always + passing,
                     "training_card": smallest_card(always + passing),
                     "card": smallest_card(max(always + passing, encoding_peak)),
+                    "card_offload_encoders": smallest_card(max(always + passing, offloaded_peak)),
                     "live_gib": live,
                     "live_card": smallest_card(live),
                 }
