@@ -37,7 +37,21 @@ COUNTED = {
     "sd35_medium": {"forward": 22.499147415552, "full": 67.487437258752, "lora": 54.703717318656},
 }
 # TFLOP of a forward on one image, by `count_forward`
-FORWARD = {}
+FORWARD = {
+    "sd15": {512: 0.803273, 1024: 4.674006},
+    "sdxl": {512: 1.588779, 1024: 6.761236},
+    "sana_600m": {512: 0.315621, 1024: 1.121488},
+    "sana": {512: 0.836616, 1024: 2.966661},
+    "sd35_medium": {512: 2.442643, 1024: 11.249574},
+    "flux2_klein_4b": {512: 10.172971, 1024: 34.820178},
+    "z_image": {512: 18.533626, 1024: 62.506373},
+    "sd35_large": {512: 7.977786, 1024: 31.121115},
+    "flux2_klein_9b": {512: 22.73172, 1024: 75.514721},
+    "flux": {512: 21.5026, 1024: 74.384653},
+    "krea2": {512: 41.313484, 1024: 128.987189},
+    "qwen_image": {512: 22.63873, 1024: 78.303922},
+    "flux2_dev": {512: 87.770171, 1024: 282.599551},
+}
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 FLOW_TARGETS = [*UNET_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 # The denoiser, the shape of an image's latents and those of its conditions, and the modules that a LoRA adapts
