@@ -89,16 +89,10 @@ class Flux2KleinBackbone(FlowBackbone):
     def shift_for(self, num_patches: int) -> float:
         return compute_empirical_mu(num_patches, NUM_STEPS)
 
-    @property
-    def prompt_limits(self) -> dict[str, int]:
-        return {"tokenizer": self.max_sequence_length}
-
     @staticmethod
     def templated(tokenizer, prompt) -> str:
-        message = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        settings = {"add_generation_prompt": True, "enable_thinking": False, "tokenize": False}
+        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **settings)
 
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         prompt_embeds, _ = self.pipeline.encode_prompt(
@@ -110,11 +104,11 @@ class Flux2KleinBackbone(FlowBackbone):
         prompt_embeds, guidance = conditions["prompt_embeds"], self.embedded_guidance
         settings = *noisy_latents.shape[2:], prompt_embeds.shape[1], noisy_latents.device
         if settings not in self.position_ids:
-            ids = (
-                self.pipeline._prepare_text_ids(prompt_embeds[:1]),
-                self.pipeline._prepare_latent_ids(noisy_latents[:1]),
+            text, image = (
+                self.pipeline._prepare_text_ids(prompt_embeds),
+                self.pipeline._prepare_latent_ids(noisy_latents),
             )
-            self.position_ids[settings] = tuple(each[0].to(noisy_latents.device) for each in ids)
+            self.position_ids[settings] = text[0].to(noisy_latents.device), image[0].to(noisy_latents.device)
         txt_ids, img_ids = self.position_ids[settings]
         packed = denoiser(
             hidden_states=self.pipeline._pack_latents(noisy_latents),
@@ -126,10 +120,6 @@ class Flux2KleinBackbone(FlowBackbone):
             return_dict=False,
         )[0]
         return packed.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
-
-    @staticmethod
-    def guidance_branches(pipeline, context, arguments) -> tuple[str, ...]:
-        return ("unconditional",) if context == "uncond" else ("conditional",)
 
     @staticmethod
     def sampling_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
