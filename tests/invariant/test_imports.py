@@ -275,7 +275,8 @@ FAMILIES = [
     module
     for module in modules_of("backbones")
     if module.count(".") == 2
-    and module.split(".")[2] not in ("base", "checks", "flow", "flow_checks", "single_file", "stable_diffusion_checks")
+    and module.split(".")[2]
+    not in ("base", "checks", "flow", "flow_checks", "flux_2_checks", "single_file", "stable_diffusion_checks")
 ]
 
 
