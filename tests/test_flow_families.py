@@ -239,7 +239,7 @@ def test_densities_are_for_flows(tmp_path):
         ({"logit_std": 0.0}, "`logit_std` is a standard deviation"),
         ({"mode_scale": 2.0}, "`mode_scale` must lie between -1 and 1.75"),
         ({"max_sequence_length": 0}, "`max_sequence_length` is 0"),
-        ({"max_sequence_length": 513}, "`max_sequence_length` is 513"),
+        ({"max_sequence_length": 1025}, "`max_sequence_length` is 1025"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(tmp_path, settings, message):

@@ -69,7 +69,7 @@ def test_no_stage_begins_without_time(tmp_path):
     """A budget that is used up leaves stages out, and says so."""
     results = suite.walk(suite.STAGES, tmp_path, budget=1, device="cpu", tiny=True)
     assert [(result["stage"], result["exit"]) for result in results] == [
-        (name, "no time left") for name in ("right", "quiet", "fast", "scoring")
+        (name, "no time left") for name in ("right", "quiet", "quantized", "fast", "scoring")
     ]
 
 
@@ -279,7 +279,8 @@ def test_the_suite_walks_through_without_a_gpu(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
     assert result.returncode == 0, result.stdout + result.stderr + (output / "log.txt").read_text()[-5000:]
     stages = {
-        name: json.loads((output / f"{name}.json").read_text()) for name in ("right", "quiet", "fast", "scoring")
+        name: json.loads((output / f"{name}.json").read_text())
+        for name in ("right", "quiet", "quantized", "fast", "scoring")
     }
     assert {file.name for file in output.iterdir()} == {*(f"{name}.json" for name in stages), "log.txt", "table.md"}
     table = (output / "table.md").read_text()

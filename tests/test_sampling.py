@@ -3,27 +3,35 @@
 
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import (
+    DiffusionPipeline,
     DiTPipeline,
+    Flux2KleinPipeline,
     FluxImg2ImgPipeline,
     FluxPipeline,
+    Krea2Pipeline,
+    SanaPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    ZImagePipeline,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
 from tests import tiny
-from trl_diffusion import negative_preference_guidance, sample_images
-from trl_diffusion.backbones import backbone_class_of
+from trl_diffusion import negative_preference_guidance, sample_images, sampling
+from trl_diffusion.backbones import Backbone, backbone_class_of
 from trl_diffusion.randomness import keyed_generator
+from trl_diffusion.sampling import default_guidance
 
 
 PIPELINES = {
@@ -730,3 +738,118 @@ class TestSampleImages:
         pipeline.set_progress_bar_config(desc="mine", disable=False)
         sample_images(pipeline, ["a cat"], num_inference_steps=1)
         assert pipeline._progress_bar_config == {"desc": "mine", "disable": False}
+
+
+class Recorded(DiffusionPipeline):
+    """A pipeline that writes down how it is called; an image comes first, and sides must be numbers."""
+
+    def __init__(self, is_distilled: bool = False):
+        super().__init__()
+        self.register_to_config(is_distilled=is_distilled)
+        self.calls: list[dict] = []
+
+    def __call__(
+        self,
+        image=None,
+        prompt: list[str] | None = None,
+        negative_prompt: list[str] | None = None,
+        negative_prompt_2: list[str] | None = None,
+        true_cfg_scale: float = 4.0,
+        height: int = 16,
+        width: int = 16,
+        num_inference_steps: int = 50,
+        generator=None,
+        output_type: str = "pil",
+    ):
+        self.calls.append({name: value for name, value in locals().items() if name not in ("self", "generator")})
+        assert image is None and output_type == "np"
+        return SimpleNamespace(images=np.zeros((len(prompt), height, width, 3)))
+
+
+class WithTrueGuidance(Backbone):
+    """A family whose guidance is written like that of Qwen-Image."""
+
+    pipeline_class = Recorded
+
+    @staticmethod
+    def guidance_arguments(scale):
+        return {"true_cfg_scale": scale, "negative_prompt": " "}
+
+    @staticmethod
+    def sampling_defaults(config):
+        return {"guidance_scale": 1.0} if config["is_distilled"] else {}
+
+
+class TestArguments:
+    PROMPTS = ["a red circle", "a blue square", "a cat"]
+
+    def calls(self, monkeypatch, is_distilled=False, **given) -> list[dict]:
+        monkeypatch.setattr(sampling, "BACKBONES", (WithTrueGuidance,))
+        pipeline = Recorded(is_distilled)
+        sample_images(pipeline, self.PROMPTS, batch_size=2, disable_tqdm=True, **given)
+        return pipeline.calls
+
+    @pytest.mark.parametrize(
+        ("given", "scale", "negative"),
+        [
+            ({}, 4.0, [" "] * 3),
+            ({"guidance_scale": 2.5}, 2.5, [" "] * 3),
+            ({"guidance_scale": 2.5, "true_cfg_scale": 7.0, "negative_prompt": "a dog"}, 7.0, ["a dog"] * 3),
+            ({"negative_prompt": ["x", "y", "z"]}, 4.0, ["x", "y", "z"]),
+            ({"negative_prompt": None}, 4.0, None),
+            ({"is_distilled": True}, 1.0, [" "] * 3),
+            ({"is_distilled": True, "guidance_scale": 3.0}, 3.0, [" "] * 3),
+        ],
+    )
+    def test_guidance_as_its_users_write_it(self, monkeypatch, given, scale, negative):
+        """The family's arguments, at its default or at what is asked for; an argument of the call's own goes before."""
+        calls = self.calls(monkeypatch, **given)
+        assert [call["true_cfg_scale"] for call in calls] == [scale, scale]
+        assert [call["negative_prompt"] for call in calls] == (
+            [negative[:2], negative[2:]] if negative else [None, None]
+        )
+        assert [call["prompt"] for call in calls] == [self.PROMPTS[:2], self.PROMPTS[2:]]
+
+    def test_texts_for_each_prompt(self, monkeypatch):
+        """Each batch has its own part of a list; another number of texts than of prompts is refused."""
+        calls = self.calls(monkeypatch, negative_prompt_2=["x", "y", "z"])
+        assert [call["negative_prompt_2"] for call in calls] == [["x", "y"], ["z"]]
+        with pytest.raises(ValueError, match="`negative_prompt` has 2 texts for 3 prompts. Pass one for each, or one"):
+            self.calls(monkeypatch, negative_prompt=["x", "y"])
+
+    def test_sides_that_are_left_out(self, monkeypatch):
+        """They are the pipeline's, of which some cannot be told None."""
+        assert {(call["height"], call["width"]) for call in self.calls(monkeypatch)} == {(16, 16)}
+        assert {(call["height"], call["width"]) for call in self.calls(monkeypatch, height=8)} == {(8, 16)}
+
+    def test_an_argument_that_is_not_taken(self, monkeypatch):
+        """It is named, in place of a TypeError."""
+        with pytest.raises(ValueError, match="A `Recorded` takes no `max_sequence_length`. Leave it out"):
+            self.calls(monkeypatch, max_sequence_length=16)
+
+    def test_a_pipeline_of_no_family(self):
+        """What holds where no family says otherwise: no guidance where the call has none."""
+        pipeline = Recorded()
+        sample_images(pipeline, self.PROMPTS, disable_tqdm=True)
+        assert pipeline.calls[0]["true_cfg_scale"] == 4.0 and pipeline.calls[0]["negative_prompt"] is None
+
+    def test_the_defaults_of_diffusers(self):
+        """Those of the calls, also of a class of the user's own."""
+
+        class Own(StableDiffusionPipeline):
+            def __call__(self, prompt, guidance_scale: float = 6.5, **kwargs):
+                return super().__call__(prompt, guidance_scale=guidance_scale, **kwargs)
+
+        found = {
+            kind: default_guidance(kind)
+            for kind in (
+                FluxPipeline,
+                ZImagePipeline,
+                Krea2Pipeline,
+                Flux2KleinPipeline,
+                SanaPipeline,
+                DiTPipeline,
+                Own,
+            )
+        }
+        assert list(found.values()) == [3.5, 5.0, 4.5, 4.0, 4.5, 4.0, 6.5]

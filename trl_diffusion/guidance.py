@@ -4,7 +4,7 @@
 """Diffusion-NPO (arXiv:2505.11245): another model in the unconditional branch of classifier-free guidance."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,8 +37,9 @@ def negative_preference_guidance(
 
     Raises:
         `ValueError`: If the pipeline has no such adapter (the message names those that it has), if adapters are fused into its
-            weights, if its family is not supported, or if a FLUX.1 samples without an unconditional branch, as it does without
-            `true_cfg_scale`. (Other pipelines have none at a `guidance_scale` of 1; the positive model then samples alone.)
+            weights, if its family is not supported, or if a pipeline that calls its denoiser once for each branch samples without
+            an unconditional one, as FLUX.1 does without `true_cfg_scale`. (Those that call it for both at once have none at a
+            `guidance_scale` of 1, or of 0 where the family counts from there; the positive model then samples alone.)
 
     Example:
 
@@ -80,8 +81,10 @@ def negative_preference_guidance(
         else:
             denoiser.disable_lora()
 
+    signature = inspect.signature(type(_unwrapped(denoiser)).forward)
     context = None  # of the call, as the pipeline names it
-    is_alone = False  # whether the last call that the pipeline named was one of the conditional branch
+    last_timestep = None
+    is_alone = False  # whether the last call was one of the conditional branch, where each branch has a call
     no_branch = ValueError(
         f"The pipeline samples without an unconditional branch, so `negative` would have no effect: {hint}."
     )
@@ -99,21 +102,29 @@ def negative_preference_guidance(
             context = None
 
     def guided(*args, **kwargs):
-        nonlocal is_alone
-        num_rows = next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim)
-        branches = backbone_class.guidance_branches(pipeline, context, kwargs)
-        if hint and context is not None:
+        nonlocal is_alone, last_timestep
+        arguments = signature.bind(denoiser, *args, **kwargs).arguments
+        timestep = arguments.get("timestep")
+        is_again = context is None and isinstance(timestep, torch.Tensor) and timestep is last_timestep
+        last_timestep = timestep
+        branches = backbone_class.guidance_branches(pipeline, "again" if is_again else context, arguments)
+        if hint:
             if is_alone and branches == ("conditional",):
                 raise no_branch
             is_alone = branches == ("conditional",)
+        if len(branches) == 1:
+            switch(adapters[branches[0]])
+            return forward(*args, **kwargs)
+        rows = next(x for x in arguments.values() if isinstance(x, list) or (torch.is_tensor(x) and x.ndim))
         predictions = []
         for index, branch in enumerate(branches):
             switch(adapters[branch])
-            args_rows, kwargs_rows = _rows_of_branch((args, kwargs), index, len(branches), num_rows)
+            part = index * len(rows) // len(branches), (index + 1) * len(rows) // len(branches)
+            args_rows, kwargs_rows = _rows_of_branch((args, kwargs), slice(*part), len(rows), isinstance(rows, list))
             predictions.append(forward(*args_rows, **kwargs_rows))
         if isinstance(predictions[0], tuple):
-            return tuple(map(torch.cat, zip(*predictions, strict=True)))
-        return type(predictions[0])(torch.cat([prediction.sample for prediction in predictions]))
+            return tuple(map(_joined, zip(*predictions, strict=True)))
+        return type(predictions[0])(_joined([prediction.sample for prediction in predictions]))
 
     guided.unguided = forward
     denoiser.forward = guided
@@ -139,12 +150,21 @@ def negative_preference_guidance(
 
 
 def _backbone_class_of(pipeline: DiffusionPipeline) -> type[Backbone]:
-    # A pipeline of another task, such as image to image, has all components of the family's text-to-image pipeline
+    # A pipeline of another task, such as image to image, has the denoiser and all components of the family's text-to-image pipeline
     components = set(inspect.signature(type(pipeline).__init__).parameters)
     for backbone_class in BACKBONES:
-        if set(inspect.signature(backbone_class.pipeline_class.__init__).parameters) <= components:
+        wanted = inspect.signature(backbone_class.pipeline_class.__init__).parameters
+        denoiser = getattr(pipeline, backbone_class.denoiser_name, None)
+        if wanted.keys() <= components and isinstance(
+            _unwrapped(denoiser), wanted[backbone_class.denoiser_name].annotation
+        ):
             return backbone_class
     return backbone_class_of(pipeline)
+
+
+def _unwrapped(denoiser: torch.nn.Module | None) -> torch.nn.Module | None:
+    """What `torch.compile` wrapped, or the module itself."""
+    return getattr(denoiser, "_orig_mod", denoiser)
 
 
 def _adapter_weights(adapters: str | dict[str, float] | None, known: list[str]) -> dict[str, float]:
@@ -157,12 +177,21 @@ def _adapter_weights(adapters: str | dict[str, float] | None, known: list[str]) 
     return weights
 
 
-def _rows_of_branch(value, index: int, num_branches: int, rows: int):
-    """The part of one branch of whatever has a row for each of the `rows` of the batch."""
+def _rows_of_branch(value, part: slice, num_rows: int, in_lists: bool):
+    """The part of one branch of whatever has a row for each of the `num_rows` of the batch; `in_lists` are ragged ones, a tensor each."""
     if isinstance(value, torch.Tensor):
-        return value.chunk(num_branches)[index] if value.ndim and len(value) == rows else value
+        return value[part] if value.ndim and len(value) == num_rows else value
+    if isinstance(value, list) and in_lists and len(value) == num_rows:
+        return value[part]
     if isinstance(value, dict):
-        return {key: _rows_of_branch(item, index, num_branches, rows) for key, item in value.items()}
+        return {key: _rows_of_branch(item, part, num_rows, in_lists) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_rows_of_branch(item, index, num_branches, rows) for item in value)
+        return type(value)(_rows_of_branch(item, part, num_rows, in_lists) for item in value)
     return value
+
+
+def _joined(parts: Sequence[torch.Tensor | list[torch.Tensor]]) -> torch.Tensor | list[torch.Tensor]:
+    """The rows of all branches, one after the other: of tensors, or of lists with a tensor for each row."""
+    if isinstance(parts[0], list):
+        return [row for part in parts for row in part]
+    return torch.cat(list(parts))

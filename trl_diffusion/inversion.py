@@ -41,7 +41,7 @@ def invert_latents(
     Args:
         predict (`Callable`):
             The model: `predict(latents, timesteps, rows)` returns the predictions for some rows of the batch, whose indices
-            are `rows` `(R,)`.
+            are `rows` `(R,)`, on the CPU.
         latents (`torch.Tensor` of shape `(B, C, h, w)`):
             Clean latents `x_0`.
         timesteps (`torch.Tensor` of shape `(B,)`):
@@ -65,10 +65,11 @@ def invert_latents(
     last_timesteps = torch.full((len(paths),), process.clean_timestep, device=device)
     for step in range(max(map(len, paths))):
         unfinished = [row for row, path in enumerate(paths) if step < len(path)]
-        rows = torch.tensor(unfinished).to(device, non_blocking=True)
+        rows_on_cpu = torch.tensor(unfinished)
+        rows = rows_on_cpu.to(device, non_blocking=True)
         next_timesteps = torch.tensor([paths[row][step] for row in unfinished]).to(device, non_blocking=True)
 
-        model_pred = predict(latents[rows], next_timesteps, rows)
+        model_pred = predict(latents[rows], next_timesteps, rows_on_cpu)
         moved = process.add_noise(*process.split(model_pred, latents[rows], last_timesteps[rows]), next_timesteps)
         if eta > 0:
             noise = keyed_noise([(*keys[row], paths[row][step]) for row in unfinished], latents.shape[1:], device)

@@ -25,8 +25,8 @@ def export_lora(lora: str | Path, output: str | Path) -> Path:
       ComfyUI and A1111.
       Where layers have different alphas, their ratio to the most common one is in `lora_up`.
     - FLUX.1: `transformer....lora_A.weight`, `.lora_B.weight` and `.alpha`, for ComfyUI.
-    - Stable Diffusion 3 and FLUX.2, of which diffusers reads no `.alpha`, and a LoRA of FLUX.1 without its single blocks, which has the same
-      names: `lora_A` and `lora_B` alone, for ComfyUI, with the scale in `lora_B`.
+    - Stable Diffusion 3, of which diffusers reads no `.alpha`, Z-Image, FLUX.2, and a LoRA of FLUX.1 without its single blocks, which has the
+      names of Stable Diffusion 3: `lora_A` and `lora_B` alone, for ComfyUI, with the scale in `lora_B`.
 
     What goes into the weights is exact where it is a power of two, and else rounded to float32.
 
@@ -69,6 +69,10 @@ def export_lora(lora: str | Path, output: str | Path) -> Path:
     weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
     modules = {key.rpartition(".lora_A")[0] for key in weights if key.endswith(".lora_A.weight")}
     alphas = {module: _alpha(config, module) for module in modules}
+    if any(module.startswith("transformer_blocks.") and ".attn1." in module for module in modules):
+        raise ValueError(
+            f"The LoRA {path} is one of Sana, for which ComfyUI and A1111 have no names. Load it with diffusers."
+        )
     is_unet = next(iter(read_tensors(path)[0])).startswith("unet.")
     exported = _kohya(weights, alphas, path) if is_unet else _transformer(weights, alphas)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -343,6 +343,9 @@ def load_lora(pipeline: DiffusionPipeline, path: Path, adapter_name: str) -> Non
             if key.startswith(f"{component}.")
         }
         module = getattr(pipeline, component)
+        module.train(
+            module.training
+        )  # the new layers too, which diffusers leaves in training, where a LoRA's dropout acts
         _check_arrived(module, adapter_name, expected, settings, f"The LoRA {path}")
         if component in ("unet", "transformer"):
             _set_alphas(module, adapter_name, {k.removeprefix(f"{component}."): alpha for k, alpha in alphas.items()})

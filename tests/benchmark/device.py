@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests import tiny
-from tests.benchmark.memory import LiveBytes
+from tests.benchmark.live_bytes import LiveBytes
 from tests.benchmark.models import sdxl_unet, vae
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
 from trl_diffusion.backbones import base, load_backbone

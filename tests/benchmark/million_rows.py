@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import statistics
 import tempfile
@@ -49,8 +48,9 @@ from trl_diffusion import (
 )
 from trl_diffusion.annotation.records import PAIR_ANNOTATION_FEATURES
 from trl_diffusion.data.buckets import TRAINING_SIZE, BucketSampler, training_sizes
-from trl_diffusion.data.caching import ROWS_PER_FILE, TENSORS, precompute_dataset, write_example
+from trl_diffusion.data.caching import TENSORS, Encoding, precompute_dataset, write_example
 from trl_diffusion.data.collators import InstancePairCollator
+from trl_diffusion.data.encoded_files import EncodedFiles
 from trl_diffusion.data.formats import check_attribute_columns, prepare_dataset
 from trl_diffusion.data.sources import load_source
 from trl_diffusion.trainer import precompute as precomputation
@@ -174,7 +174,7 @@ def run_record(rows: int, folder: Path):
 def start(trainer: Callable, config: Callable, dataset: Dataset, folder: Path, **given) -> None:
     """Everything up to the first row of the first batch, and the record that the first checkpoint holds."""
     settings = {name: given.pop(name) for name in list(given) if name in config.__dataclass_fields__}
-    args = config(str(folder / "output"), precompute_dir=str(folder / "precomputed"), **SETTINGS, **settings)
+    args = config(str(folder / "output"), precompute_dir=str(folder / "precomputed"), **SETTINGS | settings)
     made = trainer(tiny.sd_pipeline(), args=args, train_dataset=dataset, peft_config=tiny.lora(), **given)
     next(iter(made.get_train_dataloader().batch_sampler))
     assert made.run_record["num_rows"] == len(dataset)
@@ -199,40 +199,46 @@ def cpo_start(rows: int, folder: Path, **settings):
 
 def precomputed(begin: Callable[[], None]) -> Callable[[], None]:
     """The same start, where everything is precomputed already."""
-    with mock.patch.object(precomputation, "precompute_dataset", fill):
+    with mock.patch.object(precomputation, "Encoding", Filled):
         begin()
     return begin
 
 
-def fill(dataset, encode, features, name, fingerprint, folder, *_, **__) -> Dataset:
-    """Writes what `precompute_dataset` writes, with the same few numbers in each row."""
-    folder.mkdir(parents=True, exist_ok=True)
-    known = {column: dataset.data.column(column) for column in features if column in dataset.column_names}
-    if TRAINING_SIZE in features and TRAINING_SIZE not in known:
-        known[TRAINING_SIZE] = lists(pa.array(np.full(2 * len(dataset), 32), pa.int32()), 2)
-    tensors = write_example({"latents": torch.zeros(4)})[TENSORS]
-    known[TENSORS] = pa.array([tensors], pa.large_binary()).take(pa.array(np.zeros(len(dataset), int)))
-    table = Dataset(pa.table(known)).cast(Features({**features, TENSORS: Value("large_binary")}))
-    paths = []
-    for first in range(0, len(dataset), ROWS_PER_FILE):
-        name = re.sub("[^A-Za-z0-9_]+", "-", name)
-        paths.append(folder / f"{name}-{fingerprint}-{first // ROWS_PER_FILE:05d}.arrow")
-        schema = table.features.arrow_schema
-        with pa.OSFile(str(paths[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            writer.write_table(table.data.table.slice(first, ROWS_PER_FILE).cast(schema), max_chunksize=100)
-    made = datasets.concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
-    made._fingerprint = fingerprint
-    return made
+class Filled(Encoding):
+    """Writes what would be encoded, with the same few numbers in each row."""
+
+    def _expected_size(self, missing: np.ndarray, keys: pa.LargeStringArray) -> int:
+        return 0
+
+    def run(self) -> Dataset:
+        tensors, schema = write_example({"latents": torch.zeros(4)})[TENSORS], self.features.arrow_schema
+        known = self.dataset.select_columns([name for name in self.features if name in self.dataset.column_names])
+        for path, numbers in self.parts.items():
+            columns = dict(known.with_format("arrow")[numbers].to_pydict())
+            columns.setdefault(TRAINING_SIZE, [[32, 32]] * len(numbers))
+            columns[TENSORS] = [tensors] * len(numbers)
+            table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+                writer.write_table(table, max_chunksize=100)
+        self.parts = {}
+        self.files = EncodedFiles(self.folder, self.files.prefix, self.features)
+        return super().run()
 
 
-def precomputed_iapo_start(rows: int, folder: Path):
-    settings = {"precompute": True, "prompt_dropout": 0.1, "precompute_ref_preds": True}
+def precomputed_iapo_start(rows: int, folder: Path, **settings):
+    settings = {"precompute": True, "prompt_dropout": 0.1, "precompute_ref_preds": True, "max_steps": -1} | settings
+    settings = {"num_train_epochs": 1} | settings
     dataset = on_disk(folder, rows, pair_table)
     return precomputed(lambda: start(InstanceDPOTrainer, InstanceDPOConfig, dataset, folder, **settings))
 
 
+def some_precomputed_iapo_start(rows: int, folder: Path):
+    """1024 steps of 8 rows."""
+    return precomputed_iapo_start(rows, folder, max_steps=1024)
+
+
 def precomputed_cpo_start(rows: int, folder: Path):
-    return precomputed(cpo_start(rows, folder, precompute=True))
+    return precomputed(cpo_start(rows, folder, precompute=True, max_steps=-1, num_train_epochs=1))
 
 
 # ----- arms: buckets, join, files -----
@@ -309,6 +315,7 @@ ARMS: dict[str, Arm] = {
     "start of the expert": sft_start,
     "start of CPO": cpo_start,
     "start of IAPO, all precomputed": precomputed_iapo_start,
+    "start of IAPO, 8192 rows precomputed": some_precomputed_iapo_start,
     "start of CPO, all precomputed": precomputed_cpo_start,
     "precomputing nothing": precompute_nothing,
     "sizes for buckets": bucket_sizes_of_rows,
@@ -354,7 +361,7 @@ def overlap(reading: float, encoding: float, rows: int = 400, batch_size: int = 
             device=torch.device("cpu"), half_dtype=None, encode_images=encode_images, fingerprint=lambda name: name
         )
         start = time.perf_counter()
-        Precomputation(encoder, collator, batch_size, folder).images(dataset, "train_dataset")
+        Precomputation(encoder, collator, batch_size, folder).images(dataset, "train_dataset").run()
         taken = time.perf_counter() - start
     return taken / (rows * max(reading / os.cpu_count(), encoding))
 

@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DiffusionPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -25,6 +28,17 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
 )
@@ -90,6 +104,82 @@ def t5_xxl() -> T5EncoderModel:
             feed_forward_proj="gated-gelu",
             is_encoder_decoder=False,
         )
+    )
+
+
+def qwen3(hidden_size: int, intermediate_size: int) -> Qwen3Config:
+    """Qwen3 4B (2560, 9728) or 8B (4096, 12288), by the configurations of their model cards; 4B ties its embeddings."""
+    return Qwen3Config(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=hidden_size == 2560,
+    )
+
+
+def qwen3_4b() -> Qwen3Model:
+    return Qwen3Model(qwen3(2560, 9728))
+
+
+def qwen3_4b_lm() -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(qwen3(2560, 9728))
+
+
+def qwen3_8b_lm() -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(qwen3(4096, 12288))
+
+
+def qwen25_vl_7b() -> Qwen2_5_VLForConditionalGeneration:
+    """By the configuration of Qwen/Qwen2.5-VL-7B-Instruct."""
+    text = {
+        **{"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064},
+        **{"num_attention_heads": 28, "num_key_value_heads": 4},
+    }
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def qwen3_vl_4b() -> Qwen3VLModel:
+    """By the configuration of Qwen/Qwen3-VL-4B-Instruct."""
+    text = {
+        **{"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8},
+    }
+    vision = {
+        **{"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560},
+        "deepstack_visual_indexes": [5, 11, 17],
+    }
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True))
+
+
+def mistral_small_3() -> Mistral3ForConditionalGeneration:
+    """By the configuration of mistralai/Mistral-Small-3.1-24B-Instruct-2503."""
+    text = {
+        **{"model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072},
+    }
+    vision = {
+        **{"model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24},
+        **{"num_attention_heads": 16, "head_dim": 64, "image_size": 1540, "patch_size": 14},
+    }
+    config = Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return Mistral3ForConditionalGeneration(config)
+
+
+def gemma2_2b() -> Gemma2Model:
+    return Gemma2Model(Gemma2Config())  # its defaults are google/gemma-2-2b-it
+
+
+def deep_compression_vae() -> AutoencoderDC:
+    """The VAE of Sana, by diffusers' `scripts/convert_dcae_to_diffusers.py`."""
+    return AutoencoderDC(
+        encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
     )
 
 
@@ -175,6 +265,24 @@ def sd35_large_transformer() -> SD3Transformer2DModel:
 
 def flux_dev_transformer() -> FluxTransformer2DModel:
     return FluxTransformer2DModel(guidance_embeds=True)
+
+
+def flux2_klein_transformer(size: str) -> Flux2Transformer2DModel:
+    """FLUX.2-klein base, `"4B"` or `"9B"`, by the `transformer/config.json` of their repositories as several trainers quote it."""
+    shape = {
+        "4B": {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 3 * 2560},
+        "9B": {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 3 * 4096},
+    }
+    return Flux2Transformer2DModel(**shape[size], guidance_embeds=False)
+
+
+def sana_transformer(size: str) -> SanaTransformer2DModel:
+    """Sana, `"600M"` or `"1600M"` (the defaults of the class), by diffusers' `scripts/convert_sana_to_diffusers.py`."""
+    small = {
+        **{"num_layers": 28, "num_attention_heads": 36, "num_cross_attention_heads": 16},
+        **{"cross_attention_head_dim": 72, "cross_attention_dim": 1152},
+    }
+    return SanaTransformer2DModel(**(small if size == "600M" else {}))
 
 
 def sd15_pipeline() -> StableDiffusionPipeline:

@@ -33,10 +33,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.benchmark import models
-from tests.benchmark.memory import GIB, PARTS, LiveBytes, float_norm, make_fake
+from tests.benchmark.live_bytes import GIB, PARTS, LiveBytes, float_norm, make_fake
 from trl_diffusion import AttributeSFTTrainer, ComplexPOTrainer, InstanceDPOTrainer
 from trl_diffusion.backbones import Backbone, backbone_class_of
 from trl_diffusion.trainer import lora, policy
+from trl_diffusion.trainer.adapters import AdapterMixer
 from trl_diffusion.trainer.complex_po_trainer import ComplexPrompts
 from trl_diffusion.trainer.diffusion_trainer import DiffusionTrainer
 from trl_diffusion.trainer.noised_batch import NoisedBatch
@@ -98,6 +99,8 @@ def make_trainer(trainer_class: type[DiffusionTrainer], args: object, backbone: 
     trainer = object.__new__(trainer_class)
     trainer.args, trainer.backbone, trainer.process = args, backbone, backbone.process
     trainer.model, trainer.reference = model, Reference(None, model)
+    if trainer_class is ComplexPOTrainer:
+        trainer.mixer = AdapterMixer(model)
     trainer.accelerator = SimpleNamespace(unwrap_model=lambda model, **kwargs: model)
     trainer.state = SimpleNamespace(global_step=1)  # in the first, values would be compared
     return trainer

@@ -14,6 +14,8 @@ from PIL import Image
 
 from tests import tiny
 from tests.evaluation.loras import save_lora
+from trl_diffusion import sampling
+from trl_diffusion.backbones import StableDiffusionBackbone
 from trl_diffusion.evaluation import generate as module
 from trl_diffusion.evaluation.generate import generate, match_images, set_scheduler
 from trl_diffusion.evaluation.models import ModelSpec, guidance_of, load_pipeline, resolve_model
@@ -246,6 +248,33 @@ class TestFlowModels:
             ):
                 run(flow_specs[f"{family}-guided"], tmp_path, self.few, self.protocol(family, **{flag: scale}))
         assert not any(tmp_path.rglob("*.png"))
+
+
+class FromZero(StableDiffusionBackbone):
+    """A family that counts guidance from 0, like Z-Image and Krea 2, and whose distilled models say that they are."""
+
+    unguided_scale = 0.0
+
+    @staticmethod
+    def sampling_defaults(config):
+        return {"guidance_scale": 0.0} if config.get("requires_safety_checker") is False else {}
+
+
+def test_a_family_that_counts_guidance_from_0(specs, tmp_path, monkeypatch):
+    """Its negative LoRA has an effect at a scale of 1, and none at 0, which is the default of a distilled model and in its manifest."""
+    monkeypatch.setattr(sampling, "BACKBONES", (FromZero,))
+    few = PROMPTS.select(1)
+    assert run(specs["guided"], tmp_path / "one", few, replace(PROTOCOL, guidance_scale=1.0))
+    for scale in (0.0, None):
+        with pytest.raises(
+            ValueError, match="unconditional branch only with a `guidance_scale` above 0, and it is 0.0"
+        ):
+            run(specs["guided"], tmp_path / "none", few, replace(PROTOCOL, guidance_scale=scale))
+    run(specs["sd"], tmp_path / "default", few, replace(PROTOCOL, guidance_scale=None))
+    manifest = json.loads((tmp_path / "default" / "images" / "sd" / "manifest.json").read_text())
+    assert manifest["protocol"]["guidance_scale"] == 0.0
+    run(specs["sd"], tmp_path / "asked", few, replace(PROTOCOL, guidance_scale=0.0))
+    assert files(tmp_path / "default") == files(tmp_path / "asked")
 
 
 def test_a_protocol_of_several_families(specs, drawn, tmp_path, caplog):

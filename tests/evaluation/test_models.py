@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +212,38 @@ class TestKinds:
         assert (spec.kind, spec.path, spec.revision) == ("lora", "user/lora", COMMIT)
         assert (spec.base, spec.base_revision) == ("user/base", COMMIT)
         assert resolve_model("m", "user/base").kind == "pipeline"
+
+
+class TestSampleModel:
+    def test_it_draws_in_place_of_the_base(self, folders, tmp_path):
+        """Images are those of the LoRA on the sample model; the report names both, and moving what it was trained on changes no image."""
+        turbo = str(tmp_path / "turbo")
+        tiny.sd_pipeline(seed=1).save_pretrained(turbo)
+        shutil.copytree(folders["lora"], tmp_path / "lora")
+        lora = str(tmp_path / "lora")
+        with pytest.raises(ValueError, match="names one `base_model`"):
+            resolve_model("m", lora)
+        unknown = resolve_model("m", lora, sample_model=turbo)
+        card(tmp_path / "lora", "user/base")
+        carded = resolve_model("m", lora, negative_lora=folders["reversed"], sample_model=turbo)
+        given = resolve_model("m", lora, base=folders["base"], sample_model=turbo)
+        for spec, trained_on in ((unknown, None), (carded, "user/base"), (given, "base")):
+            assert (spec.base, spec.base_revision) == (turbo, resolve_model("t", turbo).revision)
+            assert spec.record().get("trained_on") == trained_on and spec.describe()["base"] == "turbo"
+        assert unknown.describe() == given.describe() == resolve_model("m", lora, base=turbo).describe()
+        drawn = draw(load_pipeline(given, torch.float32, CPU))
+        plain = StableDiffusionPipeline.from_pretrained(turbo)
+        without = draw(plain)
+        plain.load_lora_weights(lora)
+        assert np.array_equal(drawn, draw(plain)) and abs(drawn - without).max() > 1e-2
+
+    def test_pipelines_draw_by_themselves(self, folders, tmp_path):
+        """A sample model changes neither a pipeline nor a folder of images; one that is no pipeline is refused."""
+        tiny.image(0).save(tmp_path / "00000_0.png")
+        for where in (folders["base"], str(tmp_path)):
+            assert resolve_model("m", where, sample_model=folders["base"]) == resolve_model("m", where)
+        with pytest.raises(ValueError, match="The sample model for the LoRA .* must be a pipeline, but"):
+            resolve_model("m", folders["lora"], folders["base"], sample_model=folders["reversed"])
 
 
 class TestSingleFiles:

@@ -4,6 +4,7 @@
 """An evaluation samples, scores and reports, and repeats no work."""
 
 import json
+import logging
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from tests.evaluation.loras import save_lora
 from trl_diffusion.evaluation import run
 from trl_diffusion.evaluation.models import resolve_model
 from trl_diffusion.evaluation.prompts import load_prompts
@@ -179,6 +181,34 @@ def test_models_of_the_flags(folder):
     assert (spec.name, spec.path, spec.kind) == ("mine", str(folder / "first"), "pipeline")
     with pytest.raises(ValueError, match="`--negative_loras` names other, and `--models` has no such model"):
         get_models(flags("--models", f"mine={folder / 'first'}", "--negative_loras", "other=user/lora"))
+
+
+def test_a_sample_model_of_the_flags(folder, tmp_path, caplog):
+    """LoRAs are drawn by it, with it alone as the baseline, and the report says so; without that baseline, or a LoRA, it is said."""
+    save_lora(tiny.sd_pipeline(), tmp_path / "lora", size=1.0)
+    first, second, lora = folder / "first", tmp_path / "turbo", tmp_path / "lora"
+    tiny.sd_pipeline(seed=1).save_pretrained(second)
+    words = ["--base_model", str(first), "--sample_model", str(second)]
+    with pytest.raises(ValueError, match="`--sample_model` draws with LoRAs, and `--models` has none"):
+        get_models(flags("--models", f"mine={first}", *words))
+    with caplog.at_level(logging.WARNING):
+        get_models(flags("--models", f"base={first}", f"mine={lora}", *words))
+    assert f"which `--models` does not have by itself: put NAME={second} first" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        specs = get_models(flags("--models", f"turbo={second}", f"mine={lora}", *words))
+    assert "by itself" not in caplog.text
+    prompts = load_prompts(folder / "prompts.txt", 2)
+    summary = run.evaluate_models(
+        specs, prompts, PROTOCOL, {"brightness": Brightness}, tmp_path / "out", disable_tqdm=True
+    )
+    turbo, mine = summary["settings"]["models"].values()
+    assert (mine["base"], mine["trained_on"]) == ("turbo", "first") and "trained_on" not in turbo
+    assert mine["base_revision"] == turbo["revision"]
+    report = (tmp_path / "out" / "report.md").read_text().replace("\\", "")
+    assert "- base: turbo" in report and "- trained_on: first" in report
+    images = [sorted((tmp_path / "out" / "images" / name).glob("*.png")) for name in ("turbo", "mine")]
+    assert all(a.read_bytes() != b.read_bytes() for a, b in zip(*images, strict=True))
 
 
 def test_every_metric_of_the_flags_has_its_scorer(monkeypatch):

@@ -149,3 +149,17 @@ class TestKohya:
         change(weights)
         with pytest.raises(ValueError, match=f"The LoRA {tmp_path}.*{message}"):
             load(folders, write(tmp_path, weights))
+
+
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_dropout_ends_with_the_training(tmp_path, folders, family, negative):
+    """A LoRA that was trained with dropout is drawn with without it."""
+    weights, header = read_tensors(folders[f"{family} lora"] / LORA_WEIGHTS_NAME)
+    name = "unet" if family == "sd" else "transformer"
+    lora = write(tmp_path / "dropped", weights, header | {f"{name}.lora_dropout": 0.5})
+    pipelines = [load(folders, each, family, negative) for each in (folders[f"{family} lora"], lora)]
+    denoisers = [getattr(pipeline, name) for pipeline in pipelines]
+    layers = [layer for layer in denoisers[1].modules() if isinstance(layer, LoraLayer)]
+    assert {float(drop.p) for layer in layers for drop in layer.lora_dropout.values()} == {0.5}
+    assert not any(module.training for module in denoisers[1].modules())

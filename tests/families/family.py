@@ -52,6 +52,8 @@ class Family:
             Settings of the scheduler whose timesteps are compared.
         full_schedule (`Callable`):
             A context in which the pipeline's schedule of 1,000 steps is shifted as the one of the steps that it is used with.
+        half_tolerance (`float`):
+            By how much predictions may differ in bfloat16, where sums have other lengths than the pipeline's.
         lora_target (`str`):
             A module that a LoRA must adapt by default.
     """
@@ -64,4 +66,5 @@ class Family:
     branches: tuple[tuple[str, ...], ...]
     schedules: tuple[dict[str, Any], ...] = ({},)
     full_schedule: Callable[[], AbstractContextManager] = field(default=nullcontext)
+    half_tolerance: float = 1e-5
     lora_target: str = "to_q"

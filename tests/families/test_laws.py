@@ -63,7 +63,7 @@ def calls_of(family: Family, backbone: Backbone, size: tuple[int, int], **argume
     hook = transformer.register_forward_hook(note, with_kwargs=True)
     try:
         height, width = size
-        backbone.pipeline(prompt=PROMPTS, height=height, width=width, output_type="latent", **arguments)
+        backbone.pipeline(prompt=[*PROMPTS], height=height, width=width, output_type="latent", **arguments)
     finally:
         hook.remove()
     return calls
@@ -97,9 +97,12 @@ def predictions(backbone: Backbone, denoiser: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [(32, 32), (32, 48)])
+@pytest.mark.parametrize("size", [(32, 32), (32, 64)])
 def test_a_prediction_is_the_pipelines_own(family, size, dtype, tmp_path):
-    """Same latents, times and prompts of several lengths: the transformer gives what it gives while the pipeline samples."""
+    """
+    Same latents, times and prompts of several lengths: the transformer gives what it gives while the pipeline samples. Masked padding
+    that is left out changes the order of sums, and with it the last digit in bfloat16.
+    """
     backbone = backbone_of(family, tmp_path)
     pipeline = backbone.pipeline.to(dtype)
     calls = calls_of(family, backbone, size, num_inference_steps=3, **family.call)
@@ -114,7 +117,8 @@ def test_a_prediction_is_the_pipelines_own(family, size, dtype, tmp_path):
                 backbone.predict(pipeline.transformer, latents, timestep.expand(2) / divisor, conditions)
                 for divisor in (1, 2)
             )
-        torch.testing.assert_close(prediction.float(), expected.float(), atol=1e-5, rtol=1e-5)
+        tolerance = 1e-5 if dtype == torch.float32 else family.half_tolerance
+        torch.testing.assert_close(prediction.float(), expected.float(), atol=tolerance, rtol=1e-5)
         assert (other - expected).abs().max() > 1e-3, "the time makes no difference"
 
 
@@ -162,7 +166,7 @@ def test_prompts_of_a_batch_do_not_touch_each_other(family, tmp_path):
 def test_latents_are_what_the_pipeline_decodes(family, tmp_path):
     """Of an image whose posterior is what the pipeline decodes, the latents are those that it sampled, statistics and all."""
     backbone = backbone_of(family, tmp_path)
-    pipeline, size, decoded = backbone.pipeline, (32, 48), []
+    pipeline, size, decoded = backbone.pipeline, (32, 64), []
     own_decode, own_encode = pipeline.vae.decode, pipeline.vae.encode
     pipeline.vae.decode = lambda latents, **kwargs: decoded.append(latents) or own_decode(latents, **kwargs)
     calls = []
@@ -173,7 +177,7 @@ def test_latents_are_what_the_pipeline_decodes(family, tmp_path):
         return ([torch.zeros_like(one) for one in output[0]] if isinstance(output[0], list) else output[0] * 0,)
 
     pipeline.transformer.register_forward_hook(standstill, with_kwargs=True)
-    pipeline(prompt=PROMPTS, height=size[0], width=size[1], num_inference_steps=1, output_type="np", **family.call)
+    pipeline(prompt=[*PROMPTS], height=size[0], width=size[1], num_inference_steps=1, output_type="np", **family.call)
     (moments,) = decoded
 
     def encode(images, **kwargs):
@@ -192,14 +196,14 @@ def test_latents_are_what_the_pipeline_decodes(family, tmp_path):
 def test_latents_have_the_scale_of_the_posterior(family, tmp_path):
     """The deviation has the scale of the mean: what is sampled from the VAE's posterior is what training sees."""
     backbone = backbone_of(family, tmp_path)
-    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = torch.rand(2, 3, 32, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         mean, std = backbone.encode_images(images)
-    assert mean.shape == std.shape == (2, *latents_for(backbone, 1, (32, 48)).shape[1:])
+    assert mean.shape == std.shape == (2, *latents_for(backbone, 1, (32, 64)).shape[1:])
     assert mean.dtype == std.dtype == torch.float32 and mean.isfinite().all() and (std >= 0).all()
 
 
-@pytest.mark.parametrize("size", [(32, 32), (64, 48)])
+@pytest.mark.parametrize("size", [(32, 32), (64, 32)])
 def test_timesteps_are_distributed_as_the_pipelines_schedule(family, size, tmp_path):
     """
     Between two timesteps of the pipeline's schedule that are a twentieth of its steps apart, there is a twentieth of the sampled
@@ -222,7 +226,7 @@ def test_timesteps_are_distributed_as_the_pipelines_schedule(family, size, tmp_p
                 callback_on_step_end=interrupt,
                 **{name: value[:1] if isinstance(value, list) else value for name, value in family.call.items()},
             )
-        schedule = backbone.pipeline.scheduler.timesteps.flip(0)
+        schedule = backbone.pipeline.scheduler.timesteps.flip(0).float()
         assert len(schedule) == 1000
         sides = tuple(latents_for(backbone, 1, size).shape[2:])
         sampled = backbone.process.sample_timesteps([(0, 0, f"row-{index}") for index in range(6000)], sides)
@@ -347,7 +351,7 @@ def test_samples_are_those_of_plain_diffusers(family, tmp_path):
     trainer.save_model()
     ours = trainer.sample(PROMPTS)
     pipeline, drawn = quiet_pipeline(family), []
-    settings = {key: value for key, value in family.settings.items() if key == "max_sequence_length"}
+    settings = {key: family.call[key] for key in trainer.backbone.sampling_settings}
     for load in (lambda: None, lambda: pipeline.load_lora_weights(tmp_path)):
         load()
         pipeline.transformer.eval()
@@ -423,7 +427,7 @@ def guided_calls(family: Family, backbone: Backbone) -> list[Call]:
     transformer.forward = note
     try:
         backbone.pipeline(
-            prompt=PROMPTS, height=32, width=32, num_inference_steps=1, output_type="latent", **family.guided
+            prompt=[*PROMPTS], height=32, width=32, num_inference_steps=1, output_type="latent", **family.guided
         )
     finally:
         transformer.forward = guided

@@ -10,6 +10,7 @@ Run it from the repository's root; the package need not be installed. The stages
 
     right     every trainer and family, tiny: three steps on the GPU are those on the CPU
     quiet     host waits and blocking copies between optimizer steps
+    quantized bases of 4 and 8 bits: loading, memory beside what is computed, first losses, resuming
     fast      time, memory and share of the peak of steps at true size, beside their floor and the published scripts
     scoring   images a second of the scorers, and what a 7B vision-language model answers a second
 
@@ -49,6 +50,7 @@ STAGES = [
     # A comparison with the CPU is one of float32, not of TF32; and cuBLAS gives equal sums to equal inputs
     Stage("right", "tests.gpu.right", 25, {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
     Stage("quiet", "tests.gpu.quiet", 15),
+    Stage("quantized", "tests.gpu.quantized", 15, {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
     Stage("fast", "tests.gpu.fast", 45),
     Stage("scoring", "tests.gpu.scoring", 15),
 ]

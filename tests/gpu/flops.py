@@ -3,7 +3,7 @@
 
 """What the arms of the benchmark compute, counted without computing it, and what GPUs can.
 
-python -m tests.gpu.flops        counts `COUNTED` again, in a minute
+python -m tests.gpu.flops        counts `COUNTED` and `FORWARD` again, in minutes
 """
 
 import torch
@@ -13,6 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.benchmark import models
 from tests.benchmark.arms import FLOOR_ARMS, PAIR_SCRIPT_ARMS, TRAINER_ARMS
+from tests.benchmark.families import FAMILIES, empty_conditions, empty_latents
+from tests.benchmark.live_bytes import make_fake
+from tests.benchmark.recipe import fake_tensors, tflop
 from tests.benchmark.steps import Given, dpo_loss
 
 
@@ -32,6 +35,22 @@ COUNTED = {
     "sd15": {"forward": 1.60654688256, "full": 4.81354612736, "lora": 3.529973858304},
     "sdxl": {"forward": 13.52247279616, "full": 40.46168489984, "lora": 29.11497027584},
     "sd35_medium": {"forward": 22.499147415552, "full": 67.487437258752, "lora": 54.703717318656},
+}
+# TFLOP of a forward on one image, by `count_forward`
+FORWARD = {
+    "sd15": {512: 0.803273, 1024: 4.674006},
+    "sdxl": {512: 1.588779, 1024: 6.761236},
+    "sana_600m": {512: 0.315621, 1024: 1.121488},
+    "sana": {512: 0.836616, 1024: 2.966661},
+    "sd35_medium": {512: 2.442643, 1024: 11.249574},
+    "flux2_klein_4b": {512: 10.172971, 1024: 34.820178},
+    "z_image": {512: 18.533626, 1024: 62.506373},
+    "sd35_large": {512: 7.977786, 1024: 31.121115},
+    "flux2_klein_9b": {512: 22.73172, 1024: 75.514721},
+    "flux": {512: 21.5026, 1024: 74.384653},
+    "krea2": {512: 41.313484, 1024: 128.987189},
+    "qwen_image": {512: 22.63873, 1024: 78.303922},
+    "flux2_dev": {512: 87.770171, 1024: 282.599551},
 }
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 FLOW_TARGETS = [*UNET_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -123,6 +142,17 @@ def count_model(name: str) -> dict[str, float]:
         return count_tflop(make_denoiser(), given, LoraConfig(r=64, lora_alpha=64, target_modules=targets))
 
 
+def count_forward(name: str, resolution: int) -> float:
+    """Counts the TFLOP of a family's forward on one image, with the longest prompt that its pipeline reads by default."""
+    family = FAMILIES[name]
+    with torch.device("meta"):
+        denoiser = family.make_denoiser().to(torch.bfloat16)
+    with fake_tensors(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        make_fake(denoiser)
+        given = empty_latents(family, 1, resolution), torch.zeros(1), empty_conditions(family, 1)
+        return tflop(lambda: family.predict(denoiser, *given))
+
+
 def share_of_peak(tflop: float | None, seconds: float, device: str) -> float | None:
     """The share of a GPU's peak that was used; `None` where either is not known."""
     peak = PEAKS.get(device)
@@ -132,3 +162,5 @@ def share_of_peak(tflop: float | None, seconds: float, device: str) -> float | N
 if __name__ == "__main__":
     for name in SHAPES:
         print(f"{name}: {count_model(name)}", flush=True)
+    for name in FAMILIES:
+        print(f"{name}: { ({side: count_forward(name, side) for side in (512, 1024)}) }", flush=True)

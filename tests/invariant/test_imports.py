@@ -251,7 +251,15 @@ def f(pipeline, prediction_type):
 
 @pytest.mark.parametrize(
     "module",
-    [m for m in MODULES if m not in ("trl_diffusion.process", "trl_diffusion.backbones.stable_diffusion_checks")],
+    [
+        module
+        for module in MODULES
+        if module
+        not in (
+            "trl_diffusion.process",
+            *(f"trl_diffusion.backbones.{name}_checks" for name in ("sana", "stable_diffusion")),
+        )
+    ],
 )
 def test_only_the_process_knows_what_a_model_predicts(module):
     """No code beside the process and the checks of a pipeline asks for a prediction type or a schedule."""
@@ -271,12 +279,11 @@ def lines_of_code(source: str) -> int:
     return sum(bool(line.strip()) and line.strip()[0] != "#" and at not in docstrings for at, line in lines)
 
 
+SHARED_FILES = {"base", "flow", "quantization", "qwen_parts", "single_file", "source"}
 FAMILIES = [
     module
     for module in modules_of("backbones")
-    if module.count(".") == 2
-    and module.split(".")[2]
-    not in ("base", "checks", "flow", "flow_checks", "flux_2_checks", "single_file", "stable_diffusion_checks")
+    if module.count(".") == 2 and not module.endswith("checks") and module.split(".")[2] not in SHARED_FILES
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.benchmark.memory import make_fake
+from tests.benchmark.live_bytes import make_fake
 from tests.benchmark.models import flux_dev_pipeline
 from tests.benchmark.recipe import (
     compute,

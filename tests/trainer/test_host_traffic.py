@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
+from tests.families import FAMILIES
 from tests.tiny import FAST, PIPELINES, lora, max_difference, weights
 from tests.trainer.waits import HostTraffic, micro_batch, to_meta
 from trl_diffusion import (
@@ -29,12 +30,14 @@ from trl_diffusion import (
 from trl_diffusion.trainer.meters import MAX_RECORDED, Meters
 
 
+# Copies that wait in a micro-batch that encodes its prompts: those of diffusers' `encode_prompt`
 TOKENIZED = {
-    "sd": 1,
-    "sdxl": 2,
-    "sd3": 3,
+    "sd": 1,  # ids of tokens
+    "sdxl": 2,  # ids, for each of two encoders
+    "sd3": 3,  # ids, for each of three encoders
     "flux": 3,
-}  # blocking copies of diffusers' `encode_prompt`, ids and masks of tokens
+    "sana": 2,  # ids and their mask
+}
 
 
 @pytest.fixture
@@ -46,8 +49,9 @@ def device_is_restored():
 
 
 def make(kind: str, family: str, folder: Path, peft_config=None, num_rows=4, **settings):
-    pipeline = PIPELINES[family]()
-    settings = {**FAST, **tiny.settings(pipeline), "use_cpu": True, **settings}
+    make_pipeline = FAMILIES[family].make if family in FAMILIES else PIPELINES[family]
+    pipeline, own = make_pipeline(), FAMILIES[family].settings if family in FAMILIES else {}
+    settings = {**FAST, **own, "use_cpu": True, **settings}
     if settings.get("precompute"):
         settings["precompute_dir"] = str(folder / "cache")
     if kind == "iapo":
@@ -56,7 +60,7 @@ def make(kind: str, family: str, folder: Path, peft_config=None, num_rows=4, **s
     (folder / "criteria.yaml").write_text(tiny.CRITERIA)
     settings["criteria"] = str(folder / "criteria.yaml")
     data = {"train_dataset": tiny.paintings(4), "peft_config": lora()}
-    expert = AttributeSFTTrainer(PIPELINES[family](), args=AttributeSFTConfig(str(folder / "sft"), **settings), **data)
+    expert = AttributeSFTTrainer(make_pipeline(), args=AttributeSFTConfig(str(folder / "sft"), **settings), **data)
     if kind == "sft":
         return expert
     return ComplexPOTrainer(pipeline, expert, args=ComplexPOConfig(str(folder / "policy"), **settings), **data)
@@ -66,9 +70,9 @@ PRECOMPUTED = {"precompute": True}
 REFERENCE_PRECOMPUTED = PRECOMPUTED | {"precompute_ref_preds": True}
 INVERSION = {"noise_source": "inversion", "inversion_eta": 0.1, "mask_overlap": "covering"}
 CASES = [
-    *(("iapo", family, settings) for family in ("sdxl", "flux") for settings in ({}, PRECOMPUTED)),
+    *(("iapo", family, settings) for family in ("sdxl", *FAMILIES) for settings in ({}, PRECOMPUTED)),
     *(("iapo", "sd", settings) for settings in (INVERSION, REFERENCE_PRECOMPUTED)),
-    *(("iapo", "sd3", PRECOMPUTED), ("cpo", "sd", {}), ("cpo", "sdxl", PRECOMPUTED), ("sft", "sd", PRECOMPUTED)),
+    *(("cpo", "sd", {}), ("cpo", "sdxl", PRECOMPUTED), ("sft", "sd", PRECOMPUTED)),
 ]
 
 

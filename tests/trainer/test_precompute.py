@@ -432,7 +432,7 @@ def all_files(folder) -> dict[str, bytes]:
 def test_an_interrupted_precomputation_goes_on(tmp_path, monkeypatch, fail_at):
     """Files of 2 rows; the VAE fails, is repaired, and the files are those of an uninterrupted run."""
     monkeypatch.setattr(caching, "ROWS_PER_FILE", 2)
-    settings = {"noise_source": "inversion", "per_device_eval_batch_size": 1, "dataset": tiny.pairs(7)}
+    settings = {"noise_source": "inversion", "per_device_eval_batch_size": 1, "dataset": tiny.pairs(7), "max_steps": 4}
     iapo(tmp_path / "whole", **settings)
     whole = all_files(tmp_path / "whole")
     pipeline = tiny.sd_pipeline()
@@ -628,7 +628,9 @@ def test_new_prompts_to_evaluate_on_leave_the_inversions_alone(tmp_path, capsys)
     computed(capsys)
     eval_dataset = tiny.pairs(2).map(lambda row: {"prompt": "a blue dog"})
     iapo(tmp_path, noise_source="inversion", eval_dataset=eval_dataset)
-    assert computed(capsys) == {"images of eval_dataset", PROMPTS}
+    said = capsys.readouterr().out
+    assert set(re.findall(r"^Precomputing (.*): [\d,]+ of", said, re.M)) == {"images of eval_dataset", PROMPTS}
+    assert "Precomputing prompts: 1 of 3 rows are missing" in said
 
 
 def test_more_epochs_add_their_own_inversions_only(tmp_path, capsys):
@@ -637,7 +639,9 @@ def test_more_epochs_add_their_own_inversions_only(tmp_path, capsys):
     computed(capsys)
     trainer = iapo(tmp_path, noise_source="inversion", max_steps=-1, num_train_epochs=2.5)
     assert computed(capsys) == {"noised rows of epoch 3"} and len(trainer.noised_caches) == 3
-    first, third = (trainer.noised_caches[epoch][["row-0", "row-1"]]["timesteps"] for epoch in (0, 2))
+    visited = trainer.noised_caches[2].dataset["id"][:]
+    assert len(visited) == 4  # of 6, in two steps
+    first, third = (trainer.noised_caches[epoch][visited]["timesteps"] for epoch in (0, 2))
     assert not torch.equal(first, third)
     trainer.train()
     assert trainer.state.global_step == 8
@@ -907,6 +911,18 @@ def test_latents_in_16_bit_take_half_the_space(tmp_path):
     assert all(math.isfinite(loss) for (loss,) in logs(trainers[1], "loss"))
 
 
+@pytest.mark.parametrize("source", ["random", "inversion"])
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_latents_in_16_bit_train_under_mixed_precision(tmp_path, family, source):
+    """Under autocast to bfloat16, latents in float16 give the losses of those in float32 to bfloat16's rounding."""
+    found, settings = [], {"bf16": True, "use_cpu": True, "noise_source": source, "inversion_steps": 1, "beta": 5.0}
+    for dtype in ("float32", "float16"):
+        trainer = iapo(tmp_path, PIPELINES[family](), precompute_dtype=dtype, peft_config=lora(), **settings)
+        trainer.train()
+        found.append(torch.tensor(logs(trainer, "loss", "errors/chosen")))
+    torch.testing.assert_close(*found, atol=2e-2, rtol=2e-2)
+
+
 def test_another_type_of_stored_latents_is_refused(tmp_path):
     """bfloat16 has too few digits."""
     with pytest.raises(ValueError, match="`precompute_dtype` must be 'float32' or 'float16', got 'bfloat16'"):
@@ -925,15 +941,15 @@ def test_a_second_start_makes_no_prompt_again(tmp_path, experts, criteria, monke
     caches = []
     for expected in (8, 2, 2):
         asked.clear()
-        caches.append(cpo(*given, dataset=tiny.paintings(8)).encoder.prompt_cache)
+        caches.append(cpo(*given, dataset=tiny.paintings(8), max_steps=4).encoder.prompt_cache)
         assert len(asked) == expected
     assert caches[0].dataset["prompt"][:] == caches[1].dataset["prompt"][:]
     for setting in ({"max_attributes": 1}, {"attribute_targets": "paired"}, {"prompt_dropout": 0.5}):
         asked.clear()
-        cpo(*given, dataset=tiny.paintings(8), **setting)
+        cpo(*given, dataset=tiny.paintings(8), max_steps=4, **setting)
         assert len(asked) == 8, setting
     asked.clear()
-    cpo(*given, dataset=tiny.paintings(8).select(range(7, -1, -1)))
+    cpo(*given, dataset=tiny.paintings(8).select(range(7, -1, -1)), max_steps=4)
     assert len(asked) == 8
 
 
@@ -1019,13 +1035,14 @@ def test_an_unreadable_image_is_named(tmp_path):
         iapo(tmp_path, dataset=dataset)
 
 
-def test_rows_that_a_short_training_does_not_reach_are_warned_of(tmp_path, caplog):
-    """The warning says how many, and how to leave them out."""
+def test_what_a_short_training_does_not_reach_is_said_and_not_encoded(tmp_path, capsys):
+    """How many rows of how many are encoded is in the line of the images."""
     iapo(tmp_path, dataset=tiny.pairs(8), max_steps=2)
-    assert "use 4 of the 8 rows" in caplog.text and "select(range(4))" in caplog.text
-    caplog.clear()
+    assert f"{IMAGES}: 4 of 4 rows are missing" in (said := capsys.readouterr().out)
+    assert said.count("The dataset has 8, and the others are not needed.") == 1
     iapo(tmp_path, dataset=tiny.pairs(8), max_steps=4)
-    assert "rows of `train_dataset`" not in caplog.text
+    assert f"{IMAGES}: 4 of 8 rows are missing" in (said := capsys.readouterr().out)
+    assert "are not needed" not in said
 
 
 def test_an_epoch_beyond_those_that_were_precomputed_is_inverted_live(tmp_path):
@@ -1083,8 +1100,9 @@ def test_predictions_that_cannot_be_precomputed_are_refused(tmp_path):
 # ---- Prompts whose padding is masked ----
 
 
-def test_masked_prompts_are_stored_at_their_own_length(tmp_path, monkeypatch):
-    """Where a family gives `prompt_lengths`, padding is not stored, and a batch is padded to its longest prompt as live."""
+@pytest.fixture
+def masked(monkeypatch) -> None:
+    """The family of Stable Diffusion masks the padding of prompts, and gives as many tokens as a prompt has."""
 
     def encode_prompts(backbone, prompts):
         embeds = encode_padded(backbone, prompts)["prompt_embeds"]
@@ -1095,6 +1113,10 @@ def test_masked_prompts_are_stored_at_their_own_length(tmp_path, monkeypatch):
     encode_padded = StableDiffusionBackbone.encode_prompts
     monkeypatch.setattr(StableDiffusionBackbone, "encode_prompts", encode_prompts)
     monkeypatch.setattr(StableDiffusionBackbone, "padded_conditions", ("prompt_embeds",))
+
+
+def test_masked_prompts_are_stored_at_their_own_length(tmp_path, masked):
+    """Where a family gives `prompt_lengths`, padding is not stored, and a batch is padded to its longest prompt as live."""
     live, cached = (iapo(tmp_path, precompute=precompute, prompt_dropout=0.5).encoder for precompute in (False, True))
     prompts = [None, "a cat and a dog", "a red circle and a blue square"]
     stored = [cached.prompt_cache[[prompt]]["prompt_embeds"].shape[1] for prompt in prompts]
@@ -1104,3 +1126,106 @@ def test_masked_prompts_are_stored_at_their_own_length(tmp_path, monkeypatch):
         assert one.keys() == other.keys() == {"prompt_embeds", "prompt_lengths"}
         for name in one:
             torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
+
+
+def prompts_of_all_lengths(rows: int) -> Dataset:
+    """Pairs whose prompts differ, with one to ten words."""
+    words = [" ".join(tiny.WORDS[(row // 8**place) % 8] for place in range(1 + row % 10)) for row in range(rows)]
+    return tiny.pairs(rows).map(lambda row, index: {"prompt": words[index]}, with_indices=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "masked"])
+def test_text_is_stored_in_the_precision_of_its_encoder(tmp_path, request, family, dtype):
+    """Of encoders in 16 bit every condition is stored in 16 bits, and comes back with the bits that it has live."""
+    if family == "masked":
+        request.getfixturevalue("masked")
+    pipeline = PIPELINES["sd" if family == "masked" else family]()
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        if getattr(pipeline, name, None) is not None:
+            getattr(pipeline, name).to(dtype)
+    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    settings = {half: True, "use_cpu": True, "per_device_eval_batch_size": 1, "prompt_dropout": 0.5}
+    encoder = iapo(tmp_path, pipeline, peft_config=lora(), **settings).encoder
+    cache, prompts = encoder.prompt_cache, ["a cat and a dog", None, "a red circle and a blue square"]
+    encoder.prompt_cache = None
+    for prompt in prompts:
+        stored, live = cache[[prompt]], encoder.encode_prompts([prompt])
+        assert stored.keys() == live.keys()
+        for name, value in live.items():
+            assert value.dtype == (torch.int64 if name == "prompt_lengths" else dtype), name
+            assert stored[name].dtype == value.dtype and torch.equal(stored[name], value.cpu()), name
+    padded = cache[prompts]
+    assert torch.equal(padded["prompt_embeds"][0, : stored["prompt_embeds"].shape[1]], padded["prompt_embeds"][0])
+
+
+# ---- What is said before ----
+
+
+UNITS = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+
+
+def said_sizes(said: str) -> dict[str, float]:
+    """The bytes that are expected of each kind."""
+    found = re.findall(r"^Precomputing (.*): [\d,]+ of [\d,]+ rows are missing, about ([\d.,]+) (\w+) in ", said, re.M)
+    return {name: float(number.replace(",", "")) * UNITS[unit] for name, number, unit in found}
+
+
+SIZES = {
+    "sd": {},
+    "flux": {"family": "flux"},
+    "sdxl": {"family": "sdxl", "precompute_dtype": "float16"},
+    "masked": {},
+    "part": {"max_steps": 5},
+    "buckets": {"aspect_ratio_buckets": True},
+    "inversion": {"noise_source": "inversion", "inversion_steps": 1},
+    "few": {"rows": 3, "max_steps": 1},
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_what_is_said_of_the_size_is_what_is_written(tmp_path, request, capsys, case):
+    """Images, prompts and predictions: within a tenth of what their files have, of many rows and of few, of all lengths and shapes."""
+    if case == "masked":
+        request.getfixturevalue("masked")
+    settings = {"max_steps": -1, "num_train_epochs": 1, "precompute_ref_preds": True, "resolution": 64, **SIZES[case]}
+    dataset, pipeline = prompts_of_all_lengths(settings.pop("rows", 60)), PIPELINES[settings.pop("family", "sd")]()
+    if case == "buckets":  # two sizes, one of which is much smaller
+        settings["resolution"] = 48
+    trainer = iapo(tmp_path, pipeline, dataset, eval_dataset=tiny.pairs(4), **tiny.settings(pipeline) | settings)
+    said = said_sizes(capsys.readouterr().out)
+    assert said.keys() == {IMAGES, "images of eval_dataset", PROMPTS, INVERSIONS}
+    for name, size in said.items():
+        files = (tmp_path / "cache").glob(f"{re.sub('[^A-Za-z0-9_]+', '-', name)}-*.arrow")
+        assert size == pytest.approx(sum(path.stat().st_size for path in files), rel=0.1), name
+    assert len(trainer.noised_caches) == 1
+
+
+def test_the_size_is_said_before_anything_is_encoded(tmp_path, monkeypatch, capsys):
+    """All that is known beforehand: when the first file is written, all lines of images and prompts are there."""
+    said, write = [], caching.write_files
+    monkeypatch.setattr(caching, "write_files", lambda *args: said.append(capsys.readouterr().out) or write(*args))
+    iapo(tmp_path, eval_dataset=tiny.pairs(2), noise_source="inversion", inversion_steps=1, max_steps=6)
+    assert list(said_sizes(said[0])) == [IMAGES, "images of eval_dataset", PROMPTS]
+    assert said[1] == said[2] == ""
+    assert list(said_sizes(said[3])) == [INVERSIONS, "noised rows of epoch 2"]
+
+
+@pytest.mark.parametrize("kind", ["images", "prompts", "noised"])
+def test_a_disk_that_is_too_small_for_a_kind_is_told_before_it(tmp_path, monkeypatch, kind):
+    """Also where what comes before would fit alone; then neither is encoded."""
+    settings = {"noise_source": "inversion", "inversion_steps": 1, "dataset": prompts_of_all_lengths(20)}
+    iapo(tmp_path / "whole", **settings)
+    sizes = {
+        part: sum(path.stat().st_size for path in (tmp_path / "whole" / "cache").glob(f"{part}-*.arrow"))
+        for part in ("images", "prompts", "noised")
+    }
+    usage = namedtuple("Usage", "total used free")
+    before = {"images": 0, "prompts": sizes["images"], "noised": 0}
+    free = {part: 0.8 * sizes[part] + before[part] if part == kind else 10**9 for part in sizes}
+    each = iter(free.values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 0, int(next(each))))
+    name = {"images": IMAGES, "prompts": PROMPTS, "noised": INVERSIONS}[kind]
+    with pytest.raises(ValueError, match=f"Precomputing {name} needs .* GB.*, and the disk of .*`precompute_dir`"):
+        iapo(tmp_path, **settings)
+    assert bool(all_files(tmp_path)) == (kind == "noised")

@@ -51,7 +51,7 @@ class HostTraffic(TorchDispatchMode):
 
 
 class MadeOfLists(TorchFunctionMode):
-    """Adds to the blocking copies the tensors that are made on the device out of numbers of Python."""
+    """Adds to the blocking copies the tensors that are made on the device out of numbers of Python; none need no copy."""
 
     def __init__(self, traffic: HostTraffic):
         super().__init__()
@@ -61,7 +61,7 @@ class MadeOfLists(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         given = args[-1] if args else None
         if function in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor) and result.device == META:
-            if not isinstance(given, torch.Tensor):
+            if not isinstance(given, torch.Tensor) and result.numel():
                 self.traffic.blocking[function.__name__] += 1
         return result
 

@@ -16,13 +16,18 @@ from .dtypes import given_dtype
 from .flux import FluxBackbone
 from .flux_2 import Flux2KleinBackbone
 from .flux_2_dev import Flux2Backbone
+from .krea_2 import Krea2Backbone
 from .names import find_model
+from .quantization import SETTING, check_environment, read_quantization
+from .qwen_image import QwenImageBackbone
+from .sana import SanaBackbone
 from .single_file import load_single_file
 from .source import PipelineSource, read_index
 from .stable_diffusion import StableDiffusionBackbone
 from .stable_diffusion_3 import StableDiffusion3Backbone
 from .stable_diffusion_xl import StableDiffusionXLBackbone
 from .weights import check_finite
+from .z_image import ZImageBackbone
 
 
 logger = logging.getLogger(__name__)
@@ -34,6 +39,10 @@ BACKBONES = (
     FluxBackbone,
     Flux2KleinBackbone,
     Flux2Backbone,
+    ZImageBackbone,
+    QwenImageBackbone,
+    Krea2Backbone,
+    SanaBackbone,
 )
 
 
@@ -61,7 +70,8 @@ def load_backbone(
         **kwargs:
             Passed to [`~diffusers.DiffusionPipeline.from_pretrained`], such as `revision` and `variant`. A `dtype`, or a
             `torch_dtype`, goes before the two above; it may be a string, or a `dict` by component. `vae` may be the name of a VAE,
-            see [`backbones.vae.load_vae`]. `config` is for single files.
+            see [`backbones.vae.load_vae`]. `quantization_config` is for folders, see [`backbones.quantization.read_quantization`].
+            `config` is for single files.
 
     Returns:
         [`backbones.base.Backbone`]
@@ -82,6 +92,11 @@ def load_backbone(
             pipeline.register_to_config(requires_safety_checker=False)
         source, empty = None, {}
     elif Path(name := find_model(model)).is_file():
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                f"{SETTING} is for pipelines in folders, and {name} is a single file. Save it as a folder once, with "
+                "`from_single_file(...).save_pretrained(...)` of its pipeline in diffusers, and name that."
+            )
         dtype = given_dtype(kwargs) or {"default": denoiser_dtype, "vae": torch.float32}
         pipeline, source = load_single_file(name, dtype=dtype, **kwargs), None
     else:
@@ -106,9 +121,13 @@ def _open(
     unrounded = dtype = given or torch.float32
     class_name = read_index(name, kwargs)["_class_name"]
     families = [family for family in BACKBONES if family.pipeline_class.__name__ == class_name]
+    quantization = kwargs.pop("quantization_config", None)
+    if quantization is not None and families:
+        quantization = read_quantization(quantization, families[0].denoiser_name, families[0].text_encoder_names)
+        check_environment(SETTING)
     if families and not given and (encoder_dtype, denoiser_dtype) != (torch.float32, torch.float32):
         dtype = {"default": encoder_dtype, "vae": torch.float32, families[0].denoiser_name: denoiser_dtype}
-    source = PipelineSource(name, dtype, unrounded, **kwargs)
+    source = PipelineSource(name, dtype, unrounded, quantization, **kwargs)
     names = [family.denoiser_name for family in families if without_denoiser and family.denoiser_name not in kwargs]
     empty = {name: source.empty(name) for name in names}
     return source, {name: module for name, module in empty.items() if module is not None}
@@ -173,9 +192,13 @@ __all__ = [
     "Flux2Backbone",
     "Flux2KleinBackbone",
     "FluxBackbone",
+    "Krea2Backbone",
+    "QwenImageBackbone",
+    "SanaBackbone",
     "StableDiffusion3Backbone",
     "StableDiffusionBackbone",
     "StableDiffusionXLBackbone",
+    "ZImageBackbone",
     "backbone_class_of",
     "load_backbone",
     "load_pipeline",

@@ -5,7 +5,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..process import Process
 from .checks import check_module, plain_tokenizer
+from .offloading import offload_by_layer, stop_offloading
+from .quantization import describe_quantization
 from .source import FreedComponent, PipelineSource
 from .vae import posterior_moments
 
@@ -53,14 +55,28 @@ class Backbone(ABC):
             Names of the components that cut prompts into tokens.
         max_sequence_length (`int` or `None`):
             Number of tokens that prompts are padded to, where the pipeline leaves the choice.
+        longest_sequence (`int`):
+            The largest number that it may be.
         embedded_guidance (`float` or `None`):
             The guidance scale that the denoiser is told in training, where it takes one.
         guidance_hint (`str` or `None`):
-            How to have the pipeline sample with an unconditional branch, where its `guidance_scale` does not.
+            How to have the pipeline sample with an unconditional branch, where it calls the denoiser once for each branch and may
+            do without: sampling without one is then refused where a branch has a model of its own.
+        true_guidance (`dict[str, Any]`):
+            Arguments of the pipeline's call by which it has an unconditional branch, where it has none without them.
+        unguided_scale (`float`):
+            The largest guidance scale at which the pipeline has no unconditional branch.
         padded_conditions (`tuple[str, ...]`):
             Names of the text conditions that `prompt_lengths` belongs to; none where padding is not masked.
+        host_conditions (`tuple[str, ...]`):
+            Names of the text conditions that stay on the CPU, where the shapes of what is computed follow from them: the host would
+            have to wait for the device to know them.
+        has_comfyui_names (`bool`):
+            Whether ComfyUI knows names for the weights of a LoRA, see [`export_lora`].
         process ([`process.Process`]):
             How latents are noised, and what the denoiser predicts.
+        quantization (`dict[str, str]`):
+            How those components are quantised that are, by name.
     """
 
     pipeline_class: type[DiffusionPipeline]
@@ -69,9 +85,14 @@ class Backbone(ABC):
     tokenizer_names: tuple[str, ...]
     lora_target_modules: tuple[str, ...]
     max_sequence_length: int | None = None
+    longest_sequence: int = 512
     embedded_guidance: float | None = None
     guidance_hint: str | None = None
+    true_guidance: dict[str, Any] = {}
+    unguided_scale: float = 1.0
     padded_conditions: tuple[str, ...] = ()
+    host_conditions: tuple[str, ...] = ()
+    has_comfyui_names: bool = True
     posterior_moments = staticmethod(posterior_moments)  # of images; a family's own where its VAE is called otherwise
 
     def __init__(self, pipeline: DiffusionPipeline, source: PipelineSource | None = None):
@@ -85,6 +106,9 @@ class Backbone(ABC):
         self.offloaded: tuple[str, ...] = ()
         self.casts: dict[str, torch.dtype] = {}
         self.saved_in: Path | None = None  # the last checkpoint of the whole pipeline
+        self.offloads_encoders = False
+        names = self.denoiser_name, *self.encoder_names
+        self.quantization = {name: how for name in names if (how := self._how_quantized(name))}
 
     # ---- What a family says of itself ----
 
@@ -116,6 +140,11 @@ class Backbone(ABC):
         """The longest prompt in tokens, special ones included, by the name of the tokenizer: by default what each one says."""
         return {name: getattr(self.pipeline, name).model_max_length for name in self.tokenizer_names}
 
+    @property
+    def text_settings(self) -> tuple[Any, ...]:
+        """What the embeddings of a prompt depend on besides tokenizers, text encoders and `max_sequence_length`: a cache is of these."""
+        return ()
+
     @abstractmethod
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         """
@@ -126,7 +155,7 @@ class Backbone(ABC):
                 The prompts. `None` is the branch that classifier-free guidance calls unconditional, as the pipeline makes it.
 
         Returns:
-            `dict[str, torch.Tensor]`: tensors whose first dimension is `B`.
+            `dict[str, torch.Tensor]`: tensors whose first dimension is `B`, on the device but for those of `host_conditions`.
         """
 
     def image_conditions(
@@ -186,13 +215,38 @@ class Backbone(ABC):
             pipeline ([`~diffusers.DiffusionPipeline`]):
                 The pipeline.
             context (`str` or `None`):
-                What the pipeline calls the call, `"cond"` or `"uncond"`, where it calls the denoiser once for each branch.
+                What the pipeline calls the call, `"cond"` or `"uncond"`, where it calls the denoiser once for each branch. Where
+                it names no call, `"again"` is a further one in a row with the same tensor as `timestep`: the second branch
+                of a pipeline that calls the denoiser for the conditional branch first.
             arguments (`dict[str, Any]`):
-                Keyword arguments of the call.
+                The arguments of the call by their names in the denoiser's `forward`, positional ones too.
 
         Returns:
             `tuple[str, ...]`: `"conditional"`, `"unconditional"` or both.
         """
+
+    @staticmethod
+    def guidance_arguments(scale: float) -> dict[str, Any]:
+        """
+        The arguments of the pipeline's call for a guidance scale, as its users write them: the scale first, then what else
+        guidance needs, such as a negative prompt.
+        """
+        return {"guidance_scale": scale}
+
+    @staticmethod
+    def sampling_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        What a pipeline is sampled with where nothing else is asked for, if it is not the default of its call: `guidance_scale`
+        and `num_inference_steps`, such as those of a distilled model whose configuration says that it is one.
+
+        Args:
+            config (`Mapping[str, Any]`):
+                The pipeline's configuration, the content of `model_index.json`.
+
+        Returns:
+            `dict[str, Any]`
+        """
+        return {}
 
     # ---- What all families share ----
 
@@ -207,6 +261,11 @@ class Backbone(ABC):
                     f"`{name}` is {value}, but this `{type(self.pipeline).__name__}` leaves no choice of it. Leave it out."
                 )
             setattr(self, name, value)
+        if self.max_sequence_length is not None and self.max_sequence_length > self.longest_sequence:
+            raise ValueError(
+                f"`max_sequence_length` is {self.max_sequence_length}, and a `{type(self.pipeline).__name__}` takes 1 to "
+                f"{self.longest_sequence} tokens."
+            )
         if not self.fits(""):
             raise ValueError(
                 f"`max_sequence_length` is {self.max_sequence_length}, and the text around a prompt alone has more tokens, so that no "
@@ -276,6 +335,12 @@ class Backbone(ABC):
             )
         return resolution
 
+    def _how_quantized(self, name: str) -> str | None:
+        module = getattr(self.pipeline, name)
+        if hasattr(module, "awaits_weights"):
+            return self.source.planned_quantization(name)
+        return describe_quantization(module)
+
     def load_denoiser(self) -> torch.nn.Module:
         """
         The denoiser with its weights, which are loaded now where the pipeline was loaded without them.
@@ -287,6 +352,8 @@ class Backbone(ABC):
         if hasattr(self.denoiser, "awaits_weights"):
             setattr(self.pipeline, name, self.source.load(self.pipeline, (name,))[name])
             check_module(name, self.denoiser)
+            if how := self._how_quantized(name):
+                self.quantization[name] = how
         return self.denoiser
 
     def cast_encoders(self, half_dtype: torch.dtype | None) -> list[str]:
@@ -309,16 +376,28 @@ class Backbone(ABC):
                 torch.nn.Module.to(encoder, self.casts[name])  # that of diffusers warns of every cast
         return list(self.casts)
 
-    def to(self, device: torch.device, channels_last: bool = False) -> None:
-        """Moves the encoders to a device (the Trainer moves the denoiser), and lays out the VAE as asked."""
-        self.device, self.channels_last = device, channels_last
+    def to(self, device: torch.device, channels_last: bool = False, offloads_encoders: bool = False) -> None:
+        """
+        Moves the encoders to a device (the Trainer moves the denoiser), or has them pass through it layer by layer, and lays out the
+        VAE as asked.
+        """
+        self.device, self.channels_last, self.offloads_encoders = device, channels_last, offloads_encoders
         self._place(tuple(name for name in self.encoder_names if name not in self.offloaded))
 
     def _place(self, names: tuple[str, ...]) -> None:
         for name in names:
-            getattr(self.pipeline, name).to(self.device)
+            self._move(getattr(self.pipeline, name))
         if self.channels_last and "vae" in names:
-            self.pipeline.vae.to(memory_format=torch.channels_last)
+            vae = self.pipeline.vae
+            if all(parameter.ndim < 5 for parameter in vae.parameters()):  # one of videos cannot be laid out so
+                vae.to(memory_format=torch.channels_last)
+
+    def _move(self, encoder: torch.nn.Module) -> None:
+        if self.offloads_encoders:
+            offload_by_layer(encoder, self.device)
+        else:
+            stop_offloading(encoder)
+            encoder.to(self.device)
 
     def offload(self, names: tuple[str, ...]) -> None:
         """
@@ -332,6 +411,7 @@ class Backbone(ABC):
         self.offloaded = names
         for name in names:
             if self.source is None:
+                stop_offloading(getattr(self.pipeline, name))
                 getattr(self.pipeline, name).to("cpu")
             else:  # past the pipeline's `__setattr__`, so that its configuration still names the component
                 vars(self.pipeline)[name] = FreedComponent(name)
@@ -381,13 +461,16 @@ class Backbone(ABC):
         """What a tokenizer is given for a prompt: the prompt, with a template around it where the family has one."""
         return prompt
 
+    @classmethod
+    def num_tokens(cls, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, prompt: str) -> int:
+        """How many tokens a prompt has for a tokenizer, special ones and those of the template included."""
+        return len(plain_tokenizer(tokenizer)(cls.templated(tokenizer, prompt), verbose=False).input_ids)
+
     def fits(self, prompt: str) -> bool:
         """Whether the text encoders read the whole of a prompt."""
-        tokenizers = {name: getattr(self.pipeline, name) for name in self.prompt_limits}
         return all(
-            len(plain_tokenizer(tokenizer)(self.templated(tokenizer, prompt), verbose=False).input_ids)
-            <= self.prompt_limits[name]
-            for name, tokenizer in tokenizers.items()
+            self.num_tokens(getattr(self.pipeline, name), prompt) <= limit
+            for name, limit in self.prompt_limits.items()
         )
 
     @contextmanager
@@ -406,7 +489,7 @@ class Backbone(ABC):
         own, was_training = self.denoiser, denoiser.training
         setattr(self.pipeline, self.denoiser_name, denoiser.eval())
         try:
-            with self.encoders_on_device(), _in_float32(self.pipeline.vae):
+            with self.encoders_on_device(), in_float32(self.pipeline.vae):
                 yield self.pipeline
         finally:
             setattr(self.pipeline, self.denoiser_name, own)
@@ -426,7 +509,7 @@ class Backbone(ABC):
         with self.encoders_on_device():
             pipeline = copy.copy(self.pipeline)
         for name in self.encoder_names:
-            getattr(pipeline, name).to(self.device)
+            self._move(getattr(pipeline, name))
         setattr(pipeline, self.denoiser_name, denoiser.eval())
         return pipeline
 
@@ -484,7 +567,7 @@ class Backbone(ABC):
 
 
 @contextmanager
-def _in_float32(vae: torch.nn.Module) -> Iterator[None]:
+def in_float32(vae: torch.nn.Module) -> Iterator[None]:
     """
     Casts a VAE to float32 while the context lasts, which rounds nothing, and with it the latents that it decodes: before a training has
     prepared the denoiser, pipelines leave them in half precision.

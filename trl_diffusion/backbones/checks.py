@@ -9,13 +9,14 @@ would not be what was trained, the model is refused by name when it is loaded: e
 component and the setting, the reason and the way out.
 """
 
-import copy
 from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from .offloading import is_offloaded_by_layer
+from .quantization import describe_quantization, quantized_layers
 from .vae import posterior_moments
 from .weights import check_finite
 
@@ -53,18 +54,29 @@ def check_module(name: str, module: torch.nn.Module) -> None:
             "`enable_sequential_cpu_offload()` (`pipeline.reset_device_map()` or `pipeline.remove_all_hooks()` undo these)",
         )
     registries = [child._diffusers_hook for child in module.modules() if hasattr(child, "_diffusers_hook")]
-    if hooks := {hook for registry in registries for hook in registry.hooks}:
+    hooks = {hook for registry in registries for hook in registry.hooks}
+    if hooks and not is_offloaded_by_layer(module):
         refuse(
             f"`{name}` has hooks of diffusers ({', '.join(sorted(hooks))})",
             "they offload, cast, cache or skip what training must compute",
-            "Load the pipeline again and do not enable group offloading, layerwise casting or caching",
+            "Load the pipeline again and do not enable group offloading, layerwise casting or caching; `offload_encoders=True` has "
+            "encoders pass through the GPU layer by layer",
+        )
+    quantized = {id(layer.weight) for layer in quantized_layers(module).values()}
+    if quantized and name == "vae":
+        refuse(
+            f"`vae` is quantized ({describe_quantization(module)})",
+            "its latents are what is trained on, and it is small",
+            "Load it without `quantization_config`, and name the denoiser and text encoders in `components_to_quantize`",
         )
     for parameter in module.parameters():
+        if id(parameter) in quantized:
+            continue
         if type(parameter) is not torch.nn.Parameter or not parameter.is_floating_point() or parameter.itemsize < 2:
             refuse(
                 f"`{name}` is quantized or sharded (it has a `{type(parameter).__name__}` of {parameter.dtype})",
                 "such weights can be neither cast nor saved into a plain pipeline",
-                "Load it without `quantization_config`, in float32, bfloat16 or float16",
+                "Load it without `quantization_config`, in float32, bfloat16 or float16, or under a LoRA in 4 or 8 bits by bitsandbytes",
             )
     check_finite(name, module)
 
@@ -79,9 +91,15 @@ def plain_tokenizer(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> PreT
     return tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
 
 
-def check_vae_scale(pipeline: DiffusionPipeline, denoiser_name: str, denoiser_channels: int) -> None:
+def check_vae_scale(
+    pipeline: DiffusionPipeline,
+    denoiser_name: str,
+    denoiser_channels: int,
+    wanted: type[torch.nn.Module] = AutoencoderKL,
+    blocks: str = "block_out_channels",
+) -> None:
     """
-    Refuses a VAE that is not a plain `AutoencoderKL` with the denoiser's channels and a scale.
+    Refuses a VAE of another class than the family's, without the denoiser's channels, or without a scale.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -90,28 +108,33 @@ def check_vae_scale(pipeline: DiffusionPipeline, denoiser_name: str, denoiser_ch
             Name of the denoiser.
         denoiser_channels (`int`):
             Number of channels of the latents that the denoiser takes.
+        wanted (`type`, *optional*, defaults to [`~diffusers.AutoencoderKL`]):
+            Class of the VAE.
+        blocks (`str`, *optional*, defaults to `"block_out_channels"`):
+            Its setting that has an entry for each size of its features.
 
     Raises:
         `ValueError`: As all checks.
     """
     vae = pipeline.vae
-    if not isinstance(vae, AutoencoderKL):
+    if not isinstance(vae, wanted):
         refuse(
             f"`vae` is a `{type(vae).__name__}`",
-            "training samples latents from the posterior of an `AutoencoderKL`",
-            "Train with the model's `AutoencoderKL`, and put the other one back for sampling",
+            f"training encodes images by an `{wanted.__name__}`",
+            f"Train with the model's `{wanted.__name__}`, and put the other one back for sampling",
         )
     config, channels = vae.config, vae.config.latent_channels
-    if channels != denoiser_channels or config.in_channels != 3 or config.out_channels != 3:
+    out_channels = config.get("out_channels", config.in_channels)  # an `AutoencoderDC` has one number for both
+    if channels != denoiser_channels or config.in_channels != 3 or out_channels != 3:
         refuse(
-            f"`vae` has `in_channels={config.in_channels}`, `out_channels={config.out_channels}` and "
+            f"`vae` has `in_channels={config.in_channels}`, `out_channels={out_channels}` and "
             f"`latent_channels={channels}`, and `{denoiser_name}` takes latents of {denoiser_channels} channels",
             f"images have 3 channels, and `{denoiser_name}` takes the latents of the VAE alone",
             f"Load the VAE that belongs to `{denoiser_name}`",
         )
-    if pipeline.vae_scale_factor != 2 ** (len(config.block_out_channels) - 1):
+    if pipeline.vae_scale_factor != 2 ** (len(config[blocks]) - 1):
         refuse(
-            f"`vae` has `block_out_channels={config.block_out_channels}` and `pipeline.vae_scale_factor` is {pipeline.vae_scale_factor}",
+            f"`vae` has `{blocks}={config[blocks]}` and `pipeline.vae_scale_factor` is {pipeline.vae_scale_factor}",
             "the VAE was put into a pipeline that was made with another one",
             f"Make the pipeline anew, `{type(pipeline).__name__}(**pipeline.components)`",
         )
@@ -121,7 +144,7 @@ def check_vae_scale(pipeline: DiffusionPipeline, denoiser_name: str, denoiser_ch
             f"`vae.config.scaling_factor` is {scale!r}",
             "the pipeline divides latents by it",
             "Set it to the model's, such as 0.18215 (Stable Diffusion), 0.13025 (Stable Diffusion XL), 1.5305 (Stable "
-            "Diffusion 3) or 0.3611 (FLUX.1)",
+            "Diffusion 3), 0.3611 (FLUX.1) or 0.41407 (Sana)",
         )
 
 
@@ -167,10 +190,9 @@ def check_text_encoder(pipeline: DiffusionPipeline, name: str, wanted: str) -> N
             "tokens were added to the tokenizer only",
             f"Load them with `pipeline.load_textual_inversion(...)`, or load the model's own `{token}`",
         )
-    # Of CLIP: the others' prompts are padded to `max_sequence_length`, whatever their tokenizers say
-    if wanted.startswith("CLIP") and tokenizer.model_max_length > (
-        positions := encoder.config.max_position_embeddings
-    ):
+    # Only CLIP's prompts are padded to what the tokenizer says
+    positions = encoder.config.max_position_embeddings if "CLIP" in wanted else tokenizer.model_max_length
+    if tokenizer.model_max_length > positions:
         refuse(
             f"`{token}.model_max_length` is {tokenizer.model_max_length} and `{name}` takes {positions} tokens",
             "prompts are padded to the former",
@@ -191,6 +213,12 @@ def check_other_weights(pipeline: DiffusionPipeline, reference: DiffusionPipelin
     """Refuses a reference of another family, or one that shares the weights that are trained."""
     if class_of_diffusers(pipeline) is not class_of_diffusers(reference):
         refuse_reference(f"it is a `{type(reference).__name__}` and the policy is a `{type(pipeline).__name__}`")
+    own, other = (describe_quantization(getattr(each, denoiser_name)) for each in (pipeline, reference))
+    if own != other:
+        refuse_reference(
+            f"its `{denoiser_name}` is held in {other or 'full precision'} and the policy's in {own or 'full precision'}, so that they "
+            "differ before anything is trained"
+        )
     trained = {id(parameter) for parameter in getattr(pipeline, denoiser_name).parameters()}
     if any(id(parameter) in trained for parameter in getattr(reference, denoiser_name).parameters()):
         refuse_reference(f"its `{denoiser_name}` has the weights that are trained, and would move with them")
@@ -283,7 +311,12 @@ def same_latents(
         return True
     colours = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     image = torch.nn.functional.interpolate(colours, size=(64, 64), mode="bilinear")
-    (mean, _), (other_mean, _) = (
-        moments(copy.deepcopy(each).to("cpu", torch.float32), image) for each in (vae, other)
-    )
+    (mean, _), (other_mean, _) = (moments(_plain_copy(each), image) for each in (vae, other))
     return mean.shape == other_mean.shape and bool((mean - other_mean).norm() <= 0.02 * mean.norm())
+
+
+def _plain_copy(vae: torch.nn.Module) -> torch.nn.Module:
+    """A copy in float32 on the CPU, without hooks."""
+    plain = type(vae).from_config(vae.config).eval()
+    plain.load_state_dict(vae.state_dict())
+    return plain

@@ -16,7 +16,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from ..process import RectifiedFlow
 from .base import Backbone
-from .flow_checks import check_flow_pipeline, check_flow_reference
+from .flow_checks import check_flow_pipeline, check_flow_reference, check_scheduler
 
 
 def shift_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, sigmas: torch.Tensor, mu: float) -> torch.Tensor:
@@ -73,11 +73,12 @@ class FlowBackbone(Backbone):
     attention_processors: tuple[str, ...]
     transformer_inputs: tuple[str, ...]
     vae_settings: tuple[str, ...] = ("scaling_factor", "shift_factor")
+    check_scheduler = staticmethod(check_scheduler)  # a family's own where its pipeline comes with another one
 
     @classmethod
     def check(cls, pipeline: DiffusionPipeline) -> None:
         encoders = cls.text_encoders_of(pipeline)
-        check_flow_pipeline(pipeline, cls.transformer_class, encoders, cls.attention_processors)
+        check_flow_pipeline(pipeline, cls.transformer_class, encoders, cls.attention_processors, cls.check_scheduler)
         cls.check_parts(pipeline)
 
     @classmethod

@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, SchedulerMixin
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
 
 from .checks import (
     check_ignored,
@@ -26,6 +28,7 @@ def check_flow_pipeline(
     transformer_class: type[torch.nn.Module],
     text_encoders: dict[str, str],
     attention_processors: Collection[str],
+    check_scheduler: Callable[[SchedulerMixin], None],
 ) -> None:
     """
     Refuses a pipeline of a flow transformer that is not made of the parts of its family.
@@ -39,6 +42,8 @@ def check_flow_pipeline(
             Names of the text encoders, and of their classes.
         attention_processors (`Collection[str]`):
             Names of the attention processors that compute plain attention by the layers that are trained and saved.
+        check_scheduler (`Callable`):
+            Refuses a scheduler that does not tell how the family's timesteps are shifted.
 
     Raises:
         `ValueError`: As all checks.
@@ -97,10 +102,11 @@ def check_transformer(
             f"a `{type(pipeline).__name__}` has a `{wanted.__name__}`",
             f"Put the plain `{wanted.__name__}` into the pipeline",
         )
-    processors = {type(processor).__name__ for processor in transformer.attn_processors.values()}
+    attentions = [module for module in transformer.modules() if isinstance(module, Attention | AttentionModuleMixin)]
+    processors = {type(attention.processor).__name__ for attention in attentions}
     if any("IPAdapter" in name for name in processors):
         refuse("`transformer` carries an IP-Adapter", "training has no image prompts", "Load the pipeline without it")
-    is_fused = any(getattr(module, "fused_projections", False) for module in transformer.modules())
+    is_fused = any(attention.fused_projections for attention in attentions)
     if is_fused or (others := processors - set(attention_processors)):
         what = "fused projections" if is_fused else f"attention processors of the kind `{', '.join(sorted(others))}`"
         refuse(
@@ -109,7 +115,9 @@ def check_transformer(
             "Call `pipeline.transformer.unfuse_qkv_projections()`, or load the pipeline anew",
         )
     config = transformer.config
-    if (out_channels := config.get("out_channels") or config.in_channels) != config.in_channels:
+    out_channels = config.get("out_channels") or config.in_channels
+    packed_channels = out_channels * config.get("patch_size", 1) ** 2  # where the transformer counts before packing
+    if config.in_channels not in (out_channels, packed_channels):
         refuse(
             f"`transformer.config.in_channels` is {config.in_channels} and `out_channels` is {out_channels}",
             "it takes more than the noised latents (inpainting, depth, image editing)",
@@ -118,7 +126,7 @@ def check_transformer(
 
 
 def check_vae(pipeline: DiffusionPipeline) -> None:
-    """Refuses a VAE whose latents are not those that Stable Diffusion 3 or FLUX.1 decodes."""
+    """Refuses a VAE whose latents are not those that Stable Diffusion 3, FLUX.1 or Z-Image decodes."""
     channels = pipeline.transformer.config.in_channels
     if isinstance(pipeline, FluxPipeline):
         channels //= 4  # 2x2 positions are packed into the channels

@@ -24,6 +24,7 @@ class FluxBackbone(FlowBackbone):
     transformer_inputs = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
     max_sequence_length = 512  # the pipeline's default
     guidance_hint = "pass `true_cfg_scale` above 1 and `negative_prompt=''` to it; its `guidance_scale` makes none"
+    true_guidance = {"negative_prompt": "", "true_cfg_scale": 2.0}
     patch_size = 2  # 2x2 positions are packed into the channels
 
     def __init__(self, pipeline, source=None):

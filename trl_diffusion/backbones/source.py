@@ -3,6 +3,7 @@
 
 """Loading the components of a pipeline when they are needed, and in the precision that they are needed in."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,8 +14,9 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 
 from .dtypes import check_components, dtype_of
+from .quantization import SETTINGS, check_environment, describe_settings, make_config
 from .vae import load_vae
-from .weights import load_checked
+from .weights import check_finite_files, load_checked
 
 
 logger = logging.getLogger(__name__)
@@ -54,11 +56,13 @@ class PipelineSource:
             Precision of all components, or of each by its name, with `"default"` for the others.
         unrounded_dtype (`torch.dtype` or `dict[str, torch.dtype]`):
             The same without mixed precision.
+        quantization (`dict[str, dict[str, Any]]`, *optional*):
+            How components are quantised, see [`backbones.quantization.read_quantization`].
         **kwargs:
             Passed to [`~diffusers.DiffusionPipeline.from_pretrained`]. A `vae` may be a name, see [`backbones.vae.load_vae`].
 
     Raises:
-        `ValueError`: If a precision is given to a component that the pipeline does not have.
+        `ValueError`: If a precision is given to a component that the pipeline does not have, or what is quantised cannot be loaded.
     """
 
     def __init__(
@@ -66,11 +70,13 @@ class PipelineSource:
         name: str,
         dtype: torch.dtype | dict[str, torch.dtype],
         unrounded_dtype: torch.dtype | dict[str, torch.dtype],
+        quantization: dict[str, dict[str, Any]] | None = None,
         **kwargs,
     ):
         self.name = name
         self.dtype, self.unrounded_dtype = dtype, unrounded_dtype
         self.vae_name = kwargs.pop("vae") if isinstance(kwargs.get("vae"), str | Path) else None
+        self.quantization = quantization or {}
         self.kwargs = kwargs | components_left_out(name, kwargs)
         check_components(dtype, read_index(name, kwargs))
         # Whatever changes on the Hub meanwhile, all components are of one commit
@@ -78,26 +84,51 @@ class PipelineSource:
         self.folder = (
             name if Path(name).is_dir() else str(DiffusionPipeline.download(name, **self.kwargs, **not_needed))
         )
+        parts = [part for part in read_index(self.folder, {}) if part not in self.kwargs]
+        if quantized := [part for part in parts if self.planned_quantization(part)]:
+            check_environment(f"A quantised {' and '.join(f'`{part}`' for part in quantized)}")
 
     @property
     def is_rounded(self) -> bool:
-        """Whether some components have less precision than without mixed precision."""
-        return self.dtype != self.unrounded_dtype
+        """Whether some components have less precision than without mixed precision and quantisation."""
+        return self.dtype != self.unrounded_dtype or bool(self.quantization)
+
+    def planned_quantization(self, name: str) -> str | None:
+        """How a component will be quantised, by the settings or as its files are; `None` where it is not."""
+        if name in self.quantization:
+            return describe_settings(self.quantization[name])
+        file = Path(self.folder) / name / "config.json"
+        stored = (json.loads(file.read_text()).get("quantization_config") if file.exists() else None) or {}
+        if stored.get("quant_method") != "bitsandbytes":
+            return None
+        return describe_settings(SETTINGS | stored)
 
     def load_pipeline(self, **components: torch.nn.Module) -> DiffusionPipeline:
         """Loads the pipeline, but for some components that are given."""
-        pipeline = self._from_pretrained(self.dtype, components)
+        pipeline = self._from_pretrained(self.dtype, components, self.quantization)
         pipeline.register_to_config(_name_or_path=self.name)
         return pipeline
 
     def _from_pretrained(
-        self, dtype: torch.dtype | dict[str, torch.dtype], components: dict[str, Any]
+        self,
+        dtype: torch.dtype | dict[str, torch.dtype],
+        components: dict[str, Any],
+        quantization: dict[str, dict[str, Any]],
     ) -> DiffusionPipeline:
         if self.vae_name is not None and "vae" not in components:
             components = components | {
                 "vae": load_vae(self.vae_name, dtype_of("vae", dtype), self.folder, self.kwargs)
             }
-        return load_checked(self.folder, dtype, self.kwargs | components)
+        given = self.kwargs | components
+        quantization = {name: settings for name, settings in quantization.items() if name not in given}
+        if quantization:
+            index = read_index(self.folder, {})
+            libraries = {name: index[name][0] for name in quantization}
+            dtypes = {name: dtype_of(name, dtype) for name in quantization}
+            given["quantization_config"] = make_config(quantization, libraries, dtypes)
+            for name in quantization:
+                check_finite_files(name, Path(self.folder) / name, given.get("variant"))
+        return load_checked(self.folder, dtype, given)
 
     def load(
         self, pipeline: DiffusionPipeline, names: tuple[str, ...], is_rounded: bool = True
@@ -111,7 +142,7 @@ class PipelineSource:
             names (`tuple[str, ...]`):
                 Names of the components.
             is_rounded (`bool`, *optional*, defaults to `True`):
-                Whether in the precision of the training, or in that without mixed precision.
+                Whether in the precision of the training, or in that without mixed precision and quantisation.
 
         Returns:
             `dict[str, torch.nn.Module]`: the components by name, on the CPU.
@@ -123,8 +154,8 @@ class PipelineSource:
             for name, component in pipeline.components.items()
             if name not in names
         }
-        dtype = self.dtype if is_rounded else self.unrounded_dtype
-        loaded = self._from_pretrained(dtype, others)
+        dtype, quantization = (self.dtype, self.quantization) if is_rounded else (self.unrounded_dtype, {})
+        loaded = self._from_pretrained(dtype, others, quantization)
         return {name: getattr(loaded, name) for name in names}
 
     def empty(self, name: str) -> torch.nn.Module | None:

@@ -14,11 +14,16 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
+from .quantization import quantized_layers
+
 
 # Names that a text encoder has twice, with and without, as its version of transformers has it; of the last no prompt is encoded
 PREFIX = "text_model."
 NO_MATTER = ("position_ids", "encoder.embed_tokens.weight", "shared.weight", "lm_head.weight")
 # Other parts of the models that text encoders are taken from
+# What a layer of bitsandbytes saves beside its weight
+SCALES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB")
+QUANTIZED_PARTS = (*SCALES, ".weight_format", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 OTHER_TOWERS = ("vision_model.", "visual_projection.", "logit_scale", "decoder.", "lm_head.")
 
 
@@ -122,25 +127,57 @@ def check_finite(name: str, module: torch.nn.Module) -> None:
         `ValueError`: If a weight is NaN or infinite, with its name.
     """
     for key, weight in module.named_parameters():
-        if weight.is_floating_point() and weight.itemsize > 1 and weight.numel() and not weight.is_meta:
-            if not torch.stack(weight.detach().aminmax()).isfinite().all():
-                raise ValueError(
-                    f"`{name}` has weights that are not finite, such as {key}. The model was saved after a training that diverged, or "
-                    "the file is damaged: take an earlier checkpoint, or download it again."
-                )
+        _check_finite(name, key, weight.detach())
+    if quantized_layers(module):
+        for key, scales in module.state_dict().items():
+            if key.endswith(SCALES):
+                _check_finite(name, key, scales)
+
+
+def check_finite_files(name: str, path: Path, variant: str | None) -> None:
+    """
+    Refuses files with weights that are no numbers, which quantising may turn into some.
+
+    Args:
+        name (`str`):
+            What the user calls the model.
+        path (`Path`):
+            The folder of the component.
+        variant (`str`, *optional*):
+            The variant of the weight files.
+
+    Raises:
+        `ValueError`: If a weight is NaN or infinite, with its name.
+    """
+    for file in _weight_files(path, variant):
+        with safe_open(file, "pt") as weights:
+            for key in weights.keys():
+                _check_finite(name, key, weights.get_tensor(key))
+
+
+def _check_finite(name: str, key: str, weight: torch.Tensor) -> None:
+    if weight.is_floating_point() and weight.itemsize > 1 and weight.numel() and not weight.is_meta:
+        if not torch.stack(weight.aminmax()).isfinite().all():
+            raise ValueError(
+                f"`{name}` has weights that are not finite, such as {key}. The model was saved after a training that diverged, or "
+                "the file is damaged: take an earlier checkpoint, or download it again."
+            )
 
 
 def _plain(names: Iterable[str]) -> set[str]:
-    return {name.removeprefix(PREFIX) for name in names if not name.endswith(NO_MATTER)}
+    return {name.removeprefix(PREFIX) for name in names if not name.endswith((*NO_MATTER, *QUANTIZED_PARTS))}
 
 
 def _names_in_files(path: Path, variant: str | None) -> set[str]:
     """Names of the weights in a component's .safetensors files: of those of a variant, if there are any."""
-    files = list(path.glob("*.safetensors"))
-    of_variant = [file for file in files if f".{variant}" in file.name]
-    plain = [file for file in files if file.name.count(".") == 1]
     names: set[str] = set()
-    for file in (variant and of_variant) or plain:
+    for file in _weight_files(path, variant):
         with safe_open(file, "pt") as weights:
             names |= _plain(weights.keys())
     return names
+
+
+def _weight_files(path: Path, variant: str | None) -> list[Path]:
+    files = list(path.glob("*.safetensors"))
+    of_variant = [file for file in files if f".{variant}" in file.name]
+    return (variant and of_variant) or [file for file in files if file.name.count(".") == 1]

@@ -3,6 +3,7 @@
 
 """Tensors that are computed once and stored in Arrow files."""
 
+import dataclasses
 import json
 import os
 import re
@@ -18,15 +19,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, Features, Value
-from datasets.table import MemoryMappedTable, concat_tables
+from datasets.table import InMemoryTable, concat_tables
 from datasets.utils import tqdm
 from safetensors import torch as safetensors
 
+from .column_checks import selected
+from .encoded_files import EncodedFiles, keys_of, mean_length, readable, select
 from .key_index import KeyIndex
 from .pipelining import CORES, ahead, behind
 
 
 TENSORS = "_tensors"  # column with the tensors of a row, in the safetensors format
+ABSENT = "_absent"  # in a batch, the ids of its rows that are not encoded
 ROWS_PER_FILE = 1000
 ROWS_AT_ONCE = 100  # that are written at once
 
@@ -76,10 +80,180 @@ def read_batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
             Rows.
 
     Returns:
-        `dict`: tensors whose first dimension is `B`, see [`data.caching.stack_padded`], and lists of `B` values.
+        `dict`: tensors whose first dimension is `B`, see [`data.caching.stack_padded`], and lists of `B` values. Where a row was not
+        encoded, see [`data.caching.with_absent`], the ids alone: a data loader reads batches that nothing is done with.
     """
+    if absent := [row["id"] for row in rows if row[TENSORS] is None]:
+        return {"id": [row["id"] for row in rows], ABSENT: absent}
     values = {name: [row[name] for row in rows] for name in rows[0] if name != TENSORS}
     return values | _stack_rows([np.frombuffer(row[TENSORS], np.uint8) for row in rows])
+
+
+def check_encoded(batch: dict[str, Any]) -> None:
+    """Raises a `ValueError` for a batch of [`data.caching.read_batch`] with a row that was not encoded."""
+    if ABSENT in batch:
+        raise ValueError(
+            f"The row with id {batch[ABSENT][0]!r} was not encoded: the settings that the trainer was made with do not visit it. Make "
+            "the trainer with the `max_steps`, batch size and seed that it is trained with (what is encoded already stays), or "
+            "train without `precompute`."
+        )
+
+
+def with_absent(encoded: Dataset, rows: np.ndarray, others: dict[str, pa.Array]) -> Dataset:
+    """
+    A dataset whose rows are not all encoded. To use one of the others is an error, see [`data.caching.check_encoded`].
+
+    Args:
+        encoded ([`~datasets.Dataset`]):
+            A result of [`data.caching.Encoding`] for some rows of a dataset.
+        rows (`np.ndarray`):
+            The numbers of these rows, in order.
+        others (`dict[str, pa.Array]`):
+            Some columns of the whole dataset, which the rows that are not encoded keep.
+
+    Returns:
+        [`~datasets.Dataset`]: as many rows as the whole dataset has, in its order.
+    """
+    number, schema = len(next(iter(others.values()))), encoded.data.schema
+    absent = np.setdiff1d(np.arange(number), rows)
+    columns = [
+        others[field.name].take(pa.array(absent)).cast(field.type)
+        if field.name in others
+        else pa.nulls(len(absent), field.type)
+        for field in schema
+    ]
+    places = np.empty(number, np.int64)
+    places[rows] = selected(encoded, np.arange(len(encoded.data)))
+    places[absent] = len(encoded.data) + np.arange(len(absent))
+    table = InMemoryTable(pa.table(columns, schema=schema))
+    return select(concat_tables([encoded.data, table]), places, encoded._fingerprint)
+
+
+@dataclasses.dataclass
+class Encoding:
+    """
+    Encodes a dataset, or some of its rows, into Arrow files of at most 1000 rows each. What is in a file already is not encoded again,
+    whatever other rows it was encoded with, so an interrupted run continues with the file that was not finished, and a run on more
+    rows adds these. When it is made, it says how much there is to do. The files are distributed among the processes. Rows are read
+    ahead and results are written behind, while others are encoded.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The rows.
+        encode (`Callable`):
+            Returns an example for each of several prepared rows.
+        features ([`~datasets.Features`]):
+            Columns of the examples besides their tensors. The first one is the key: a column of the dataset as well, with a text for
+            each row that no other one has; one may be null.
+        name (`str`):
+            Name of the content, for file names and messages.
+        fingerprint (`str`):
+            Hash of everything that an example depends on besides its key, and where `rows` is left out of the keys and their order.
+        folder (`Path`):
+            Folder of the files.
+        batch_size (`int`):
+            Number of rows that are encoded at once.
+        process_index (`int`, *optional*, defaults to `0`):
+            Index of this process.
+        num_processes (`int`, *optional*, defaults to `1`):
+            Number of processes.
+        wait (`Callable`, *optional*):
+            Waits for all processes.
+        say (`Callable`, *optional*):
+            Prints a message.
+        prepare (`Callable`, *optional*):
+            From a row to what `encode` is given of it, in threads. By default the row.
+        rows (`np.ndarray`, *optional*):
+            The numbers of the rows that are needed, in order. By default all.
+        more_bytes (`Callable`, *optional*):
+            From the first example and the numbers of the rows that are missing to how many bytes more than the first they take on
+            average, where their tensors differ in size.
+        reserved (`int`, *optional*, defaults to `0`):
+            How many bytes others will take before.
+
+    Attributes:
+        size (`int`):
+            About how many bytes are missing.
+        keys (`pa.LargeStringArray`), all_keys (`pa.LargeStringArray`):
+            The keys of the rows that are needed, and of all rows of the dataset.
+
+    Raises:
+        `ValueError`: If there is not enough space on the disk.
+    """
+
+    dataset: Dataset
+    encode: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+    features: Features
+    name: str
+    fingerprint: str
+    folder: Path
+    batch_size: int
+    process_index: int = 0
+    num_processes: int = 1
+    wait: Callable[[], None] = lambda: None
+    say: Callable[[str], None] = print
+    prepare: Callable[[dict[str, Any]], Any] = dict
+    rows: np.ndarray | None = None
+    more_bytes: Callable[[dict[str, Any], np.ndarray], float] = lambda first, rows: 0.0
+    reserved: int = 0
+
+    def __post_init__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.features = Features({**self.features, TENSORS: Value("large_binary")})
+        self.all_keys = keys = keys_of(self.dataset, next(iter(self.features)))
+        number, needed = len(keys), np.arange(len(keys)) if self.rows is None else self.rows
+        self.keys = keys.take(pa.array(needed))
+        self.files = EncodedFiles(
+            self.folder, f"{re.sub('[^A-Za-z0-9_]+', '-', self.name)}-{self.fingerprint}", self.features
+        )
+        missing = needed[self.files.places(self.keys) < 0]
+        self.wait()
+        self.parts = self.files.names_of(missing, keys, number if self.rows is None else None, ROWS_PER_FILE)
+        self.size = self._expected_size(missing, keys) if len(missing) else 0
+        free, others = shutil.disk_usage(self.folder).free, ""
+        if len(needed) < number:
+            others = f" The dataset has {number:,}, and the others are not needed."
+        if not len(missing):
+            self.say(f"Precomputed before: {self.name}, {len(needed):,} rows in {self.folder}.{others}")
+            return
+        self.say(
+            f"Precomputing {self.name}: {len(missing):,} of {len(needed):,} rows are missing, about {readable(self.size)} in "
+            f"{self.folder}, where {readable(free)} are free.{others}"
+        )
+        if self.size + self.reserved > free:
+            beside = f" beside {self.reserved / 1e9:.2f} GB for what comes before" if self.reserved else ""
+            raise ValueError(
+                f"Precomputing {self.name} needs {self.size / 1e9:.2f} GB{beside}, and the disk of {self.folder} has "
+                f"{free / 1e9:.2f} GB left. Set `precompute_dir` to a folder on another disk, train on fewer rows, or train "
+                "without `precompute`."
+            )
+
+    def _expected_size(self, missing: np.ndarray, keys: pa.LargeStringArray) -> int:
+        first = self.encode([self.prepare(self.dataset[int(missing[0])])])[0]
+        longer = mean_length(keys.take(pa.array(missing))) - mean_length(keys.slice(int(missing[0]), 1))
+        counts = [len(part) for part in self.parts.values()]
+        more = longer + self.more_bytes(first, missing)
+        return self.files.expected_size(write_example(first), counts, ROWS_AT_ONCE, more)
+
+    def run(self) -> Dataset:
+        """
+        Encodes what is missing.
+
+        Returns:
+            [`~datasets.Dataset`]: the examples of the rows, in their order, memory-mapped, with their tensors as one column.
+        """
+        parts = dict(islice(self.parts.items(), self.process_index, None, self.num_processes))
+
+        def read(numbers: range | list[int]) -> list:
+            columns = self.dataset[numbers]
+            return [self.prepare(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+        number = sum(map(len, parts.values()))
+        with tqdm(total=number, desc=f"Precomputing {self.name}", disable=not parts or None) as progress:
+            write_files(parts, self.features, read, self.encode, self.batch_size, progress.update)
+        self.wait()
+        self.files.add(self.parts)
+        return self.files.dataset(self.files.places(self.keys), self.fingerprint)
 
 
 def precompute_dataset(
@@ -96,86 +270,15 @@ def precompute_dataset(
     say: Callable[[str], None] = print,
     prepare: Callable[[dict[str, Any]], Any] = dict,
 ) -> Dataset:
-    """
-    Encodes a dataset into Arrow files of 1000 rows each. Existing files are loaded, so an interrupted run continues with the
-    file that was not finished. The files are distributed among the processes. Rows are read ahead and results are written behind,
-    while others are encoded.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            The rows.
-        encode (`Callable`):
-            Returns an example for each of several prepared rows.
-        features ([`~datasets.Features`]):
-            Columns of the examples besides their tensors.
-        name (`str`):
-            Name of the content, for file names and messages.
-        fingerprint (`str`):
-            Hash of everything that the examples depend on.
-        folder (`Path`):
-            Folder of the files.
-        batch_size (`int`):
-            Number of rows that are encoded at once.
-        process_index (`int`, *optional*, defaults to `0`):
-            Index of this process.
-        num_processes (`int`, *optional*, defaults to `1`):
-            Number of processes.
-        wait (`Callable`, *optional*):
-            Waits for all processes.
-        say (`Callable`, *optional*):
-            Prints a message.
-        prepare (`Callable`, *optional*):
-            From a row to what `encode` is given of it, in threads. By default the row.
-
-    Returns:
-        [`~datasets.Dataset`]: the examples, memory-mapped, with their tensors as one column.
-
-    Raises:
-        `ValueError`: If there is not enough space on the disk.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    features = Features({**features, TENSORS: Value("large_binary")})
-    starts = range(0, len(dataset), ROWS_PER_FILE)
-    files = {
-        start: folder / f"{re.sub('[^A-Za-z0-9_]+', '-', name)}-{fingerprint}-{start // ROWS_PER_FILE:05d}.arrow"
-        for start in starts
-    }
-    present = set(os.listdir(folder))
-    missing = [start for start in starts if files[start].name not in present]
-    wait()
-    if missing:
-        rows = sum(min(ROWS_PER_FILE, len(dataset) - start) for start in missing)
-        size = rows * len(write_example(encode([prepare(dataset[missing[0]])])[0])[TENSORS])
-        free = shutil.disk_usage(folder).free
-        say(f"Precomputing {name}: {rows:,} of {len(dataset):,} rows are missing, {size / 1e9:.2f} GB, in {folder}.")
-        if size > free:
-            raise ValueError(
-                f"Precomputing {name} needs {size / 1e9:.2f} GB, and the disk of {folder} has {free / 1e9:.2f} GB left. "
-                "Set `precompute_dir` to a folder on another disk, train on fewer rows, or train without `precompute`."
-            )
-    else:
-        say(f"Precomputed before: {name}, {len(dataset):,} rows in {folder}.")
-    parts = {
-        files[start]: range(start, min(start + ROWS_PER_FILE, len(dataset)))
-        for start in missing
-        if start // ROWS_PER_FILE % num_processes == process_index
-    }
-
-    def read(numbers: range) -> list:
-        columns = dataset[numbers.start : numbers.stop]
-        return [prepare(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
-
-    with tqdm(total=sum(map(len, parts.values())), desc=f"Precomputing {name}", disable=not parts or None) as progress:
-        write_files(parts, features, read, encode, batch_size, progress.update)
-    wait()
-    table = concat_tables([MemoryMappedTable.from_file(str(file)) for file in files.values()])
-    return Dataset(table, fingerprint=fingerprint)
+    """The encoded rows of a whole dataset, see [`data.caching.Encoding`] for the arguments."""
+    into, processes = (name, fingerprint, folder, batch_size), (process_index, num_processes, wait)
+    return Encoding(dataset, encode, features, *into, *processes, say, prepare).run()
 
 
 def write_files(
-    parts: dict[Path, range],
+    parts: dict[Path, range | list[int]],
     features: Features,
-    read: Callable[[range], list],
+    read: Callable[[range | list[int]], list],
     encode: Callable[[list], list[dict[str, Any]]],
     batch_size: int,
     done: Callable[[int], Any],
@@ -184,7 +287,7 @@ def write_files(
     Writes examples into Arrow files, whole or not at all: reads rows ahead, and writes behind.
 
     Args:
-        parts (`dict[Path, range]`):
+        parts (`dict[Path, range | list[int]]`):
             The numbers of the rows of each file.
         features ([`~datasets.Features`]):
             Columns of the files.
@@ -274,7 +377,8 @@ class TensorCache:
 
     def __init__(self, dataset: Dataset, key: str):
         self.dataset = dataset
-        self.places = KeyIndex(dataset.data.column(key))
+        self.places = KeyIndex(keys_of(dataset, key))
+        self.rows = selected(dataset, np.arange(len(dataset.data)))
 
     def __getitem__(self, keys: list[str | None]) -> dict[str, torch.Tensor]:
         """
@@ -296,7 +400,8 @@ class TensorCache:
     def look_up(self, keys: list[str | None], pin_memory: bool = False) -> dict[str, torch.Tensor]:
         """As `cache[keys]`, with a result in pinned memory if asked for. Each row is copied once, out of the file."""
         column = self.dataset.data.column(TENSORS)
-        return _stack_rows([np.frombuffer(column[self.places[key]].as_buffer(), np.uint8) for key in keys], pin_memory)
+        rows = [column[self.rows[self.places[key]].item()] for key in keys]
+        return _stack_rows([np.frombuffer(row.as_buffer(), np.uint8) for row in rows], pin_memory)
 
 
 DTYPES = {

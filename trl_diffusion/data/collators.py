@@ -73,6 +73,10 @@ class ImageCollator:
         examples = [read_example(row) if is_precomputed(row) else self.prepare(row) for row in rows]
         return {name: _batch([example[name] for example in examples]) for name in examples[0]}
 
+    def texts(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The columns of an example that hold no tensors. Raises a `ValueError` if one is invalid."""
+        return {"id": row_id(row), "prompt": row_prompt(row)}
+
     def size(self, row: dict[str, Any]) -> tuple[int, int]:
         """
         The training size of a row.
@@ -154,7 +158,7 @@ class InstancePairCollator(ImageCollator):
         Raises:
             `ValueError`: If the row is invalid. The message names the row and the column.
         """
-        example = {"id": row_id(row), "prompt": row_prompt(row)}
+        example = self.texts(row)
         images, size = self._open_images(row)
         instances = check_instances(row, {column: stored_size for column, (_, stored_size) in images.items()})
         for column, opened in images.items():
@@ -191,6 +195,10 @@ class AttributeCollator(ImageCollator):
     image_columns = ("image",)
     text_features = {"positive_attributes": List(Value("string")), "negative_attributes": List(Value("string"))}
 
+    def texts(self, row: dict[str, Any]) -> dict[str, Any]:
+        positive, negative = check_attributes(row, self.criteria)
+        return super().texts(row) | {"positive_attributes": positive, "negative_attributes": negative}
+
     def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
         """
         Prepares one row.
@@ -205,14 +213,11 @@ class AttributeCollator(ImageCollator):
         Raises:
             `ValueError`: If the row is invalid. The message names the row and the column.
         """
-        name, (positive, negative) = row_id(row), check_attributes(row, self.criteria)
+        texts = self.texts(row)
         images, size = self._open_images(row)
         image = self._prepare_image(images["image"], [], size, row, "image")
         del image["image_boxes"]
-        return {"id": name, "prompt": row_prompt(row), **image} | {
-            "positive_attributes": positive,
-            "negative_attributes": negative,
-        }
+        return texts | image
 
 
 def _batch(values: list) -> torch.Tensor | list:

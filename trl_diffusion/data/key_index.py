@@ -17,12 +17,13 @@ class KeyIndex:
     The places of keys, sorted in Arrow: a `dict` of a million texts takes ten times the memory, and seconds to make.
 
     Args:
-        keys (`pa.ChunkedArray`):
+        keys (`pa.ChunkedArray` or `pa.Array`):
             Texts, of which no two are equal; one may be null.
     """
 
-    def __init__(self, keys: pa.ChunkedArray):
-        keys = keys.cast(pa.large_string()).combine_chunks()
+    def __init__(self, keys: pa.ChunkedArray | pa.Array):
+        keys = keys.cast(pa.large_string())
+        keys = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
         order = pc.sort_indices(keys)  # nulls last; by UTF-8, which is the order of Python's texts
         known = len(keys) - keys.null_count
         self.null = order[known].as_py() if keys.null_count else None

@@ -29,12 +29,12 @@ from tqdm.auto import tqdm
 
 from ..batching import batched, in_threads
 from ..files import write_file
-from ..sampling import sample_images
+from ..sampling import default_argument, family_of, sample_images
 from .models import (
     METADATA_FILE,
     ModelSpec,
-    default_guidance,
     guidance_of,
+    guidance_without,
     is_image,
     load_pipeline,
     pipeline_class_of,
@@ -126,7 +126,7 @@ def generate(
         key: value for key, value in protocol.describe().items() if key in SETTINGS and key != "images_per_prompt"
     }
     if protocol.guidance_scale is None:
-        settings["guidance_scale"] = default_guidance(pipeline_class)
+        settings["guidance_scale"] = guidance_without(spec)
     manifest = {
         "prompts": {"name": prompt_set.name, "revision": prompt_set.revision, "digest": prompt_set.digest},
         "protocol": settings,
@@ -275,29 +275,40 @@ def sample_rows(
 def further_settings(pipeline: DiffusionPipeline, protocol: Protocol, name: str) -> dict[str, Any]:
     """
     The arguments of the pipeline's call for the settings that only some pipelines take. Warns of those that this one does not
-    take: a protocol may be for models of several families.
+    take: a protocol may be for models of several families. Where a pipeline would draw another size and resize the image, a size
+    that the protocol sets is drawn.
     """
     given = {key: getattr(protocol, key) for key in OF_SOME_PIPELINES if getattr(protocol, key) is not None}
     taken = inspect.signature(pipeline.__call__).parameters
     if others := [key for key in given if key not in taken]:
         logger.warning(f"{name} is sampled without {' and '.join(others)}: a `{type(pipeline).__name__}` takes none.")
     settings = {key: value for key, value in given.items() if key in taken}
-    return settings | ({"negative_prompt": ""} if "true_cfg_scale" in settings else {})
+    if "use_resolution_binning" in taken and (protocol.height or protocol.width):
+        settings["use_resolution_binning"] = False
+    if "true_cfg_scale" not in settings:
+        return settings
+    guidance = family_of(type(pipeline)).guidance_arguments(settings["true_cfg_scale"])
+    return {"negative_prompt": guidance.get("negative_prompt", "")} | settings
 
 
 def check_branches(spec: ModelSpec, pipeline_class: type[DiffusionPipeline], protocol: Protocol) -> None:
     """Refuses a negative LoRA where the model would be sampled without the unconditional branch that it is for."""
     if spec.negative_lora is None:
         return
-    parameters = inspect.signature(pipeline_class.__call__).parameters
-    name = "true_cfg_scale" if "true_cfg_scale" in parameters else "guidance_scale"
-    scale = getattr(protocol, name)
-    scale = parameters[name].default if scale is None and name in parameters else scale
-    if scale is not None and scale <= 1:
+    family = family_of(pipeline_class)
+    has_true = default_argument(pipeline_class, "true_cfg_scale") is not None
+    is_other = has_true and "true_cfg_scale" not in family.guidance_arguments(
+        1.0
+    )  # than `guidance_scale`, as for FLUX.1
+    flag = "true_cfg_scale" if is_other else "guidance_scale"
+    scale = protocol.true_cfg_scale if has_true and protocol.true_cfg_scale is not None else getattr(protocol, flag)
+    if scale is None:
+        scale = guidance_without(spec) if flag == "guidance_scale" else default_argument(pipeline_class, flag)
+    if scale is not None and scale <= family.unguided_scale:
         raise ValueError(
             f"{spec.name} has a negative LoRA, and without guidance it would have no effect: a `{pipeline_class.__name__}` has an "
-            f"unconditional branch only with a `{name}` above 1, and it is {scale}. Pass `--{name}`, such as 2.0, or set it in the "
-            "protocol."
+            f"unconditional branch only with a `{flag}` above {family.unguided_scale:g}, and it is {scale}. Pass `--{flag}`, such as "
+            "2.0, or set it in the protocol."
         )
 
 

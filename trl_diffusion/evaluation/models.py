@@ -4,7 +4,6 @@
 """The models to evaluate: pipelines, LoRAs, training checkpoints, and folders of existing images."""
 
 import hashlib
-import inspect
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ..backbones.single_file import family_of_file
 from ..guidance import negative_preference_guidance
 from ..lora_files import find_lora, load_lora
 from ..revisions import commit_of, digest_of_file, pinned, resolve_revision
+from ..sampling import default_guidance
 from .prompts import SAFE_NAME
 
 
@@ -57,6 +57,8 @@ class ModelSpec:
             The VAE in place of the pipeline's.
         vae_revision (`str`, *optional*):
             Commit or hash of this VAE.
+        trained_on (`str`, *optional*):
+            What a LoRA was trained on, as far as it is known, where another model draws with it and is its `base`.
     """
 
     name: str
@@ -69,6 +71,7 @@ class ModelSpec:
     negative_lora_revision: str | None = None
     vae: str | None = None
     vae_revision: str | None = None
+    trained_on: str | None = None
 
     def describe(self) -> dict[str, str | None]:
         """What the images depend on. Of folders, only the last part of the path is given, because they may be moved."""
@@ -83,6 +86,10 @@ class ModelSpec:
             "vae": self.vae and _label(self.vae),
             "vae_revision": self.vae_revision,
         }
+
+    def record(self) -> dict[str, str | None]:
+        """What a report says of the model: what its images depend on, and what a LoRA was trained on if another model draws."""
+        return self.describe() | ({"trained_on": _label(self.trained_on)} if self.trained_on else {})
 
 
 def parse_model(text: str) -> tuple[str, str]:
@@ -113,7 +120,12 @@ def parse_model(text: str) -> tuple[str, str]:
 
 
 def resolve_model(
-    name: str, where: str, base: str | None = None, negative_lora: str | None = None, vae: str | None = None
+    name: str,
+    where: str,
+    base: str | None = None,
+    negative_lora: str | None = None,
+    vae: str | None = None,
+    sample_model: str | None = None,
 ) -> ModelSpec:
     """
     Determines the kind and the revision of a model.
@@ -134,6 +146,9 @@ def resolve_model(
             Folder or Hub id of a LoRA for the unconditional branch of guidance, see [`negative_preference_guidance`].
         vae (`str`, *optional*):
             The VAE in place of the pipeline's, see [`backbones.vae.load_vae`].
+        sample_model (`str`, *optional*):
+            Folder or Hub id of the pipeline that draws with a LoRA in place of its base, such as a distilled sibling of it. A
+            pipeline draws by itself.
 
     Returns:
         [`ModelSpec`]
@@ -141,7 +156,7 @@ def resolve_model(
     Raises:
         `ValueError`: If `where` is none of these, the base is unknown, or `negative_lora` is not a LoRA.
     """
-    where, base, negative_lora, vae = map(_located, (where, base, negative_lora, vae))
+    where, base, negative_lora, vae, sample_model = map(_located, (where, base, negative_lora, vae, sample_model))
     kind, revision = _kind_and_revision(where)
     if kind == "images":
         if negative_lora is not None:
@@ -149,12 +164,20 @@ def resolve_model(
                 f"{where} is a folder of existing images: `negative_lora` cannot change them. Leave it out for this model."
             )
         return ModelSpec(name, where, kind, revision)
-    base_revision = negative_lora_revision = None
+    base_revision = negative_lora_revision = trained_on = None
     if kind == "lora":
         base = base or _base_of(where)
+        if base is None and sample_model is None:
+            raise ValueError(
+                f"The base of the LoRA {where} is unknown: it has no README.md that names one `base_model`. Pass the folder or "
+                "Hub id of its base as `base_model`."
+            )
+        if sample_model is not None:
+            base, trained_on = sample_model, base
         base_kind, base_revision = _kind_and_revision(base)
         if base_kind != "pipeline":
-            raise ValueError(f"The base of the LoRA {where} must be a pipeline, but {base} has no {INDEX}.")
+            role = "base of" if sample_model is None else "sample model for"
+            raise ValueError(f"The {role} the LoRA {where} must be a pipeline, but {base} has no {INDEX}.")
     elif base is not None and Path(where).is_file():
         base_revision = _kind_and_revision(base)[1]
     else:
@@ -165,7 +188,8 @@ def resolve_model(
             raise ValueError(f"`negative_lora` must be a LoRA, but {negative_lora} has no {LORA_WEIGHTS_NAME}.")
     vae_revision = vae and _vae_revision(vae)
     return ModelSpec(
-        *(name, where, kind, revision, base, base_revision, negative_lora, negative_lora_revision, vae, vae_revision)
+        *(name, where, kind, revision, base, base_revision, negative_lora, negative_lora_revision, vae, vae_revision),
+        trained_on=trained_on,
     )
 
 
@@ -225,10 +249,11 @@ def pipeline_class_of(spec: ModelSpec) -> type[DiffusionPipeline]:
     return getattr(diffusers, str(name), DiffusionPipeline)
 
 
-def default_guidance(pipeline_class: type[DiffusionPipeline]) -> float | None:
-    """The `guidance_scale` of a pipeline that is called without one; `None` where it has none."""
-    parameter = inspect.signature(pipeline_class.__call__).parameters.get("guidance_scale")
-    return None if parameter is None else parameter.default
+def guidance_without(spec: ModelSpec) -> float | None:
+    """The guidance scale that a model is sampled with where none is asked for, before its pipeline is loaded."""
+    source, revision = _source(spec)
+    config = {} if Path(source).is_file() else DiffusionPipeline.load_config(source, **pinned(revision))
+    return default_guidance(pipeline_class_of(spec), config)
 
 
 def resolve_dtype(dtype: str, device: torch.device, pipeline_class: type[DiffusionPipeline]) -> torch.dtype:
@@ -327,8 +352,8 @@ def _pipeline_digest(folder: Path) -> str:
     return f"sha256:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
 
 
-def _base_of(lora: str) -> str:
-    """The base model that the LoRA's card names."""
+def _base_of(lora: str) -> str | None:
+    """The base model that the LoRA's card names, if it names one."""
     folder = Path(lora).absolute()
     if not folder.is_dir():
         card = _files_on_hub(lora, ("README.md",))[0].get("README.md")
@@ -337,12 +362,7 @@ def _base_of(lora: str) -> str:
         card = next((path / "README.md" for path in folders if (path / "README.md").is_file()), None)
     named = card and ModelCard.load(card).data.get("base_model")
     names = named if isinstance(named, list) else [named]
-    if len(names) != 1 or not names[0]:
-        raise ValueError(
-            f"The base of the LoRA {lora} is unknown: it has no README.md that names one `base_model`. Pass the folder or "
-            "Hub id of its base as `base_model`."
-        )
-    return names[0]
+    return names[0] if len(names) == 1 and names[0] else None
 
 
 def is_image(path: Path) -> bool:

@@ -35,7 +35,7 @@ class Protocol:
         seed (`int`, *optional*, defaults to `0`):
             Seed of the noise.
         max_sequence_length (`int`, *optional*):
-            Number of tokens that prompts are padded to for T5. Defaults to the pipeline's. Pipelines without T5 take none.
+            Number of tokens that are read of a prompt. Defaults to the pipeline's. Pipelines with CLIP alone take none.
         true_cfg_scale (`float`, *optional*):
             Scale of classifier-free guidance of FLUX.1, with an empty negative prompt. Defaults to none. Other pipelines take
             `guidance_scale` for it.

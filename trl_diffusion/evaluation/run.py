@@ -20,7 +20,7 @@ from ..metrics.kid import kid_result
 from ..metrics.scorer import Scorer
 from .gallery import write_gallery
 from .generate import ImageRow, generate
-from .models import ModelSpec, default_guidance, pipeline_class_of
+from .models import ModelSpec, guidance_without
 from .plots import save_plots
 from .prompts import PromptSet
 from .protocols import Protocol
@@ -115,7 +115,7 @@ def evaluate_models(
             "number": len(prompt_set.prompts),
         },
         "protocol": protocol.describe(),
-        "models": {spec.name: spec.describe() | unset_guidance(spec, protocol) for spec in specs},
+        "models": {spec.name: spec.record() | unset_guidance(spec, protocol) for spec in specs},
         "versions": {package: version(package) for package in PACKAGES},
     }
     images = {
@@ -131,7 +131,7 @@ def unset_guidance(spec: ModelSpec, protocol: Protocol) -> dict[str, float | Non
     """The guidance scale that a model was sampled with, if the protocol leaves it to the pipeline."""
     if protocol.guidance_scale is not None or spec.kind == "images":
         return {}
-    return {"guidance_scale": default_guidance(pipeline_class_of(spec))}
+    return {"guidance_scale": guidance_without(spec)}
 
 
 def table_of(images: dict[str, list[ImageRow]], output_dir: Path) -> pa.Table:

@@ -83,14 +83,11 @@ def prompt_fits(name: str) -> Callable[[str], bool]:
         part: getattr(transformers, kind).from_pretrained(name, subfolder=part) for part, kind in classes.items()
     }
     limits = {part: plain_tokenizer(tokenizer).model_max_length for part, tokenizer in loaded.items()}
-    # T5 and language models read what CLIP does not
-    if others := [part for part, kind in classes.items() if not kind.startswith("CLIP")]:
+    if others := [
+        part for part, kind in classes.items() if not kind.startswith("CLIP")
+    ]:  # they read what CLIP does not
         limits = {others[0]: families[0].max_sequence_length}
-    return lambda prompt: all(
-        len(plain_tokenizer(loaded[part])(families[0].templated(loaded[part], prompt), verbose=False).input_ids)
-        <= limit
-        for part, limit in limits.items()
-    )
+    return lambda prompt: all(families[0].num_tokens(loaded[part], prompt) <= limit for part, limit in limits.items())
 
 
 def main(args: CheckDatasetArguments) -> int:

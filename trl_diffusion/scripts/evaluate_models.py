@@ -17,6 +17,7 @@ If it is stopped, the same command continues; with another model or metric it ad
 of them generate images, and the first one scores them.
 """
 
+import logging
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -56,6 +57,8 @@ class EvaluateArguments:
         base_model (`str`, *optional*):
             The pipeline to which LoRAs are added, and which gives a single file its configuration. Defaults to the one that the
             card of a LoRA names.
+        sample_model (`str`, *optional*):
+            The pipeline that draws with LoRAs in place of their base, such as a distilled sibling of it. Pipelines draw by themselves.
         negative_loras (`list[str]`, *optional*):
             `NAME=WHERE`: a LoRA for the unconditional branch of guidance of the model NAME (Diffusion-NPO).
         vae (`str`, *optional*):
@@ -116,6 +119,10 @@ class EvaluateArguments:
     base_model: str | None = field(
         default=None,
         metadata={"help": "The pipeline to which LoRAs are added. Defaults to the one that the card of a LoRA names."},
+    )
+    sample_model: str | None = field(
+        default=None,
+        metadata={"help": "The pipeline that draws with LoRAs in place of their base, such as a distilled sibling."},
     )
     negative_loras: list[str] | None = field(
         default=None,
@@ -242,7 +249,27 @@ def get_models(args: EvaluateArguments) -> list["ModelSpec"]:
     named = [parse_model(text) for text in args.models]
     if unknown := sorted(negative_loras.keys() - {name for name, _ in named}):
         raise ValueError(f"`--negative_loras` names {', '.join(unknown)}, and `--models` has no such model.")
-    return [resolve_model(name, where, args.base_model, negative_loras.get(name), args.vae) for name, where in named]
+    specs = [
+        resolve_model(name, where, args.base_model, negative_loras.get(name), args.vae, args.sample_model)
+        for name, where in named
+    ]
+    if args.sample_model is not None:
+        check_sample_model(specs, args.sample_model)
+    return specs
+
+
+def check_sample_model(specs: list["ModelSpec"], sample_model: str) -> None:
+    """Refuses a sample model that draws nothing, and warns where the LoRAs are not compared with it."""
+    revisions = {spec.base_revision for spec in specs if spec.kind == "lora"}
+    if not revisions:
+        raise ValueError(
+            "`--sample_model` draws with LoRAs, and `--models` has none: a pipeline draws by itself. Leave it out."
+        )
+    if not any(spec.kind == "pipeline" and spec.revision in revisions for spec in specs):
+        logging.getLogger(__name__).warning(
+            f"The LoRAs are drawn by {sample_model}, which `--models` does not have by itself: put NAME={sample_model} first to see "
+            "what they change."
+        )
 
 
 def get_scorers(

@@ -103,8 +103,8 @@ def get_datasets(
 
 def get_model(model_args: ModelConfig, training_args: "DiffusionConfig") -> str:
     """
-    Returns the model that the flags name. `--model_revision`, `--variant`, `--single_file_config` and `--vae` are added to
-    `training_args.model_init_kwargs`.
+    Returns the model that the flags name. `--model_revision`, `--variant`, `--single_file_config`, `--vae`, `--load_in_4bit` and
+    `--load_in_8bit` are added to `training_args.model_init_kwargs`.
 
     Args:
         model_args ([`ModelConfig`]):
@@ -116,7 +116,7 @@ def get_model(model_args: ModelConfig, training_args: "DiffusionConfig") -> str:
         `str`: Hub id or folder.
 
     Raises:
-        `ValueError`: If no model is named.
+        `ValueError`: If no model is named, or the flags contradict each other or `model_init_kwargs`.
     """
     if not model_args.model_name_or_path:
         raise ValueError("`--model_name_or_path` is missing: give the Hub id or the folder of a diffusers pipeline.")
@@ -125,7 +125,12 @@ def get_model(model_args: ModelConfig, training_args: "DiffusionConfig") -> str:
         "variant": model_args.variant,
         "config": model_args.single_file_config,
         "vae": model_args.vae,
+        "quantization_config": model_args.quantization_config,
     }
+    if model_init_kwargs["quantization_config"] and (training_args.model_init_kwargs or {}).get("quantization_config"):
+        raise ValueError(
+            "`--load_in_4bit` and `--load_in_8bit` are `quantization_config` of `--model_init_kwargs` in short. Give one of the two."
+        )
     training_args.model_init_kwargs = {
         **{name: value for name, value in model_init_kwargs.items() if value is not None},
         **(training_args.model_init_kwargs or {}),

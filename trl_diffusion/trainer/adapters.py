@@ -55,6 +55,7 @@ class AdapterMixer:
         self.policy = policy
         self.layers = [layer for layer in adapter_layers(policy) if isinstance(layer, LoraLayer)]
         self.slices: list[tuple[str, slice]] = []
+        self.num_rows = 0
         for layer in self.layers:
             layer.register_forward_hook(self._add)
 
@@ -66,12 +67,17 @@ class AdapterMixer:
         Args:
             rows (`list[tuple[str | None, int]]`):
                 The adapters in the order of their rows, `None` for the base, each with its number of rows.
+
+        Raises:
+            `ValueError`: In a forward, if an adapter is in a layer that is not given the rows of the batch, but the tokens of all of
+                them in one sequence, as the embedders of Z-Image are.
         """
         start = 0
         for adapter, size in rows:
             if adapter is not None:
                 self.slices.append((adapter, slice(start, start + size)))
             start += size
+        self.num_rows = start
         try:
             with torch.no_grad(), with_adapter(self.layers, None):
                 yield
@@ -79,8 +85,19 @@ class AdapterMixer:
             self.slices.clear()
 
     def _add(self, layer: LoraLayer, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        # A layer may be given each row as several, such as one for each token in the text blocks of Krea 2
+        number, rest = divmod(len(args[0]), max(self.num_rows, 1))
+        is_by_row = rest == 0 and (number == 1 or args[0].ndim > 2)
         for adapter, rows in self.slices:
+            rows = slice(rows.start * number, rows.stop * number)
             if adapter in layer.lora_A:
+                if not is_by_row:
+                    name = next(name for name, module in self.policy.named_modules() if module is layer)
+                    raise ValueError(
+                        f"The LoRA {adapter!r} adapts `{name.removeprefix('base_model.model.')}`, which is given the tokens of all rows "
+                        "in one sequence, so that it cannot share a batch with other adapters. Train it without this layer in "
+                        "`target_modules`."
+                    )
                 lora_A, lora_B = layer.lora_A[adapter], layer.lora_B[adapter]
                 added = lora_B(lora_A(args[0][rows].to(lora_A.weight.dtype))) * layer.scaling[adapter]
                 output[rows].add_(added.to(output.dtype))

@@ -42,10 +42,13 @@ class Ahead:
     Args:
         device (`torch.device`):
             Device of the training. For CUDA, results wait in pinned memory.
+        on_host (`tuple[str, ...]`, *optional*):
+            Names of the cached tensors that stay on the CPU.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, on_host: tuple[str, ...] = ()):
         self.device = device
+        self.on_host = on_host
         self.is_pinned = device.type == "cuda"
         self.thread: ThreadPoolExecutor | None = None
         self._forget()
@@ -117,11 +120,18 @@ class Ahead:
         ready = [] if self.made is None else self.made[0].rows.get(cache, [])
         is_ready = set(keys) <= set(ready)
         tensors = self.made[1].result()[1][cache] if is_ready else cache.look_up(keys, self.is_pinned)
-        tensors = {name: value.to(self.device, non_blocking=True) for name, value in tensors.items()}
+        tensors = {
+            name: value if name in self.on_host else value.to(self.device, non_blocking=True)
+            for name, value in tensors.items()
+        }
         if not is_ready or keys == ready:
             return tensors
-        places = torch.tensor([ready.index(key) for key in keys]).to(self.device, non_blocking=True)
-        return {name: value[places] for name, value in tensors.items()}
+        return take_rows(tensors, torch.tensor([ready.index(key) for key in keys]))
+
+
+def take_rows(tensors: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Rows of tensors on several devices, by their indices on the CPU."""
+    return {name: value[rows.to(value.device, non_blocking=True)] for name, value in tensors.items()}
 
 
 class Reader:

@@ -14,11 +14,12 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel
 
 from ..backbones.base import Backbone
+from ..backbones.quantization import describe_quantization
 from ..criteria import Criteria, render_prompt
 from .attribute_sft_config import AttributeSFTConfig
 from .complex_po_config import ComplexPOConfig
 from .diffusion_config import DiffusionConfig
-from .fingerprints import base_fingerprint, same_base
+from .fingerprints import base_fingerprint, same_base, same_quantized_base
 from .lora import check_lora_config, check_mixes, load_lora_into, read_lora
 
 
@@ -126,6 +127,7 @@ def describe_expert(
         "attribute_order": args.attribute_order,
         "attribute_separator": args.attribute_separator,
         "base_fingerprint": base_fingerprint(model),
+        "base_quantization": describe_quantization(model),
     }
 
 
@@ -199,7 +201,14 @@ def check_expert(described: dict[str, Any] | None, wanted: dict[str, Any]) -> No
                 f"`expert` was trained with `{name}={described[name]!r}`, and would not understand prompts with "
                 f"`{name}={wanted[name]!r}`. Use the setting of the expert."
             )
-    if not same_base(described["base_fingerprint"], wanted["base_fingerprint"]):
+    then, now = described.get("base_quantization"), wanted["base_quantization"]
+    is_same = same_base if then == now else same_quantized_base
+    if then != now:
+        logger.warning(
+            f"`expert` was trained on a base in {then or 'full precision'}, and `model` is held in {now or 'full precision'}: its "
+            "predictions are slightly others than they were in its training."
+        )
+    if not is_same(described["base_fingerprint"], wanted["base_fingerprint"]):
         raise ValueError(
             "`expert` was trained on another base than `model`. A LoRA only works on the weights that it was trained on: pass "
             "the base of the expert as `model`, or train the expert again on this one."

@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 class SampleImagesCallback(TrainerCallback):
     """
     Samples fixed prompts from fixed noise with the base and with the policy, side by side: before training, every
-    `args.sample_steps` steps and at the end. The pictures are written to `samples/` in the output directory, and go to
+    `args.sample_steps` steps and at the end. With `args.sample_model`, that model draws without the LoRA and with it. The pictures are written to `samples/` in the output directory, and go to
     wandb, trackio and tensorboard where `report_to` names them.
 
     Args:
@@ -64,7 +64,7 @@ class SampleImagesCallback(TrainerCallback):
             )
         grid = image_grid(
             [list(pair) for pair in zip(self.base_images, images, strict=True)],
-            column_labels=["base", f"step {state.global_step}"],
+            column_labels=[Path(args.sample_model).name if args.sample_model else "base", f"step {state.global_step}"],
             row_labels=args.sample_prompts,
         )
         folder = Path(args.output_dir) / "samples"

@@ -15,6 +15,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
 from ..backbones import Backbone
+from ..backbones.quantization import as_arguments
 from ..data.buckets import bucket_sizes
 from ..hub import NO_TOKEN, has_token
 
@@ -37,7 +38,8 @@ class DiffusionConfig(_BaseConfig):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when the model is given as a Hub
             id, a folder or a single file, such as `{"variant": "fp16", "revision": "..."}`. `vae` names another VAE, and
             `config` the pipeline that gives a single file its configuration. `dtype` is a type, its name, or a `dict` of these by
-            component. Without it, mixed precision (`bf16`, `fp16`) also is the type of what stays frozen: of the text encoders,
+            component. `quantization_config`, a [`~diffusers.PipelineQuantizationConfig`] or its arguments, holds the denoiser's frozen
+            weights in 4 or 8 bits under a LoRA. Without `dtype`, mixed precision (`bf16`, `fp16`) also is the type of what stays frozen: of the text encoders,
             and of the denoiser under a LoRA. Everything else, the VAE too, is loaded in float32. Without mixed precision, a
             pipeline in half precision is cast to float32.
         initial_lora (`str`, *optional*):
@@ -63,11 +65,11 @@ class DiffusionConfig(_BaseConfig):
             Other families have no such conditions.
         prompt_dropout (`float`, *optional*, defaults to `0.0`):
             Probability of replacing a prompt by the unconditional branch of classifier-free guidance, as the pipeline makes
-            it (for SDXL zeros, else the encoding of the empty prompt).
+            it (for SDXL zeros, for Qwen-Image the encoding of a space, else that of the empty prompt).
         max_sequence_length (`int`, *optional*):
-            Number of tokens that prompts are padded to for T5, in training and in samples. Defaults to the pipeline's: 256 for
-            Stable Diffusion 3, 512 for FLUX.1 (schnell was trained with 256). Fewer cost less; give the pipeline the same.
-            Families without T5 leave no choice.
+            Number of tokens that are read of a prompt, or that it is padded to, in training and in samples. Defaults to the
+            pipeline's: 256 for Stable Diffusion 3, 512 for FLUX.1 (schnell was trained with 256), Qwen-Image and Krea 2. Fewer cost
+            less; give the pipeline the same. Stable Diffusion 1, 2 and XL leave no choice.
         embedded_guidance (`float`, *optional*):
             The guidance scale that FLUX.1 dev is told in training. Defaults to 1, at which it predicts what an image of the data
             asks for; at the 3.5 that it is sampled with, its prediction is one of a guided model. Other models take none.
@@ -76,14 +78,17 @@ class DiffusionConfig(_BaseConfig):
             as `resolution` squared, see [`data.buckets.bucket_sizes`]. A batch holds one size; both images of a pair share
             theirs. In each epoch, rows that fill no batch of their size are left out. Not for streams.
         precompute (`bool`, *optional*, defaults to `False`):
-            Before the training, encode each image and each prompt once, and keep the results in Arrow files. The encoders
-            then leave the GPU: where the model is given by its name they are freed before the denoiser is loaded, and loaded
-            again when they are needed. Worth it where rows are trained on more than once, in epochs or in several runs. Not
-            for streams.
+            Before the training, encode each image and each prompt that it uses once, and keep the results in Arrow files. The
+            encoders then leave the GPU: where the model is given by its name they are freed before the denoiser is loaded, and
+            loaded again when they are needed. Worth it where rows are trained on more than once, in epochs or in several runs.
+            Not for streams.
         precompute_dir (`str`, *optional*):
             Folder of these files. Defaults to one in the cache of `datasets`.
         precompute_dtype (`str`, *optional*, defaults to `"float32"`):
             What the latents of images are stored in: `"float16"` takes half the space, and rounds them by 0.05 % at most.
+        offload_encoders (`bool`, *optional*, defaults to `False`):
+            Keep VAE and text encoders in CPU memory and have them pass through the GPU layer by layer, by diffusers' group offloading:
+            for encoders that do not fit. Slower and of the same numbers; encode once, with `precompute`.
         precompute_ref_preds (`bool`, *optional*, defaults to `False`):
             With `precompute`, also compute the predictions of the frozen models before the training, for the timestep and the
             noise of each row and epoch; a step then only runs the policy. Where the reference inverts, `precompute` alone
@@ -126,10 +131,14 @@ class DiffusionConfig(_BaseConfig):
             among wandb, trackio and tensorboard.
         sample_steps (`int`, *optional*, defaults to `100`):
             Optimizer steps between two such samplings.
-        num_inference_steps (`int`, *optional*, defaults to `25`):
-            Sampling steps of these images.
+        sample_model (`str`, *optional*):
+            Another model that draws these images with the LoRA that is trained, and its base images without: a Hub id or a folder
+            of a pipeline of the same architecture, such as a distilled version of what is trained. It is loaded to draw and
+            freed after that. Where all weights are trained there is nothing that could be put on it.
+        num_inference_steps (`int`, *optional*):
+            Sampling steps of these images. Defaults to 25, with `sample_model` to those of its pipeline.
         guidance_scale (`float`, *optional*):
-            Guidance of these images. Defaults to the pipeline's.
+            Guidance of these images, as users of the pipeline write it. Defaults to the pipeline's.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -207,7 +216,7 @@ class DiffusionConfig(_BaseConfig):
     )
     max_sequence_length: int | None = field(
         default=None,
-        metadata={"help": "Number of tokens that prompts are padded to for T5. Defaults to the pipeline's."},
+        metadata={"help": "Number of tokens that are read of a prompt. Defaults to the pipeline's."},
     )
     embedded_guidance: float | None = field(
         default=None, metadata={"help": "The guidance scale that FLUX.1 dev is told in training. Defaults to 1."}
@@ -232,6 +241,12 @@ class DiffusionConfig(_BaseConfig):
         metadata={
             "help": "What the latents of images are stored in. float16 takes half the space.",
             "choices": ["float32", "float16"],
+        },
+    )
+    offload_encoders: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep VAE and text encoders in CPU memory and have them pass through the GPU layer by layer."
         },
     )
     precompute_ref_preds: bool = field(
@@ -287,7 +302,13 @@ class DiffusionConfig(_BaseConfig):
         },
     )
     sample_steps: int = field(default=100, metadata={"help": "Optimizer steps between two such samplings."})
-    num_inference_steps: int = field(default=25, metadata={"help": "Sampling steps of these images."})
+    sample_model: str | None = field(
+        default=None,
+        metadata={"help": "Another model that draws these images with the LoRA, such as a distilled version."},
+    )
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Sampling steps of these images. Defaults to 25, or those of `sample_model`."}
+    )
     guidance_scale: float | None = field(
         default=None, metadata={"help": "Guidance of these images. Defaults to the pipeline's."}
     )
@@ -302,6 +323,9 @@ class DiffusionConfig(_BaseConfig):
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 4 if torch.cuda.is_available() and not self.use_cpu else 0
         super().__post_init__()
+        if isinstance(self.model_init_kwargs, dict) and self.model_init_kwargs.get("quantization_config") is not None:
+            plain = as_arguments(self.model_init_kwargs["quantization_config"])  # as records of the run hold it
+            self.model_init_kwargs = self.model_init_kwargs | {"quantization_config": plain}
         if self.push_to_hub and not has_token(self.hub_token):
             logger.warning(f"`push_to_hub` is set, and the push will fail. {NO_TOKEN}")
         resume = str(self.resume_from_checkpoint).lower()
@@ -310,6 +334,12 @@ class DiffusionConfig(_BaseConfig):
         if self.dataloader_pin_memory:
             self.accelerator_config.non_blocking = True  # from pinned memory a batch is copied while the GPU works
 
+        if self.sample_model is None and self.num_inference_steps is None:
+            self.num_inference_steps = 25
+        if self.sample_model is not None and not isinstance(self.sample_model, str):
+            raise ValueError(
+                f"`sample_model` is a `{type(self.sample_model).__name__}`: pass the name of a pipeline, a Hub id or a folder."
+            )
         if self.resolution is not None and self.resolution <= 0:
             raise ValueError(f"`resolution` must be a positive number of pixels, got {self.resolution}.")
         if not 0 <= self.prompt_dropout <= 1:
@@ -328,9 +358,9 @@ class DiffusionConfig(_BaseConfig):
             ("inversion_model", ("reference", "policy")),
         ):
             check_choice(self, name, values)
-        if self.max_sequence_length is not None and not 1 <= self.max_sequence_length <= 512:
+        if self.max_sequence_length is not None and not 1 <= self.max_sequence_length <= 1024:
             raise ValueError(
-                f"`max_sequence_length` is {self.max_sequence_length}, and pipelines with T5 take 1 to 512 tokens."
+                f"`max_sequence_length` is {self.max_sequence_length}, and no pipeline takes more than 1024 tokens, or less than 1."
             )
         if not self.logit_std > 0:
             raise ValueError(f"`logit_std` is a standard deviation and must be above 0, got {self.logit_std}.")

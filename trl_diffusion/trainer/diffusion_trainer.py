@@ -24,21 +24,22 @@ from ..data.collators import ImageCollator
 from ..data.formats import all_datasets, each_dataset, prepare_dataset
 from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
 from ..hub import pushing
-from ..sampling import sample_images
 from .callbacks import HealthCallback, SampleImagesCallback
 from .checkpoints import BestCheckpointCallback, load_weights, may_push, push_checkpoint, save_weights
 from .diffusion_config import DiffusionConfig, check_data_settings, check_not_sharded, collator_settings
-from .encoding import BatchEncoder
+from .encoding import BatchEncoder, with_rows
 from .fingerprints import base_fingerprint
 from .initial_lora import read_initial_lora
 from .meters import Meters, Metrics
 from .model_card import Method, diffusion_model_card
 from .noised_batch import NoisedBatch, Noiser, by_row
 from .policy import evaluation_mode, make_backbone, make_policy, training_mode
-from .precompute import Precomputation, noising_settings, num_epochs, warn_of_unused_rows
+from .precompute import Precomputation, noising_settings
 from .reference import Reference, check_untrained, make_reference
+from .row_order import seeded, visited_rows
 from .row_randomness import RowRandomness
 from .run_record import describe_run, write_run_record
+from .samples import Samples
 
 
 logger = get_logger(__name__)
@@ -109,7 +110,8 @@ class DiffusionTrainer(_BaseTrainer):
         self.initial_weights, peft_config = read_initial_lora(args, self.backbone, peft_config)
         self.process = self.backbone.process
         self.resolution = self.backbone.check_resolution(args.resolution)
-        self.backbone.to(args.device, args.channels_last)
+        self.samples = Samples(args, self.backbone, self.resolution, peft_config)
+        self.backbone.to(args.device, args.channels_last, args.offload_encoders)
         self.rows, settings = train_dataset, collator_settings(args, self.resolution, self.backbone)
         self.data_collator = data_collator or self.make_collator(**settings)
         self.encoder = BatchEncoder(
@@ -118,10 +120,10 @@ class DiffusionTrainer(_BaseTrainer):
         self.prepare_prompts()
         if args.precompute:  # before the denoiser is in memory
             self.files = Precomputation.for_training(self.encoder, self.data_collator, args)
-            warn_of_unused_rows(train_dataset, args)
+            visited = partial(visited_rows, self, every_epoch=args.is_noised_by_epoch)
             prompts = (self.prompts_of, self.prompt_settings) if self.has_fixed_prompts else (None, None)
-            train_dataset, eval_dataset = self.files.datasets(train_dataset, eval_dataset, *prompts)
-            self.prepared += self.files.image_datasets
+            train_dataset, eval_dataset = self.files.datasets(train_dataset, eval_dataset, visited, *prompts)
+            self.prepared += all_datasets(train_dataset, eval_dataset)
         denoiser = self.backbone.load_denoiser()
         self.denoiser_was_training, targets = denoiser.training, self.backbone.lora_target_modules
         super().__init__(
@@ -218,6 +220,10 @@ class DiffusionTrainer(_BaseTrainer):
             dataset, sampler_fn = pad_for_processes(dataset, sampler_fn, multiple, lambda: self._epoch, args.data_seed)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
 
+    def get_train_dataloader(self):
+        with seeded(self.args.seed):
+            return super().get_train_dataloader()
+
     def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
@@ -240,13 +246,10 @@ class DiffusionTrainer(_BaseTrainer):
         return BucketSampler(sizes, self._train_batch_size, self.args.seed, lambda: self._epoch)
 
     def precompute_noised(self) -> None:
-        """Noises each precomputed row for each epoch, and asks the frozen models."""
-        args, dataset = self.args, self.train_dataset
+        """Noises the precomputed rows of each epoch, and asks the frozen models."""
         self.model.train()  # as in a step
-        rows = self._bucket_sampler(dataset) if args.aspect_ratio_buckets else dataset
-        depends_on = noising_settings(args, self.encoder), self._frozen_fingerprints()
-        epochs = num_epochs(len(rows), args)
-        self.noised_caches = self.files.by_epoch(dataset, epochs, self._noised_tensors, depends_on)
+        depends_on = noising_settings(self.args, self.encoder), self._frozen_fingerprints()
+        self.noised_caches = self.files.by_epoch(self.train_dataset, self._noised_tensors, depends_on)
         self.state.epoch = 0
         self.meters.averages("train")  # none of these was a step
         self.model.train(self.denoiser_was_training)
@@ -319,9 +322,8 @@ class DiffusionTrainer(_BaseTrainer):
         """The noised latents of a batch with the frozen models' predictions: once in training, at 8 timesteps in evaluation."""
         latents = self.encoder.sample_latents(inputs, self.randomness.image_keys(inputs["id"], self.image_columns))
         batch = self.prepare_batch(inputs, latents)
-        if self.model.training and self._epoch < len(self.noised_caches):
-            tensors = self.encoder.ahead.rows(self.noised_caches[self._epoch], inputs["id"])
-            yield self.noiser.cached(batch, latents, tensors)
+        for cache in with_rows(self.noised_caches[self._epoch :][:1], inputs["id"]) if self.model.training else ():
+            yield self.noiser.cached(batch, latents, self.encoder.ahead.rows(cache, inputs["id"]))
             return
         for timesteps, keys in self.randomness.timesteps(inputs["id"], latents.shape[2:]):
             with self.reference.lend(model) if self.args.reference_inverts else nullcontext(model) as inverter:
@@ -370,15 +372,12 @@ class DiffusionTrainer(_BaseTrainer):
         return output
 
     def sample(self, prompts: list[str], with_reference: bool = False) -> list[PIL.Image.Image]:
-        """One image for each prompt, by policy or reference, at the size that is trained at and always from the same noise."""
-        lent = self.reference.lend(self.policy) if with_reference else nullcontext(self.policy)
-        settings = self.args.sampling_settings(self.resolution) | self.backbone.sampling_settings
-        with lent as denoiser, self.backbone.sampling_with(self.accelerator.unwrap_model(denoiser)) as pipeline:
-            return sample_images(pipeline, prompts, **settings)
+        """One image for each prompt, by policy or reference or `args.sample_model`, as trained in size, always from the same noise."""
+        return self.samples.draw(prompts, self.policy, self.reference, with_reference)
 
     def pipeline(self) -> DiffusionPipeline:
         """A pipeline that samples with the policy as it is now, such as `trainer.pipeline()("a red bicycle").images[0]`."""
-        return self.backbone.pipeline_with(self.policy)
+        return self.samples.pipeline(self.policy)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
@@ -399,7 +398,7 @@ class DiffusionTrainer(_BaseTrainer):
         lora = self.policy.peft_config["default"] if isinstance(self.policy, PeftModel) else None
         return describe_run(
             *(self.args, type(self).__name__, self.base, self.process.describe(), lora),
-            *(self.rows, (*self.columns, "id", "instances"), reference),
+            *(self.rows, (*self.columns, "id", "instances"), reference, self.backbone.quantization),
             initial_lora=self.initial_weights,
             resolved={"resolution": self.resolution, **self.backbone.settings},
             **self.record_details(),
@@ -434,6 +433,7 @@ class DiffusionTrainer(_BaseTrainer):
                 *(self.method, self.args, self.backbone.pipeline),
                 is_lora=isinstance(self.policy, PeftModel),
                 resolution=self.resolution,
+                sampling_settings=self.backbone.sampling_settings,
                 global_step=self.state.global_step,
                 example_prompt=self._example_prompt,
                 further=self._card_parameters,

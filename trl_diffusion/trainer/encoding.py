@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..backbones.base import Backbone
-from ..data.caching import TensorCache
+from ..data.caching import TensorCache, check_encoded
 from ..data.transforms import normalize_pixels
-from .ahead import Ahead, Need
+from .ahead import Ahead, Need, take_rows
 from .fingerprints import module_fingerprint
 from .row_randomness import RowRandomness
 
@@ -54,7 +54,7 @@ class BatchEncoder:
         self.image_columns = image_columns
         self.size_conditions = size_conditions
         self.prompt_cache: TensorCache | None = None
-        self.ahead = Ahead(device)
+        self.ahead = Ahead(device, backbone.host_conditions)
         self.fingerprints: dict[str, str] = {}
         self.borrowed: ExitStack | None = None
 
@@ -87,11 +87,18 @@ class BatchEncoder:
 
         Returns:
             `torch.Tensor` of shape `(n * B, C, h, w)`: float32 latents in the denoiser's scale.
+
+        Raises:
+            `ValueError`: If a row was not encoded that should have been, see [`data.caching.check_encoded`].
         """
+        check_encoded(inputs)
         columns = self.image_columns
         if f"{columns[0]}_latents_mean" in inputs:
             mean, std = (
-                torch.cat([inputs[f"{column}_latents_{what}"] for column in columns]) for what in ("mean", "std")
+                torch.cat(
+                    [inputs[f"{column}_latents_{what}"].float() for column in columns]
+                )  # autocast joins no float16
+                for what in ("mean", "std")
             )
         else:
             mean, std = self.encode_images(
@@ -119,7 +126,7 @@ class BatchEncoder:
             is_noised (`bool`):
                 Whether rows are noised by random noise.
             noised_caches (`list[TensorCache]`):
-                The cache of noised rows that the epoch reads, if there is one.
+                The cache of noised rows that the epoch reads, if there is one. It may lack rows, which are noised live.
             inputs (`dict`):
                 A batch of the collator.
             steps (`int`):
@@ -128,7 +135,9 @@ class BatchEncoder:
         Returns:
             [`trainer.ahead.Need`]
         """
+        check_encoded(inputs)
         randomness, ids = randomness.later(steps), inputs["id"]
+        noised_caches = with_rows(noised_caches, ids)
         noise = [randomness.image_keys(ids, self.image_columns)]
         if is_noised and not noised_caches:
             noise.append([randomness.key(row_id) for row_id in ids])
@@ -159,7 +168,6 @@ class BatchEncoder:
         Returns:
             `dict[str, torch.Tensor]`: text conditions whose first dimension is `B`.
         """
-        device = self.device
         if self.prompt_cache is not None and all(prompt in self.prompt_cache.places for prompt in prompts):
             return self.ahead.rows(self.prompt_cache, prompts)
         different = list(dict.fromkeys(prompts))
@@ -167,8 +175,7 @@ class BatchEncoder:
             conditions = self.backbone.encode_prompts(different)
         if len(different) == len(prompts):
             return conditions
-        places = torch.tensor([different.index(prompt) for prompt in prompts]).to(device, non_blocking=True)
-        return {name: value[places] for name, value in conditions.items()}
+        return take_rows(conditions, torch.tensor([different.index(prompt) for prompt in prompts]))
 
     def conditions(
         self, prompts: list[str | None], inputs: dict[str, Any], latents: torch.Tensor
@@ -232,3 +239,8 @@ class BatchEncoder:
         if self.half_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.half_dtype, enabled)
+
+
+def with_rows(caches: list[TensorCache], ids: list[str]) -> list[TensorCache]:
+    """Those of some caches that have all of some rows."""
+    return [cache for cache in caches if all(row_id in cache.places for row_id in ids)]

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..backbones.checks import plain_tokenizer
+from ..backbones.quantization import dequantized, quantized_layers
 
 
 NO_MATTER = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # in configurations
@@ -22,7 +23,8 @@ NUM_WEIGHTS, NUM_ELEMENTS = 64, 16
 
 def base_fingerprint(denoiser: torch.nn.Module) -> list[float]:
     """
-    Some numbers by which to tell one set of base weights from another, whatever precision they are held in.
+    Some numbers by which to tell one set of base weights from another, whatever precision they are held in; quantised ones count as
+    what a layer computes with.
 
     Args:
         denoiser (`torch.nn.Module`):
@@ -31,14 +33,19 @@ def base_fingerprint(denoiser: torch.nn.Module) -> list[float]:
     Returns:
         `list[float]`: single weights from tensors spread over the model.
     """
+    layers = {f"{name}.weight": layer for name, layer in quantized_layers(denoiser).items()}
     weights = {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): weight
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): (name, weight)
         for name, weight in denoiser.named_parameters()
         if "lora_" not in name and weight.ndim > 1
     }
     names = sorted(weights)
     names = names[:: max(1, len(names) // NUM_WEIGHTS)]
-    picked = torch.stack([weights[name].detach().flatten()[weights[name].numel() // 2].float() for name in names])
+    picked = []
+    for name, weight in (weights[name] for name in names):
+        weight = dequantized(layers[name]) if name in layers else weight.detach()
+        picked.append(weight.flatten()[weight.numel() // 2].float())
+    picked = torch.stack(picked)
     return [float(f"{value:.5g}") for value in picked.tolist()]
 
 
@@ -60,6 +67,24 @@ def same_base(before: Iterable[float], now: Iterable[float], tolerance: float = 
     """
     a, b = torch.tensor(list(before)), torch.tensor(list(now))
     return a.shape == b.shape and not ((a - b).abs() > tolerance * b.abs() + 1e-6).float().mean() > 0.1
+
+
+def same_quantized_base(before: Iterable[float], now: Iterable[float]) -> bool:
+    """
+    Tells whether two fingerprints are of the same weights, of which at least one is quantised.
+
+    Args:
+        before (`Iterable[float]`):
+            [`trainer.fingerprints.base_fingerprint`] of the one.
+        now (`Iterable[float]`):
+            The same of the other.
+
+    Returns:
+        `bool`: whether they differ by less than half of their size. 4 bits change weights by a tenth of it, other weights are at a
+        distance of 1.4 times their size.
+    """
+    a, b = torch.tensor(list(before)), torch.tensor(list(now))
+    return a.shape == b.shape and bool((a - b).norm() <= 0.5 * b.norm())
 
 
 def module_fingerprint(module: torch.nn.Module) -> str:
@@ -106,6 +131,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -
         return Hasher.hash((tokenizer, limits))
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules.pop("truncation"), rules.pop("padding")  # those of the last call
+    if tokenizer.chat_template is not None:
+        rules["chat_template"] = tokenizer.chat_template
     return Hasher.hash((json.dumps(rules, sort_keys=True), limits))
 
 

@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from ..backbones.base import Backbone
 from ..lora_files import base_modules, empty_copy, read_lora, targeted_modules
 from .diffusion_config import DiffusionConfig
-from .lora import check_fits, check_lora_config, load_lora_into, with_target_modules
+from .lora import check_fits, check_lora_config, check_lora_on_quantized, load_lora_into, with_target_modules
 
 
 NAME = "`initial_lora`"
@@ -47,6 +47,7 @@ def read_initial_lora(
     except ValueError as error:
         raise ValueError(f"{NAME} cannot be read: {error}") from error
     config = check_lora_config(config, backbone.denoiser, NAME, loaded=True)
+    check_lora_on_quantized(config, backbone, NAME)
     config.inference_mode = False
     model = get_peft_model(empty_copy(backbone.denoiser), config)
     check_fits(get_peft_model_state_dict(model), weights, NAME)

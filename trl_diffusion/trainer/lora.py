@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 
+from ..backbones.base import Backbone
 from ..lora_files import LORA_WEIGHTS_NAME, base_modules, find_lora, read_lora, targeted_modules  # noqa: F401
 
 
@@ -59,8 +60,8 @@ REFUSED_FIELDS = {
     "arrow_config": "routes between several adapters, of which there is one here",
     "alora_invocation_tokens": "switches the adapter off wherever these tokens do not come before, which is everywhere in "
     "an image model: nothing would be trained",
-    "use_qalora": "is for quantised models alone, and would change nothing here",
-    "qalora_group_size": "is for quantised models alone, and would change nothing here",
+    "use_qalora": "is for models quantised by GPTQ alone, and would change nothing here",
+    "qalora_group_size": "is for models quantised by GPTQ alone, and would change nothing here",
     "megatron_config": "is for models of Megatron alone",
     "megatron_core": "is for models of Megatron alone",
     "fan_in_fan_out": "is for layers that hold their weights transposed, and denoisers have none",
@@ -126,6 +127,35 @@ def check_lora_config(
     if loaded:
         config.init_lora_weights, config.eva_config = True, None
     return config
+
+
+def check_lora_on_quantized(config: LoraConfig, backbone: Backbone, name: str = "`peft_config`") -> None:
+    """
+    Checks that a LoRA can be trained on a base that may be quantised.
+
+    Args:
+        config ([`~peft.LoraConfig`]):
+            Its settings.
+        backbone ([`backbones.base.Backbone`]):
+            The backbone, whose denoiser may still have no weights.
+        name (`str`, *optional*, defaults to ``"`peft_config`"``):
+            What the user calls these settings.
+
+    Raises:
+        `ValueError`: If a setting needs weights in full precision.
+    """
+    how = backbone.quantization.get(backbone.denoiser_name)
+    is_mica = str(config.init_lora_weights).lower() == "mica"
+    for setting, is_set in (
+        ("init_lora_weights", is_mica),
+        ("use_dora", config.use_dora),
+        ("use_bdlora", config.use_bdlora),
+    ):
+        if how and is_set:
+            raise ValueError(
+                f"{name} has `{setting}={getattr(config, setting)!r}`, which needs the base's weights in full, and "
+                f"`{backbone.denoiser_name}` is held in {how}. Use a plain LoRA, or load the model without `quantization_config`."
+            )
 
 
 def with_target_modules(config: LoraConfig, default_target_modules: tuple[str, ...]) -> LoraConfig:
@@ -305,12 +335,14 @@ def base_checksums(denoiser: torch.nn.Module) -> dict[str, int]:
     Returns:
         `dict[str, int]`: by the names that they have without adapters.
     """
+    device = next(denoiser.parameters()).device  # bitsandbytes keeps some of its numbers on the CPU
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = {}
     for name, value in denoiser.state_dict().items():
         if not _is_lora_weight(name):
             name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            sums[name] = value.contiguous().view(integers[value.element_size()]).sum(dtype=torch.int64)
+            integer = value.contiguous().view(integers[value.element_size()])
+            sums[name] = integer.sum(dtype=torch.int64).to(device)
     return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
 

@@ -3,19 +3,22 @@
 
 """The model card."""
 
+import json
 import os
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from ..backbones import backbone_class_of
+from ..backbones.quantization import describe_quantization
 from ..hub import hub_id
+from ..sampling import default_guidance
 from .diffusion_config import DENSITY_SETTINGS, DiffusionConfig
 
 
@@ -47,6 +50,7 @@ def diffusion_model_card(
     *,
     is_lora: bool,
     resolution: int,
+    sampling_settings: dict[str, Any],
     global_step: int,
     example_prompt: str,
     further: dict[str, object],
@@ -69,6 +73,8 @@ def diffusion_model_card(
             Whether a LoRA was trained.
         resolution (`int`):
             Width and height in pixels of the training images.
+        sampling_settings (`dict[str, Any]`):
+            See [`backbones.base.Backbone.sampling_settings`].
         global_step (`int`):
             Number of optimizer steps.
         example_prompt (`str`):
@@ -93,7 +99,7 @@ def diffusion_model_card(
     # A LoRA on a base that was changed would draw other images on the base of that name
     base_model = None if is_lora and changes else base_name
     is_reversed = getattr(args, "reverse_preference", False)
-    is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    is_flow = "transformer" in pipeline.components  # whatever it is sampled with
     dataset_name = hub_id(dataset_name)
     card_data = ModelCardData(
         base_model=base_model,
@@ -115,16 +121,19 @@ def diffusion_model_card(
         initial_lora=hub_id(args.initial_lora),
         dataset_name=dataset_name,
         is_lora=is_lora,
+        is_exported=is_lora and backbone_class_of(pipeline).has_comfyui_names,
         is_reversed=is_reversed,
         example_prompt=example_prompt,
         method=method.name,
         paper=method.paper,
-        hyperparameters=_hyperparameters(args, method.unit, resolution, global_step) | further,
+        hyperparameters=_hyperparameters(args, method.unit, resolution, global_step) | _held_in(pipeline) | further,
         beta_is_of_velocity=is_flow and hasattr(args, "beta"),
         loading_arguments=_loading_arguments(pipeline, is_flow),
         vae=_given_vae(args) if is_lora else None,
-        vae_class=type(pipeline.vae).__name__,
-        call_arguments=_call_arguments(args, pipeline, resolution, needs_guidance=is_reversed and is_lora),
+        vae_class=pipeline.config["vae"][1],
+        call_arguments=_call_arguments(
+            *(args, pipeline, resolution, sampling_settings), needs_guidance=is_reversed and is_lora
+        ),
         versions={
             package: version(package)
             for package in ("trl-diffusion", "trl", "diffusers", "transformers", "peft", "torch", "datasets")
@@ -136,6 +145,13 @@ def _given_vae(args: DiffusionConfig) -> str | None:
     """The VAE that `model_init_kwargs` names in place of the pipeline's."""
     name = (args.model_init_kwargs or {}).get("vae")
     return (hub_id(str(name)) or "another VAE") if isinstance(name, str | os.PathLike) else None
+
+
+def _held_in(pipeline: DiffusionPipeline) -> dict[str, str]:
+    """How the denoiser's frozen weights were quantised, if they were."""
+    name = backbone_class_of(pipeline).denoiser_name
+    how = describe_quantization(getattr(pipeline, name))
+    return {f"`{name}` while training": f"held in {how}"} if how else {}
 
 
 def changes_of_base(pipeline: DiffusionPipeline) -> list[str]:
@@ -180,14 +196,24 @@ def _loading_arguments(pipeline: DiffusionPipeline, is_flow: bool) -> str:
     return ", ".join([f"dtype=torch.{'bfloat16' if is_flow else 'float16'}", *left_out])
 
 
-def _call_arguments(args: DiffusionConfig, pipeline: DiffusionPipeline, resolution: int, needs_guidance: bool) -> str:
+def _call_arguments(
+    args: DiffusionConfig,
+    pipeline: DiffusionPipeline,
+    resolution: int,
+    sampling_settings: dict[str, Any],
+    needs_guidance: bool,
+) -> str:
     """How the pipeline samples as it was trained; `needs_guidance` is whether it must have an unconditional branch."""
-    arguments = [f"height={resolution}", f"width={resolution}"]
-    if args.max_sequence_length is not None:
-        arguments.append(f"max_sequence_length={args.max_sequence_length}")
-    if needs_guidance and isinstance(pipeline, FluxPipeline):
-        arguments += ['negative_prompt=""', "true_cfg_scale=2.0"]
-    return ", ".join(arguments)
+    family, scale = backbone_class_of(pipeline), default_guidance(type(pipeline), pipeline.config)
+    guidance = family.true_guidance if needs_guidance else {}
+    if scale is not None and len(written := family.guidance_arguments(scale)) > 1:  # a scale alone has no effect
+        guidance = written
+    arguments = {"height": resolution, "width": resolution} | sampling_settings | guidance
+    if args.max_sequence_length is None:
+        arguments.pop("max_sequence_length", None)
+    return ", ".join(
+        f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in arguments.items()
+    )
 
 
 def _hyperparameters(args: DiffusionConfig, unit: str, resolution: int, global_step: int) -> dict[str, object]:

@@ -11,6 +11,7 @@ import torch
 from ..inversion import invert_latents
 from ..process import Process
 from ..randomness import keyed_noise
+from .ahead import take_rows
 from .diffusion_config import DiffusionConfig
 
 
@@ -104,8 +105,7 @@ class Noiser:
 
         # With the prompt and without guidance, as in InPO
         def predict_rows(noisy_latents: torch.Tensor, timesteps: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-            conditions = {name: value[rows] for name, value in batch["conditions"].items()}
-            return predict(noisy_latents, timesteps, conditions)
+            return predict(noisy_latents, timesteps, take_rows(batch["conditions"], rows))
 
         noisy_latents = invert_latents(
             predict_rows,

@@ -19,11 +19,13 @@ from transformers import set_seed
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..backbones import Backbone, load_backbone
+from ..backbones.quantization import compute_as_autocast, quantized_layers
 from .diffusion_config import DiffusionConfig, configure_backbone
 from .lora import (
     base_checksums,
     check_adapters_off,
     check_lora_config,
+    check_lora_on_quantized,
     check_trainable,
     load_lora_into,
     with_target_modules,
@@ -76,6 +78,7 @@ def make_policy(
     set_seed(seed)
     denoiser.requires_grad_(False)
     _cast(denoiser, half_dtype or torch.float32)
+    compute_as_autocast(denoiser)
     if initial_weights is None:
         peft_config = check_lora_config(peft_config, denoiser)
     base = base_checksums(denoiser)
@@ -108,11 +111,9 @@ def make_backbone(model: str | DiffusionPipeline, args: DiffusionConfig, peft_co
         `ValueError`: If the model cannot be trained, the configuration does not suit it, or the LoRA cannot be trained rightly,
             see [`trainer.lora.check_lora_config`].
     """
-    backbone = load_backbone(
-        model,
-        without_denoiser=args.precompute,
-        **loading_settings(args, is_lora=peft_config is not None or args.initial_lora is not None),
-    )
+    is_lora = peft_config is not None or args.initial_lora is not None
+    backbone = load_backbone(model, without_denoiser=args.precompute, **loading_settings(args, is_lora))
+    check_quantized(backbone, args, is_lora)
     configure_backbone(backbone, args)
     if cast := backbone.cast_encoders(args.half_dtype):
         computed = str(args.half_dtype or torch.float32).removeprefix("torch.")
@@ -124,7 +125,43 @@ def make_backbone(model: str | DiffusionPipeline, args: DiffusionConfig, peft_co
     if peft_config is not None:
         _cast(backbone.denoiser, args.half_dtype or torch.float32)
         check_lora_config(with_target_modules(peft_config, backbone.lora_target_modules), backbone.denoiser)
+        check_lora_on_quantized(peft_config, backbone)
     return backbone
+
+
+def check_quantized(backbone: Backbone, args: DiffusionConfig, is_lora: bool) -> None:
+    """
+    Checks that a model with quantised components can be trained as it is asked.
+
+    Args:
+        backbone ([`backbones.base.Backbone`]):
+            The backbone. Its denoiser may still have no weights.
+        args ([`DiffusionConfig`]):
+            The configuration.
+        is_lora (`bool`):
+            Whether a LoRA is trained.
+
+    Raises:
+        `ValueError`: If quantised weights would be trained or saved, or an encoder cannot be offloaded.
+    """
+    quantized, denoiser = backbone.quantization, backbone.denoiser_name
+    encoders = [name for name in quantized if name != denoiser]
+    if not is_lora:
+        if denoiser in quantized:
+            raise ValueError(
+                f"`{denoiser}` is held in {quantized[denoiser]}, and quantised weights cannot be trained: they stay frozen under a "
+                "LoRA. Pass `peft_config` (`--use_peft`), or load the model without `quantization_config`."
+            )
+        if encoders and backbone.source is None:
+            raise ValueError(
+                f"`{encoders[0]}` is held in {quantized[encoders[0]]}, and would be saved so with all weights of the model. Pass "
+                "`peft_config`, or give the model by its name: what is saved is then loaded in full."
+            )
+    if encoders and args.offload_encoders:
+        raise ValueError(
+            f"`offload_encoders=True` cannot move what bitsandbytes keeps beside quantised weights, and `{encoders[0]}` is held in "
+            f"{quantized[encoders[0]]}. Leave one of the two out."
+        )
 
 
 def loading_settings(args: DiffusionConfig, is_lora: bool) -> dict[str, Any]:
@@ -213,4 +250,7 @@ def _enable_gradient_checkpointing(denoiser, activation_checkpointing_kwargs=Non
 
 def _cast(denoiser: torch.nn.Module, dtype: torch.dtype) -> None:
     if denoiser.dtype != dtype:  # diffusers warns of any cast, also of one that changes nothing
-        denoiser.to(dtype)
+        if quantized_layers(denoiser):  # which diffusers refuses to cast; whole numbers stay what they are
+            torch.nn.Module.to(denoiser, dtype)
+        else:
+            denoiser.to(dtype)

@@ -4,25 +4,22 @@
 """Encoding images and prompts once, before the training."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
-from transformers import TrainingArguments
 
 from ..backbones.base import Backbone
-from ..data.buckets import TRAINING_SIZE
-from ..data.caching import TensorCache, precompute_dataset
+from ..data.buckets import TRAINING_SIZE, training_sizes
+from ..data.caching import Encoding, TensorCache, with_absent
 from ..data.collators import ImageCollator
 from ..data.column_checks import repeated
 from ..data.formats import each_dataset
@@ -30,12 +27,13 @@ from ..data.hashing import hash_of
 from .diffusion_config import DiffusionConfig
 from .encoding import BatchEncoder
 from .fingerprints import tokenizer_fingerprint
-from .prompt_list import PromptsOf, kept_prompts, list_prompts
+from .prompt_list import PromptsOf, kept_prompts, list_prompts, mean_tokens, text_rows
+from .row_order import union
 
-
-logger = get_logger(__name__)
 
 FORMAT_VERSION = 3  # of the files; another one is another file
+NUM_SIZED_IMAGES = 256  # by which the space of images of many shapes is told
+NUM_SIZED_PROMPTS = 2000  # the same of prompts of many lengths
 
 
 def text_fingerprint(encoder: BatchEncoder) -> str:
@@ -51,7 +49,8 @@ def text_fingerprint(encoder: BatchEncoder) -> str:
     """
     backbone = encoder.backbone
     encoders = [encoder.fingerprint(name) for name in backbone.text_encoder_names]
-    return Hasher.hash((tokenizer_fingerprints(backbone), backbone.max_sequence_length, encoders))
+    settings = *(tokenizer_fingerprints(backbone), backbone.max_sequence_length, encoders), *backbone.text_settings
+    return Hasher.hash(settings)
 
 
 def tokenizer_fingerprints(backbone: Backbone) -> list[str]:
@@ -62,7 +61,8 @@ def tokenizer_fingerprints(backbone: Backbone) -> list[str]:
 @dataclasses.dataclass
 class Precomputation:
     """
-    Encodes datasets into Arrow files, or finds them there.
+    Encodes datasets into Arrow files, or finds them there. What is known beforehand is planned first: before the work begins, it is
+    said how much there is of each kind, and that it has room together.
 
     Args:
         encoder ([`trainer.encoding.BatchEncoder`]):
@@ -75,6 +75,14 @@ class Precomputation:
             Folder of the files. Defaults to one in the cache of `datasets`.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             What the moments of images are stored in.
+
+    Attributes:
+        epochs (`list[np.ndarray | None]`):
+            The rows that each epoch visits, see [`trainer.row_order.visited_rows`].
+        train_sizes (`pa.Array`, *optional*):
+            The training size of each row to train on.
+        plans (`list[data.caching.Encoding]`):
+            What is planned and not done, or was done last.
     """
 
     encoder: BatchEncoder
@@ -82,7 +90,9 @@ class Precomputation:
     batch_size: int
     folder: str | None = None
     dtype: torch.dtype = torch.float32
-    image_datasets: list[Dataset] = dataclasses.field(default_factory=list)  # results of `images`
+    epochs: list[np.ndarray | None] = dataclasses.field(default_factory=list)
+    train_sizes: pa.Array | None = None
+    plans: list[Encoding] = dataclasses.field(default_factory=list)
 
     @classmethod
     def for_training(cls, encoder: BatchEncoder, collator: ImageCollator, args: DiffusionConfig) -> "Precomputation":
@@ -94,17 +104,22 @@ class Precomputation:
         self,
         train_dataset: Dataset | IterableDataset | None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None,
+        visited: Callable[[Dataset], list[np.ndarray | None]],
         prompts_of: PromptsOf | None,
         prompt_settings: Any = None,
     ) -> tuple[Dataset | None, Dataset | dict[str, Dataset] | None]:
         """
-        Encodes the images and prompts of a training, which the encoder then looks up, and takes the encoders off the device.
+        Encodes the images and prompts of a training, which the encoder then looks up, and takes the encoders off the device: of the
+        rows to train on those that the training visits, and all rows to evaluate on.
 
         Args:
             train_dataset ([`~datasets.Dataset`], *optional*):
                 The rows to train on.
             eval_dataset ([`~datasets.Dataset`] or `dict`, *optional*):
                 The rows to evaluate on.
+            visited (`Callable`):
+                From the training sizes of the rows to train on, as a dataset, to the rows that each epoch visits, see
+                [`trainer.row_order.visited_rows`].
             prompts_of (`Callable`, *optional*):
                 From a row to its prompts, see [`~Precomputation.prompts`]. If `None`, prompts are not known beforehand, and the
                 text encoders stay.
@@ -117,44 +132,63 @@ class Precomputation:
         Raises:
             `ValueError`: See [`~Precomputation.images`].
         """
-        train_dataset = each_dataset(train_dataset, "train_dataset", self.images)
-        eval_dataset = each_dataset(eval_dataset, "eval_dataset", self.images)
-        if prompts_of is not None and self.image_datasets:
-            self.encoder.prompt_cache = self.prompts(prompts_of, prompt_settings)
+        self.plans = []
+        train = None if train_dataset is None else self.visited_images(train_dataset, "train_dataset", visited)
+        evaluation = each_dataset(eval_dataset, "eval_dataset", self.images)
+        prompts = self.prompts(prompts_of, prompt_settings) if prompts_of is not None and self.plans else None
+        if train is not None:
+            train_dataset = self.with_others(train, train.run())
+        eval_dataset = each_dataset(evaluation, "eval_dataset", lambda plan, _: plan.run())
+        if prompts is not None:
+            self.encoder.prompt_cache = TensorCache(prompts.run(), "prompt")
         backbone = self.encoder.backbone
         backbone.offload(backbone.encoder_names if prompts_of is not None else ("vae",))
         return train_dataset, eval_dataset
 
-    def images(self, dataset: Dataset | IterableDataset, name: str) -> Dataset:
+    def visited_images(
+        self, dataset: Dataset | IterableDataset, name: str, visited: Callable[[Dataset], list[np.ndarray | None]]
+    ) -> Encoding:
+        """Plans [`~Precomputation.images`] for the rows that a training visits."""
+        check_rows(dataset, name)
+        self.train_sizes = self.sizes(dataset)
+        self.epochs = visited(Dataset(pa.table({TRAINING_SIZE: self.train_sizes})))
+        return self.images(dataset, name, union(self.epochs, len(dataset)))
+
+    def sizes(self, dataset: Dataset) -> pa.Array:
+        """The training size of each row of a dataset, `[height, width]` in pixels."""
+        collator = self.collator
+        if collator.buckets is None:
+            sizes = np.full((len(dataset), 2), collator.resolution)
+        else:
+            sizes = training_sizes(dataset, collator.size, repr(collator.buckets))
+        sizes = pa.array(sizes.reshape(-1), pa.int32())
+        return pa.FixedSizeListArray.from_arrays(sizes, 2).cast(pa.list_(pa.int32()))
+
+    def with_others(self, plan: Encoding, encoded: Dataset) -> Dataset:
+        """What was encoded of a dataset, with its other rows, if there are any: to use one of these is an error."""
+        if plan.rows is None:
+            return encoded
+        return with_absent(encoded, plan.rows, {"id": plan.all_keys, TRAINING_SIZE: self.train_sizes})
+
+    def images(self, dataset: Dataset | IterableDataset, name: str, rows: np.ndarray | None = None) -> Encoding:
         """
-        Encodes the images of a dataset to the moments of the VAE's posterior.
+        Plans to encode the images of a dataset to the moments of the VAE's posterior.
 
         Args:
             dataset ([`~datasets.Dataset`]):
                 The rows.
             name (`str`):
                 What the user calls the dataset, for messages.
+            rows (`np.ndarray`, *optional*):
+                The numbers of the rows that are needed. By default all.
 
         Returns:
-            [`~datasets.Dataset`]: the rows as the collator prepares them, with moments in place of pixels.
+            [`data.caching.Encoding`]: from it these rows as the collator prepares them, with moments in place of pixels.
 
         Raises:
             `ValueError`: If the dataset is a stream, if two rows have one id, or if the disk has too little space.
         """
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(
-                f"`{name}` is a stream, which cannot be precomputed. Load it without `streaming=True`, or train without "
-                "`precompute`."
-            )
-        if dataset.format["type"] == "custom":  # a transform of the user gives the ids
-            number = len(dataset) - len(set(map(str, dataset["id"])))
-        else:
-            number, _ = repeated(dataset, "id")
-        if number:
-            raise ValueError(
-                f"`{name}` has {len(dataset):,} rows with only {len(dataset) - number:,} different ids, and what is precomputed "
-                "is found by its id. Give each row its own, or remove the column `id`: rows are then numbered."
-            )
+        check_rows(dataset, name)
         collator = self.collator
         is_random = collator.random_flip or not collator.center_crop
         preparation = collator if is_random else dataclasses.replace(collator, seed=0)
@@ -172,22 +206,31 @@ class Precomputation:
                         examples[place] |= {f"{column}_latents_mean": mean, f"{column}_latents_std": std}
             return examples
 
+        def more_bytes(first: dict[str, Any], missing: np.ndarray) -> float:
+            if collator.buckets is None:
+                return 0.0
+            some = missing[:: max(1, len(missing) // NUM_SIZED_IMAGES)]
+            areas = [np.prod(collator.size(dataset[row])) for row in some.tolist()]
+            return (np.mean(areas) / areas[0] - 1) * sum(
+                first[latents].nbytes for latents in first if "_latents_" in latents
+            )
+
         in_half = [] if self.dtype == torch.float32 else [str(self.dtype)]
         features = {"id": Value("string"), "prompt": Value("string"), TRAINING_SIZE: List(Value("int32"))}
-        encoded = self._precompute(
+        return self._plan(
             dataset,
             encode,
             features | collator.text_features,
             f"images of {name}",
             (dataset._fingerprint, preparation, self.encoder.fingerprint("vae"), *in_half),
+            rows,
+            more_bytes,
             collator.prepare,
         )
-        self.image_datasets.append(encoded)
-        return encoded
 
-    def prompts(self, prompts_of: PromptsOf, settings: Any = None) -> TensorCache:
+    def prompts(self, prompts_of: PromptsOf, settings: Any = None) -> Encoding:
         """
-        Encodes the prompts of the datasets whose images were encoded, each once, and stores padded sequences at their own length.
+        Plans to encode the prompts of the rows whose images are, each once, and to store padded sequences at their own length.
 
         Args:
             prompts_of (`Callable`):
@@ -197,9 +240,9 @@ class Precomputation:
                 in a file.
 
         Returns:
-            [`data.caching.TensorCache`]: text conditions by prompt.
+            [`data.caching.Encoding`]: from it text conditions by prompt.
         """
-        backbone = self.encoder.backbone
+        backbone, collator = self.encoder.backbone, self.collator
 
         def encode(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             conditions = self.encoder.encode_prompts([row["prompt"] for row in rows])
@@ -209,17 +252,26 @@ class Precomputation:
                     example[name] = example[name][: int(example["prompt_lengths"])]
             return [row | example for row, example in zip(rows, examples, strict=True)]
 
-        given = self.image_datasets, ["prompt", *self.collator.text_features], prompts_of
-        if settings is None:
-            prompts = list_prompts(*given)
+        if collator.text_features:
+            given = ["id", "prompt", *collator.text_features], lambda row: prompts_of(collator.texts(row))
         else:
-            rows = [dataset._fingerprint for dataset in self.image_datasets]
+            given = ["prompt"], prompts_of
+        texts = [text_rows(plan.dataset, plan.rows, given[0], collator.texts) for plan in self.plans]
+        if settings is None:
+            prompts = list_prompts(texts, *given)
+        else:
+            rows = [(plan.dataset._fingerprint, hash_of(pa.chunked_array([plan.keys]))) for plan in self.plans]
             key = Hasher.hash((rows, settings, tokenizer_fingerprints(backbone), backbone.max_sequence_length))
-            prompts = kept_prompts(self._folder / f"list-of-prompts-{key}.arrow", *given)
+            prompts = kept_prompts(self._folder / f"list-of-prompts-{key}.arrow", texts, *given)
+
+        def more_bytes(first: dict[str, Any], missing: np.ndarray) -> float:
+            each = sum(first[name].nbytes / max(1, len(first[name])) for name in backbone.padded_conditions)
+            some = prompts.take(pa.array(missing[:: max(1, len(missing) // NUM_SIZED_PROMPTS)])).to_pylist()
+            return each * (mean_tokens(backbone, some) - mean_tokens(backbone, some[:1])) if each else 0.0
+
+        rows, numbers = Dataset(pa.table({"prompt": prompts.cast(pa.string())})), np.arange(len(prompts))
         features = Features({"prompt": Value("string")})
-        rows = Dataset(pa.table({"prompt": prompts.cast(pa.string())}))
-        fingerprint = Hasher.hash((hash_of(prompts), text_fingerprint(self.encoder)))
-        return TensorCache(self._precompute(rows, encode, features, "prompts", fingerprint), "prompt")
+        return self._plan(rows, encode, features, "prompts", text_fingerprint(self.encoder), numbers, more_bytes)
 
     def by_id(
         self,
@@ -227,9 +279,10 @@ class Precomputation:
         encode: Callable[[dict[str, Any]], dict[str, torch.Tensor]],
         name: str,
         depends_on: Any,
-    ) -> TensorCache:
+        rows: np.ndarray | None = None,
+    ) -> Encoding:
         """
-        Computes tensors for the rows of a precomputed dataset.
+        Plans to compute tensors for the rows of a precomputed dataset.
 
         Args:
             dataset ([`~datasets.Dataset`]):
@@ -240,9 +293,11 @@ class Precomputation:
                 What is computed, for messages.
             depends_on (`Any`):
                 What the result depends on besides the rows.
+            rows (`np.ndarray`, *optional*):
+                The numbers of the rows that are needed. By default all.
 
         Returns:
-            [`data.caching.TensorCache`]: the tensors by id.
+            [`data.caching.Encoding`]: from it the tensors by id.
         """
 
         def encode_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -252,24 +307,26 @@ class Precomputation:
                 for place, row in enumerate(rows)
             ]
 
+        def more_bytes(first: dict[str, Any], missing: np.ndarray) -> float:
+            areas = training_sizes(dataset, None, "")[missing].prod(axis=1)
+            tensors = sum(value.nbytes for value in first.values() if isinstance(value, torch.Tensor))
+            return (areas.mean() / areas[0] - 1) * tensors
+
         features, dependencies = {"id": Value("string")}, (dataset._fingerprint, depends_on)
-        return TensorCache(self._precompute(dataset, encode_rows, features, name, dependencies), "id")
+        return self._plan(dataset, encode_rows, features, name, dependencies, rows, more_bytes)
 
     def by_epoch(
         self,
         dataset: Dataset,
-        epochs: int,
         encode: Callable[[dict[str, Any], int], dict[str, torch.Tensor]],
         depends_on: Any,
     ) -> list[TensorCache]:
         """
-        Computes tensors for the rows of a precomputed dataset, anew for each epoch.
+        Computes tensors for the rows of the precomputed dataset to train on, anew for each epoch and those that it visits.
 
         Args:
             dataset ([`~datasets.Dataset`]):
-                A result of [`~Precomputation.images`].
-            epochs (`int`):
-                Number of epochs.
+                The dataset that [`~Precomputation.datasets`] made of it.
             encode (`Callable`):
                 From a batch of the collator and the epoch to tensors by name, whose first dimension is that of the batch.
             depends_on (`Any`):
@@ -278,22 +335,29 @@ class Precomputation:
         Returns:
             `list[TensorCache]`: for each epoch, the tensors by id.
         """
-        names = [f"noised rows of epoch {epoch + 1}" for epoch in range(epochs)]
-        return [
-            self.by_id(dataset, partial(encode, epoch=epoch), name, (depends_on, epoch))
-            for epoch, name in enumerate(names)
-        ]
+        self.plans, names = [], [f"noised rows of epoch {epoch + 1}" for epoch in range(len(self.epochs))]
+        for epoch, (name, rows) in enumerate(zip(names, self.epochs, strict=True)):
+            self.by_id(dataset, partial(encode, epoch=epoch), name, (depends_on, epoch), rows)
+        return [TensorCache(plan.run(), "id") for plan in self.plans]
 
     @property
     def _folder(self) -> Path:
         return Path(self.folder or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion")
 
-    def _precompute(
-        self, dataset: Dataset, encode: Callable, features: dict, name: str, depends_on: Any, prepare: Callable = dict
-    ) -> Dataset:
+    def _plan(
+        self,
+        dataset: Dataset,
+        encode: Callable,
+        features: dict,
+        name: str,
+        depends_on: Any,
+        rows: np.ndarray | None,
+        more_bytes: Callable[[dict[str, Any], np.ndarray], float],
+        prepare: Callable = dict,
+    ) -> Encoding:
         state, precision = PartialState(), {torch.bfloat16: "bf16", torch.float16: "fp16"}
         fingerprint = Hasher.hash((FORMAT_VERSION, precision.get(self.encoder.half_dtype, "no"), depends_on))
-        return precompute_dataset(
+        plan = Encoding(
             dataset,
             encode,
             Features(features),
@@ -306,23 +370,38 @@ class Precomputation:
             state.wait_for_everyone,
             state.print,
             prepare,
+            rows,
+            more_bytes,
+            sum(plan.size for plan in self.plans),
         )
+        self.plans.append(plan)
+        return plan
 
 
 def is_of_one_size(dataset: Dataset) -> bool:
     """Whether a batch may hold any rows. Rows that are precomputed already may have several sizes, of which a batch holds one."""
     if TRAINING_SIZE not in dataset.column_names:
         return True
-    sides = pc.list_flatten(dataset.data.column(TRAINING_SIZE)).to_numpy().reshape(-1, 2)
-    return bool((sides == sides[0]).all())
+    sides = training_sizes(dataset, None, "")
+    return bool((sides == sides[:1]).all())
 
 
-def num_epochs(rows: int, args: TrainingArguments) -> int:
-    """The number of epochs that a training on so many rows begins."""
-    batches = rows / (args.train_batch_size * args.world_size)
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    steps = math.ceil(batches / args.gradient_accumulation_steps)
-    return math.ceil(args.max_steps / max(1, steps)) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
+def check_rows(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raises a `ValueError` where a dataset is a stream or two of its rows have one id."""
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"`{name}` is a stream, which cannot be precomputed. Load it without `streaming=True`, or train without "
+            "`precompute`."
+        )
+    if dataset.format["type"] == "custom":  # a transform of the user gives the ids
+        number = len(dataset) - len(set(map(str, dataset["id"])))
+    else:
+        number, _ = repeated(dataset, "id")
+    if number:
+        raise ValueError(
+            f"`{name}` has {len(dataset):,} rows with only {len(dataset) - number:,} different ids, and what is precomputed "
+            "is found by its id. Give each row its own, or remove the column `id`: rows are then numbered."
+        )
 
 
 def noising_settings(args: DiffusionConfig, encoder: BatchEncoder) -> tuple:
@@ -332,14 +411,3 @@ def noising_settings(args: DiffusionConfig, encoder: BatchEncoder) -> tuple:
         *(backbone.process.describe(), backbone.settings, args.seed, args.prompt_dropout, args.size_conditions),
         *(args.noise_source, args.inversion_steps, args.inversion_eta, text_fingerprint(encoder)),
     )
-
-
-def warn_of_unused_rows(dataset: Dataset | IterableDataset | None, args: TrainingArguments) -> None:
-    """Warns of a training that visits only some of the rows that are precomputed for it."""
-    used = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if isinstance(dataset, Dataset) and 0 < used < len(dataset):
-        logger.warning(
-            f"The {args.max_steps} steps of this training use {used:,} of the {len(dataset):,} rows of `train_dataset`, and "
-            "all of them are precomputed. Pass only the rows that are needed: "
-            f"`dataset.shuffle(seed=0).select(range({used}))`."
-        )

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.table import MemoryMappedTable
+
+from ..backbones.base import Backbone
 
 
 PromptsOf = Callable[[dict[str, Any]], list[str | None]]
@@ -21,13 +24,40 @@ ROWS_AT_ONCE = 10_000
 NUM_CHECKED_ROWS = 64
 
 
+def text_rows(
+    dataset: Dataset, rows: np.ndarray | None, columns: list[str], texts: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Dataset:
+    """
+    The columns that prompts follow from, of some rows of a dataset whose images are not encoded.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The dataset.
+        rows (`np.ndarray` or `None`):
+            The numbers of the rows; `None` for all.
+        columns (`list[str]`):
+            The columns.
+        texts (`Callable`):
+            From a row to these columns, where a transform of the user makes the rows.
+
+    Returns:
+        [`~datasets.Dataset`]
+    """
+    if dataset.format["type"] == "custom":
+        return Dataset.from_list(
+            [texts(dataset[row]) for row in (range(len(dataset)) if rows is None else rows.tolist())]
+        )
+    dataset = dataset.select_columns(columns)
+    return dataset if rows is None else dataset.select(rows)
+
+
 def list_prompts(datasets: list[Dataset], columns: list[str], prompts_of: PromptsOf) -> pa.ChunkedArray:
     """
     The different prompts of some datasets.
 
     Args:
         datasets (`list[~datasets.Dataset]`):
-            Precomputed rows.
+            The rows.
         columns (`list[str]`):
             The columns that prompts follow from. Of one column of texts, each text is asked for once.
         prompts_of (`Callable`):
@@ -39,6 +69,8 @@ def list_prompts(datasets: list[Dataset], columns: list[str], prompts_of: Prompt
     parts = []
     for dataset in datasets:
         table = dataset.data.table.select(columns)
+        if dataset._indices is not None:
+            table = table.take(dataset._indices.column(0))
         if columns == ["prompt"]:
             table = pa.table({"prompt": table["prompt"].unique()})
         for batch in table.to_batches(ROWS_AT_ONCE):
@@ -88,3 +120,12 @@ def _holds(prompts: pa.ChunkedArray, prompt: str | None) -> bool:
     known = range(len(prompts) - prompts.null_count)
     place = bisect_left(known, prompt, key=lambda place: prompts[place].as_py())
     return place in known and prompts[place].as_py() == prompt
+
+
+def mean_tokens(backbone: Backbone, prompts: list[str | None]) -> float:
+    """The mean number of tokens of prompts, each by the tokenizer that makes most of it and as far as it is read."""
+    texts, counts = [prompt or "" for prompt in prompts], []
+    for name, limit in backbone.prompt_limits.items():
+        tokens = getattr(backbone.pipeline, name)(texts, verbose=False)["input_ids"]
+        counts.append([min(limit, len(of_text)) for of_text in tokens])
+    return sum(map(max, zip(*counts, strict=True))) / len(texts)

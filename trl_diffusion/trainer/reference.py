@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..backbones import Backbone, load_backbone
+from ..backbones.quantization import compute_as_autocast
 from .adapters import adapter_layers, with_adapter
 from .diffusion_config import DiffusionConfig
 from .fingerprints import module_fingerprint, tensors_hash
@@ -91,6 +92,7 @@ def frozen_denoiser(denoiser: torch.nn.Module, half_dtype: torch.dtype | None) -
     """
     denoiser.requires_grad_(False)
     disable_dropout_in_model(denoiser)
+    compute_as_autocast(denoiser)
     for module in denoiser.modules():
         is_cast = half_dtype is not None and isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
         # One by one, so that the whole is never in memory in float32

@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 
 from ..data.hashing import update_hash
 from ..files import write_file
-from .fingerprints import same_base, tensors_hash
+from .fingerprints import same_base, same_quantized_base, tensors_hash
 
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ NO_MATTER = {
     *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter"),
     *("log_level", "log_level_replica", "disable_tqdm", "report_to", "debug", "skip_memory_metrics"),
     *("include_num_input_tokens_seen", "sample_prompts", "sample_steps", "num_inference_steps", "guidance_scale"),
+    "sample_model",
     # Evaluation
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
     *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps", "prediction_loss_only"),
@@ -64,7 +65,7 @@ NO_MATTER = {
     *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
     *("ddp_backend", "ddp_timeout", "dataloader_num_workers", "dataloader_pin_memory"),
     *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
-    *("average_tokens_across_devices", "precompute"),
+    *("average_tokens_across_devices", "precompute", "offload_encoders"),
     # Refused, or without use, where a denoiser is trained
     *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "remove_unused_columns", "label_names"),
     *("length_column_name", "neftune_noise_alpha"),
@@ -102,6 +103,7 @@ def describe_run(
     dataset: Dataset | IterableDataset | None = None,
     columns: Iterable[str] = (),
     reference: list[float] | None = None,
+    quantization: dict[str, str] | None = None,
     expert: dict[str, torch.Tensor] | None = None,
     initial_lora: dict[str, torch.Tensor] | None = None,
     criteria: dict[str, list[str]] | None = None,
@@ -127,6 +129,8 @@ def describe_run(
             The columns that are trained on.
         reference (`list[float]`, *optional*):
             `base_fingerprint` of the reference's denoiser; left out where it is the policy before training.
+        quantization (`dict[str, str]`, *optional*):
+            How those components are quantised that are.
         expert (`dict[str, torch.Tensor]`, *optional*):
             Weights of the expert's LoRA.
         initial_lora (`dict[str, torch.Tensor]`, *optional*):
@@ -146,6 +150,7 @@ def describe_run(
         "process": _hash(_rounded(process)),
         "lora": None if lora is None else describe_lora(lora),
         "reference": "the policy before training" if reference is None else reference,
+        "quantization": quantization or {},
         "expert": None if expert is None else tensors_hash(expert),
         "initial_lora": None if initial_lora is None else tensors_hash(initial_lora),
         "criteria": None if criteria is None else _hash(list(criteria.items())),
@@ -342,7 +347,9 @@ def compare_runs(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str]
         if was != is_:
             readable = name == "objective"
             errors.append(f"{what} was {was} and is {is_}" if readable else f"{what} is another one")
-    _compare_bases(before.get("base", []), now.get("base", []), errors, changes)
+    quantization = _changed_quantization(before.get("quantization", {}), now.get("quantization", {}))
+    changes += quantization
+    _compare_bases(before.get("base", []), now.get("base", []), bool(quantization), errors, changes)
     lora_errors, lora_changes = compare_loras(before.get("lora"), now.get("lora"))
     errors += lora_errors
     changes += lora_changes
@@ -425,7 +432,20 @@ def check_resumed_run(checkpoint: str | Path, now: dict[str, Any]) -> None:
         )
 
 
-def _compare_bases(before: list[float], now: list[float], errors: list[str], changes: list[str]) -> None:
+def _changed_quantization(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """A line for each component that is held in another precision."""
+    return [
+        f"`{name}` was held in {before.get(name, 'full precision')} and is held in {now.get(name, 'full precision')}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _compare_bases(
+    before: list[float], now: list[float], is_requantized: bool, errors: list[str], changes: list[str]
+) -> None:
+    if is_requantized and same_quantized_base(before, now):
+        return
     if not same_base(before, now):
         errors.append("`model` has other weights")
     elif not same_base(before, now, tolerance=1e-4):
