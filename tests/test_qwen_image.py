@@ -17,6 +17,7 @@ from tests.families.qwen_image import pipeline as make
 from tests.trainer.waits import micro_batch, to_meta
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer, export_lora
 from trl_diffusion.backbones import QwenImageBackbone, backbone_class_of, load_backbone, load_pipeline
+from trl_diffusion.lora_files import load_lora
 
 
 class OtherProcessor(QwenDoubleStreamAttnProcessor2_0):
@@ -345,3 +346,58 @@ def test_an_exported_lora_is_the_same(family, tmp_path):
         base = backbone.predict(FAMILIES[family].make().transformer, latents, torch.tensor([500.0]), conditions)
     assert (predictions[0] - base).abs().max() > 1e-3
     assert all(name.startswith("transformer.") for name in load_file(tmp_path / "comfyui.safetensors"))
+
+
+def other_names(style: str, module: str) -> str:
+    """The name of a layer in files of other trainers."""
+    if style == "kohya":
+        return f"lora_unet_{module.replace('.', '_')}"
+    if style == "krea":
+        module = module.replace("transformer_blocks", "blocks").replace("to_out.0", "wo").replace("to_gate", "gate")
+        module = module.replace("to_q", "wq").replace("to_k", "wk").replace("to_v", "wv")
+    return f"{'transformer' if style == 'transformer' else 'diffusion_model'}.{module}"
+
+
+@pytest.mark.parametrize(
+    ("family", "style", "halves", "alpha"),
+    [
+        ("qwen_image", "kohya", ("lora_down", "lora_up"), 8.0),
+        ("qwen_image", "comfyui", ("lora_A", "lora_B"), 8.0),
+        ("qwen_image", "comfyui", ("lora_A", "lora_B"), None),
+        ("qwen_image", "transformer", ("lora_A", "lora_B"), None),
+        ("krea_2", "krea", ("lora_A", "lora_B"), None),
+        ("krea_2", "transformer", ("lora_A", "lora_B"), None),
+        ("krea_2", "krea", ("lora_A", "lora_B"), 8.0),
+        ("krea_2", "transformer", ("lora_A", "lora_B"), 8.0),
+    ],
+)
+def test_loras_of_other_trainers(family, style, halves, alpha, tmp_path):
+    """A file has the strength that it says, as if it were added to the weights, or is refused for what diffusers does not read."""
+    plain, merged, generator = FAMILIES[family].make(), FAMILIES[family].make(), torch.Generator().manual_seed(0)
+    names, file = load_backbone(FAMILIES[family].make()).lora_target_modules, {}
+    for name, layer in merged.transformer.named_modules():
+        if not (name.startswith("transformer_blocks.") and name.endswith(names)):
+            continue
+        down, up = (
+            torch.randn(shape, generator=generator) / 5 for shape in ((4, layer.in_features), (layer.out_features, 4))
+        )
+        layer.weight.data += (alpha or 4.0) / 4 * up @ down
+        tensors = dict(zip((f"{half}.weight" for half in halves), (down, up), strict=True))
+        tensors |= {} if alpha is None else {"alpha": torch.tensor(alpha)}
+        file |= {f"{other_names(style, name)}.{key}": value for key, value in tensors.items()}
+    save_file(file, tmp_path / "other.safetensors")
+    if family == "krea_2" and alpha is not None:
+        with pytest.raises(ValueError, match="as `.alpha`, which diffusers does not read for a `Krea2Pipeline`"):
+            load_lora(plain, tmp_path / "other.safetensors", "other")
+        return
+    load_lora(plain, tmp_path / "other.safetensors", "other")
+    backbone = load_backbone(FAMILIES[family].make())
+    conditions, timesteps = backbone.encode_prompts(["a cat"]), torch.tensor([500.0])
+    latents = torch.randn(1, 4, 8, 8, generator=generator)
+    with torch.no_grad():
+        base, loaded, expected = (
+            backbone.predict(transformer, latents, timesteps, conditions)
+            for transformer in (backbone.denoiser, plain.transformer, merged.transformer)
+        )
+    torch.testing.assert_close(loaded, expected, atol=1e-5, rtol=1e-5)
+    assert (loaded - base).abs().max() > 1e-2

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.loaders import Flux2LoraLoaderMixin
+from diffusers.loaders import Flux2LoraLoaderMixin, Krea2LoraLoaderMixin
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -259,6 +259,11 @@ def convert_lora(
     if without and len(without) < len(modules):
         raise ValueError(
             f"The LoRA {path} holds an `.alpha` for some of its layers and not for {without[0]!r}, whose strength is unknown."
+        )
+    if isinstance(pipeline, Krea2LoraLoaderMixin) and any(key.endswith(".alpha") for key in weights):
+        raise ValueError(
+            f"The LoRA {path} holds the strength of its layers as `.alpha`, which diffusers does not read for a "
+            f"`{type(pipeline).__name__}`. Save it without, with `alpha / rank` multiplied into its `lora_B`."
         )
     # As `load_lora_weights` of each pipeline does
     settings = {"unet_config": pipeline.unet.config} if isinstance(pipeline, StableDiffusionXLPipeline) else {}
