@@ -76,13 +76,14 @@ def test_a_frozen_base_is_never_in_float32(tmp_path, models, family):
         tuple(weight.shape) for name in config.encoder_names for weight in getattr(config.pipeline, name).parameters()
     }
     own = {tuple(weight.shape) for weight in config.denoiser.parameters() if weight.ndim == 2} - others
+    own -= {(64, 16)}  # of the table of positions in Stable Diffusion 3 too
     assert len(own) > 3
     del config
     with pytest.MonkeyPatch.context() as patch, Float32Matrices() as made:
         patch.setattr(DiffusionPipeline, "from_pretrained", noted)
         trainer = dpo(tmp_path, models[family], family)
     assert before_denoiser == [[], []]  # the encoders' load, and the denoiser's
-    assert not own & made.shapes
+    assert own & made.shapes == set()
     assert {weight.dtype for name, weight in trainer.policy.named_parameters() if "lora_" not in name} == {
         torch.bfloat16
     }

@@ -3,6 +3,7 @@
 
 """LoRAs on bases of 4 and 8 bits, by bitsandbytes' own kernels for the CPU; what they cost on a GPU is measured by `tests.gpu`."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+import trl
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -31,6 +33,7 @@ from trl_diffusion.backbones import load_backbone
 from trl_diffusion.backbones import quantization as module_under_test
 from trl_diffusion.backbones.quantization import dequantized, describe_quantization, quantized_layers
 from trl_diffusion.backbones.source import FreedComponent
+from trl_diffusion.scripts.utils import get_model
 from trl_diffusion.trainer.adapters import AdapterMixer, with_adapter
 from trl_diffusion.trainer.fingerprints import (
     base_fingerprint,
@@ -39,6 +42,7 @@ from trl_diffusion.trainer.fingerprints import (
     same_quantized_base,
 )
 from trl_diffusion.trainer.lora import base_checksums
+from trl_diffusion.trainer.model_config import ModelConfig
 from trl_diffusion.trainer.run_record import compare_runs
 
 
@@ -590,3 +594,29 @@ def test_the_configuration_is_recorded_as_plain_values(tmp_path):
         args = InstanceDPOConfig(str(tmp_path), model_init_kwargs={"quantization_config": config}, report_to="none")
         recorded = json.loads(args.to_json_string())["model_init_kwargs"]["quantization_config"]
         assert recorded == args.model_init_kwargs["quantization_config"]
+
+
+def test_the_flags(tmp_path):
+    """They become `quantization_config`, with TRL's names and defaults; those that contradict each other or do nothing are refused."""
+
+    def kwargs(given: dict | None = None, **flags) -> dict | None:
+        args = InstanceDPOConfig(str(tmp_path), model_init_kwargs=given, report_to="none")
+        assert get_model(ModelConfig(model_name_or_path="model", **flags), args) == "model"
+        return args.model_init_kwargs
+
+    theirs = {field.name: field.default for field in dataclasses.fields(trl.ModelConfig)}
+    for name in ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"):
+        assert getattr(ModelConfig(), name) == theirs[name]
+    assert kwargs() == {}
+    assert kwargs(load_in_8bit=True) == {"quantization_config": EIGHT}
+    nested = FOUR["quant_kwargs"] | {"bnb_4bit_use_double_quant": True}
+    expected = {"quantization_config": FOUR | {"quant_kwargs": nested}}
+    assert kwargs(load_in_4bit=True, use_bnb_nested_quant=True) == expected
+    for flags, given, message in (
+        ({"load_in_4bit": True, "load_in_8bit": True}, None, "4 bits or 8"),
+        ({"use_bnb_nested_quant": True}, None, "Give `--load_in_4bit` too"),
+        ({"bnb_4bit_quant_type": "fp4", "load_in_8bit": True}, None, "Give `--load_in_4bit` too"),
+        ({"load_in_4bit": True}, {"quantization_config": EIGHT}, "in short"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kwargs(given, **flags)
