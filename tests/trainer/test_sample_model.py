@@ -444,6 +444,7 @@ class TestRefused:
         (tmp_path / "model.safetensors").write_bytes(b"")
         for name, match in (
             (str(tmp_path / "none"), "There is no folder or file"),
+            ("user/no-such-model", "`sample_model` user/no-such-model cannot be read: "),
             (str(tmp_path / "lora"), "holds a LoRA .* and no pipeline"),
             (str(models / "flux-turbo" / "transformer"), "holds one component, a `FluxTransformer2DModel`"),
             (str(tmp_path / "model.safetensors"), "is a single file. Save it as a pipeline's folder"),

@@ -140,7 +140,10 @@ class SampleModel:
             )
         dtype = {"default": args.half_dtype or torch.float32, "vae": torch.float32}
         location = {key: value for key, value in (args.model_init_kwargs or {}).items() if key in LOCATION}
-        index = read_index(path, location)
+        try:
+            index = read_index(path, location)
+        except OSError as error:
+            raise ValueError(f"`sample_model` {self.name} cannot be read: {str(error).splitlines()[0]}") from error
         if index["_class_name"] != backbone.pipeline_class.__name__:
             self._refuse(f"it is a `{index['_class_name']}`, and a `{backbone.pipeline_class.__name__}` is trained")
         self.source = PipelineSource(path, dtype, dtype, **location)
