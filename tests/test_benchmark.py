@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ZImageTransformer2DModel
+from diffusers import AutoencoderKL, ZImageTransformer2DModel
 from torch.profiler import ProfilerActivity, profile
 
 from tests import tiny
@@ -86,7 +86,7 @@ TINY_Z_IMAGE = dataclasses.replace(
     make_denoiser=lambda: ZImageTransformer2DModel(
         **{"dim": 256, "n_heads": 2, "n_kv_heads": 2, "n_layers": 2, "n_refiner_layers": 1, "cap_feat_dim": 64}
     ),
-    make_vae=lambda: tiny.sd_pipeline().vae,
+    make_vae=lambda: AutoencoderKL(latent_channels=16, block_out_channels=(32,)),
     make_text_encoders=(),
     conditions={"prompt_embeds": (64, 64)},
 )

@@ -226,7 +226,7 @@ def count_encoding(family: Family) -> dict[str, float]:
     """
     GiB of the encoders' weights, and at the peak of encoding with all of them there and no denoiser: text in bfloat16, so many prompts
     at a time as `per_device_eval_batch_size`; images in float32, one of 1024 pixels a side at a time. With `offload_encoders` their
-    largest layer takes the place of their weights.
+    largest layer takes the place of their weights. Also the activations of decoding such an image, for samples in training.
     """
     with torch.device("meta"):
         vae = family.make_vae().eval()
@@ -238,10 +238,14 @@ def count_encoding(family: Family) -> dict[str, float]:
             tracker.watch(module)
         with tracker:
             side = round(MAX_PIXELS**0.5)
-            encode_image(vae, torch.empty(1, 3, side, side))
+            has_frames = isinstance(vae, diffusers.AutoencoderKLQwenImage)
+            image, latents = torch.empty(1, 3, side, side), empty_latents(family, 1, side)
+            vae.encode(image.unsqueeze(2) if has_frames else image)
             for encoder, tokens in text_encoders:
                 ids = torch.zeros(PROMPTS_AT_ONCE, tokens, dtype=torch.long)
                 encode_text(encoder, ids)
+            encoding, tracker.peak = tracker.peak, Counter()
+            vae.decode(latents.unsqueeze(2) if has_frames else latents)
     layers = [
         sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
         for model in (vae, *(encoder for encoder, _ in text_encoders))
@@ -250,14 +254,11 @@ def count_encoding(family: Family) -> dict[str, float]:
     return {
         "vae_parameters": sum(p.numel() for p in vae.parameters()),
         "text_encoder_parameters": sum(p.numel() for encoder, _ in text_encoders for p in encoder.parameters()),
-        "weights_gib": tracker.peak["weights"] / GIB,
-        "activations_gib": tracker.peak["activations"] / GIB,
+        "weights_gib": encoding["weights"] / GIB,
+        "activations_gib": encoding["activations"] / GIB,
         "largest_layer_gib": max(layers) / GIB,
+        "decoding_gib": tracker.peak["activations"] / GIB,
     }
-
-
-def encode_image(vae: torch.nn.Module, image: torch.Tensor) -> None:
-    vae.encode(image.unsqueeze(2) if isinstance(vae, diffusers.AutoencoderKLQwenImage) else image)
 
 
 def encode_text(encoder: torch.nn.Module, ids: torch.Tensor) -> None:
@@ -315,6 +316,7 @@ def add_peaks(recipe: dict[str, object], encoding: dict[str, float]) -> None:
                     "training_card": smallest_card(always + passing),
                     "card": smallest_card(max(always + passing, encoding_peak)),
                     "card_offload_encoders": smallest_card(max(always + passing, offloaded_peak)),
+                    "drawing_gib": weights + state + encoding["weights_gib"] + encoding["decoding_gib"],
                     "live_gib": live,
                     "live_card": smallest_card(live),
                 }
@@ -338,6 +340,10 @@ def count(names: list[str], found: dict[str, dict], write: Callable[[], None]) -
                 "encoding": encoding,
                 "recipes": {},
             }
+            sample_model = 2 * found[name]["parameters"] / GIB  # in bfloat16, while what is trained waits on the CPU
+            found[name]["drawing_with_sample_model_gib"] = (
+                sample_model + encoding["weights_gib"] + encoding["decoding_gib"]
+            )
     for checkpointing, recipe in product((True, False), TRAINERS):
         for name in names:
             if recipe in recipes_of(found[name]):
