@@ -5,9 +5,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinInpaintPipeline, Flux2KleinKVPipeline, Flux2Transformer2DModel
+from diffusers import DiffusionPipeline, Flux2KleinInpaintPipeline, Flux2KleinKVPipeline, Flux2Transformer2DModel
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -21,7 +22,13 @@ from tests.families.test_laws import predictions
 from tests.test_flow_checks import compiled, configure, group_offloading, rebuilt, set_part
 from tests.trainer.test_host_traffic import device_is_restored  # noqa: F401
 from tests.trainer.waits import micro_batch, to_meta
-from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer, export_lora
+from trl_diffusion import (
+    InstanceDPOConfig,
+    InstanceDPOTrainer,
+    export_lora,
+    negative_preference_guidance,
+    sample_images,
+)
 from trl_diffusion.backbones import Flux2Backbone, Flux2KleinBackbone, load_backbone, load_pipeline
 from trl_diffusion.lora_files import load_lora, read_lora
 from trl_diffusion.scripts.check_dataset import prompt_fits
@@ -526,3 +533,41 @@ def test_prompts_of_dev_fit_with_their_template(tmp_path):
     same = tokenizer_fingerprint(other) == tokenizer_fingerprint(pipeline.tokenizer)
     other.chat_template += "."
     assert same and tokenizer_fingerprint(other) != tokenizer_fingerprint(pipeline.tokenizer)
+
+
+def test_dev_has_no_branch_for_another_preference(tmp_path):
+    """Its one call a step is conditional: a second adapter would have no effect, and that is said."""
+    trainer = trainer_of(flux_2_dev_pipeline(), tmp_path, max_steps=1)
+    trainer.save_model()
+    pipeline = flux_2_dev_pipeline()
+    pipeline.load_lora_weights(tmp_path, adapter_name="reversed")
+    message = "samples without an unconditional branch, so `negative` would have no effect: FLUX.2 dev has none"
+    with (
+        pytest.raises(ValueError, match=message),
+        negative_preference_guidance(pipeline, positive=None, negative="reversed"),
+    ):
+        pipeline(prompt="a cat", height=32, width=32, num_inference_steps=2, output_type="latent", **SHORT)
+
+
+def test_a_distilled_model_draws_with_the_loras_of_its_base(tmp_path):
+    """Trained on the base, drawn as plain diffusers draws with the distilled model and the saved LoRA: 4 steps, no guidance."""
+    for name, pipeline in (("base", klein_pipeline()), ("distilled", klein_pipeline(is_distilled=True))):
+        if name == "distilled":
+            pipeline.transformer = flux_2_transformer(24)
+        pipeline.save_pretrained(tmp_path / name)
+    trainer = trainer_of(
+        str(tmp_path / "base"),
+        tmp_path / "out",
+        learning_rate=0.05,
+        num_inference_steps=None,
+        sample_model=str(tmp_path / "distilled"),
+    )
+    trainer.train()
+    trainer.save_model()
+    (ours,) = trainer.sample(["a cat"])
+    plain, calls = DiffusionPipeline.from_pretrained(tmp_path / "distilled"), []
+    plain.load_lora_weights(tmp_path / "out")
+    plain.transformer.register_forward_pre_hook(lambda *args: calls.append(1))
+    (theirs,) = sample_images(plain, ["a cat"], trainer.args.seed, num_inference_steps=4, height=32, width=32, **SHORT)
+    assert len(calls) == 4
+    assert abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
