@@ -122,6 +122,16 @@ class FlowBackbone(Backbone):
         sample = partial(compute_density_for_timestep_sampling, scheme, **settings)
         self.process.density = lambda num, generator: sample(num, generator=generator)
 
+    @property
+    def prompt_limits(self) -> dict[str, int]:
+        # CLIP, where there is one, gives no more than a summary of the prompt's beginning; the last encoder reads all of it
+        return {self.tokenizer_names[-1]: self.max_sequence_length}
+
+    @staticmethod
+    def guidance_branches(pipeline, context, arguments) -> tuple[str, ...]:
+        # Most pipelines call the transformer once for each branch, and name it
+        return ("unconditional",) if context == "uncond" else ("conditional",)
+
     @contextmanager
     def clip_reads_the_beginning(self) -> Iterator[None]:
         """Where T5 reads a prompt's end, holds back the pipeline's warning of every batch that CLIP does not."""

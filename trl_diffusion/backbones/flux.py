@@ -42,11 +42,6 @@ class FluxBackbone(FlowBackbone):
     def default_resolution(self) -> int:
         return self.pipeline.default_sample_size * self.vae_scale_factor
 
-    @property
-    def prompt_limits(self) -> dict[str, int]:
-        # CLIP gives no more than a summary of the prompt's beginning; T5 reads all of it
-        return {"tokenizer_2": self.max_sequence_length}
-
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         with self.clip_reads_the_beginning():
             prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
@@ -73,8 +68,3 @@ class FluxBackbone(FlowBackbone):
         )[0]
         scale = self.vae_scale_factor
         return self.pipeline._unpack_latents(packed, height * scale, width * scale, scale)
-
-    @staticmethod
-    def guidance_branches(pipeline, context, arguments) -> tuple[str, ...]:
-        # With `true_cfg_scale` the pipeline calls the transformer once for each branch, and names it
-        return ("unconditional",) if context == "uncond" else ("conditional",)

@@ -3,9 +3,6 @@
 
 """FLUX.2-klein, base and distilled: Qwen3's hidden layers, and a flow transformer on patches of a VAE with statistics of its own."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
@@ -13,16 +10,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from .flow import FlowBackbone
 from .flow_checks import check_thousand_timesteps
 from .flux_2_checks import check_flux_2_vae, check_hidden_layers, check_same_statistics, check_template
-from .vae import posterior_moments
-
-
-NUM_STEPS = 50  # the default of the pipelines' call
-
-
-def patchified_moments(vae: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`backbones.vae.posterior_moments`] with 2x2 positions in the channels, `(B, 4 C, h / 2, w / 2)`."""
-    mean, std = map(Flux2KleinPipeline._patchify_latents, posterior_moments(vae, images))
-    return mean, std
+from .vae import batch_norm_statistics, patchified_moments
 
 
 class Flux2KleinBackbone(FlowBackbone):
@@ -82,23 +70,15 @@ class Flux2KleinBackbone(FlowBackbone):
         return 4 * self.pipeline.vae.config.latent_channels
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        vae = self.pipeline.vae
-        variance = vae.bn.running_var.float() + vae.config.batch_norm_eps
-        return vae.bn.running_mean.float().view(1, -1, 1, 1), variance.rsqrt().view(1, -1, 1, 1)
+        return batch_norm_statistics(self.pipeline.vae)
 
     def shift_for(self, num_patches: int) -> float:
-        return compute_empirical_mu(num_patches, NUM_STEPS)
-
-    @property
-    def prompt_limits(self) -> dict[str, int]:
-        return {"tokenizer": self.max_sequence_length}
+        return compute_empirical_mu(num_patches, 50)  # steps, the default of the pipeline's call
 
     @staticmethod
     def templated(tokenizer, prompt) -> str:
-        message = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        settings = {"add_generation_prompt": True, "enable_thinking": False, "tokenize": False}
+        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **settings)
 
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         prompt_embeds, _ = self.pipeline.encode_prompt(
@@ -110,11 +90,11 @@ class Flux2KleinBackbone(FlowBackbone):
         prompt_embeds, guidance = conditions["prompt_embeds"], self.embedded_guidance
         settings = *noisy_latents.shape[2:], prompt_embeds.shape[1], noisy_latents.device
         if settings not in self.position_ids:
-            ids = (
-                self.pipeline._prepare_text_ids(prompt_embeds[:1]),
-                self.pipeline._prepare_latent_ids(noisy_latents[:1]),
+            text, image = (
+                self.pipeline._prepare_text_ids(prompt_embeds),
+                self.pipeline._prepare_latent_ids(noisy_latents),
             )
-            self.position_ids[settings] = tuple(each[0].to(noisy_latents.device) for each in ids)
+            self.position_ids[settings] = text[0].to(noisy_latents.device), image[0].to(noisy_latents.device)
         txt_ids, img_ids = self.position_ids[settings]
         packed = denoiser(
             hidden_states=self.pipeline._pack_latents(noisy_latents),
@@ -128,9 +108,5 @@ class Flux2KleinBackbone(FlowBackbone):
         return packed.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
 
     @staticmethod
-    def guidance_branches(pipeline, context, arguments) -> tuple[str, ...]:
-        return ("unconditional",) if context == "uncond" else ("conditional",)
-
-    @staticmethod
-    def sampling_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    def sampling_defaults(config) -> dict[str, float | int]:
         return {"guidance_scale": 1.0, "num_inference_steps": 4} if config.get("is_distilled") else {}

@@ -71,10 +71,6 @@ class Krea2Backbone(FlowBackbone):
         template = self.pipeline.prompt_template_encode_prefix, self.pipeline.prompt_template_encode_suffix
         return *template, self.pipeline.text_encoder_select_layers
 
-    @property
-    def prompt_limits(self) -> dict[str, int]:
-        return {"tokenizer": self.max_sequence_length}
-
     @staticmethod
     def num_tokens(tokenizer, prompt) -> int:
         return (

@@ -70,10 +70,6 @@ class QwenImageBackbone(FlowBackbone):
     def text_settings(self) -> tuple[Any, ...]:
         return (self.pipeline.prompt_template_encode,)
 
-    @property
-    def prompt_limits(self) -> dict[str, int]:
-        return {"tokenizer": self.max_sequence_length}  # without the template, which is cut off first
-
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         prompts = [UNCONDITIONAL if prompt is None else prompt for prompt in prompts]
         settings = {"device": self.device, "max_sequence_length": self.max_sequence_length}
@@ -97,8 +93,3 @@ class QwenImageBackbone(FlowBackbone):
     @staticmethod
     def guidance_arguments(scale: float) -> dict[str, Any]:
         return {"true_cfg_scale": scale, "negative_prompt": UNCONDITIONAL}
-
-    @staticmethod
-    def guidance_branches(pipeline, context, arguments) -> tuple[str, ...]:
-        # The pipeline calls the transformer once for each branch, and names it
-        return ("unconditional",) if context == "uncond" else ("conditional",)

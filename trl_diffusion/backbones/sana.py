@@ -66,10 +66,6 @@ class SanaBackbone(FlowBackbone):
         # The pipeline would draw one of its own sizes, and resize the image
         return super().sampling_settings | {"use_resolution_binning": False}
 
-    @property
-    def prompt_limits(self) -> dict[str, int]:
-        return {"tokenizer": self.max_sequence_length}
-
     @staticmethod
     def num_tokens(tokenizer, prompt: str) -> int:
         # The transformer is given the first, the instruction's last, and those of the prompt, in small letters

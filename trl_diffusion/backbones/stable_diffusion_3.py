@@ -61,9 +61,9 @@ class StableDiffusion3Backbone(FlowBackbone):
 
     @property
     def prompt_limits(self) -> dict[str, int]:
-        # CLIP reads the beginning of a longer prompt, as in the pipeline; T5 reads all of it
-        has_t5 = "tokenizer_3" in self.tokenizer_names
-        return {"tokenizer_3": self.max_sequence_length} if has_t5 else super().prompt_limits
+        if "tokenizer_3" in self.tokenizer_names:
+            return super().prompt_limits
+        return {name: getattr(self.pipeline, name).model_max_length for name in self.tokenizer_names}
 
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         with self.clip_reads_the_beginning():

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from torch.nn.functional import pixel_unshuffle
 
 from .names import INDEX, find_model
 from .weights import check_loading_info
@@ -36,6 +37,18 @@ def posterior_moments(vae: torch.nn.Module, images: torch.Tensor) -> tuple[torch
     if "latent_dist" in encoded:
         return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
     return encoded.latent.float(), torch.zeros_like(encoded.latent, dtype=torch.float32)
+
+
+def patchified_moments(vae: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`backbones.vae.posterior_moments`] with 2x2 positions in the channels, as FLUX.2 has them: `(B, 4 C, h / 2, w / 2)`."""
+    mean, std = posterior_moments(vae, images)
+    return pixel_unshuffle(mean, 2), pixel_unshuffle(std, 2)
+
+
+def batch_norm_statistics(vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is subtracted from patchified latents of an [`~diffusers.AutoencoderKLFlux2`], and what they are multiplied by."""
+    variance = vae.bn.running_var.float() + vae.config.batch_norm_eps
+    return vae.bn.running_mean.float().view(1, -1, 1, 1), variance.rsqrt().view(1, -1, 1, 1)
 
 
 def load_vae(name: str | Path, dtype: torch.dtype, config: str, kwargs: dict[str, Any]) -> torch.nn.Module:

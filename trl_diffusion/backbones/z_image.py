@@ -40,10 +40,6 @@ class ZImageBackbone(FlowBackbone):
         super().check_reference(pipeline)
         check_same_template(self.pipeline, pipeline)
 
-    @property
-    def prompt_limits(self) -> dict[str, int]:
-        return {"tokenizer": self.max_sequence_length}
-
     @staticmethod
     def templated(tokenizer, prompt) -> str:
         messages = [{"role": "user", "content": prompt}]

@@ -55,7 +55,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
-            What to train, of a family that is supported (Stable Diffusion 1.x to 3.5, SDXL, FLUX.1): a Hub id, a folder or a file, loaded
+            What to train, of a family that is supported (the page "Models" lists them): a Hub id, a folder or a file, loaded
             with `args.model_init_kwargs`, or a loaded pipeline, whose denoiser is trained in place.
         ref_model (`str` or [`~diffusers.DiffusionPipeline`], *optional*):
             The reference. If left out it is the model before training: the policy with its adapters off where a LoRA is
