@@ -15,7 +15,11 @@ from trl_diffusion.backbones import load_backbone
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "num_weights", "embeds", "expected"),
-    [("qwen_image", 20_430_401_088, (120, 3584), 70.42), ("krea_2", 12_820_073_036, (120, 12, 2560), 115.28)],
+    [
+        ("qwen_image", 20_430_401_088, (120, 3584), 70.42),
+        ("krea_2", 12_820_073_036, (64, 12, 2560), 113.34),
+        ("krea_2", 12_820_073_036, (512, 12, 2560), 128.99),  # as the pipeline pads it
+    ],
 )
 def test_a_prediction_of_the_true_size(family, num_weights, embeds, expected):
     """The classes of diffusers have the published sizes by default: their weights, and what a forward of 1024x1024 pixels computes."""
@@ -27,7 +31,7 @@ def test_a_prediction_of_the_true_size(family, num_weights, embeds, expected):
         latents = torch.empty(1, backbone.latent_channels, 128, 128, dtype=torch.bfloat16)
         conditions = {"prompt_embeds": torch.empty(1, *embeds, dtype=torch.bfloat16)}
         timesteps = torch.empty(1)
-    conditions["prompt_lengths"] = torch.tensor([120])
+    conditions["prompt_lengths"] = torch.tensor([embeds[0]])
     transformer = pipeline.transformer
     assert sum(weight.numel() for weight in transformer.parameters()) == num_weights
     transformer.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
