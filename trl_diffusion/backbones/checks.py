@@ -172,8 +172,9 @@ def check_text_encoder(pipeline: DiffusionPipeline, name: str, wanted: str) -> N
             "tokens were added to the tokenizer only",
             f"Load them with `pipeline.load_textual_inversion(...)`, or load the model's own `{token}`",
         )
-    positions = getattr(encoder.config, "max_position_embeddings", None)  # T5 has none
-    if wanted.startswith("CLIP") and tokenizer.model_max_length > positions:
+    # Only CLIP's prompts are padded to what the tokenizer says
+    positions = encoder.config.max_position_embeddings if "CLIP" in wanted else tokenizer.model_max_length
+    if tokenizer.model_max_length > positions:
         refuse(
             f"`{token}.model_max_length` is {tokenizer.model_max_length} and `{name}` takes {positions} tokens",
             "prompts are padded to the former",
