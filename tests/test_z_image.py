@@ -327,7 +327,7 @@ def test_resolutions_are_whole_patches(resolution, message):
         (set_part(scheduler=lambda p: tiny.flow_scheduler(shift=6.0)), None),
         (set_part(scheduler=lambda p: tiny.flow_scheduler(num_train_timesteps=500)), "num_train_timesteps` is 500"),
         (set_part(text_encoder=lambda p: z_image_pipeline(seed=1).text_encoder), "`text_encoder` has other weights"),
-        (lambda p: setattr(p.tokenizer, "chat_template", TEMPLATE + "a"), "`tokenizer` has another `chat_template`"),
+        (lambda p: setattr(p.tokenizer, "chat_template", TEMPLATE + "a"), "its `tokenizer` is another one"),
         (rebuilt(cap_feat_dim=8), "`transformer.config.cap_feat_dim` is 8"),
         (lambda p: p.vae.register_to_config(shift_factor=0.2), "`vae.config.shift_factor` is 0.2"),
     ],

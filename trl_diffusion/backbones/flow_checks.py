@@ -17,6 +17,7 @@ from .checks import (
     check_same_inputs,
     check_text_encoder,
     check_vae_scale,
+    plain_tokenizer,
     refuse,
     refuse_reference,
     tokenizer_of,
@@ -89,6 +90,19 @@ def check_thousand_timesteps(pipeline: DiffusionPipeline) -> None:
             f"a `{type(pipeline).__name__}` divides timesteps by 1000, whatever the scheduler says",
             "Load the scheduler that belongs to the model",
         )
+
+
+def check_chat(pipeline: DiffusionPipeline) -> None:
+    """Refuses a tokenizer that cannot write a prompt as the pipeline does, as the message of a chat, and pad it."""
+    tokenizer = pipeline.tokenizer
+    needed = {"chat_template": tokenizer.chat_template, "pad_token": plain_tokenizer(tokenizer).pad_token}
+    for name, value in needed.items():
+        if value is None:
+            refuse(
+                f"`tokenizer.{name}` is None",
+                f"a `{type(pipeline).__name__}` encodes prompts as messages of a chat, and pads them",
+                "Load the tokenizer that belongs to the model",
+            )
 
 
 def check_transformer(

@@ -8,8 +8,8 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from .flow import FlowBackbone
-from .flow_checks import check_thousand_timesteps
-from .flux_2_checks import check_flux_2_vae, check_hidden_layers, check_same_statistics, check_template
+from .flow_checks import check_chat, check_thousand_timesteps
+from .flux_2_checks import check_flux_2_vae, check_hidden_layers, check_same_statistics
 from .vae import batch_norm_statistics, patchified_moments
 
 
@@ -44,7 +44,7 @@ class Flux2KleinBackbone(FlowBackbone):
         check_thousand_timesteps(pipeline)
         check_flux_2_vae(pipeline)
         check_hidden_layers(pipeline, pipeline.text_encoder.config, (9, 18, 27))  # the pipeline's default
-        check_template(pipeline, pipeline.tokenizer)
+        check_chat(pipeline)
 
     def check_reference(self, pipeline) -> None:
         super().check_reference(pipeline)

@@ -5,7 +5,7 @@
 
 import torch
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from .checks import check_ignored, refuse, refuse_reference
 
@@ -65,17 +65,6 @@ def check_hidden_layers(pipeline: DiffusionPipeline, config: PreTrainedConfig, l
             "they belong to different models",
             "Load the text encoder that belongs to the transformer",
         )
-
-
-def check_template(pipeline: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer, or what holds it, without what the pipeline puts around and behind a prompt."""
-    for name, value in (("chat_template", pipeline.tokenizer.chat_template), ("pad_token", tokenizer.pad_token)):
-        if value is None:
-            refuse(
-                f"`tokenizer.{name}` is None",
-                f"a `{type(pipeline).__name__}` encodes prompts as messages of a chat, padded to one length",
-                "Load the tokenizer that belongs to the model",
-            )
 
 
 def check_same_statistics(vae: torch.nn.Module, other: torch.nn.Module) -> None:

@@ -7,10 +7,10 @@ from diffusers import Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 
-from .checks import plain_tokenizer, refuse
-from .flow_checks import check_thousand_timesteps
+from .checks import refuse
+from .flow_checks import check_chat, check_thousand_timesteps
 from .flux_2 import Flux2KleinBackbone
-from .flux_2_checks import check_flux_2_vae, check_hidden_layers, check_template
+from .flux_2_checks import check_flux_2_vae, check_hidden_layers
 
 
 class Flux2Backbone(Flux2KleinBackbone):
@@ -32,7 +32,7 @@ class Flux2Backbone(Flux2KleinBackbone):
         check_thousand_timesteps(pipeline)
         check_flux_2_vae(pipeline)
         check_hidden_layers(pipeline, pipeline.text_encoder.config.text_config, (10, 20, 30))  # the pipeline's default
-        check_template(pipeline, plain_tokenizer(pipeline.tokenizer))
+        check_chat(pipeline)
         if pipeline.system_message != SYSTEM_MESSAGE:
             refuse(
                 "`pipeline.system_message` is another one",

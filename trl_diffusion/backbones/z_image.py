@@ -8,7 +8,8 @@ from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch.nn.utils.rnn import pad_sequence
 
 from .flow import FlowBackbone
-from .z_image_checks import check_chat, check_same_template, check_z_image_transformer
+from .flow_checks import check_chat
+from .z_image_checks import check_z_image_transformer
 
 
 class ZImageBackbone(FlowBackbone):
@@ -35,10 +36,6 @@ class ZImageBackbone(FlowBackbone):
     def check_parts(cls, pipeline) -> None:
         check_z_image_transformer(pipeline)
         check_chat(pipeline)
-
-    def check_reference(self, pipeline) -> None:
-        super().check_reference(pipeline)
-        check_same_template(self.pipeline, pipeline)
 
     @staticmethod
     def templated(tokenizer, prompt) -> str:

@@ -5,7 +5,7 @@
 
 from diffusers import ZImagePipeline
 
-from .checks import refuse, refuse_reference
+from .checks import refuse
 from .flow_checks import check_thousand_timesteps, check_vae
 
 
@@ -33,20 +33,3 @@ def check_z_image_transformer(pipeline: ZImagePipeline) -> None:
             "they belong to different models",
             "Load the text encoder that belongs to the transformer",
         )
-
-
-def check_chat(pipeline: ZImagePipeline) -> None:
-    """Refuses a tokenizer that cannot write a prompt as the pipeline does."""
-    tokenizer = pipeline.tokenizer
-    for key, reason in (
-        ("chat_template", "the pipeline writes every prompt as the message of a chat"),
-        ("pad_token", "the pipeline pads prompts"),
-    ):
-        if getattr(tokenizer, key) is None:
-            refuse(f"`tokenizer.{key}` is None", reason, "Load the model's own `tokenizer`")
-
-
-def check_same_template(pipeline: ZImagePipeline, reference: ZImagePipeline) -> None:
-    """Refuses a reference whose prompts are written in another way."""
-    if pipeline.tokenizer.chat_template != reference.tokenizer.chat_template:
-        refuse_reference("its `tokenizer` has another `chat_template`")
