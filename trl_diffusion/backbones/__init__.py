@@ -121,9 +121,9 @@ def _open(
     unrounded = dtype = given or torch.float32
     class_name = read_index(name, kwargs)["_class_name"]
     families = [family for family in BACKBONES if family.pipeline_class.__name__ == class_name]
-    quantization = kwargs.pop("quantization_config", None)
-    if quantization is not None and families:
-        quantization = read_quantization(quantization, families[0].denoiser_name, families[0].text_encoder_names)
+    config, quantization = kwargs.pop("quantization_config", None), None
+    if config is not None and families:  # another family is refused once it is loaded
+        quantization = read_quantization(config, families[0].denoiser_name, families[0].text_encoder_names)
         check_environment(SETTING)
     if families and not given and (encoder_dtype, denoiser_dtype) != (torch.float32, torch.float32):
         dtype = {"default": encoder_dtype, "vae": torch.float32, families[0].denoiser_name: denoiser_dtype}
