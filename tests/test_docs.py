@@ -39,6 +39,7 @@ from trl_diffusion.annotation.planner import Planner
 from trl_diffusion.annotation.records import pair_columns, prepare_rows
 from trl_diffusion.annotation.run import run as annotate
 from trl_diffusion.annotation.run import run_locally
+from trl_diffusion.backbones.quantization import read_quantization
 from trl_diffusion.cli.main import COMMANDS, LAUNCHED_COMMANDS, script_of
 from trl_diffusion.criteria import parse_criteria
 from trl_diffusion.data.collators import AttributeCollator, InstancePairCollator
@@ -416,8 +417,8 @@ def test_python_of_complex_po_trainer(tiny_hub):
 
 
 def test_python_of_models(tiny_hub, tmp_path):
-    """The page's trainer trains Stable Diffusion 3, here a tiny one."""
-    (code,) = blocks("models.md", "python")
+    """The page's trainer trains Stable Diffusion 3, here a tiny one; its quantisation names what it says."""
+    code, quantized = blocks("models.md", "python")
     tiny.sd3_pipeline().save_pretrained(tmp_path / "sd3")
     scope = {}
     exec(code.replace("stabilityai/stable-diffusion-3.5-medium", str(tmp_path / "sd3")), scope)
@@ -426,6 +427,12 @@ def test_python_of_models(tiny_hub, tmp_path):
     trainer.args.max_steps = 1
     trainer.train()
     assert trainer.state.global_step == 1
+    exec(quantized.replace("bf16=True", "use_cpu=True"), scope)
+    config = scope["args"].model_init_kwargs["quantization_config"]
+    assert list(read_quantization(config, "transformer", ("text_encoder", "text_encoder_2"))) == [
+        "transformer",
+        "text_encoder_2",
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES)

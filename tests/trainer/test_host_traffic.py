@@ -30,7 +30,8 @@ from trl_diffusion import (
 from trl_diffusion.trainer.meters import MAX_RECORDED, Meters
 
 
-# Copies that wait in a micro-batch that encodes its prompts: those of diffusers' `encode_prompt`
+# Copies that wait in a micro-batch that encodes its prompts: those of diffusers' `encode_prompt`. The language models of the other families
+# ask the device whether a prompt is padded, which the meta device does not know
 TOKENIZED = {
     "sd": 1,  # ids of tokens
     "sdxl": 2,  # ids, for each of two encoders
@@ -38,6 +39,8 @@ TOKENIZED = {
     "flux": 3,
     "sana": 2,  # ids and their mask
 }
+# Of prompts of several lengths: diffusers makes a tensor of Python's numbers in each call with a mask, by policy and reference
+MASKED = {"qwen_image": 2}
 
 
 @pytest.fixture
@@ -70,7 +73,8 @@ PRECOMPUTED = {"precompute": True}
 REFERENCE_PRECOMPUTED = PRECOMPUTED | {"precompute_ref_preds": True}
 INVERSION = {"noise_source": "inversion", "inversion_eta": 0.1, "mask_overlap": "covering"}
 CASES = [
-    *(("iapo", family, settings) for family in ("sdxl", *FAMILIES) for settings in ({}, PRECOMPUTED)),
+    *(("iapo", family, {}) for family in ("sdxl", *FAMILIES) if family in TOKENIZED),
+    *(("iapo", family, PRECOMPUTED) for family in ("sdxl", *FAMILIES)),
     *(("iapo", "sd", settings) for settings in (INVERSION, REFERENCE_PRECOMPUTED)),
     *(("cpo", "sd", {}), ("cpo", "sdxl", PRECOMPUTED), ("sft", "sd", PRECOMPUTED)),
 ]
@@ -91,7 +95,9 @@ def test_a_micro_batch_waits_for_no_result(tmp_path, kind, family, settings):
     micro_batch(trainer, rows)  # makes what stays on the device: positions, the table of the schedule
     traffic = micro_batch(trainer, rows)
     assert not traffic.waits
-    assert sum(traffic.blocking.values()) == (0 if "precompute" in settings else TOKENIZED[family])
+    assert sum(traffic.blocking.values()) == (
+        MASKED.get(family, 0) if "precompute" in settings else TOKENIZED[family]
+    )
     assert traffic.copies["aten._to_copy"] > 0  # the noise
 
 

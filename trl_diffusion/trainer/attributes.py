@@ -121,13 +121,14 @@ def describe_expert(
     Returns:
         `dict[str, Any]`
     """
+    quantization = describe_quantization(model)
     return {
         "criteria": criteria.name,
         "attributes": attribute_words(criteria),
         "attribute_order": args.attribute_order,
         "attribute_separator": args.attribute_separator,
         "base_fingerprint": base_fingerprint(model),
-        "base_quantization": describe_quantization(model),
+        **({} if quantization is None else {"base_quantization": quantization}),
     }
 
 
@@ -201,7 +202,7 @@ def check_expert(described: dict[str, Any] | None, wanted: dict[str, Any]) -> No
                 f"`expert` was trained with `{name}={described[name]!r}`, and would not understand prompts with "
                 f"`{name}={wanted[name]!r}`. Use the setting of the expert."
             )
-    then, now = described.get("base_quantization"), wanted["base_quantization"]
+    then, now = described.get("base_quantization"), wanted.get("base_quantization")
     is_same = same_base if then == now else same_quantized_base
     if then != now:
         logger.warning(
