@@ -95,9 +95,7 @@ def test_a_micro_batch_waits_for_no_result(tmp_path, kind, family, settings):
     micro_batch(trainer, rows)  # makes what stays on the device: positions, the table of the schedule
     traffic = micro_batch(trainer, rows)
     assert not traffic.waits
-    assert sum(traffic.blocking.values()) == (
-        MASKED.get(family, 0) if "precompute" in settings else TOKENIZED[family]
-    )
+    assert sum(traffic.blocking.values()) == (MASKED.get(family, 0) if "precompute" in settings else TOKENIZED[family])
     assert traffic.copies["aten._to_copy"] > 0  # the noise
 
 
