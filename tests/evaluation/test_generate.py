@@ -14,10 +14,11 @@ from PIL import Image
 
 from tests import tiny
 from tests.evaluation.loras import save_lora
+from tests.families import FAMILIES
 from trl_diffusion import sampling
 from trl_diffusion.backbones import StableDiffusionBackbone
 from trl_diffusion.evaluation import generate as module
-from trl_diffusion.evaluation.generate import generate, match_images, set_scheduler
+from trl_diffusion.evaluation.generate import generate, match_images, sample_rows, set_scheduler
 from trl_diffusion.evaluation.models import ModelSpec, guidance_of, load_pipeline, resolve_model
 from trl_diffusion.evaluation.prompts import Prompt, PromptSet
 from trl_diffusion.evaluation.protocols import Protocol
@@ -526,3 +527,13 @@ class TestFoldersOfImages:
         (tmp_path / "a.png").unlink()
         with pytest.raises(ValueError, match="names a.png, which does not exist"):
             match_images(tmp_path, PROMPTS, 1)
+
+
+def test_a_distilled_model_is_said_to_be_one(caplog):
+    """One that says how many steps it is distilled to is not sampled with others in silence; the model that it is made of is."""
+    for is_distilled, steps, is_said in ((True, 50, True), (True, 8, False), (False, 50, False)):
+        pipeline = FAMILIES["krea_2"].make()
+        pipeline.register_to_config(is_distilled=is_distilled)
+        caplog.clear()
+        sample_rows(pipeline, [], Protocol(num_inference_steps=steps), 1, True, "turbo")
+        assert ("turbo is distilled to 8 steps and sampled with 50" in caplog.text) is is_said

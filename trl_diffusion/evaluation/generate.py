@@ -253,6 +253,12 @@ def sample_rows(
             Name of the model, for the progress bar.
     """
     further = further_settings(pipeline, protocol, name)
+    steps = family_of(type(pipeline)).sampling_defaults(pipeline.config).get("num_inference_steps")
+    if steps not in (None, protocol.num_inference_steps):
+        logger.warning(
+            f"{name} is distilled to {steps} steps and sampled with {protocol.num_inference_steps}: pass "
+            f"`num_inference_steps={steps}` (`--num_inference_steps {steps}`) to see it as it is meant to be used."
+        )
     with tqdm(total=len(rows), desc=f"Sampling with {name}", unit="image", disable=disable_tqdm) as bar:
         for batch in batched(rows, batch_size):
             images = sample_images(

@@ -37,7 +37,8 @@ class Protocol:
         max_sequence_length (`int`, *optional*):
             Number of tokens that are read of a prompt. Defaults to the pipeline's. Pipelines with CLIP alone take none.
         true_cfg_scale (`float`, *optional*):
-            Scale of classifier-free guidance of FLUX.1, with an empty negative prompt. Defaults to none. Other pipelines take
+            Scale of classifier-free guidance of FLUX.1 and Qwen-Image, with an empty negative prompt. Defaults to none for
+            FLUX.1, and to the pipeline's for Qwen-Image. Other pipelines take
             `guidance_scale` for it.
         unknown (`tuple[str, ...]`, *optional*):
             Settings that no public source of the paper confirms. Their values are this project's choice.

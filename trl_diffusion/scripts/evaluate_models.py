@@ -88,9 +88,9 @@ class EvaluateArguments:
         seed (`int`, *optional*):
             Seed of the noise; 0 without a protocol.
         max_sequence_length (`int`, *optional*):
-            Tokens that prompts are padded to for T5, as in the training; the pipeline's own without a protocol.
+            Tokens that are read of a prompt, as in the training; the pipeline's own without a protocol.
         true_cfg_scale (`float`, *optional*):
-            Classifier-free guidance of FLUX.1, whose `guidance_scale` is something else; none without a protocol.
+            Classifier-free guidance of FLUX.1, whose `guidance_scale` is something else, and of Qwen-Image.
         metrics (`list[str]`, *optional*, defaults to `["pickscore", "hpsv2", "aesthetic", "clip_score"]`):
             The metrics: `pickscore`, `hpsv2`, `hpsv2_1`, `aesthetic`, `clip_score`, `image_reward`, `fid`, `kid`,
             `num_negative_attributes`, `caption_match`.
@@ -151,9 +151,11 @@ class EvaluateArguments:
     images_per_prompt: int | None = field(default=None, metadata={"help": "Images per prompt."})
     seed: int | None = field(default=None, metadata={"help": "Seed of the noise."})
     max_sequence_length: int | None = field(
-        default=None, metadata={"help": "Tokens that prompts are padded to for T5, as in the training."}
+        default=None, metadata={"help": "Tokens that are read of a prompt, as in the training."}
     )
-    true_cfg_scale: float | None = field(default=None, metadata={"help": "Classifier-free guidance of FLUX.1."})
+    true_cfg_scale: float | None = field(
+        default=None, metadata={"help": "Classifier-free guidance of FLUX.1 and Qwen-Image."}
+    )
     metrics: list[str] = field(
         default_factory=lambda: ["pickscore", "hpsv2", "aesthetic", "clip_score"],
         metadata={"help": "The metrics.", "choices": [*SCORERS, *OF_ALL_IMAGES, *JUDGED]},

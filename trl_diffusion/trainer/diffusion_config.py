@@ -71,7 +71,7 @@ class DiffusionConfig(_BaseConfig):
             pipeline's: 256 for Stable Diffusion 3, 512 for FLUX.1 (schnell was trained with 256), Qwen-Image and Krea 2. Fewer cost
             less; give the pipeline the same. Stable Diffusion 1, 2 and XL leave no choice.
         embedded_guidance (`float`, *optional*):
-            The guidance scale that FLUX.1 dev is told in training. Defaults to 1, at which it predicts what an image of the data
+            The guidance scale that FLUX.1 dev and FLUX.2 dev are told in training. Defaults to 1, at which it predicts what an image of the data
             asks for; at the 3.5 that it is sampled with, its prediction is one of a guided model. Other models take none.
         aspect_ratio_buckets (`bool`, *optional*, defaults to `False`):
             Train images at their own shape instead of as squares: at the nearest of several sizes with about as many pixels
@@ -219,7 +219,8 @@ class DiffusionConfig(_BaseConfig):
         metadata={"help": "Number of tokens that are read of a prompt. Defaults to the pipeline's."},
     )
     embedded_guidance: float | None = field(
-        default=None, metadata={"help": "The guidance scale that FLUX.1 dev is told in training. Defaults to 1."}
+        default=None,
+        metadata={"help": "The guidance scale that FLUX.1 dev and FLUX.2 dev are told in training. Defaults to 1."},
     )
     aspect_ratio_buckets: bool = field(
         default=False,
