@@ -131,8 +131,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -
         return Hasher.hash((tokenizer, limits))
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules.pop("truncation"), rules.pop("padding")  # those of the last call
-    if tokenizer.chat_template is not None:
-        rules["chat_template"] = tokenizer.chat_template
     return Hasher.hash((json.dumps(rules, sort_keys=True), limits))
 
 
