@@ -25,7 +25,7 @@ TEMPLATE = (
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """One token a word, with the space before it or without, and one for each other byte; Qwen itself has a limit that nobody reaches."""
     merges = []
-    for word in sorted({*tiny.WORDS, "user", "assistant", "think"}, key=len, reverse=True):
+    for word in sorted({*tiny.WORDS, "user", "assistant", "think"}, key=lambda word: (len(word), word), reverse=True):
         for text in (word, f"Ġ{word}"):
             merges += [(text[:index], text[index]) for index in range(1, len(text))]
     tokens = dict.fromkeys(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet())])
