@@ -24,7 +24,12 @@ def test_every_arm_is_recorded():
     [
         *("iapo-sdxl-lora-inversion", "sft-sd_v-full-random", "cpo-sd-lora-random"),
         *("iapo-flux-full-inversion", "cpo-sd3-lora-random", "iapo-flux_2-lora-random", "sft-flux_2_dev-lora-random"),
-        *("iapo-z_image-full-inversion", "cpo-qwen_image-lora-random", "cpo-krea_2-lora-random", "sft-sana-lora-random"),
+        *(
+            "iapo-z_image-full-inversion",
+            "cpo-qwen_image-lora-random",
+            "cpo-krea_2-lora-random",
+            "sft-sana-lora-random",
+        ),
     ],
 )
 def test_losses_are_the_recorded_ones(name):
