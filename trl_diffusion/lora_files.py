@@ -309,9 +309,8 @@ def _num_parts(key: str, pipeline: DiffusionPipeline) -> int:
     """How many tensors of diffusers one tensor of a file becomes: in the own layouts of FLUX, several projections are one."""
     if key.startswith(("unet.", "transformer.", "text_encoder")):
         return 1
-    is_split = "linear1" in key and not isinstance(
-        pipeline, Flux2LoraLoaderMixin
-    )  # diffusers has it in one layer for FLUX.2
+    # Of FLUX.2 diffusers has `linear1` in one layer
+    is_split = "linear1" in key and not isinstance(pipeline, Flux2LoraLoaderMixin)
     return 3 if "qkv" in key and "to_qkv" not in key else 4 if is_split else 1
 
 
@@ -348,9 +347,8 @@ def load_lora(pipeline: DiffusionPipeline, path: Path, adapter_name: str) -> Non
             if key.startswith(f"{component}.")
         }
         module = getattr(pipeline, component)
-        module.train(
-            module.training
-        )  # the new layers too, which diffusers leaves in training, where a LoRA's dropout acts
+        # The new layers too, which diffusers leaves in training, where a LoRA's dropout acts
+        module.train(module.training)
         _check_arrived(module, adapter_name, expected, settings, f"The LoRA {path}")
         if component in ("unet", "transformer"):
             _set_alphas(module, adapter_name, {k.removeprefix(f"{component}."): alpha for k, alpha in alphas.items()})

@@ -73,9 +73,8 @@ class Krea2Backbone(FlowBackbone):
 
     @staticmethod
     def num_tokens(tokenizer, prompt) -> int:
-        return (
-            FlowBackbone.num_tokens(tokenizer, prompt) + 5
-        )  # the end of the template is among those that are counted
+        # The end of the template is among those that are counted
+        return FlowBackbone.num_tokens(tokenizer, prompt) + 5
 
     def encode_prompts(self, prompts: list[str | None]) -> dict[str, torch.Tensor]:
         settings = {"device": self.device, "max_sequence_length": self.max_sequence_length}

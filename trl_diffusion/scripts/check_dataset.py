@@ -83,9 +83,8 @@ def prompt_fits(name: str) -> Callable[[str], bool]:
         part: getattr(transformers, kind).from_pretrained(name, subfolder=part) for part, kind in classes.items()
     }
     limits = {part: plain_tokenizer(tokenizer).model_max_length for part, tokenizer in loaded.items()}
-    if others := [
-        part for part, kind in classes.items() if not kind.startswith("CLIP")
-    ]:  # they read what CLIP does not
+    # The others read what CLIP does not
+    if others := [part for part, kind in classes.items() if not kind.startswith("CLIP")]:
         limits = {others[0]: families[0].max_sequence_length}
     return lambda prompt: all(families[0].num_tokens(loaded[part], prompt) <= limit for part, limit in limits.items())
 

@@ -24,8 +24,8 @@ logger = get_logger(__name__)
 class SampleImagesCallback(TrainerCallback):
     """
     Samples fixed prompts from fixed noise with the base and with the policy, side by side: before training, every
-    `args.sample_steps` steps and at the end. With `args.sample_model`, that model draws without the LoRA and with it. The pictures are written to `samples/` in the output directory, and go to
-    wandb, trackio and tensorboard where `report_to` names them.
+    `args.sample_steps` steps and at the end. With `args.sample_model`, that model draws without the LoRA and with it. The pictures
+    are written to `samples/` in the output directory, and go to wandb, trackio and tensorboard where `report_to` names them.
 
     Args:
         sample (`Callable`):

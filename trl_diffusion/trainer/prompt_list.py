@@ -124,8 +124,9 @@ def _holds(prompts: pa.ChunkedArray, prompt: str | None) -> bool:
 
 def mean_tokens(backbone: Backbone, prompts: list[str | None]) -> float:
     """The mean number of tokens of prompts, each by the tokenizer that makes most of it and as far as it is read."""
-    texts, counts = [prompt or "" for prompt in prompts], []
-    for name, limit in backbone.prompt_limits.items():
-        tokens = getattr(backbone.pipeline, name)(texts, verbose=False)["input_ids"]
-        counts.append([min(limit, len(of_text)) for of_text in tokens])
-    return sum(map(max, zip(*counts, strict=True))) / len(texts)
+    limits = [(getattr(backbone.pipeline, name), limit) for name, limit in backbone.prompt_limits.items()]
+    counts = [
+        max(min(limit, backbone.num_tokens(tokenizer, prompt or "")) for tokenizer, limit in limits)
+        for prompt in prompts
+    ]
+    return sum(counts) / len(counts)
