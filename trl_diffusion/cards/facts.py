@@ -1,0 +1,239 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a model card says, as plain data: a trainer collects it, a file beside the card keeps it, and a card is rendered from it."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..files import write_file
+
+
+FACTS_NAME = "training.json"
+RECIPE_NAME = "training.yaml"
+EVALUATION_NAME = "evaluation.json"
+PICTURES = "images"  # the folder of a card's pictures, beside it
+
+
+@dataclass
+class Sample:
+    """
+    A prompt that base and policy have sampled from the same noise.
+
+    Attributes:
+        prompt (`str`):
+            The prompt.
+        image (`str`), base_image (`str`):
+            Files by the policy and by the base, relative to the card.
+    """
+
+    prompt: str
+    image: str
+    base_image: str
+
+
+@dataclass
+class DataFacts:
+    """
+    The data of a training. All may be unknown.
+
+    Attributes:
+        name (`str`):
+            Hub id. `None` for data of the user's machine.
+        config (`str`), split (`str`):
+            Configuration and split.
+        revision (`str`):
+            The commit on the Hub.
+        license (`str`):
+            The licence that the dataset declares.
+        num_rows (`int`):
+            Number of rows; `None` for a stream.
+    """
+
+    name: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    license: str | None = None
+    num_rows: int | None = None
+
+
+@dataclass
+class ModelFacts:
+    """
+    Everything that a model card says of a training. JSON can hold all of it, and nothing in it is a path of the user's machine.
+
+    Attributes:
+        name (`str`):
+            Name of the model.
+        model_id (`str`):
+            Hub id of the repository; without one, the name of the folder.
+        trainer (`str`), method (`str`), unit (`str`), tags (`list[str]`), paper (`dict[str, str]`):
+            The class of the trainer, and what its `Method` says.
+        base (`str`), base_revision (`str`):
+            Hub id of the base, and the commit. `None` for a base that is not on the Hub.
+        base_folder (`str`):
+            Of a base that is not on the Hub, the last part of its path.
+        base_changes (`list[str]`):
+            What was done to the base after it was loaded.
+        initial_lora (`str`), has_initial_lora (`bool`):
+            Hub id of the LoRA that the training started at, and whether it started at one.
+        pipeline_class (`str`), is_flow (`bool`):
+            The pipeline's class, and whether it predicts a velocity.
+        is_lora (`bool`), is_exported (`bool`), is_reversed (`bool`):
+            Whether a LoRA was trained; whether a file for ComfyUI comes with it; whether the preference was reversed.
+        resolution (`int`):
+            Width and height in pixels of the training images.
+        loading_arguments (`str`), call_arguments (`str`):
+            Arguments of `from_pretrained` and of the pipeline's call, as Python code.
+        vae (`str`), vae_class (`str`):
+            Another VAE than the pipeline's, and its class.
+        example_prompt (`str`):
+            Prompt of the quick start.
+        expert (`str`):
+            Of CPO, the expert's Hub id or `"not published"`.
+        data ([`cards.facts.DataFacts`]):
+            The data.
+        samples (`list[cards.facts.Sample]`):
+            Prompts that base and policy have sampled.
+        teaser (`str`), curves (`str`), masks (`str`):
+            Pictures, relative to the card: base and policy side by side; what was logged over the steps; masks over images.
+        hyperparameters (`dict[str, Any]`):
+            What somebody needs to repeat the training, by names as the card shows them.
+        recipe (`dict[str, Any]`):
+            The training as the keys of a YAML file of the command, without paths of the machine.
+        command (`str`), script (`str`):
+            The command line that trained, and the command that takes the recipe, such as `"instance-dpo"`.
+        last_logs (`dict[str, float]`):
+            The metrics of the last log.
+        trackers (`dict[str, str]`):
+            Addresses of the run by the tracker's name: `"wandb"`, `"trackio"`, `"comet"`.
+        hardware (`str`), seconds (`float`):
+            What it was trained on, and how long.
+        versions (`dict[str, str]`):
+            Versions of the packages.
+    """
+
+    name: str
+    trainer: str
+    method: str
+    unit: str
+    tags: list[str]
+    paper: dict[str, str]
+    pipeline_class: str
+    resolution: int
+    loading_arguments: str
+    call_arguments: str
+    example_prompt: str
+    script: str
+    is_lora: bool
+    is_flow: bool
+    model_id: str | None = None
+    base: str | None = None
+    base_revision: str | None = None
+    base_folder: str | None = None
+    base_changes: list[str] = field(default_factory=list)
+    initial_lora: str | None = None
+    has_initial_lora: bool = False
+    is_exported: bool = False
+    is_reversed: bool = False
+    vae: str | None = None
+    vae_class: str | None = None
+    expert: str | None = None
+    data: DataFacts = field(default_factory=DataFacts)
+    samples: list[Sample] = field(default_factory=list)
+    teaser: str | None = None
+    curves: str | None = None
+    masks: str | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
+    last_logs: dict[str, float] = field(default_factory=dict)
+    trackers: dict[str, str] = field(default_factory=dict)
+    hardware: str | None = None
+    seconds: float | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Score:
+    """
+    A score of a model, with its interval over prompts.
+
+    Attributes:
+        value (`float`):
+            The mean, or the value of a score of all images together; `None` without any.
+        lower (`float`), upper (`float`):
+            The 95 % interval, where there is one.
+        number (`int`):
+            Number of images that have a score.
+    """
+
+    value: float | None
+    lower: float | None = None
+    upper: float | None = None
+    number: int | None = None
+
+
+@dataclass
+class EvaluationFacts:
+    """
+    What a card says of an evaluation, see [`evaluation.report.summarize`].
+
+    Attributes:
+        model (`str`):
+            The card's model, among `models`.
+        models (`dict[str, str]`):
+            What each compared model is, by its name: the first is the baseline.
+        arm (`str`):
+            The one of `models` that was trained alike without what the method adds: with `w_neg=1` for IAPO, by SFT for CPO. `None`
+            if there is none.
+        metrics (`dict[str, dict]`):
+            By name: `label`, `higher_is_better`, `weights`.
+        scores (`dict[str, dict[str, cards.facts.Score]]`):
+            By model and metric.
+        win_rates (`dict[str, dict[str, cards.facts.Score]]`):
+            Shares in [0, 1] of the prompts won against the baseline, by model and metric.
+        prompts (`dict[str, Any]`):
+            `source`, `revision`, `digest` and `number` of the prompts.
+        protocol (`dict[str, Any]`):
+            How images were sampled.
+        versions (`dict[str, str]`):
+            Versions of the packages.
+    """
+
+    model: str
+    models: dict[str, str]
+    arm: str | None
+    metrics: dict[str, dict[str, Any]]
+    scores: dict[str, dict[str, Score]]
+    win_rates: dict[str, dict[str, Score]]
+    prompts: dict[str, Any]
+    protocol: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def write_facts(facts: ModelFacts | EvaluationFacts, path: str | Path) -> None:
+    """Writes facts as JSON."""
+    write_file(Path(path), (json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_model_facts(path: str | Path) -> ModelFacts:
+    """Reads what [`cards.facts.write_facts`] wrote of a training."""
+    known = json.loads(Path(path).read_text(encoding="utf-8"))
+    known["data"] = DataFacts(**known["data"])
+    known["samples"] = [Sample(**sample) for sample in known["samples"]]
+    return ModelFacts(**known)
+
+
+def read_evaluation_facts(path: str | Path) -> EvaluationFacts:
+    """Reads what [`cards.facts.write_facts`] wrote of an evaluation."""
+    known = json.loads(Path(path).read_text(encoding="utf-8"))
+    for name in ("scores", "win_rates"):
+        known[name] = {
+            model: {metric: Score(**score) for metric, score in scores.items()}
+            for model, scores in known[name].items()
+        }
+    return EvaluationFacts(**known)
