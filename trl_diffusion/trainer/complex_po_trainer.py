@@ -35,6 +35,7 @@ from .complex_po_config import ComplexPOConfig
 from .diffusion_trainer import DiffusionTrainer, Metrics
 from .model_card import Method
 from .noised_batch import NoisedBatch
+from .publishing import criteria_file
 
 
 MAX_DRIFT = 1.0
@@ -282,6 +283,9 @@ class ComplexPOTrainer(DiffusionTrainer):
 
     def record_details(self) -> dict[str, Any]:
         return {"criteria": attribute_words(self.criteria), "expert": self.expert[0]}
+
+    def further_files(self) -> dict[str, bytes]:
+        return criteria_file(self.criteria, self.args)
 
     def health_warnings(self, logs: dict[str, float]) -> dict[str, str]:
         args, warnings = self.args, {}
