@@ -5,7 +5,6 @@
 
 import json
 import logging
-import os
 import socket
 from pathlib import Path
 
@@ -45,12 +44,12 @@ def warnings(caplog):
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("trl_diffusion")]
 
 
-def iapo(folder: Path, model=None, is_lora: bool = True, **settings) -> InstanceDPOTrainer:
+def iapo(folder: Path, model=None, is_lora: bool = True, peft=None, **settings) -> InstanceDPOTrainer:
     model = model or tiny.sd_pipeline()
     settings = tiny.settings(model) | settings if isinstance(model, DiffusionPipeline) else settings
     args = InstanceDPOConfig(str(folder), **{**SETTINGS, **settings})
     return InstanceDPOTrainer(
-        model, args=args, train_dataset=tiny.pairs(4), peft_config=tiny.lora() if is_lora else None
+        model, args=args, train_dataset=tiny.pairs(4), peft_config=(peft or tiny.lora()) if is_lora else None
     )
 
 
@@ -73,7 +72,14 @@ def leave_files(folder: Path) -> None:
     """What users and other programs leave where they train."""
     for name in (
         *(".env", "nohup.out", "notes.txt", "data.parquet", "training_args.bin", "other.safetensors", "wandb/run/log"),
-        *("precompute/cache.arrow", "images/me.png", "samples/old.png", "runs/notes.txt", "unet/.env", "unet/mine.json"),
+        *(
+            "precompute/cache.arrow",
+            "images/me.png",
+            "samples/old.png",
+            "runs/notes.txt",
+            "unet/.env",
+            "unet/mine.json",
+        ),
         *("unet/other.safetensors", "vae/notes.txt", "checkpoint-1/notes.txt", "checkpoint-1/training_args.bin"),
         *("checkpoint-9/pytorch_lora_weights.safetensors", "comfyui/mine.safetensors", "criteria.yaml"),
         "attribute_expert.json",
@@ -164,7 +170,10 @@ def test_an_expert_comes_with_its_description_and_its_criteria(hub, tmp_path, cr
     cpo = ComplexPOTrainer(
         tiny.sd_pipeline(), expert="user/expert", args=args, train_dataset=tiny.paintings(4), peft_config=tiny.lora()
     )
-    ours, theirs = get_peft_model_state_dict(trainer.policy), get_peft_model_state_dict(cpo.policy, adapter_name="expert")
+    ours, theirs = (
+        get_peft_model_state_dict(trainer.policy),
+        get_peft_model_state_dict(cpo.policy, adapter_name="expert"),
+    )
     assert tiny.max_difference(dict(ours), dict(theirs)) == 0
     cpo.train()
     cpo.push_to_hub(model_name="Painter", tags="paintings")
