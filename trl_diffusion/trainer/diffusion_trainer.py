@@ -24,7 +24,7 @@ from ..data.collators import ImageCollator
 from ..data.formats import all_datasets, each_dataset, prepare_dataset
 from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
 from ..hub import pushing
-from .callbacks import HealthCallback, SampleImagesCallback
+from .callbacks import HealthCallback, RunCallback, SampleImagesCallback
 from .checkpoints import BestCheckpointCallback, load_weights, may_push, push_checkpoint, save_weights
 from .diffusion_config import DiffusionConfig, check_data_settings, check_not_sharded, collator_settings
 from .encoding import BatchEncoder, with_rows
@@ -132,7 +132,7 @@ class DiffusionTrainer(_BaseTrainer):
             data_collator=self.data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[*(callbacks or []), BestCheckpointCallback],
+            callbacks=[*(callbacks or []), BestCheckpointCallback, RunCallback],
             optimizers=optimizers,
         )
         check_not_sharded(self.is_fsdp_enabled or self.is_deepspeed_enabled)
