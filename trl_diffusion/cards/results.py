@@ -207,8 +207,12 @@ def measured(facts: EvaluationFacts) -> Iterator[str]:
         *(f"{name} {code_span(prompts[name])}" for name in ("revision", "digest") if prompts.get(name)),
     ]
     yield f"- Prompts: {', '.join([source, *details])}"
-    settings = {name: value for name, value in facts.protocol.items() if value not in (None, "") and name != "unknown"}
-    yield f"- Sampling: {', '.join(f'{one_line(name)} {one_line(value)}' for name, value in settings.items()) or 'not recorded'}"
+    settings = [
+        f"{'protocol' if name == 'name' else code_span(name)} {one_line(value)}"
+        for name, value in facts.protocol.items()
+        if value not in (None, "") and name != "unknown"
+    ]
+    yield f"- Sampling: {', '.join(settings) or 'not recorded'}"
     if unknown := facts.protocol.get("unknown"):
         yield f"- Of the sampling, no public source confirms {one_line(', '.join(unknown))}."
     for metric in facts.metrics.values():

@@ -264,6 +264,7 @@ def new_evaluation(args: ModelCardArguments, place: Place, facts: "ModelFacts") 
     Raises:
         `ValueError`: If there is no such evaluation, the model is not in it or not only once, or it was evaluated with other weights.
     """
+    from trl_diffusion.cards.arms import training_record
     from trl_diffusion.evaluation.card import evaluation_facts
 
     path = Path(args.evaluation).expanduser() / SUMMARY
@@ -280,6 +281,8 @@ def new_evaluation(args: ModelCardArguments, place: Place, facts: "ModelFacts") 
         if not args.model_name_in_evaluation:
             raise ValueError(f"{message}: evaluate it again, or pass `--model_name_in_evaluation {name}`.")
         logger.warning(f"{message}.")
+    if name in records:
+        records[name].setdefault("training", training_record(facts))  # of an evaluation before it was written
     return evaluation_facts(summary, name, args.arm)
 
 
