@@ -222,7 +222,8 @@ class EvaluationFacts:
 
 def write_facts(facts: ModelFacts | EvaluationFacts, path: str | Path) -> None:
     """Writes facts as JSON."""
-    write_file(Path(path), (json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n"
+    write_file(Path(path), text.encode("utf-8", "replace"))
 
 
 def read_model_facts(path: str | Path) -> ModelFacts:

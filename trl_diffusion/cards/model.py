@@ -4,11 +4,12 @@
 """The model card: facts in, Markdown with metadata out."""
 
 import datetime
+from functools import cache
 from importlib import resources
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from .facts import RECIPE_NAME, EvaluationFacts, ModelFacts
 from .licenses import license_of
@@ -76,20 +77,7 @@ def model_card(facts: ModelFacts, evaluation: EvaluationFacts | None = None) -> 
     Returns:
         [`~huggingface_hub.ModelCard`]
     """
-    template = resources.files("trl_diffusion").joinpath("templates/model_card.md").read_text(encoding="utf-8")
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {
-        "line": one_line,
-        "code": code_span,
-        "with_code": with_code,
-        "cell": lambda value: one_line(shortened(value, 500)),
-        "short": lambda value: one_line(shortened(value)),
-        "link": hub_link,
-        "dataset_link": lambda name: hub_link(name, "dataset"),
-        "fenced": fenced,
-        "quoted": quoted,
-    }
-    body = environment.from_string(template).render(
+    body = _template().render(
         facts=facts,
         title=plain(facts.name) or "model",
         samples=[sample for sample in facts.samples if is_beside(sample.image) and is_beside(sample.base_image)],
@@ -119,6 +107,24 @@ def model_card(facts: ModelFacts, evaluation: EvaluationFacts | None = None) -> 
         citations=citations_of(facts.trainer, facts.paper.get("citation", ""), facts.is_reversed),
     )
     return ModelCard(f"---\n{card_data(facts, evaluation).to_yaml()}\n---\n\n{body}")
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {
+        "line": one_line,
+        "code": code_span,
+        "with_code": with_code,
+        "cell": lambda value: one_line(shortened(value, 500)),
+        "short": lambda value: one_line(shortened(value)),
+        "link": hub_link,
+        "dataset_link": lambda name: hub_link(name, "dataset"),
+        "fenced": fenced,
+        "quoted": quoted,
+    }
+    source = resources.files("trl_diffusion").joinpath("templates/model_card.md")
+    return environment.from_string(source.read_text(encoding="utf-8"))
 
 
 def card_data(facts: ModelFacts, evaluation: EvaluationFacts | None = None) -> ModelCardData:

@@ -22,15 +22,20 @@ REFERENCES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "\\": "&#92;
 BEGINNING = re.compile(r"^([+-](?=[\s-]|$)|:(?=-)|=|\d+(?=[.)](\s|$)))")
 
 
-def plain(text: object) -> str:
-    """A text on one line, without what would turn round or hide the text beside it."""
+def visible(text: object) -> str:
+    """A text without what would turn round or hide the text beside it. Its lines stay."""
     characters = (
-        " " if unicodedata.category(each) == "Cc" or each in "\u2028\u2029" else each
+        " " if each not in "\n\t" and (unicodedata.category(each) == "Cc" or each in "\u2028\u2029") else each
         for each in str(text)
         if unicodedata.bidirectional(each) not in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
         and each not in "\u200b\u200e\u200f\u061c\ufeff"
     )
-    return " ".join("".join(characters).encode("utf-8", "replace").decode().split())
+    return "".join(characters).encode("utf-8", "replace").decode()
+
+
+def plain(text: object) -> str:
+    """A text on one line, as [`cards.text.visible`] leaves it."""
+    return " ".join(visible(text).split())
 
 
 def shortened(text: object, length: int = 200) -> str:
@@ -84,6 +89,7 @@ def _spaced(text: str) -> str:
 
 def fenced(text: str, language: str = "text") -> str:
     """A block of code, with a fence of more backticks than the text holds."""
+    text = visible(text)
     fence = "`" * (max([2, *map(len, re.findall("`+", text))]) + 1)
     return f"{fence}{language}\n{text.strip()}\n{fence}"
 
@@ -138,12 +144,12 @@ def address(url: str) -> str | None:
 
 def quoted(path: str) -> str:
     """A path as the target of a link."""
-    return quote(path)
+    return quote(path, errors="replace")
 
 
 def picture(path: str | None, description: str) -> str | None:
     """A picture beside the card, by its path relative to it; `None` without one, or for a path that leads elsewhere."""
-    return f"![{one_line(description)}]({quote(path)})" if is_beside(path) else None
+    return f"![{one_line(description)}]({quoted(path)})" if is_beside(path) else None
 
 
 def is_beside(path: str | None) -> bool:
