@@ -98,4 +98,12 @@ def export_command(facts: ModelFacts) -> str:
 
 def export_path(facts: ModelFacts) -> str:
     """Where the LoRA for ComfyUI and A1111 lies in the repository."""
-    return f"comfyui/{(facts.model_id or facts.name).split('/')[-1]}.safetensors"
+    return comfyui_path((facts.model_id or facts.name).split("/")[-1])
+
+
+def comfyui_path(model_name: str) -> str:
+    """
+    Where the LoRA for ComfyUI and A1111 lies in the repository of a name. It does not end as the LoRA itself, which
+    `load_lora_weights("user/name")` of diffusers finds by that.
+    """
+    return f"comfyui/{model_name}{'-comfyui' if model_name.endswith('pytorch_lora_weights') else ''}.safetensors"
