@@ -176,7 +176,7 @@ class StandIn:
             times (`int`, *optional*, defaults to `1`):
                 Number of requests. A client that retries needs more than one: `huggingface_hub` asks six times.
             headers (`dict[str, str]`, *optional*):
-                Headers of the answer, like `{"Retry-After": "7"}`.
+                Headers of the answer, like `{"Retry-After": "7"}`, or `{"X-Error-Code": "GatedRepo"}` with a 403.
             cut_after (`int`, *optional*):
                 Bytes after which the connection is closed: of the request's body where it has one, and nothing happens
                 to what is stored, else of the answer's.

@@ -4,6 +4,7 @@
 """The stand-in of the Hub does what the Hub does, as far as its genuine clients can tell."""
 
 import hashlib
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -604,14 +605,18 @@ def test_no_client_keeps_the_genuine_hub(hub: StandIn):
 
 
 def test_all_is_taken_back(tmp_path: Path):
-    def state() -> list[object]:
-        kept = [vars(import_module(name)) for name in KEEPERS]
-        names = settings(StandIn().start(), tmp_path)
-        return [module.get(name) for module in kept for name in names] + [hf_api.api.endpoint, get_token()]
+    with StandIn() as stand_in:
+        modules = [vars(import_module(name)) for name in KEEPERS]
+        names = settings(stand_in, tmp_path)
 
-    before = state()
-    with StandIn() as stand_in, pytest.MonkeyPatch.context() as patch:
-        point(stand_in, tmp_path, "hf_user", patch)
-        assert hf_api.api.endpoint == constants.ENDPOINT == stand_in.url and get_token() == "hf_user"
-        assert not constants.is_offline_mode()
-    assert state() == before
+        def state() -> list[object]:
+            kept = [module[name] for module in modules for name in names if name in module]
+            return [*kept, hf_api.api.endpoint, get_token(), dict(os.environ)]
+
+        before = state()
+        with pytest.MonkeyPatch.context() as patch:
+            point(stand_in, tmp_path, "hf_user", patch)
+            assert hf_api.api.endpoint == constants.ENDPOINT == stand_in.url and get_token() == "hf_user"
+            assert not constants.is_offline_mode()
+            assert all(one != other for one, other in zip(state()[-3:], before[-3:]))
+        assert state() == before
