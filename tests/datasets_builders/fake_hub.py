@@ -95,4 +95,5 @@ class FakeHub:
             (self.folder / name).write_bytes((Path(folder_path) / name).read_bytes())
 
     def upload_file(self, path_in_repo: str, path_or_fileobj: bytes, **kwargs):
+        (self.folder / path_in_repo).parent.mkdir(exist_ok=True)
         (self.folder / path_in_repo).write_bytes(path_or_fileobj)
