@@ -133,7 +133,7 @@ def attribute_picture(row: Row, attributes: tuple[Attribute, ...]) -> PIL.Image.
     """
     font = PIL.ImageFont.load_default(15)
     lines = [(line, "black") for line in wrapped(row["prompt"], font, 3)]
-    for kind, sign, preference in (("positive", "+", "chosen"), ("negative", "\u2212", "rejected")):
+    for kind, sign, preference in (("positive", "+", "chosen"), ("negative", "-", "rejected")):
         forms = [getattr(attributes[index], kind) for index in row[f"{kind}_attributes"]]
         lines += [("", "black"), (f"{kind}: {len(forms) or 'none'}", BOX_COLORS[preference])]
         lines += [
