@@ -36,14 +36,16 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 from trl_diffusion.annotation.join import entries, find_runs, join_annotations, read_manifest
 from trl_diffusion.annotation.records import STATUSES
 from trl_diffusion.annotation.run import Row
-from trl_diffusion.hub import pushing
+from trl_diffusion.hub import create_repository, pushing
+from trl_diffusion.hub_datasets import check_repo_id, stale_files
+from trl_diffusion.machine import without_places
 from trl_diffusion.scripts.annotation import AnnotationArguments, load_rows
 from trl_diffusion.trainer.diffusion_trainer import DiffusionTrainer
 
 
 ANNOTATIONS = "annotations"  # the configuration without images
 SHARD_BYTES = 500_000_000  # size of the rows of a file before compression
-FILES_PER_COMMIT = 50
+FILES_PER_COMMIT = 50  # files that are uploaded at a time, ahead of the one commit
 ROW_GROUP = 100
 BLOCK = 1000  # annotation rows that are counted at a time
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
@@ -213,7 +215,16 @@ class AnnotatedDatasetBuilder(GeneratorBasedBuilder):
 
     def _generate_examples(self, rows: Dataset | IterableDataset) -> Iterator[tuple[int, Row]]:
         # Decoded images would be encoded again
-        yield from enumerate(rows.decode(False) if isinstance(rows, IterableDataset) else rows)
+        undecoded = rows.decode(False) if isinstance(rows, IterableDataset) else rows
+        yield from enumerate(map(public_reasons, undecoded) if self.config.name == ANNOTATIONS else undecoded)
+
+
+def public_reasons(row: Row) -> Row:
+    """An annotation row whose reasons name no folder and no server of the machine that annotated it."""
+    row = row | {"reason": without_places(row["reason"])}
+    if "dropped" in row:
+        row["dropped"] = [found | {"reason": without_places(found["reason"])} for found in row["dropped"] or []]
+    return row
 
 
 # ----- the folder -----
@@ -391,16 +402,20 @@ def push(
     described: dict[str, Any],
     infos: dict[str, DatasetInfo],
     streamed: AnnotatedDatasetBuilder | None,
-    private: bool,
-) -> None:
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
     """
-    Pushes a dataset: first its files, then the card.
+    Pushes a dataset in one commit, which also deletes the files of an earlier one: whoever loads it gets all of the new one or
+    all of the old one. Files are uploaded ahead of the commit, and those that the Hub has from an interrupted push are not
+    uploaded again.
 
     Args:
         folder (`Path`):
             Folder of the dataset.
         repo_id (`str`):
-            Repository on the Hub.
+            Repository on the Hub, `USER/NAME` or `NAME`.
         builder ([`AnnotatedDatasetBuilder`]):
             The builder, for the card.
         described (`dict`):
@@ -409,53 +424,68 @@ def push(
             The configurations in the folder to push.
         streamed ([`AnnotatedDatasetBuilder`], *optional*):
             A builder whose rows are streamed from the source to the Hub.
-        private (`bool`):
+        private (`bool`, *optional*):
             Whether a new repository is private.
+        revision (`str`, *optional*):
+            Branch to push to.
+        token (`str`, *optional*):
+            A token with the right to write.
+
+    Returns:
+        `str`: the whole name of the repository.
 
     Raises:
         `ValueError`: If rows are missing in the source.
     """
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
-    files = [f"{config}/*.parquet" for config in infos]
-    api.upload_folder(
-        repo_id=repo_id,
-        repo_type="dataset",
-        folder_path=folder,
-        allow_patterns=[*files, "criteria.yaml"],
-        delete_patterns=files,  # of an earlier push
-        commit_message=f"Upload {' and '.join(infos)}",
-    )
+    repo_id = create_repository(repo_id, "dataset", private, revision, token)
+    api, where = HfApi(token=token), {"repo_id": repo_id, "repo_type": "dataset", "revision": revision}
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    left_out = {config for config in builder.builder_configs if config not in infos}
+    additions = [
+        CommitOperationAdd(name, folder / name)
+        for name in names
+        if name != "README.md" and name.split("/")[0] not in left_out
+    ]
+    for start in range(0, len(additions), FILES_PER_COMMIT):
+        api.preupload_lfs_files(additions=additions[start : start + FILES_PER_COMMIT], free_memory=False, **where)
     if streamed:
-        infos = {streamed.config.name: push_stream(api, repo_id, streamed), **infos}
-    api.upload_file(
-        repo_id=repo_id,
-        repo_type="dataset",
-        path_or_fileobj=str(make_card(builder, described, infos, repo_id)).encode(),
-        path_in_repo="README.md",
-        commit_message="Upload card",
+        info, uploaded = push_stream(api, where, streamed)
+        infos = {streamed.config.name: info, **infos}
+        additions += uploaded
+    card = str(make_card(builder, described, infos, repo_id)).encode()
+    additions.append(CommitOperationAdd("README.md", card))
+    pushed = [addition.path_in_repo for addition in additions]
+    folders = {*builder.builder_configs, "criteria.yaml"}
+    stale = stale_files(api.list_repo_files(**where), pushed, repo_id, folders)
+    api.create_commit(
+        operations=[*additions, *map(CommitOperationDelete, stale)],
+        commit_message=f"Upload {' and '.join(infos)}",
+        **where,
     )
+    return repo_id
 
 
-def push_stream(api: HfApi, repo_id: str, builder: AnnotatedDatasetBuilder) -> DatasetInfo:
+def push_stream(
+    api: HfApi, where: dict[str, str | None], builder: AnnotatedDatasetBuilder
+) -> tuple[DatasetInfo, list[CommitOperationAdd]]:
     """
-    Pushes a configuration whose rows are streamed from the source. Only one file at a time is on the disk, and one row
-    group in memory. The source is read once for each split. (`IterableDataset.push_to_hub` fails for shards without
+    Uploads a configuration whose rows are streamed from the source, without a commit. Only one file at a time is on the disk, and
+    one row group in memory. The source is read once for each split. (`IterableDataset.push_to_hub` fails for shards without
     rows.)
 
     Args:
         api ([`~huggingface_hub.HfApi`]):
             The Hub.
-        repo_id (`str`):
-            The repository.
+        where (`dict`):
+            `repo_id`, `repo_type` and `revision`.
         builder ([`AnnotatedDatasetBuilder`]):
             The builder.
 
     Returns:
-        [`~datasets.DatasetInfo`]: columns and splits.
+        `tuple[DatasetInfo, list[CommitOperationAdd]]`: columns and splits, and what the commit adds.
 
     Raises:
-        `ValueError`: If rows are missing in the source. Then nothing is committed to the repository.
+        `ValueError`: If rows are missing in the source.
     """
     name, info = builder.config.name, builder.info.copy()
     info.splits, info.download_size, info.dataset_size = SplitDict(), 0, 0
@@ -465,7 +495,9 @@ def push_stream(api: HfApi, repo_id: str, builder: AnnotatedDatasetBuilder) -> D
         with tempfile.TemporaryDirectory() as scratch:
             for number, (file, num_rows, num_bytes) in enumerate(write_files(rows, Path(scratch))):
                 addition = CommitOperationAdd(f"{name}/{split}-{number:05d}.parquet", file)
-                api.preupload_lfs_files(repo_id, [addition], repo_type="dataset")
+                api.preupload_lfs_files(additions=[addition], **where)
+                if addition.path_or_fileobj:  # not uploaded: the Hub wants a small file together with the commit
+                    addition = CommitOperationAdd(addition.path_in_repo, file.read_bytes())
                 additions.append(addition)
                 info.splits[split].num_examples += num_rows
                 info.splits[split].num_bytes += num_bytes
@@ -473,17 +505,7 @@ def push_stream(api: HfApi, repo_id: str, builder: AnnotatedDatasetBuilder) -> D
                 info.dataset_size += num_bytes
                 file.unlink()
     builder.check_complete()
-    paths = {addition.path_in_repo for addition in additions}
-    stale = [path for path in api.list_repo_files(repo_id, repo_type="dataset") if path.startswith(f"{name}/")]
-    operations = [*additions, *(CommitOperationDelete(path) for path in stale if path not in paths)]
-    for start in range(0, len(operations), FILES_PER_COMMIT):
-        api.create_commit(
-            repo_id,
-            operations[start : start + FILES_PER_COMMIT],
-            commit_message=f"Upload {name}",
-            repo_type="dataset",
-        )
-    return info
+    return info, additions
 
 
 def write_files(rows: IterableDataset, folder: Path) -> Iterator[tuple[Path, int, int]]:
@@ -555,7 +577,9 @@ def make_parser(name: str, images: str) -> argparse.ArgumentParser:
         "--no_images", action="store_true", help=f"Build only the annotations, without the configuration `{images}`."
     )
     parser.add_argument(
-        "--push_to_hub", metavar="USER/NAME", help="Push the annotations and the card to this repository."
+        "--push_to_hub",
+        metavar="USER/NAME",
+        help="Push the annotations and the card to this repository. Without USER it is one of the token's user.",
     )
     parser.add_argument(
         "--push_images",
@@ -563,6 +587,8 @@ def make_parser(name: str, images: str) -> argparse.ArgumentParser:
         help=f"Also push `{images}`. With `--no_images`, its rows are streamed from the source to the Hub.",
     )
     parser.add_argument("--private", action="store_true", help="Make the repository private if it is new.")
+    parser.add_argument("--hub_revision", help="Branch to push to. It is created if there is none.")
+    parser.add_argument("--hub_token", help="Token for the push. Defaults to that of `hf auth login` or HF_TOKEN.")
     return parser
 
 
@@ -581,10 +607,11 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
     Raises:
         `ValueError`: If the folder is not empty, or the source and the annotations do not match.
     """
-    if args.push_images and not args.push_to_hub:
-        raise ValueError("`--push_images` needs a repository: name one with `--push_to_hub`.")
-    if args.push_to_hub and args.push_to_hub.count("/") != 1:
-        raise ValueError(f"`--push_to_hub` must be a repository as USER/NAME, got {args.push_to_hub!r}.")
+    if args.push_to_hub:
+        check_repo_id(args.push_to_hub, "--push_to_hub")
+    for flag in ("push_images", "private", "hub_revision", "hub_token"):
+        if getattr(args, flag) and not args.push_to_hub:
+            raise ValueError(f"`--{flag}` needs a repository: name one with `--push_to_hub`.")
     folder = args.output_dir.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{args.output_dir} exists and is not empty. Choose another `--output_dir`.")
@@ -597,7 +624,7 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
         "columns": args.columns,
         "criteria": criteria,
     }
-    name = args.push_to_hub or folder.name
+    name = args.push_to_hub if "/" in (args.push_to_hub or "") else folder.name
     images = builder_class.DEFAULT_CONFIG_NAME
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
@@ -622,6 +649,16 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
         if args.push_to_hub:
             pushed = {config: info for config, info in infos.items() if config == ANNOTATIONS or args.push_images}
             streamed = builders[images] if args.push_images and args.no_images else None
-            with pushing(f"The dataset is saved in {args.output_dir}."):
-                push(folder, args.push_to_hub, builders[ANNOTATIONS], described, pushed, streamed, args.private)
-            print(f"Pushed to https://huggingface.co/datasets/{args.push_to_hub}.")
+            with pushing(f"The dataset is saved in {args.output_dir}.", args.hub_token):
+                repo_id = push(
+                    folder,
+                    args.push_to_hub,
+                    builders[ANNOTATIONS],
+                    described,
+                    pushed,
+                    streamed,
+                    args.private or None,
+                    args.hub_revision,
+                    args.hub_token,
+                )
+            print(f"Pushed to https://huggingface.co/datasets/{repo_id}.")
