@@ -36,7 +36,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 from trl_diffusion.annotation.join import entries, find_runs, join_annotations, read_manifest
 from trl_diffusion.annotation.records import STATUSES
 from trl_diffusion.annotation.run import Row
-from trl_diffusion.hub import create_repository, pushing
+from trl_diffusion.hub import create_repository, push_files, pushing
 from trl_diffusion.hub_datasets import check_repo_id, stale_files
 from trl_diffusion.machine import without_places
 from trl_diffusion.scripts.annotation import AnnotationArguments, load_rows
@@ -45,7 +45,7 @@ from trl_diffusion.trainer.diffusion_trainer import DiffusionTrainer
 
 ANNOTATIONS = "annotations"  # the configuration without images
 SHARD_BYTES = 500_000_000  # size of the rows of a file before compression
-FILES_PER_COMMIT = 50  # files that are uploaded at a time, ahead of the one commit
+FILES_PER_COMMIT = 25_000  # the Hub's limit: a dataset is one commit
 ROW_GROUP = 100
 BLOCK = 1000  # annotation rows that are counted at a time
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
@@ -438,30 +438,27 @@ def push(
         `ValueError`: If rows are missing in the source.
     """
     repo_id = create_repository(repo_id, "dataset", private, revision, token)
-    api, where = HfApi(token=token), {"repo_id": repo_id, "repo_type": "dataset", "revision": revision}
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    left_out = {config for config in builder.builder_configs if config not in infos}
-    additions = [
-        CommitOperationAdd(name, folder / name)
-        for name in names
-        if name != "README.md" and name.split("/")[0] not in left_out
-    ]
-    for start in range(0, len(additions), FILES_PER_COMMIT):
-        api.preupload_lfs_files(additions=additions[start : start + FILES_PER_COMMIT], free_memory=False, **where)
+    where = {"repo_id": repo_id, "repo_type": "dataset", "revision": revision}
+    api, uploaded = HfApi(token=token), []
     if streamed:
         info, uploaded = push_stream(api, where, streamed)
         infos = {streamed.config.name: info, **infos}
-        additions += uploaded
-    card = str(make_card(builder, described, infos, repo_id)).encode()
-    additions.append(CommitOperationAdd("README.md", card))
-    pushed = [addition.path_in_repo for addition in additions]
-    folders = {*builder.builder_configs, "criteria.yaml"}
-    stale = stale_files(api.list_repo_files(**where), pushed, repo_id, folders)
-    api.create_commit(
-        operations=[*additions, *map(CommitOperationDelete, stale)],
-        commit_message=f"Upload {' and '.join(infos)}",
-        **where,
-    )
+    card = str(make_card(builder, described, infos, repo_id))
+    present = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    tables = [name for name in present if name.split("/")[0] in infos]
+    others = [name for name in present if name.split("/")[0] not in builder.builder_configs and name in card]
+    files = {name: folder / name for name in (*tables, *others)} | {"README.md": card.encode()}
+    pushed = {*files, *(addition.path_in_repo for addition in uploaded)}
+    if len(pushed) > FILES_PER_COMMIT:
+        raise ValueError(f"{len(pushed):,} files are more than the {FILES_PER_COMMIT:,} that the Hub takes in one commit.")
+    stale = stale_files(api.list_repo_files(**where), pushed, repo_id, {*builder.builder_configs, "criteria.yaml"})
+    message = f"Upload {' and '.join(infos)}"
+    if not uploaded:
+        push_files(files, commit_message=message, token=token, delete=stale, **where)
+    else:
+        operations = [*uploaded, *(CommitOperationAdd(name, file) for name, file in files.items())]
+        operations += map(CommitOperationDelete, stale)
+        api.create_commit(operations=operations, commit_message=message, **where)
     return repo_id
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl
 
 
 REPO = "user/annotated"
@@ -82,3 +82,4 @@ class FakeHub:
             else:
                 with operation.as_file() as file:
                     path.write_bytes(file.read())
+        return CommitInfo(f"https://huggingface.co/datasets/{REPO}/commit/{len(self.commits)}", "", "", "0" * 40)

@@ -545,7 +545,6 @@ def test_images_go_from_the_source_to_the_hub_without_a_copy(pick_a_pic, tmp_pat
     monkeypatch.setattr(common, "SHARD_BYTES", 1000)
     monkeypatch.setattr(common, "ROW_GROUP", 2)
     monkeypatch.setattr(join, "ROWS_AT_ONCE", 2)
-    monkeypatch.setattr(common, "FILES_PER_COMMIT", 4)
     (hub.folder / "pairs").mkdir()
     (hub.folder / "pairs" / "train-00000-of-00001.parquet").write_bytes(b"of an earlier push")
     flags = ("--no_images", "--push_to_hub", REPO, "--push_images")
@@ -557,7 +556,7 @@ def test_images_go_from_the_source_to_the_hub_without_a_copy(pick_a_pic, tmp_pat
     files += [f"pairs/train_ties-{index:05d}.parquet" for index in range(2)]
     assert hub.files == ["README.md", "annotations/train-00000-of-00001.parquet", *files]
     assert hub.commits == [
-        ["annotations/train-00000-of-00001.parquet", *files, "README.md", "pairs/train-00000-of-00001.parquet"]
+        [*files, "annotations/train-00000-of-00001.parquet", "README.md", "pairs/train-00000-of-00001.parquet"]
     ]
     pushed, built = load_dataset(str(hub.folder)), load_dataset(str(pick_a_pic / "out"))
     assert set(pushed) == set(built)
