@@ -36,8 +36,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 from trl_diffusion.annotation.join import entries, find_runs, join_annotations, read_manifest
 from trl_diffusion.annotation.records import STATUSES
 from trl_diffusion.annotation.run import Row
-from trl_diffusion.hub import create_repository, push_files, pushing
-from trl_diffusion.hub_datasets import check_repo_id, stale_files
+from trl_diffusion.hub import check_repository_name, create_repository, push_files, pushing
+from trl_diffusion.hub_datasets import stale_files
 from trl_diffusion.machine import without_places
 from trl_diffusion.scripts.annotation import AnnotationArguments, load_rows
 from trl_diffusion.trainer.diffusion_trainer import DiffusionTrainer
@@ -450,7 +450,9 @@ def push(
     files = {name: folder / name for name in (*tables, *others)} | {"README.md": card.encode()}
     pushed = {*files, *(addition.path_in_repo for addition in uploaded)}
     if len(pushed) > FILES_PER_COMMIT:
-        raise ValueError(f"{len(pushed):,} files are more than the {FILES_PER_COMMIT:,} that the Hub takes in one commit.")
+        raise ValueError(
+            f"{len(pushed):,} files are more than the {FILES_PER_COMMIT:,} that the Hub takes in one commit."
+        )
     stale = stale_files(api.list_repo_files(**where), pushed, repo_id, {*builder.builder_configs, "criteria.yaml"})
     message = f"Upload {' and '.join(infos)}"
     if not uploaded:
@@ -605,7 +607,7 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
         `ValueError`: If the folder is not empty, or the source and the annotations do not match.
     """
     if args.push_to_hub:
-        check_repo_id(args.push_to_hub, "--push_to_hub")
+        check_repository_name(args.push_to_hub, "`--push_to_hub`")
     for flag in ("push_images", "private", "hub_revision", "hub_token"):
         if getattr(args, flag) and not args.push_to_hub:
             raise ValueError(f"`--{flag}` needs a repository: name one with `--push_to_hub`.")

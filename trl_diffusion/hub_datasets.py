@@ -1,13 +1,10 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Dataset repositories of the Hub: their names, and which of their files a push replaces."""
+"""Dataset repositories of the Hub: which of their files a push replaces."""
 
 from collections.abc import Collection
 from pathlib import PurePosixPath
-
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 
 DATA_ENDINGS = (".parquet", ".arrow")
@@ -15,27 +12,9 @@ DATA_ENDINGS = (".parquet", ".arrow")
 DESCRIPTIONS = ("dataset_infos.json", ".huggingface.yaml")
 
 
-def check_repo_id(repo_id: str, flag: str = "repo_id") -> None:
-    """
-    Checks the name of a repository before anything is done for it.
-
-    Args:
-        repo_id (`str`):
-            The name.
-        flag (`str`, *optional*, defaults to `"repo_id"`):
-            What named it, for the error.
-
-    Raises:
-        `ValueError`: If it is neither `USER/NAME` nor `NAME`, or has characters that the Hub does not allow.
-    """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"`{flag}` must be a repository as USER/NAME or NAME, got {repo_id!r}: {reason}.") from error
-
-
-def stale_files(present: Collection[str], pushed: Collection[str], repo_id: str, folders: Collection[str]) -> list[str]:
+def stale_files(
+    present: Collection[str], pushed: Collection[str], repo_id: str, folders: Collection[str]
+) -> list[str]:
     """
     Finds the files of an earlier dataset in the same repository: its tables, and what tells `load_dataset` to read them in
     another way. A commit that deletes them together with the new files leaves one dataset.

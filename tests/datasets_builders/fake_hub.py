@@ -32,7 +32,9 @@ class FakeHub:
         self.scratch = folder / "scratch"
         self.scratch.mkdir()
         self.created: list[dict] = []
-        self.on_upload: Callable[[Path], None] = lambda path: None  # called with each file that may be deleted before its commit
+        self.on_upload: Callable[[Path], None] = lambda path: (
+            None
+        )  # called with each file that may be deleted before its commit
         self.ahead: dict[str, bytes] = {}
         self.commits: list[list[str]] = []
         monkeypatch.setattr(tempfile, "tempdir", str(self.scratch))
