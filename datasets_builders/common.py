@@ -31,27 +31,24 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi
 
-from datasets_builders.dataset_card import (  # noqa: F401 builders and users find the helpers of cards here
-    cell,
-    describe_role,
-    fenced,
-    public,
-    render_card,
-)
-from datasets_builders.example_pictures import Picture, example_pictures
+from datasets_builders.dataset_card import describe_role, public, render_card  # noqa: F401 also used by builders
+from datasets_builders.example_pictures import EXAMPLE, Picture, example_pictures
 from trl_diffusion.annotation.join import find_runs, join_annotations, read_manifest
 from trl_diffusion.annotation.records import STATUSES
 from trl_diffusion.annotation.run import Row
-from trl_diffusion.cards.text import python_string
+from trl_diffusion.cards.text import fenced, python_string  # noqa: F401 also used by builders
+from trl_diffusion.cards.text import one_line as cell  # noqa: F401
 from trl_diffusion.files import write_file
-from trl_diffusion.hub import pushing
+from trl_diffusion.hub import check_repository_name, create_repository, push_files, pushing
+from trl_diffusion.hub_datasets import stale_files
+from trl_diffusion.machine import without_places
 from trl_diffusion.scripts.annotation import AnnotationArguments, load_rows
 from trl_diffusion.trainer.diffusion_trainer import DiffusionTrainer
 
 
 ANNOTATIONS = "annotations"  # the configuration without images
 SHARD_BYTES = 500_000_000  # size of the rows of a file before compression
-FILES_PER_COMMIT = 50
+FILES_PER_COMMIT = 25_000  # the Hub's limit: a dataset is one commit
 ROW_GROUP = 100
 
 
@@ -233,7 +230,16 @@ class AnnotatedDatasetBuilder(GeneratorBasedBuilder):
 
     def _generate_examples(self, rows: Dataset | IterableDataset) -> Iterator[tuple[int, Row]]:
         # Decoded images would be encoded again
-        yield from enumerate(rows.decode(False) if isinstance(rows, IterableDataset) else rows)
+        undecoded = rows.decode(False) if isinstance(rows, IterableDataset) else rows
+        yield from enumerate(map(public_reasons, undecoded) if self.config.name == ANNOTATIONS else undecoded)
+
+
+def public_reasons(row: Row) -> Row:
+    """An annotation row whose reasons name no folder and no server of the machine that annotated it."""
+    row = row | {"reason": without_places(row["reason"])}
+    if "dropped" in row:
+        row["dropped"] = [found | {"reason": without_places(found["reason"])} for found in row["dropped"] or []]
+    return row
 
 
 # ----- the folder -----
@@ -404,16 +410,20 @@ def push(
     described: dict[str, Any],
     infos: dict[str, DatasetInfo],
     streamed: AnnotatedDatasetBuilder | None,
-    private: bool,
-) -> None:
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
     """
-    Pushes a dataset: first its files, then the card.
+    Pushes a dataset in one commit, which also deletes the files of an earlier one: whoever loads it gets all of the new one or
+    all of the old one. Files are uploaded ahead of the commit, and those that the Hub has from an interrupted push are not
+    uploaded again.
 
     Args:
         folder (`Path`):
             Folder of the dataset.
         repo_id (`str`):
-            Repository on the Hub.
+            Repository on the Hub, `USER/NAME` or `NAME`.
         builder ([`AnnotatedDatasetBuilder`]):
             The builder, for the card.
         described (`dict`):
@@ -422,62 +432,72 @@ def push(
             The configurations in the folder to push.
         streamed ([`AnnotatedDatasetBuilder`], *optional*):
             A builder whose rows are streamed from the source to the Hub.
-        private (`bool`):
+        private (`bool`, *optional*):
             Whether a new repository is private.
+        revision (`str`, *optional*):
+            Branch to push to.
+        token (`str`, *optional*):
+            A token with the right to write.
+
+    Returns:
+        `str`: the whole name of the repository.
 
     Raises:
         `ValueError`: If rows are missing in the source.
     """
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
-    files = [f"{config}/*.parquet" for config in infos]
-    api.upload_folder(
-        repo_id=repo_id,
-        repo_type="dataset",
-        folder_path=folder,
-        allow_patterns=[*files, "criteria.yaml"],
-        delete_patterns=files,  # of an earlier push
-        commit_message=f"Upload {' and '.join(infos)}",
-    )
+    repo_id = create_repository(repo_id, "dataset", private, revision, token)
+    where = {"repo_id": repo_id, "repo_type": "dataset", "revision": revision}
+    api, uploaded = HfApi(token=token), []
     if streamed:
-        infos = {streamed.config.name: push_stream(api, repo_id, streamed), **infos}
+        info, uploaded = push_stream(api, where, streamed)
+        infos = {streamed.config.name: info, **infos}
     pictures = card_pictures(builder, folder, with_images=len(infos) > 1)
-    for picture in pictures:
-        api.upload_file(
-            repo_id=repo_id,
-            repo_type="dataset",
-            path_or_fileobj=picture.data,
-            path_in_repo=picture.name,
-            commit_message="Upload pictures of the card",
+    card = str(make_card(builder, described, infos, repo_id, pictures))
+    present = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    tables = [name for name in present if name.split("/")[0] in infos]
+    others = [name for name in present if name.split("/")[0] not in builder.builder_configs and name in card]
+    files = {name: folder / name for name in (*tables, *others)}
+    # Without the images in the dataset, these are other pictures than those in the folder
+    files |= {picture.name: picture.data for picture in pictures} | {"README.md": card.encode()}
+    pushed = {*files, *(addition.path_in_repo for addition in uploaded)}
+    if len(pushed) > FILES_PER_COMMIT:
+        raise ValueError(
+            f"{len(pushed):,} files are more than the {FILES_PER_COMMIT:,} that the Hub takes in one commit."
         )
-    api.upload_file(
-        repo_id=repo_id,
-        repo_type="dataset",
-        path_or_fileobj=str(make_card(builder, described, infos, repo_id, pictures)).encode(),
-        path_in_repo="README.md",
-        commit_message="Upload card",
-    )
+    earlier = api.list_repo_files(**where)
+    stale = stale_files(earlier, pushed, repo_id, {*builder.builder_configs, "criteria.yaml"})
+    stale += sorted({name for name in earlier if EXAMPLE.fullmatch(name)} - {*pushed, *stale})
+    message = f"Upload {' and '.join(infos)}"
+    if not uploaded:
+        push_files(files, commit_message=message, token=token, delete=stale, **where)
+    else:
+        operations = [*uploaded, *(CommitOperationAdd(name, file) for name, file in files.items())]
+        operations += map(CommitOperationDelete, stale)
+        api.create_commit(operations=operations, commit_message=message, **where)
+    return repo_id
 
 
-def push_stream(api: HfApi, repo_id: str, builder: AnnotatedDatasetBuilder) -> DatasetInfo:
+def push_stream(
+    api: HfApi, where: dict[str, str | None], builder: AnnotatedDatasetBuilder
+) -> tuple[DatasetInfo, list[CommitOperationAdd]]:
     """
-    Pushes a configuration whose rows are streamed from the source. Only one file at a time is on the disk, and one row
-    group in memory. The source is read once for each split. (`IterableDataset.push_to_hub` fails for shards without
+    Uploads a configuration whose rows are streamed from the source, without a commit. Only one file at a time is on the disk, and
+    one row group in memory. The source is read once for each split. (`IterableDataset.push_to_hub` fails for shards without
     rows.)
 
     Args:
         api ([`~huggingface_hub.HfApi`]):
             The Hub.
-        repo_id (`str`):
-            The repository.
+        where (`dict`):
+            `repo_id`, `repo_type` and `revision`.
         builder ([`AnnotatedDatasetBuilder`]):
             The builder.
 
     Returns:
-        [`~datasets.DatasetInfo`]: columns and splits.
+        `tuple[DatasetInfo, list[CommitOperationAdd]]`: columns and splits, and what the commit adds.
 
     Raises:
-        `ValueError`: If rows are missing in the source. Then nothing is committed to the repository.
+        `ValueError`: If rows are missing in the source.
     """
     name, info = builder.config.name, builder.info.copy()
     info.splits, info.download_size, info.dataset_size = SplitDict(), 0, 0
@@ -487,7 +507,9 @@ def push_stream(api: HfApi, repo_id: str, builder: AnnotatedDatasetBuilder) -> D
         with tempfile.TemporaryDirectory() as scratch:
             for number, (file, num_rows, num_bytes) in enumerate(write_files(rows, Path(scratch))):
                 addition = CommitOperationAdd(f"{name}/{split}-{number:05d}.parquet", file)
-                api.preupload_lfs_files(repo_id, [addition], repo_type="dataset")
+                api.preupload_lfs_files(additions=[addition], **where)
+                if addition.path_or_fileobj:  # not uploaded: the Hub wants a small file together with the commit
+                    addition = CommitOperationAdd(addition.path_in_repo, file.read_bytes())
                 additions.append(addition)
                 info.splits[split].num_examples += num_rows
                 info.splits[split].num_bytes += num_bytes
@@ -495,17 +517,7 @@ def push_stream(api: HfApi, repo_id: str, builder: AnnotatedDatasetBuilder) -> D
                 info.dataset_size += num_bytes
                 file.unlink()
     builder.check_complete()
-    paths = {addition.path_in_repo for addition in additions}
-    stale = [path for path in api.list_repo_files(repo_id, repo_type="dataset") if path.startswith(f"{name}/")]
-    operations = [*additions, *(CommitOperationDelete(path) for path in stale if path not in paths)]
-    for start in range(0, len(operations), FILES_PER_COMMIT):
-        api.create_commit(
-            repo_id,
-            operations[start : start + FILES_PER_COMMIT],
-            commit_message=f"Upload {name}",
-            repo_type="dataset",
-        )
-    return info
+    return info, additions
 
 
 def write_files(rows: IterableDataset, folder: Path) -> Iterator[tuple[Path, int, int]]:
@@ -577,7 +589,9 @@ def make_parser(name: str, images: str) -> argparse.ArgumentParser:
         "--no_images", action="store_true", help=f"Build only the annotations, without the configuration `{images}`."
     )
     parser.add_argument(
-        "--push_to_hub", metavar="USER/NAME", help="Push the annotations and the card to this repository."
+        "--push_to_hub",
+        metavar="USER/NAME",
+        help="Push the annotations and the card to this repository. Without USER it is one of the token's user.",
     )
     parser.add_argument(
         "--push_images",
@@ -585,6 +599,8 @@ def make_parser(name: str, images: str) -> argparse.ArgumentParser:
         help=f"Also push `{images}`. With `--no_images`, its rows are streamed from the source to the Hub.",
     )
     parser.add_argument("--private", action="store_true", help="Make the repository private if it is new.")
+    parser.add_argument("--hub_revision", help="Branch to push to. It is created if there is none.")
+    parser.add_argument("--hub_token", help="Token for the push. Defaults to that of `hf auth login` or HF_TOKEN.")
     return parser
 
 
@@ -603,10 +619,11 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
     Raises:
         `ValueError`: If the folder is not empty, or the source and the annotations do not match.
     """
-    if args.push_images and not args.push_to_hub:
-        raise ValueError("`--push_images` needs a repository: name one with `--push_to_hub`.")
-    if args.push_to_hub and args.push_to_hub.count("/") != 1:
-        raise ValueError(f"`--push_to_hub` must be a repository as USER/NAME, got {args.push_to_hub!r}.")
+    if args.push_to_hub:
+        check_repository_name(args.push_to_hub, "`--push_to_hub`")
+    for flag in ("push_images", "private", "hub_revision", "hub_token"):
+        if getattr(args, flag) and not args.push_to_hub:
+            raise ValueError(f"`--{flag}` needs a repository: name one with `--push_to_hub`.")
     folder = args.output_dir.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{args.output_dir} exists and is not empty. Choose another `--output_dir`.")
@@ -619,7 +636,7 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
         "columns": args.columns,
         "criteria": criteria,
     }
-    name = args.push_to_hub or folder.name
+    name = args.push_to_hub if "/" in (args.push_to_hub or "") else folder.name
     images = builder_class.DEFAULT_CONFIG_NAME
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
@@ -647,6 +664,16 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
         if args.push_to_hub:
             pushed = {config: info for config, info in infos.items() if config == ANNOTATIONS or args.push_images}
             streamed = builders[images] if args.push_images and args.no_images else None
-            with pushing(f"The dataset is saved in {args.output_dir}."):
-                push(folder, args.push_to_hub, builders[ANNOTATIONS], described, pushed, streamed, args.private)
-            print(f"Pushed to https://huggingface.co/datasets/{args.push_to_hub}.")
+            with pushing(f"The dataset is saved in {args.output_dir}.", args.hub_token):
+                repo_id = push(
+                    folder,
+                    args.push_to_hub,
+                    builders[ANNOTATIONS],
+                    described,
+                    pushed,
+                    streamed,
+                    args.private or None,
+                    args.hub_revision,
+                    args.hub_token,
+                )
+            print(f"Pushed to https://huggingface.co/datasets/{repo_id}.")

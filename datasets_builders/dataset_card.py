@@ -3,11 +3,11 @@
 
 """The card of a dataset: what a builder says of its annotations, the columns and the pictures in, Markdown out."""
 
-import html
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from trl_diffusion.annotation.join import entries
 from trl_diffusion.annotation.records import STATUSES
 from trl_diffusion.annotation.run import Row
 from trl_diffusion.annotation.vlm import VLM, Request, shipped_prompt
-from trl_diffusion.cards.text import code_span, one_line, python_string
+from trl_diffusion.cards.text import code_span, fenced, is_hub_id, one_line, python_string
+from trl_diffusion.machine import all_without_places, without_places
 from trl_diffusion.scripts.judges import VLMArguments
 
 
@@ -43,9 +44,7 @@ UNRESOLVED = "the newest when the recipe is run"
 SERVER = "the server's"  # revision of a model behind a server
 NAMES_SHOWN = 4  # of a class label
 CHARACTERS_SHOWN = 300  # of a text in the row that a card shows
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 PRIVATE = re.compile(r"(server|url|key|token|secret|password|authorization)$", re.IGNORECASE)
-LINKED = re.compile(r"://|www\.|@", re.IGNORECASE)  # what a renderer turns into a link, wherever it stands
 
 
 def render_card(
@@ -98,7 +97,7 @@ def render_card(
         license=license if license and not has_images else UNKNOWN,
         language=["en"] if described["is_english"] else None,
         annotations_creators=["machine-generated"],
-        source_datasets=[annotated] if is_repository(annotated) else None,
+        source_datasets=[annotated] if is_hub_id(annotated) else None,
         task_categories=["text-to-image"],
         size_categories=[size_category(infos[annotations])] if measured else None,
         tags=["trl-diffusion", "preference-alignment", *tags],
@@ -118,13 +117,12 @@ def render_card(
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "cell": cell,
         "code": code_span,
         "fenced": fenced,
         "line": one_line,
         "number": "{:,}".format,
         "python": python_string,
-        "repository": is_repository,
+        "repository": is_hub_id,
     }
     text = environment.get_template(template.name).render(
         described,
@@ -133,9 +131,7 @@ def render_card(
         is_on_hub="/" in name,
         has_images=has_images,
         license=license,
-        source_license=declared_license(annotated, described["annotated_revision"])
-        if is_repository(annotated)
-        else None,
+        source_license=declared_license(annotated, described["annotated_revision"]) if is_hub_id(annotated) else None,
         paper=paper,
         pictures=list(pictures),
         share=share,
@@ -208,26 +204,6 @@ def public(name: str) -> str:
     return re.split(r"[?#]", re.split(r"[/\\]", name.rstrip("/\\"))[-1])[0] or "a local folder"
 
 
-def is_repository(name: str | None) -> bool:
-    """Whether a public name can be a repository on the Hub."""
-    return bool(name and REPOSITORY.fullmatch(name))
-
-
-def cell(value: Any) -> str:
-    """Formats a value for a Markdown table: one cell, in which nothing is syntax, HTML or a link."""
-    text = " ".join(str(value).split())
-    if LINKED.search(text) and not re.search(r"[|\\]", text):
-        return code_span(text)
-    text = re.sub(r"([\\`*\[\]|~$!@])", r"\\\1", html.escape(text, quote=False))
-    return re.sub(r"(?<!\w)_|_(?!\w)|:(?=\S)", r"\\\g<0>", text)
-
-
-def fenced(text: str, language: str = "text") -> str:
-    """A Markdown code block, with a fence of more backticks than the text contains."""
-    fence = "`" * (max([2, *map(len, re.findall("`+", text))]) + 1)
-    return f"{fence}{language}\n{text.strip()}\n{fence}"
-
-
 def describe_role(role: dict[str, Any]) -> dict[str, Any]:
     """
     Describes a role for the card.
@@ -243,7 +219,7 @@ def describe_role(role: dict[str, Any]) -> dict[str, Any]:
     prompt = found.pop("prompt.text", None)
     found.pop("prompt.sha256", None)  # the card has the full text
     settings = {name.removeprefix("model."): value for name, value in found.items() if not PRIVATE.search(name)}
-    return {"settings": settings | {"model": public(settings["model"])}, "prompt": prompt}
+    return {"settings": all_without_places(settings) | {"model": public(settings["model"])}, "prompt": prompt}
 
 
 def models_of(roles: dict[str, dict[str, Any]]) -> dict[str, tuple[str | None, list[str]]]:
@@ -359,10 +335,13 @@ def count_statuses(rows: list[Row]) -> Counter:
     return counts
 
 
+public_reason = lru_cache(without_places)  # a few reasons are those of millions of rows
+
+
 def count_reasons(rows: list[Row]) -> Counter:
     """The number of rows that are not ok, by status and beginning of the reason."""
     return Counter(
-        (STATUSES[row["status"]], re.sub("([:,]).*", "\\1 …", row["reason"], flags=re.DOTALL))
+        (STATUSES[row["status"]], public_reason(re.sub("([:,]).*", "\\1 …", row["reason"], flags=re.DOTALL)))
         for row in rows
         if STATUSES[row["status"]] != "ok"
     )

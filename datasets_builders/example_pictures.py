@@ -4,6 +4,7 @@
 """Pictures of a few rows for the card of a dataset: pairs with their boxes, images with their attributes."""
 
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +28,7 @@ from trl_diffusion.visualization import BOX_COLORS, draw_boxes, image_grid
 
 
 EXAMPLES = 3
+EXAMPLE = re.compile(rf"{PICTURES}/example-\d+\.png")  # names of the pictures
 CANDIDATES = 20  # rows of which the examples are chosen
 SIDE = 384  # of an image in a picture, in pixels
 PANEL = 420  # width of the text beside an image

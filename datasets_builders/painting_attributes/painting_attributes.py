@@ -13,7 +13,7 @@ from typing import Any
 import PIL.Image
 from datasets import Dataset, DatasetInfo, Features, IterableDataset, Version
 
-from datasets_builders.common import ANNOTATIONS, AnnotatedDatasetBuilder, SourceConfig
+from datasets_builders.common import ANNOTATIONS, AnnotatedDatasetBuilder, SourceConfig, public_reasons
 from datasets_builders.dataset_card import (
     PlannedVLM,
     blocks,
@@ -210,7 +210,7 @@ class PaintingAttributes(AnnotatedDatasetBuilder):
             "failed_dimensions": failed,
             "images": {split: counts for split, counts in images.items() if counts["images"]},
             "total": total,
-            "example": example and example_row(example, next(iter(annotations.values())).features),
+            "example": example and example_row(public_reasons(example), next(iter(annotations.values())).features),
         }
 
     def recipe(self, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import PIL.Image
 from datasets import Dataset, DatasetInfo, IterableDataset, Version
 
-from datasets_builders.common import ANNOTATIONS, AnnotatedDatasetBuilder, SourceConfig
+from datasets_builders.common import ANNOTATIONS, AnnotatedDatasetBuilder, SourceConfig, public_reasons
 from datasets_builders.dataset_card import (
     UNRESOLVED,
     PlannedVLM,
@@ -28,6 +28,7 @@ from datasets_builders.dataset_card import (
     models_of,
     not_measured,
     public,
+    public_reason,
     vlm_flags,
 )
 from datasets_builders.example_pictures import pair_picture
@@ -157,7 +158,7 @@ class PickapicInstance(AnnotatedDatasetBuilder):
                 statuses[split].update(count_statuses(rows))
                 statuses[split].update(ties=sum(row["tie"] for row in rows))
                 reasons[split].update(count_reasons(rows))
-                dropped[split].update(found["reason"] for row in ok for found in row["dropped"])
+                dropped[split].update(public_reason(found["reason"]) for row in ok for found in row["dropped"])
                 for name, ties in ((split, False), (f"{split}_ties", True)):
                     chosen = [row for row in ok if row["tie"] == ties]
                     pairs[name].update(count_instances(chosen), pairs=len(chosen))
@@ -183,7 +184,7 @@ class PickapicInstance(AnnotatedDatasetBuilder):
             "unread": sum(counts["unread"] for counts in orders.values()),
             "dropped": dropped,
             "total": sum((pairs[split] for split in annotations), Counter()),
-            "example": example and example_row(example, PAIR_ANNOTATION_FEATURES),
+            "example": example and example_row(public_reasons(example), PAIR_ANNOTATION_FEATURES),
         }
 
     def recipe(self, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +194,7 @@ class PickapicInstance(AnnotatedDatasetBuilder):
         return {
             "annotated": public(manifest["dataset"]["name"]),
             "annotated_revision": manifest["dataset"].get("revision"),
-            "is_pick_a_pic": "image_0" in manifest["columns"],
+            "is_pick_a_pic": manifest["columns"].get("image_0", "").startswith("jpg_0"),
             "is_english": all(is_shipped(roles[role], role) for role in ("planner", "judge")),
             "tie_policy": manifest["tie_policy"],
             "roles": roles,
