@@ -1,6 +1,15 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion[quantization,trackio]",
+#     "transformers",
+#     "trl",
+# ]
+# ///
+
 """
 Both stages of complex preference optimization on one dataset: trains an expert, then a model that learns from it, and pushes both
 to the Hub.

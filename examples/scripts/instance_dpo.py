@@ -1,6 +1,14 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion[quantization,trackio]",
+#     "trl",
+# ]
+# ///
+
 """
 Trains a LoRA on Stable Diffusion 1.5 with instance-aware preference optimization, and pushes it to the Hub.
 
