@@ -98,6 +98,7 @@ OTHERS = {
     "lr_scheduler_type": "cosine",
     "optim": "adamw_torch",
     "logging_strategy": "epoch",
+    "mode_scale": 0.5,
     "eval_strategy": "steps",
     "save_strategy": "best",
     "train_sampling_strategy": "sequential",
@@ -129,9 +130,6 @@ OTHERS = {
     "include_for_metrics": ["loss"],
     "label_names": ["a"],
     "bf16": True,
-    "use_liger_kernel": False,
-    "liger_kernel_config": {"rope": True},
-    "tf32": False,
     "model_init_kwargs": {"safety_checker": None, "dtype": {"default": "bfloat16"}},
 }
 # What only goes with others, or cannot be changed
@@ -145,7 +143,7 @@ WITH = {
     "activation_checkpointing_kwargs": {"activation_checkpointing": True},
     "save_strategy": {"metric_for_best_model": "loss"},
 }
-REFUSED = {"remove_unused_columns", "tf32", "liger_kernel_config", "neftune_noise_alpha"}
+REFUSED = {"remove_unused_columns", "tf32", "use_liger_kernel", "liger_kernel_config", "neftune_noise_alpha"}
 
 
 def another(field: dataclasses.Field, value):

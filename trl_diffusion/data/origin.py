@@ -76,7 +76,8 @@ def origins_of_table(dataset: Dataset) -> Iterator[Origin | None]:
     table = dataset.data
     for row in table.blocks if isinstance(table, ConcatenationTable) else [[table]]:
         paths = [block.path for block in row if isinstance(block, MemoryMappedTable)]
-        yield from map(origin_of_file, paths) if paths else [None]
+        for origin in map(origin_of_file, paths) if paths else [None]:
+            yield origin if None in (origin, dataset.split) else origin._replace(split=str(dataset.split))
 
 
 def origin_of_file(path: str) -> Origin | None:
