@@ -88,10 +88,12 @@ class ModelFacts:
             Width and height in pixels of the training images.
         loading_arguments (`str`), call_arguments (`str`):
             Arguments of `from_pretrained` and of the pipeline's call, as Python code.
-        vae (`str`), vae_class (`str`):
-            Another VAE than the pipeline's, and its class.
+        vae (`str`), vae_class (`str`), vae_subfolder (`str`):
+            Another VAE than the pipeline's, its class, and its folder where it is that of a pipeline.
         example_prompt (`str`):
             Prompt of the quick start.
+        sample_model (`str`), sample_arguments (`str`):
+            Hub id of another model that drew with the LoRA, such as a distilled sibling of the base, and the arguments of its call.
         expert (`str`):
             Of CPO, the expert's Hub id or `"not published"`.
         data ([`cards.facts.DataFacts`]):
@@ -141,6 +143,9 @@ class ModelFacts:
     is_reversed: bool = False
     vae: str | None = None
     vae_class: str | None = None
+    vae_subfolder: str | None = None
+    sample_model: str | None = None
+    sample_arguments: str | None = None
     expert: str | None = None
     data: DataFacts = field(default_factory=DataFacts)
     samples: list[Sample] = field(default_factory=list)
@@ -231,7 +236,8 @@ class EvaluationFacts:
 
 def write_facts(facts: ModelFacts | EvaluationFacts, path: str | Path) -> None:
     """Writes facts as JSON."""
-    write_file(Path(path), (json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n"
+    write_file(Path(path), text.encode("utf-8", "replace"))
 
 
 def read_model_facts(path: str | Path) -> ModelFacts:
