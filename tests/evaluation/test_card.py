@@ -24,7 +24,7 @@ def model_facts(
     trainer="InstanceDPOTrainer", method="IAPO", base="user/base", recipe=None, **hyperparameters
 ) -> ModelFacts:
     return ModelFacts(
-        name="mine", trainer=trainer, method=method, unit="pairs", tags=[], paper={}, pipeline_class="StableDiffusionPipeline",
+        name="mine", trainer=trainer, method=method, unit="pairs", tags=[], paper={"title": "A paper"}, pipeline_class="StableDiffusionPipeline",
         resolution=32, loading_arguments="", call_arguments="", example_prompt="a cat", script="instance-dpo", is_lora=True,
         is_flow=False, base=base, data=DataFacts("user/pairs", revision="c0ffee", num_rows=8), recipe=recipe or {},
         hyperparameters={"learning_rate": 1e-4} | hyperparameters,

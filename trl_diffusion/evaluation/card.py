@@ -93,6 +93,7 @@ def evaluation_facts(
         base=find_base(records, model),
         needed_arm=kind,
         arm_differences=apart,
+        revision=records[model].get("revision"),
     )
 
 
