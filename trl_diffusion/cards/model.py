@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from .facts import RECIPE_NAME, EvaluationFacts, ModelFacts
 from .licenses import license_of
 from .methods import METHODS, PLAIN_DPO, citations_of
-from .quick_start import WEIGHTS, evaluation_command, export_command, export_path, other_start, quick_start
+from .quick_start import WEIGHTS, comfyui_name, evaluation_command, export_command, other_start, quick_start
 from .results import eval_results, evaluation_section
 from .text import (
     HUB,
@@ -47,6 +47,7 @@ FAMILY_TAGS = {
     "Krea2Pipeline": ("krea-2", "krea-2-diffusers"),
     "SanaPipeline": ("sana", "sana-diffusers"),
 }
+SHOWN_BY_TEASER = 3  # prompts
 # The trackers' names, and the badges of TRL's cards
 BADGES = {
     "wandb": (
@@ -77,11 +78,14 @@ def model_card(facts: ModelFacts, evaluation: EvaluationFacts | None = None) -> 
     Returns:
         [`~huggingface_hub.ModelCard`]
     """
+    samples = [sample for sample in facts.samples if is_beside(sample.image) and is_beside(sample.base_image)]
+    teaser = picture(facts.teaser, "Images by the base and by this model from the same noise")
     body = _template().render(
         facts=facts,
         title=plain(facts.name) or "model",
-        samples=[sample for sample in facts.samples if is_beside(sample.image) and is_beside(sample.base_image)],
-        teaser=picture(facts.teaser, "Images by the base and by this model from the same noise"),
+        has_samples=bool(samples),
+        samples=samples if teaser is None or len(samples) > SHOWN_BY_TEASER else [],
+        teaser=teaser,
         curves=picture(facts.curves, "What was logged over the steps of the training"),
         masks=picture(facts.masks, "Masks over images of the data"),
         method_text=_method_text(facts),
@@ -92,7 +96,7 @@ def model_card(facts: ModelFacts, evaluation: EvaluationFacts | None = None) -> 
         other_start=other_start(facts),
         weights=WEIGHTS,
         export_command=export_command(facts),
-        export_path=export_path(facts),
+        export_path=comfyui_name((facts.model_id or facts.name).split("/")[-1]),
         badges=_badges(facts.trackers),
         beta_is_of_velocity=facts.is_flow and "beta" in facts.hyperparameters,
         duration=None if facts.seconds is None else str(datetime.timedelta(seconds=round(facts.seconds))),
@@ -185,8 +189,12 @@ def _method_text(facts: ModelFacts) -> str:
 
 def _missing_flags(facts: ModelFacts) -> str:
     """The flags that the command needs besides the recipe, where a model or data are not published."""
-    needed = ["model_name_or_path", "dataset_name", *(["expert"] if facts.expert else [])]
-    return ", ".join(f"`--{name}`" for name in needed if name not in facts.recipe)
+    needed = {
+        "model_name_or_path": facts.base is None,
+        "dataset_name": "dataset_name" not in facts.recipe,
+        "expert": facts.expert is not None and "expert" not in facts.recipe,
+    }
+    return " and ".join(f"`--{name}`" for name, is_missing in needed.items() if is_missing)
 
 
 def _commit(repository: str | None, revision: str | None) -> str | None:

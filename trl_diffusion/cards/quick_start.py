@@ -42,9 +42,11 @@ def quick_start(facts: ModelFacts) -> str:
         folder = f"subfolder={python_string(facts.vae_subfolder)}, " if facts.vae_subfolder else ""
         arguments = folder + facts.loading_arguments.split(",")[0]
         lines.insert(0, f"vae = {facts.vae_class}.from_pretrained({python_string(facts.vae)}, {arguments})")
-    if facts.base is None and facts.base_folder:
-        folder = python_string(facts.base_folder)
-        lines.insert(0, f"# The base is not on the Hub: {folder} is its folder, which must lie where this runs")
+    if facts.base is None:
+        folder = python_string(base_of(facts))
+        lines.insert(
+            0, f"# The base is not on the Hub: {folder} stands for its folder, which must lie where this runs"
+        )
     return _program(facts, lines, facts.call_arguments, {facts.vae_class} if facts.vae else ())
 
 
@@ -82,13 +84,11 @@ def _program(facts: ModelFacts, loading: list[str], arguments: str, further: Ite
 def evaluation_command(facts: ModelFacts) -> str:
     """The command that compares the model with its base."""
     base, model = shlex.quote(base_of(facts)), shlex.quote(facts.model_id or facts.name)
+    models = [f"--models base={base} trained={model}", *([f"--base_model {base}"] if facts.is_lora else [])]
     if facts.is_lora and facts.is_reversed:
-        models = f"base={base} guided={base} --negative_loras guided={model}"
-    else:
-        models = f"base={base} trained={model}" + (f" --base_model {base}" if facts.is_lora else "")
-    return (
-        f"trl-diffusion evaluate --models {models} --prompts parti --metrics pickscore hpsv2 --output_dir evaluation"
-    )
+        models = [f"--models base={base} guided={base}", f"--negative_loras guided={model}"]
+    flags = [*models, "--prompts parti --metrics pickscore hpsv2", "--output_dir evaluation"]
+    return " \\\n    ".join(["trl-diffusion evaluate", *flags])
 
 
 def export_command(facts: ModelFacts) -> str:
@@ -96,6 +96,9 @@ def export_command(facts: ModelFacts) -> str:
     return f"trl-diffusion export-lora {shlex.quote(facts.model_id or facts.name)} --output lora.safetensors"
 
 
-def export_path(facts: ModelFacts) -> str:
-    """Where the LoRA for ComfyUI and A1111 lies in the repository."""
-    return f"comfyui/{(facts.model_id or facts.name).split('/')[-1]}.safetensors"
+def comfyui_name(model_name: str) -> str:
+    """
+    The path of the file for ComfyUI and A1111 in the repository of a LoRA. It does not end as the LoRA itself, which
+    `load_lora_weights("user/name")` of diffusers finds by that.
+    """
+    return f"comfyui/{model_name}{'-comfyui' if model_name.endswith('pytorch_lora_weights') else ''}.safetensors"

@@ -39,6 +39,7 @@ from ..sampling import default_guidance
 from .card_pictures import write_card_pictures
 from .diffusion_config import DENSITY_SETTINGS, DiffusionConfig
 from .provenance import command_line, data_facts, hardware, recipe_of, tracker_urls, training_seconds
+from .run_record import NO_MATTER
 
 
 PACKAGES = ("trl-diffusion", "trl", "diffusers", "transformers", "peft", "torch", "datasets", "tokenizers")
@@ -376,7 +377,8 @@ def _hyperparameters(
         set_on_purpose += ["inversion_steps", "inversion_model", "inversion_eta"]
     if args.initial_lora is not None:
         set_on_purpose.append("initial_lora_in_reference")
-    own = {name: getattr(args, name) for name in type(args).__annotations__ if not name.startswith("_")}
+    names = [name for name in type(args).__annotations__ if not name.startswith("_") and name not in NO_MATTER]
+    own = {name: getattr(args, name) for name in names}
     return own | {
         **_lora_settings(lora),
         "learning_rate": args.learning_rate,
