@@ -47,7 +47,7 @@ def quick_start(facts: ModelFacts) -> str:
         lines.insert(
             0, f"# The base is not on the Hub: {folder} stands for its folder, which must lie where this runs"
         )
-    return _program(facts, lines, facts.call_arguments, {facts.vae_class} if facts.vae else ())
+    return _program(facts, lines, facts.call_arguments, [facts.vae_class] if facts.vae else [])
 
 
 def other_start(facts: ModelFacts) -> str | None:
@@ -64,7 +64,7 @@ def _load(name: str, arguments: str) -> str:
 
 def _program(facts: ModelFacts, loading: list[str], arguments: str, further: Iterable[str] = ()) -> str:
     guides = facts.is_lora and facts.is_reversed
-    classes = sorted({"AutoPipelineForText2Image", *further})
+    classes = [*further, "AutoPipelineForText2Image"]
     lines = ["import torch", f"from diffusers import {', '.join(classes)}"]
     if guides:
         lines.append("from trl_diffusion import negative_preference_guidance")
