@@ -273,6 +273,8 @@ PROGRAMS = {
     "reversed full": {"is_lora": False, "is_reversed": True},
     "local base": {"base": None, "base_folder": "my base"},
     "unnamed base": {"base": None},
+    "base in a file": {"base": None, "base_folder": "my base.safetensors"},
+    "base in a linked file": {"base": "user/base", "base_file": "a b.safetensors"},
     "vae": {"vae": "user/vae", "vae_class": "AutoencoderKL"},
     "vae of a pipeline": {"vae": "user/base", "vae_class": "AutoencoderKL", "vae_subfolder": "vae"},
     "changed base": {"base_changes": ["a LoRA fused into it"]},
@@ -301,7 +303,10 @@ def test_the_code_calls_what_it_has_imported(kind):
     assert len([program for program in programs if "import" in program]) == (2 if kind == "sibling" else 1)
     first = programs[0]
     assert ("vae=vae" in first) == ("vae" in kind) and ('subfolder="vae"' in first) == (kind == "vae of a pipeline")
-    assert ("stands for its folder" in first) == ("base" in kind and "changed" not in kind)
+    assert ("stands for its folder" in first) == (kind in ("local base", "unnamed base"))
+    assert ("StableDiffusionXLPipeline.from_single_file(" in first) == ("file" in kind)
+    if kind == "base in a linked file":
+        assert f'"https://huggingface.co/user/base/blob/{facts().base_revision}/a%20b.safetensors"' in first
     assert ("negative_preference_guidance" in first) == (kind == "reversed lora")
     assert ("set_adapters" in card.text) == (kind not in ("full", "reversed full", "reversed lora"))
 

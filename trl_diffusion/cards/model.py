@@ -89,7 +89,7 @@ def model_card(facts: ModelFacts, evaluation: EvaluationFacts | None = None) -> 
         curves=picture(facts.curves, "What was logged over the steps of the training"),
         masks=picture(facts.masks, "Masks over images of the data"),
         method_text=_method_text(facts),
-        arm=METHODS[facts.trainer].arm if facts.trainer in METHODS else None,
+        arm=METHODS[facts.trainer].arm if facts.trainer in METHODS and not _is_plain_dpo(facts) else None,
         base_commit=_commit(facts.base, facts.base_revision),
         data_commit=_commit(f"datasets/{facts.data.name}", facts.data.revision),
         quick_start=quick_start(facts),
@@ -183,8 +183,11 @@ def _method_text(facts: ModelFacts) -> str:
     """The two sentences on the method, and what this training makes of it."""
     if facts.trainer not in METHODS:
         return ""
-    is_plain = facts.trainer == "InstanceDPOTrainer" and facts.hyperparameters.get("w_neg") == 1
-    return METHODS[facts.trainer].description + (f" {PLAIN_DPO}" if is_plain else "")
+    return METHODS[facts.trainer].description + (f" {PLAIN_DPO}" if _is_plain_dpo(facts) else "")
+
+
+def _is_plain_dpo(facts: ModelFacts) -> bool:
+    return facts.trainer == "InstanceDPOTrainer" and facts.hyperparameters.get("w_neg") == 1
 
 
 def _missing_flags(facts: ModelFacts) -> str:
