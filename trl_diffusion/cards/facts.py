@@ -177,12 +177,15 @@ class Score:
             The 95 % interval, where there is one.
         number (`int`):
             Number of images that have a score.
+        missing (`int`):
+            Number of images that have none, such as those of one colour.
     """
 
     value: float | None
     lower: float | None = None
     upper: float | None = None
     number: int | None = None
+    missing: int = 0
 
 
 @dataclass
@@ -199,17 +202,27 @@ class EvaluationFacts:
             The one of `models` that was trained alike without what the method adds: with `w_neg=1` for IAPO, by SFT for CPO. `None`
             if there is none.
         metrics (`dict[str, dict]`):
-            By name: `label`, `higher_is_better`, `weights`.
+            By name: `label`, `higher_is_better`, `weights`; of a score of all images together, `full_names`.
         scores (`dict[str, dict[str, cards.facts.Score]]`):
             By model and metric.
         win_rates (`dict[str, dict[str, cards.facts.Score]]`):
             Shares in [0, 1] of the prompts won against the baseline, by model and metric.
         prompts (`dict[str, Any]`):
-            `source`, `revision`, `digest` and `number` of the prompts.
+            `source`, `revision`, `digest` and `number` of the prompts; `dataset`, the Hub id if they are on the Hub, and its `split`;
+            `images`, the number of images by model.
         protocol (`dict[str, Any]`):
             How images were sampled.
         versions (`dict[str, str]`):
             Versions of the packages.
+        base (`str`):
+            The one of `models` that the training started at. `None` if it is not among them.
+        needed_arm (`str`):
+            The arm that the method needs, `"w_neg=1"` or `"SFT"`. `None` where it needs none, or nothing is known of the training.
+        arm_differences (`dict[str, list]`):
+            The settings besides in which the arm was trained or sampled otherwise, each with the arm's value and the model's. `None` if
+            one of the trainings is not known.
+        revision (`str`):
+            What the card's model was when it was evaluated: the commit on the Hub, or the hash of its weights.
     """
 
     model: str
@@ -221,6 +234,10 @@ class EvaluationFacts:
     prompts: dict[str, Any]
     protocol: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
+    base: str | None = None
+    needed_arm: str | None = None
+    arm_differences: dict[str, list[Any]] | None = None
+    revision: str | None = None
 
 
 def write_facts(facts: ModelFacts | EvaluationFacts, path: str | Path) -> None:
