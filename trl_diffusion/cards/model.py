@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from .facts import RECIPE_NAME, EvaluationFacts, ModelFacts
 from .licenses import license_of
 from .methods import METHODS, PLAIN_DPO, citations_of
-from .quick_start import WEIGHTS, comfyui_name, evaluation_command, export_command, other_start, quick_start
+from .quick_start import WEIGHTS, evaluation_command, export_command, export_path, other_start, quick_start
 from .results import eval_results, evaluation_section
 from .text import (
     HUB,
@@ -96,7 +96,7 @@ def model_card(facts: ModelFacts, evaluation: EvaluationFacts | None = None) -> 
         other_start=other_start(facts),
         weights=WEIGHTS,
         export_command=export_command(facts),
-        export_path=comfyui_name((facts.model_id or facts.name).split("/")[-1]),
+        export_path=export_path(facts),
         badges=_badges(facts.trackers),
         beta_is_of_velocity=facts.is_flow and "beta" in facts.hyperparameters,
         duration=None if facts.seconds is None else str(datetime.timedelta(seconds=round(facts.seconds))),

@@ -103,9 +103,14 @@ def export_command(facts: ModelFacts) -> str:
     return f"trl-diffusion export-lora {shlex.quote(facts.model_id or facts.name)} --output lora.safetensors"
 
 
-def comfyui_name(model_name: str) -> str:
+def export_path(facts: ModelFacts) -> str:
+    """Where the LoRA for ComfyUI and A1111 lies in the repository."""
+    return comfyui_path((facts.model_id or facts.name).split("/")[-1])
+
+
+def comfyui_path(model_name: str) -> str:
     """
-    The path of the file for ComfyUI and A1111 in the repository of a LoRA. It does not end as the LoRA itself, which
+    Where the LoRA for ComfyUI and A1111 lies in the repository of a name. It does not end as the LoRA itself, which
     `load_lora_weights("user/name")` of diffusers finds by that.
     """
     return f"comfyui/{model_name}{'-comfyui' if model_name.endswith('pytorch_lora_weights') else ''}.safetensors"
