@@ -3,6 +3,7 @@
 
 """Where a training comes from, for its card: the data, the recipe, the command, the machine. Nothing here is a path of it."""
 
+import copy
 import enum
 import json
 import os
@@ -10,7 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -152,7 +153,12 @@ def recipe_of(
 
 def training_settings(args: DiffusionConfig) -> dict[str, Any]:
     """The settings that differ from their defaults, the trainer's own ones first."""
-    default = type(args)(output_dir="default", use_cpu=args.use_cpu, report_to="none")
+    default = copy.copy(args)  # which has its device: to set up another one ends the accelerator of the training
+    for field in fields(args):
+        value = field.default_factory() if field.default is MISSING else field.default
+        setattr(default, field.name, value)
+    default.output_dir, default.use_cpu, default.report_to = "default", args.use_cpu, "none"
+    default.__post_init__()
     owners = [name for kind in type(args).__mro__ for name in kind.__dict__.get("__annotations__", ())]
     settings = {}
     for name in sorted((field.name for field in fields(args)), key=owners.index):
