@@ -23,9 +23,9 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from ..cards.facts import DataFacts
-from ..data.origin import dataset_id, declared_license, origin_of
 from .diffusion_config import DiffusionConfig
 from .model_config import ModelConfig
+from .origin import dataset_id, declared_license, origin_of
 
 
 # ----- the data -----
