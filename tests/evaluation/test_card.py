@@ -232,6 +232,17 @@ def test_no_arm():
     assert (facts.needed_arm, facts.arm, facts.arm_differences, facts.base) == ("w_neg=1", None, None, None)
 
 
+def test_a_trainer_of_ones_own():
+    """A class that extends IAPO's has its settings, and needs the same arm."""
+    own = training_record(model_facts("MyTrainer", w_neg=0.0, beta=2000))
+    facts = evaluation_facts(summary_of({"dpo": record("dpo", iapo(1)), "mine": record("mine", own)}), "mine")
+    assert (facts.needed_arm, facts.arm, facts.arm_differences) == (
+        "w_neg=1",
+        "dpo",
+        {"trainer": ["InstanceDPOTrainer", "MyTrainer"]},
+    )
+
+
 @pytest.mark.parametrize("training", [iapo(1), training_record(model_facts("AttributeSFTTrainer", "attribute SFT"))])
 def test_what_needs_no_arm(training):
     """The arms themselves."""
