@@ -167,6 +167,25 @@ def test_a_column_without_a_meaning_is_an_error():
 # ----- pictures -----
 
 
+def shows(picture: np.ndarray, row: dict) -> bool:
+    """Whether a picture shows both images of a row, enlarged to 384 pixels, with a corner of each box in its colour."""
+    scale = example_pictures.SIDE / 32
+    for column, side in enumerate(("chosen", "rejected")):
+        found, image = picture[32:, 8 + column * (example_pictures.SIDE + 8) :], np.array(row[side])
+        if not all(
+            (found[12 * y + 6, 12 * x + 6] == image[y, x]).all() for y, x in ((0, 0), (15, 1), (30, 30), (1, 15))
+        ):
+            return False
+        for instance in row["instances"]:
+            x, _, _, y = (round(number * scale) for number in instance[f"{side}_box"])
+            color = BOX_COLORS[PREFERENCES[instance["preference"]]]
+            if (found[y - 4 : y + 1, max(x - 2, 0) : x + 3] == color).all(
+                axis=-1
+            ).sum() < 4:  # boxes are no whole pixels
+                return False
+    return True
+
+
 def test_pictures_are_beside_the_card_and_show_images_and_boxes(pairs):
     """The card links three pictures in order. In each, the boxes of both images have the colours of their preferences."""
     out = pairs / "out"
@@ -174,23 +193,11 @@ def test_pictures_are_beside_the_card_and_show_images_and_boxes(pairs):
     links = re.findall(r"!\[(.*)\]\((images/.*)\)", text)
     assert [name for _, name in links] == [f"images/example-{number}.png" for number in range(3)]
     assert sorted(path.name for path in (out / "images").iterdir()) == [Path(name).name for _, name in links]
-    by_prompt = {row["prompt"]: row for row in load_dataset(str(out), split="train")}
-    shown = []
+    rows, shown = list(load_dataset(str(out), split="train")), []
     for prompt, name in links:
-        row, picture = by_prompt[prompt], np.array(PIL.Image.open(out / name))
+        picture = np.array(PIL.Image.open(out / name))
+        (row,) = [row for row in rows if row["prompt"] == prompt and shows(picture, row)]
         shown.append(len({instance["preference"] for instance in row["instances"]}))
-        scale = example_pictures.SIDE / 32
-        for column, side in enumerate(("chosen", "rejected")):
-            left = 8 + column * (example_pictures.SIDE + 8)
-            image = np.array(row[side])
-            assert (picture[32 + 190, left + 190] == image[15, 15]).all()  # 190 / 12 is 15.8
-            for instance in row["instances"]:
-                x_min, _, _, y_max = (round(number * scale) for number in instance[f"{side}_box"])
-                color = BOX_COLORS[PREFERENCES[instance["preference"]]]
-                corner = picture[
-                    32 + y_max - 4 : 32 + y_max + 1, left + x_min - 2 : left + x_min + 3
-                ]  # boxes are no whole pixels
-                assert (corner == color).all(axis=-1).sum() >= 4
     assert max(shown) == 2  # of all rows, those with a conflict and an agreement come first
 
 
