@@ -682,4 +682,4 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
                     args.hub_revision,
                     args.hub_token,
                 )
-            print(f"Pushed to https://huggingface.co/datasets/{repo_id}.")
+            print(f"Pushed to {HfApi().endpoint}/datasets/{repo_id}.")
