@@ -1,6 +1,14 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion",
+#     "huggingface_hub",
+# ]
+# ///
+
 """
 Writes the model card of a training again, with an evaluation in it, and pushes it. No model is loaded.
 
