@@ -397,9 +397,8 @@ class DiffusionConfig(_BaseConfig):
             )
 
     def to_json_string(self) -> str:
-        """The configuration as JSON, with the last part of each absolute path only: TensorBoard stores it, and it is pushed."""
-        known = {name: Path(value).name if is_absolute(value) else value for name, value in self.to_dict().items()}
-        return json.dumps(known, indent=2)
+        """The configuration as JSON, with the last part of each path only: TensorBoard stores it, and it is pushed."""
+        return json.dumps(without_folders(self.to_dict()), indent=2)
 
     @property
     def reference_inverts(self) -> bool:
@@ -434,9 +433,14 @@ class DiffusionConfig(_BaseConfig):
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
 
 
-def is_absolute(value: Any) -> bool:
-    """Whether a parameter is a path of this machine."""
-    return isinstance(value, str | Path) and Path(value).is_absolute()
+def without_folders(value: Any) -> Any:
+    """The value, with the last part of each path of this machine, at any depth."""
+    if isinstance(value, dict):
+        return {name: without_folders(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(each) for each in value]
+    is_path = isinstance(value, str | Path) and (str(value).startswith(("/", "~", ".")) or os.path.exists(value))
+    return Path(os.path.abspath(value)).name if is_path else value
 
 
 def check_choice(args: DiffusionConfig, name: str, values: tuple[str, ...]) -> None:
