@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,16 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from tests import tiny
 from tests.cli import processes
+from tests.evaluation.loras import save_lora
 from tests.families import FAMILIES
 from tests.hub.conftest import hub  # noqa: F401
+from tests.metrics.test_clip_scorers import clip_folder
 from trl_diffusion import Criteria
 from trl_diffusion.cli.main import LAUNCHED_COMMANDS, script_of
 from trl_diffusion.criteria import parse_criteria
 from trl_diffusion.evaluation.protocols import load_protocol
+from trl_diffusion.quickstart.paintings import painting_dataset
+from trl_diffusion.quickstart.sampling import shipped
 from trl_diffusion.quickstart.world import preference_dataset
 
 
@@ -36,12 +41,17 @@ RECIPES = sorted(EXAMPLES.glob("configs/*.yaml"))
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
-def start(script: str, *args, **settings):
-    return processes.run([EXAMPLES / "scripts" / script, *args], **settings)
+def start(script: str, *args) -> subprocess.CompletedProcess:
+    return processes.run([EXAMPLES / "scripts" / script, *args])
 
 
-def run(script: str, *args, **settings) -> str:
-    result = start(script, *args, **settings)
+def run(script: str, *args, here: pytest.MonkeyPatch | None = None) -> str:
+    """What a script prints. With `here` it runs in this process, whose clients know the stand-in of the Hub."""
+    if here is not None:
+        here.setattr(sys, "argv", [script, *map(str, args)])
+        runpy.run_path(str(EXAMPLES / "scripts" / script), run_name="__main__")
+        return ""
+    result = start(script, *args)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -194,10 +204,10 @@ def standing_for(tmp_path_factory) -> Callable[[str], tuple[Path, dict[str, int]
 def paintings() -> Dataset:
     """Tiny paintings with attributes of the shipped tree, which the recipes name."""
     tree = Criteria.load("painting")
-    shipped = dict(zip(("hue", "kind", "pet"), (tree.select(name)[0].id for name in tree.dimensions)))
+    ids = dict(zip(("hue", "kind", "pet"), (tree.select(name)[0].id for name in tree.dimensions)))
 
     def rename(row):
-        return {name: [shipped[attribute] for attribute in row[name]] for name in row if name.endswith("_attributes")}
+        return {name: [ids[attribute] for attribute in row[name]] for name in row if name.endswith("_attributes")}
 
     return tiny.paintings(4).map(rename)
 
@@ -309,6 +319,20 @@ def test_pairs_are_annotated_and_joined(tmp_path):
         assert [instance["preference"] for instance in found] == [instance["preference"] for instance in true]
 
 
+def test_paintings_are_annotated_and_joined(tmp_path):
+    """annotate_paintings.py finds the attributes of the quickstart's paintings, and writes what the trainers take."""
+    (tmp_path / "data").mkdir()
+    paintings = painting_dataset(6, seed=0)
+    unlabelled = paintings.remove_columns(["positive_attributes", "negative_attributes"])
+    unlabelled.to_parquet(tmp_path / "data" / "train.parquet")
+    flags = ["--dataset_name", tmp_path / "data", "--vlm", "oracle", "--criteria", shipped("criteria.yaml")]
+    out = run("annotate_paintings.py", *flags, "--output_dir", tmp_path / "out")
+    assert "6 of 6 images have attributes." in out
+    dataset = load_from_disk(tmp_path / "out" / "dataset")
+    for name in ("id", "positive_attributes", "negative_attributes"):
+        assert list(map(sorted, dataset[name])) == list(map(sorted, paintings[name]))
+
+
 LORA = "pytorch_lora_weights.safetensors"
 
 
@@ -359,8 +383,7 @@ def test_both_stages_are_pushed_apart(hub, tmp_path, monkeypatch):  # noqa: F811
     flags = flags_of_both_stages(tmp_path)
     flags += ["--push_to_hub", "--hub_model_id", "org/cpo", "--hub_private_repo", "true", "--hub_token", "hf_user"]
     flags += ["--hub_strategy", "checkpoint", "--hub_revision", "trial"]
-    monkeypatch.setattr(sys, "argv", ["complex_po.py", *map(str, flags)])
-    runpy.run_path(str(EXAMPLES / "scripts" / "complex_po.py"), run_name="__main__")
+    run("complex_po.py", *flags, here=monkeypatch)
     for name, folder in (("org/cpo", "out"), ("org/cpo-expert", "expert")):
         files = hub.files(name, revision="trial")
         assert files[LORA] == (tmp_path / folder / LORA).read_bytes()
@@ -375,3 +398,30 @@ def test_an_expert_and_its_model_need_two_folders(tmp_path):
     result = start("complex_po.py", *flags)
     assert result.returncode != 0 and "`--expert_dir` is `--output_dir`" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_base_model_and_arm_are_compared(hub, tmp_path, monkeypatch):  # noqa: F811
+    """compare_models.py scores images of the three from the same prompts, and pushes all of them with their scores."""
+    monkeypatch.chdir(tmp_path)
+    clip_folder(Path("laion/CLIP-ViT-H-14-laion2B-s32B-b79K"))
+    tiny.sd_pipeline().save_pretrained("base")
+    for seed, name in enumerate(("dpo", "iapo")):
+        save_lora(tiny.sd_pipeline(), Path(name), seed=seed)
+    Path("prompts.txt").write_text("a red circle\na blue square\n")
+    Path("protocol.yaml").write_text("name: short\nsource: this test\nnum_inference_steps: 1\nguidance_scale: 2.0\n")
+    flags = ["--base_model", "base", "--model", "iapo", "--arm", "dpo", "--prompts", "prompts.txt", "--use_cpu"]
+    flags += ["--protocol", "protocol.yaml", "--metrics", "clip_score", "--push_to_hub", "org/results", "--private"]
+    run("compare_models.py", *flags, here=monkeypatch)
+    summary = json.loads(Path("evaluation", "summary.json").read_text())
+    assert list(summary["models"]) == ["base", "arm", "model"] and summary["baseline"] == "base"
+    rows = load_dataset("org/results", split="train").to_list()
+    assert sorted((row["model"], row["prompt"]) for row in rows) == sorted(
+        (model, prompt) for model in summary["models"] for prompt in ("a red circle", "a blue square")
+    )
+    means = {
+        name: sum(row["clip_score"] for row in rows if row["model"] == name) / 2 for name in ("base", "arm", "model")
+    }
+    for name, mean in means.items():
+        assert summary["scores"][name]["clip_score"]["mean"] == pytest.approx(mean)
+    assert len({row["image"]["bytes"] for row in rows if row["prompt"] == "a red circle"}) == 3
+    assert [facts.private for facts in hub.repositories] == [True]
