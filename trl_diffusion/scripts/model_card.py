@@ -5,6 +5,10 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "trl-diffusion",
+<<<<<<< HEAD
+=======
+#     "huggingface_hub",
+>>>>>>> wt-i
 # ]
 # ///
 
