@@ -4,13 +4,16 @@
 """Labelled grids of images, and overlays of masks on images."""
 
 import math
+from typing import Any
 
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 import torch
 
+from .data.formats import check_preference
 from .data.transforms import normalize_pixels
+from .masks import instance_masks
 
 
 BOX_COLORS = {"chosen": (0, 158, 115), "rejected": (213, 94, 0), "tie": (120, 120, 120)}
@@ -55,6 +58,37 @@ def image_grid(
         if row_labels:
             draw.text((gap, top + size + 3), _fitting(row_labels[index], font, width - 2 * gap), "black", font)
     return grid
+
+
+def instance_pictures(
+    batch: dict[str, Any], row: dict[str, Any], vae_scale_factor: int, w_neg: float, mask_overlap: str
+) -> list[PIL.Image.Image]:
+    """
+    Draws the instance masks of a pair over its images, as in training.
+
+    Args:
+        batch (`dict`):
+            The row alone, as [`data.collators.InstancePairCollator`] prepares it.
+        row (`dict`):
+            The row, with `instances`.
+        vae_scale_factor (`int`):
+            Width and height in pixels of a latent cell.
+        w_neg (`float`), mask_overlap (`str`):
+            See [`masks.instance_masks`].
+
+    Returns:
+        `list[PIL.Image.Image]`: the chosen image and the rejected one.
+    """
+    instances = row.get("instances") or []
+    labels = [instance["label"] for instance in instances]
+    preferences = [check_preference(instance["preference"]) for instance in instances]
+    pictures = []
+    for column in ("chosen", "rejected"):
+        pixel_values, boxes = batch[f"{column}_pixel_values"][0], batch[f"{column}_boxes"]
+        grid = [side // vae_scale_factor for side in pixel_values.shape[1:]]
+        mask = instance_masks(boxes, batch["judged"], batch["conflicts"], *grid, w_neg, mask_overlap)[0]
+        pictures.append(mask_overlay(pixel_values, mask, boxes[0], labels, preferences))
+    return pictures
 
 
 def mask_overlay(

@@ -88,10 +88,12 @@ class ModelFacts:
             Width and height in pixels of the training images.
         loading_arguments (`str`), call_arguments (`str`):
             Arguments of `from_pretrained` and of the pipeline's call, as Python code.
-        vae (`str`), vae_class (`str`):
-            Another VAE than the pipeline's, and its class.
+        vae (`str`), vae_class (`str`), vae_subfolder (`str`):
+            Another VAE than the pipeline's, its class, and its folder where it is that of a pipeline.
         example_prompt (`str`):
             Prompt of the quick start.
+        sample_model (`str`), sample_arguments (`str`):
+            Hub id of another model that drew with the LoRA, such as a distilled sibling of the base, and the arguments of its call.
         expert (`str`):
             Of CPO, the expert's Hub id or `"not published"`.
         data ([`cards.facts.DataFacts`]):
@@ -141,6 +143,9 @@ class ModelFacts:
     is_reversed: bool = False
     vae: str | None = None
     vae_class: str | None = None
+    vae_subfolder: str | None = None
+    sample_model: str | None = None
+    sample_arguments: str | None = None
     expert: str | None = None
     data: DataFacts = field(default_factory=DataFacts)
     samples: list[Sample] = field(default_factory=list)
@@ -169,12 +174,15 @@ class Score:
             The 95 % interval, where there is one.
         number (`int`):
             Number of images that have a score.
+        missing (`int`):
+            Number of images that have none, such as those of one colour.
     """
 
     value: float | None
     lower: float | None = None
     upper: float | None = None
     number: int | None = None
+    missing: int = 0
 
 
 @dataclass
@@ -191,17 +199,25 @@ class EvaluationFacts:
             The one of `models` that was trained alike without what the method adds: with `w_neg=1` for IAPO, by SFT for CPO. `None`
             if there is none.
         metrics (`dict[str, dict]`):
-            By name: `label`, `higher_is_better`, `weights`.
+            By name: `label`, `higher_is_better`, `weights`; of a score of all images together, `full_names`.
         scores (`dict[str, dict[str, cards.facts.Score]]`):
             By model and metric.
         win_rates (`dict[str, dict[str, cards.facts.Score]]`):
             Shares in [0, 1] of the prompts won against the baseline, by model and metric.
         prompts (`dict[str, Any]`):
-            `source`, `revision`, `digest` and `number` of the prompts.
+            `source`, `revision`, `digest` and `number` of the prompts; `dataset`, the Hub id if they are on the Hub, and its `split`;
+            `images`, the number of images by model.
         protocol (`dict[str, Any]`):
             How images were sampled.
         versions (`dict[str, str]`):
             Versions of the packages.
+        base (`str`):
+            The one of `models` that the training started at. `None` if it is not among them.
+        needed_arm (`str`):
+            The arm that the method needs, `"w_neg=1"` or `"SFT"`. `None` where it needs none, or nothing is known of the training.
+        arm_differences (`dict[str, list]`):
+            The settings besides in which the arm was trained or sampled otherwise, each with the arm's value and the model's. `None` if
+            one of the trainings is not known.
     """
 
     model: str
@@ -213,11 +229,15 @@ class EvaluationFacts:
     prompts: dict[str, Any]
     protocol: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
+    base: str | None = None
+    needed_arm: str | None = None
+    arm_differences: dict[str, list[Any]] | None = None
 
 
 def write_facts(facts: ModelFacts | EvaluationFacts, path: str | Path) -> None:
     """Writes facts as JSON."""
-    write_file(Path(path), (json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n"
+    write_file(Path(path), text.encode("utf-8", "replace"))
 
 
 def read_model_facts(path: str | Path) -> ModelFacts:

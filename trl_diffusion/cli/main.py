@@ -21,6 +21,7 @@ COMMANDS = {
     "annotate-instances": "Find the instances that both images of a pair show, and judge which image shows each of them better (IAPO)",
     "annotate-attributes": "Find which attributes of a tree of criteria each image has (CPO)",
     "evaluate": "Generate images with several models from the same prompts and noise, and score the images",
+    "model-card": "Write the model card of a training again, with an evaluation in it, and push it",
     "check-dataset": "Read every row of a dataset as a trainer does, and say all that is wrong with it and what it holds",
     "export-lora": "Write a LoRA with the names that ComfyUI and A1111 read",
     "show-masks": "Draw the instance masks of a dataset over its images",

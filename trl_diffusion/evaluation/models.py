@@ -5,9 +5,11 @@
 
 import hashlib
 import json
+import logging
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -19,12 +21,16 @@ from .. import backbones
 from ..backbones.dtypes import as_dtype
 from ..backbones.names import ENDINGS, INDEX, LORA_WEIGHTS_NAME, find_model
 from ..backbones.single_file import family_of_file
+from ..cards.arms import training_record
+from ..cards.facts import FACTS_NAME, read_model_facts
 from ..guidance import negative_preference_guidance
 from ..lora_files import find_lora, load_lora
 from ..revisions import commit_of, digest_of_file, pinned, resolve_revision
 from ..sampling import default_guidance
 from .prompts import SAFE_NAME
 
+
+logger = logging.getLogger(__name__)
 
 METADATA_FILE = "metadata.jsonl"
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
@@ -59,6 +65,8 @@ class ModelSpec:
             Commit or hash of this VAE.
         trained_on (`str`, *optional*):
             What a LoRA was trained on, as far as it is known, where another model draws with it and is its `base`.
+        training (`dict[str, Any]`, *optional*):
+            [`cards.arms.training_record`], if a trainer of this library has written what the training was.
     """
 
     name: str
@@ -72,6 +80,7 @@ class ModelSpec:
     vae: str | None = None
     vae_revision: str | None = None
     trained_on: str | None = None
+    training: dict[str, Any] | None = field(default=None, compare=False)
 
     def describe(self) -> dict[str, str | None]:
         """What the images depend on. Of folders, only the last part of the path is given, because they may be moved."""
@@ -87,9 +96,10 @@ class ModelSpec:
             "vae_revision": self.vae_revision,
         }
 
-    def record(self) -> dict[str, str | None]:
-        """What a report says of the model: what its images depend on, and what a LoRA was trained on if another model draws."""
-        return self.describe() | ({"trained_on": _label(self.trained_on)} if self.trained_on else {})
+    def record(self) -> dict[str, Any]:
+        """What a report says of the model: what its images depend on, what a LoRA was trained on if another model draws, and how."""
+        trained_on = {"trained_on": _label(self.trained_on)} if self.trained_on else {}
+        return self.describe() | trained_on | ({"training": self.training} if self.training else {})
 
 
 def parse_model(text: str) -> tuple[str, str]:
@@ -157,7 +167,7 @@ def resolve_model(
         `ValueError`: If `where` is none of these, the base is unknown, or `negative_lora` is not a LoRA.
     """
     where, base, negative_lora, vae, sample_model = map(_located, (where, base, negative_lora, vae, sample_model))
-    kind, revision = _kind_and_revision(where)
+    kind, revision = kind_and_revision(where)
     if kind == "images":
         if negative_lora is not None:
             raise ValueError(
@@ -174,22 +184,23 @@ def resolve_model(
             )
         if sample_model is not None:
             base, trained_on = sample_model, base
-        base_kind, base_revision = _kind_and_revision(base)
+        base_kind, base_revision = kind_and_revision(base)
         if base_kind != "pipeline":
             role = "base of" if sample_model is None else "sample model for"
             raise ValueError(f"The {role} the LoRA {where} must be a pipeline, but {base} has no {INDEX}.")
     elif base is not None and Path(where).is_file():
-        base_revision = _kind_and_revision(base)[1]
+        base_revision = kind_and_revision(base)[1]
     else:
         base = None
     if negative_lora is not None:
-        negative_kind, negative_lora_revision = _kind_and_revision(negative_lora)
+        negative_kind, negative_lora_revision = kind_and_revision(negative_lora)
         if negative_kind != "lora":
             raise ValueError(f"`negative_lora` must be a LoRA, but {negative_lora} has no {LORA_WEIGHTS_NAME}.")
     vae_revision = vae and _vae_revision(vae)
     return ModelSpec(
         *(name, where, kind, revision, base, base_revision, negative_lora, negative_lora_revision, vae, vae_revision),
         trained_on=trained_on,
+        training=_training_of(where),
     )
 
 
@@ -285,7 +296,8 @@ def resolve_dtype(dtype: str, device: torch.device, pipeline_class: type[Diffusi
 # ----- kinds of models -----
 
 
-def _kind_and_revision(where: str) -> tuple[str, str]:
+def kind_and_revision(where: str) -> tuple[str, str]:
+    """What a folder, a file or a repository holds, `"pipeline"`, `"lora"` or `"images"`, and its commit or hash."""
     folder = Path(where)
     if folder.is_file():
         if folder.name == LORA_WEIGHTS_NAME or folder.suffix.lower() not in ENDINGS:
@@ -352,14 +364,39 @@ def _pipeline_digest(folder: Path) -> str:
     return f"sha256:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
 
 
+def _written_by_training(where: str, name: str) -> Path | None:
+    """A file that a training wrote beside a model. A checkpoint uses that of its training, one folder up."""
+    folder = Path(where).absolute()
+    if folder.is_file():
+        return None
+    if not folder.is_dir():
+        return _files_on_hub(where, (name,))[0].get(name)
+    folders = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+    return next((path / name for path in folders if (path / name).is_file()), None)
+
+
+def _training_of(where: str) -> dict[str, Any] | None:
+    """How a model was trained, if a trainer of this library has written it."""
+    path = _written_by_training(where, FACTS_NAME)
+    if path is None:
+        return None
+    try:
+        record = training_record(read_model_facts(path))
+    except (KeyError, TypeError, ValueError):
+        logger.warning(
+            f"The {FACTS_NAME} of {where} is not one that this version of trl_diffusion writes: an evaluation cannot tell which "
+            "of the other models was trained alike."
+        )
+        return None
+    folder = Path(where).absolute()
+    if path.parent == folder.parent:  # of the training that goes on after this checkpoint
+        record["settings"]["checkpoint"] = folder.name
+    return record
+
+
 def _base_of(lora: str) -> str | None:
     """The base model that the LoRA's card names, if it names one."""
-    folder = Path(lora).absolute()
-    if not folder.is_dir():
-        card = _files_on_hub(lora, ("README.md",))[0].get("README.md")
-    else:  # a checkpoint uses the card of its training, one folder up
-        folders = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-        card = next((path / "README.md" for path in folders if (path / "README.md").is_file()), None)
+    card = _written_by_training(lora, "README.md")
     named = card and ModelCard.load(card).data.get("base_model")
     names = named if isinstance(named, list) else [named]
     return names[0] if len(names) == 1 and names[0] else None

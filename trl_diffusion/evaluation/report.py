@@ -5,14 +5,22 @@
 
 import json
 import math
-import re
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from ..cards.tables import (
+    CORPUS_DIGITS,
+    SCORE_DIGITS,
+    Cell,
+    Grid,
+    best,
+    decimals,
+    markdown_table,
+    markdown_text,
+)
 from ..files import write_file
 from ..metrics.win_rate import win_rate
 from .scores import metrics_of
@@ -22,8 +30,6 @@ SUMMARY, REPORT, LATEX = "summary.json", "report.md", "tables.tex"
 CONFIDENCE = 0.95
 SHOWN_ERRORS = 3
 NO_GROUP = "(no group)"
-# Significant digits of the largest value of a column: 22.02 for a mean over images, 12.3 for a corpus metric
-SCORE_DIGITS, CORPUS_DIGITS = 4, 3
 LABELS = {
     "pickscore": "PickScore",
     "hpsv2": "HPSv2",
@@ -195,79 +201,6 @@ def finite(value: float | None) -> float | None:
 # ----- tables -----
 
 
-@dataclass
-class Cell:
-    """
-    A formatted cell of a table.
-
-    Args:
-        figure (`str`):
-            The value, empty if it is missing.
-        spread (`str`, *optional*, defaults to `""`):
-            Standard error or interval.
-        counted (`str`, *optional*, defaults to `""`):
-            Number of images or pairs that count, if some are missing.
-        is_best (`bool`, *optional*, defaults to `False`):
-            Whether the value is the best of its column, or of its row if the columns are models.
-    """
-
-    figure: str
-    spread: str = ""
-    counted: str = ""
-    is_best: bool = False
-
-
-@dataclass
-class Grid:
-    """
-    A table that can be written as Markdown or LaTeX.
-
-    Args:
-        title (`str`):
-            Heading in the report.
-        caption (`str`):
-            Caption, in one sentence.
-        head (`list[str]`):
-            Names of the columns.
-        rows (`list[tuple[str, list[Cell]]]`):
-            Names and cells of the rows.
-    """
-
-    title: str
-    caption: str
-    head: list[str]
-    rows: list[tuple[str, list[Cell]]]
-
-
-def decimals(values: Sequence[float | None], digits: int) -> int:
-    """The number of decimals that shows the largest value with `digits` significant digits; at most 6."""
-    largest = max((abs(value) for value in values if value is not None), default=0)
-    return min(6, max(0, digits - 1 - math.floor(math.log10(largest)))) if largest else 2
-
-
-def best(values: Sequence[float | None], higher_is_better: bool, places: int) -> list[bool]:
-    """
-    Marks the best values.
-
-    Args:
-        values (`Sequence[float | None]`):
-            The values, `None` if missing.
-        higher_is_better (`bool`):
-            Whether the highest value is the best.
-        places (`int`):
-            Number of decimals. Values that are equal after rounding share the mark.
-
-    Returns:
-        `list[bool]`: all `False` with fewer than two values.
-    """
-    shown = [None if value is None else round(value, places) for value in values]
-    present = [value for value in shown if value is not None]
-    if len(present) < 2:
-        return [False] * len(shown)
-    target = max(present) if higher_is_better else min(present)
-    return [value == target for value in shown]
-
-
 def score_cells(
     scores: list[dict[str, Any] | None], higher_is_better: bool, places: int | None = None
 ) -> Iterator[Cell]:
@@ -352,27 +285,6 @@ def group_grids(summary: dict[str, Any]) -> Iterator[Grid]:
             rows.append((f"{group} ({size:,})", list(cells)))
         title = metric_head(name, metric["higher_is_better"])
         yield Grid(title, "Means by group, with standard errors.", ["Group", *models], rows)
-
-
-def markdown_table(grid: Grid) -> str:
-    """A grid in Markdown."""
-    lines = [
-        "| " + " | ".join(markdown_text(name) for name in grid.head) + " |",
-        "|---" + "|---:" * (len(grid.head) - 1) + "|",
-    ]
-    for name, cells in grid.rows:
-        lines.append("| " + " | ".join([markdown_text(name), *(markdown_cell(cell) for cell in cells)]) + " |")
-    return "\n".join(lines)
-
-
-def markdown_cell(cell: Cell) -> str:
-    figure = f"**{cell.figure}**" if cell.is_best else cell.figure or "n/a"
-    return " ".join(part for part in (figure, cell.spread, cell.counted and f"({cell.counted})") if part)
-
-
-def markdown_text(text: str) -> str:
-    """Escapes a text, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(text.split()))
 
 
 def latex_table(grid: Grid) -> str:

@@ -57,10 +57,9 @@ def main(args: ShowMasksArguments) -> None:
     from pathlib import Path
 
     from trl_diffusion.data.collators import InstancePairCollator
-    from trl_diffusion.data.formats import check_preference, prepare_dataset
-    from trl_diffusion.masks import instance_masks
+    from trl_diffusion.data.formats import prepare_dataset
     from trl_diffusion.scripts.utils import get_datasets
-    from trl_diffusion.visualization import image_grid, mask_overlay
+    from trl_diffusion.visualization import image_grid, instance_pictures
 
     if args.num_rows < 1:
         raise ValueError(f"`--num_rows` must be at least 1, got {args.num_rows}.")
@@ -69,33 +68,12 @@ def main(args: ShowMasksArguments) -> None:
         dataset, "dataset", ("prompt", "chosen", "rejected", "instances"), ("chosen", "rejected")
     )
     collate = InstancePairCollator(args.resolution, args.center_crop, args.random_flip, args.seed)
-    size = args.resolution // args.vae_scale_factor
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
     for index, row in enumerate(dataset.take(args.num_rows)):
         batch = collate([row])
-        instances = row["instances"] or []
-        pictures = []
-        for column in ("chosen", "rejected"):
-            mask = instance_masks(
-                batch[f"{column}_boxes"],
-                batch["judged"],
-                batch["conflicts"],
-                size,
-                size,
-                w_neg=args.w_neg,
-                mask_overlap=args.mask_overlap,
-            )
-            pictures.append(
-                mask_overlay(
-                    batch[f"{column}_pixel_values"][0],
-                    mask[0],
-                    batch[f"{column}_boxes"][0],
-                    [instance["label"] for instance in instances],
-                    [check_preference(instance["preference"]) for instance in instances],
-                )
-            )
+        pictures = instance_pictures(batch, row, args.vae_scale_factor, args.w_neg, args.mask_overlap)
         grid = image_grid([pictures], ["chosen", "rejected"], [f"{batch['id'][0]}: {row['prompt']}"], size=512)
         grid.save(folder / f"{index:04d}.png")
     print(

@@ -3,6 +3,7 @@
 
 """Callbacks of the trainers."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from ..data.formats import shortened
 from ..sampling import NotFiniteError, only_colour
 from ..visualization import image_grid
+from .card_pictures import clear_masks, clear_samples, save_masks, save_samples
+from .provenance import SECONDS, forget_trackers, tracker_urls, training_seconds
 
 
 logger = get_logger(__name__)
@@ -25,7 +29,8 @@ class SampleImagesCallback(TrainerCallback):
     """
     Samples fixed prompts from fixed noise with the base and with the policy, side by side: before training, every
     `args.sample_steps` steps and at the end. With `args.sample_model`, that model draws without the LoRA and with it. The pictures
-    are written to `samples/` in the output directory, and go to wandb, trackio and tensorboard where `report_to` names them.
+    are written to `samples/` in the output directory, and go to wandb, trackio and tensorboard where `report_to` names them. The
+    last ones are also kept one by one in `images/`, for the model card.
 
     Args:
         sample (`Callable`):
@@ -48,15 +53,29 @@ class SampleImagesCallback(TrainerCallback):
         if state.global_step % args.sample_steps == 0 or state.global_step == state.max_steps:
             self._sample(args, state)
 
-    def _sample(self, args, state):
+    def on_train_end(self, args, state, control, **kwargs):
+        # The best weights are loaded by now, and the card is of them
+        if args.load_best_model_at_end and state.best_global_step not in (None, state.global_step):
+            self._draw(args, state, state.best_global_step)
+
+    def _draw(self, args, state, step: int) -> list[PIL.Image.Image] | None:
+        """Samples for the card of a step. `None` in another process than the main one, and where an image is not finite."""
         if not state.is_world_process_zero:
-            return
+            return None
         try:
             if self.base_images is None:
                 self.base_images = self.sample(args.sample_prompts, with_reference=True)
             images = self.sample(args.sample_prompts)
         except NotFiniteError as error:
-            logger.warning(f"There are no samples of step {state.global_step}. {error}")
+            logger.warning(f"There are no samples of step {step}. {error}")
+            clear_samples(args.output_dir)
+            return None
+        save_samples(args.output_dir, args.sample_prompts, self.base_images, images, step, args.sample_model)
+        return images
+
+    def _sample(self, args, state):
+        images = self._draw(args, state, state.global_step)
+        if images is None:
             return
         if flat := [prompt for prompt, image in zip(args.sample_prompts, images, strict=True) if only_colour(image)]:
             logger.warning(
@@ -84,6 +103,58 @@ class SampleImagesCallback(TrainerCallback):
         for callback in self.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_image("samples", np.asarray(grid), state.global_step, dataformats="HWC")
+
+
+class RunCallback(TrainerCallback):
+    """
+    Keeps what a model card says of a run and what is gone when the card is written: its seconds, which a checkpoint's state carries
+    into a resumed run, and the addresses at the trackers. Pictures of an earlier run in the same output directory are deleted.
+    """
+
+    def __init__(self):
+        self.seconds = self.seconds_before = self.start = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.seconds_before, self.start = training_seconds(state) or 0.0, time.perf_counter()
+        forget_trackers()
+        tracker_urls(args.report_to)
+        if state.is_world_process_zero:
+            clear_masks(args.output_dir)
+            if state.global_step == 0 or not args.sample_prompts:
+                clear_samples(args.output_dir)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds = self.seconds_before + time.perf_counter() - self.start
+        state.stateful_callbacks[SECONDS] = {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def on_log(self, args, state, control, **kwargs):
+        tracker_urls(args.report_to)
+
+
+class MaskExamplesCallback(TrainerCallback):
+    """
+    Draws masks over the first training images whose masks matter, as many as `args.mask_examples`, for the model card.
+
+    Args:
+        rows ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The training rows, with images.
+        collate (`Callable`):
+            The collator.
+        vae_scale_factor (`int`):
+            Width and height in pixels of a latent cell.
+    """
+
+    def __init__(self, rows: Dataset | IterableDataset, collate: Callable, vae_scale_factor: int):
+        self.rows, self.collate, self.vae_scale_factor = rows, collate, vae_scale_factor
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            settings = {"w_neg": args.w_neg, "mask_overlap": args.mask_overlap}
+            save_masks(
+                *(args.output_dir, self.rows, args.mask_examples, self.collate),
+                vae_scale_factor=self.vae_scale_factor,
+                **settings,
+            )
 
 
 class HealthCallback(TrainerCallback):

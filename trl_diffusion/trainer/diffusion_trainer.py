@@ -24,14 +24,14 @@ from ..data.collators import ImageCollator
 from ..data.formats import all_datasets, each_dataset, prepare_dataset
 from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
 from ..hub import pushing
-from .callbacks import HealthCallback, SampleImagesCallback
+from .callbacks import HealthCallback, RunCallback, SampleImagesCallback
 from .checkpoints import BestCheckpointCallback, load_weights, may_push, push_checkpoint, save_weights
 from .diffusion_config import DiffusionConfig, check_data_settings, check_not_sharded, collator_settings
 from .encoding import BatchEncoder, with_rows
 from .fingerprints import base_fingerprint
 from .initial_lora import read_initial_lora
 from .meters import Meters, Metrics
-from .model_card import Method, diffusion_model_card
+from .model_card import Method, write_model_card
 from .noised_batch import NoisedBatch, Noiser, by_row
 from .policy import evaluation_mode, make_backbone, make_policy, training_mode
 from .precompute import Precomputation, noising_settings
@@ -132,7 +132,7 @@ class DiffusionTrainer(_BaseTrainer):
             data_collator=self.data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[*(callbacks or []), BestCheckpointCallback],
+            callbacks=[*(callbacks or []), BestCheckpointCallback, RunCallback],
             optimizers=optimizers,
         )
         check_not_sharded(self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -427,21 +427,9 @@ class DiffusionTrainer(_BaseTrainer):
             return super().push_to_hub(*args, **kwargs)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
-        """Writes the model card, `README.md` in the output directory, by default named after it or after `hub_model_id`."""
+        """Writes the model card and what belongs to it, see [`trainer.model_card.write_model_card`]."""
         if self.is_world_process_zero():
-            diffusion_model_card(
-                *(self.method, self.args, self.backbone.pipeline),
-                is_lora=isinstance(self.policy, PeftModel),
-                resolution=self.resolution,
-                sampling_settings=self.backbone.sampling_settings,
-                global_step=self.state.global_step,
-                example_prompt=self._example_prompt,
-                further=self._card_parameters,
-                model_name=model_name,
-                model_id=self.hub_model_id,
-                dataset_name=dataset_name,
-                tags=[tags] if isinstance(tags, str) else tags or [],
-            ).save(Path(self.args.output_dir) / "README.md")
+            write_model_card(self, model_name, dataset_name, tags)
 
     def _send_telemetry(self) -> None:
         """TRL counts the use of its own trainers and of transformers' models here; neither is what this is."""

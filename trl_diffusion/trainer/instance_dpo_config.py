@@ -29,6 +29,9 @@ class InstanceDPOConfig(DiffusionConfig):
         reverse_preference (`bool`, *optional*, defaults to `False`):
             Train towards the rejected images, with the preferences of instances also reversed, for a model that is used in
             [`negative_preference_guidance`] (Diffusion-NPO). In the logs, chosen then means rejected.
+        mask_examples (`int`, *optional*, defaults to `0`):
+            Number of training pairs whose images and masks the model card shows; they are published with it. These are the first
+            that have an instance which contradicts the label, as they are trained on.
     """
 
     beta: float = field(
@@ -57,6 +60,12 @@ class InstanceDPOConfig(DiffusionConfig):
         default=False,
         metadata={"help": "Train towards the rejected images, for the unconditional branch of guidance."},
     )
+    mask_examples: int = field(
+        default=0,
+        metadata={
+            "help": "Number of training pairs whose images and masks the model card shows; they are published with it."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -68,3 +77,5 @@ class InstanceDPOConfig(DiffusionConfig):
                 "the loss, and a negative value reverses their preference."
             )
         check_choice(self, "mask_overlap", ("mean", "covering"))
+        if self.mask_examples < 0:
+            raise ValueError(f"`mask_examples` is a number of training pairs, got {self.mask_examples}.")

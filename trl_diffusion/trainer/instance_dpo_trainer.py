@@ -11,6 +11,7 @@ from ..data.collators import InstancePairCollator
 from ..losses import diffusion_dpo_loss
 from ..masks import instance_masks, masked_area
 from ..noising import per_sample_errors
+from .callbacks import MaskExamplesCallback
 from .diffusion_trainer import DiffusionTrainer, Metrics
 from .instance_dpo_config import InstanceDPOConfig
 from .model_card import Method
@@ -67,6 +68,10 @@ class InstanceDPOTrainer(DiffusionTrainer):
     collator_class = InstancePairCollator
     uses_reference = True
     _output_suffix = "IAPO"
+
+    def finish_init(self) -> None:
+        if self.args.mask_examples:
+            self.add_callback(MaskExamplesCallback(self.rows, self.data_collator, self.backbone.vae_scale_factor))
 
     def prepare_batch(self, inputs: dict[str, Any], latents: torch.Tensor) -> dict[str, Any]:
         masks = torch.cat(

@@ -1,25 +1,49 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The model card."""
+"""What a model card says of a training, and the files of a card in the output directory."""
 
 import json
+import math
 import os
-from importlib import resources
+import re
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import try_to_load_from_cache
+from peft import LoraConfig, PeftModel
 from transformers import CLIPTokenizer, PreTrainedModel
+from trl.trainer.base_trainer import _BaseTrainer
 
-from ..backbones import backbone_class_of
+from ..backbones import Backbone, backbone_class_of
 from ..backbones.quantization import describe_quantization
+from ..backbones.source import read_index
+from ..cards.facts import (
+    EVALUATION_NAME,
+    FACTS_NAME,
+    RECIPE_NAME,
+    ModelFacts,
+    read_evaluation_facts,
+    write_facts,
+)
+from ..cards.methods import METHODS
+from ..cards.model import model_card
+from ..cards.text import is_hub_id, yaml_text
+from ..files import write_file
 from ..hub import hub_id
 from ..sampling import default_guidance
-from .diffusion_config import DENSITY_SETTINGS, DiffusionConfig
+from .card_pictures import write_card_pictures
+from .diffusion_config import DENSITY_SETTINGS, DiffusionConfig, is_absolute
+from .provenance import command_line, data_facts, hardware, recipe_of, tracker_urls, training_seconds
+
+
+PACKAGES = ("trl-diffusion", "trl", "diffusers", "transformers", "peft", "torch", "datasets", "tokenizers")
+NOT_PUBLISHED = "not published"
+SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)$")  # of a repository in the Hub's cache
 
 
 class Method(NamedTuple):
@@ -43,102 +67,252 @@ class Method(NamedTuple):
     paper: dict[str, str]
 
 
-def diffusion_model_card(
-    method: Method,
-    args: DiffusionConfig,
-    pipeline: DiffusionPipeline,
-    *,
-    is_lora: bool,
-    resolution: int,
-    sampling_settings: dict[str, Any],
-    global_step: int,
-    example_prompt: str,
-    further: dict[str, object],
-    model_name: str | None,
-    model_id: str | None,
-    dataset_name: str | None,
-    tags: list[str],
-) -> ModelCard:
+def write_model_card(
+    trainer: _BaseTrainer, model_name: str | None, dataset_name: str | None, tags: str | list[str] | None
+) -> None:
     """
-    Writes the card of a trained model: what it is, how to sample with it, how it was trained.
+    Writes the card of a training into its output directory, with what belongs to it: `README.md`, the facts (`training.json`), the
+    recipe (`training.yaml`) and pictures. An evaluation that lies there (`evaluation.json`) is in the card.
 
     Args:
-        method ([`trainer.model_card.Method`]):
-            The method.
-        args ([`DiffusionConfig`]):
-            The configuration.
-        pipeline ([`~diffusers.DiffusionPipeline`]):
-            The pipeline that was trained.
-        is_lora (`bool`):
-            Whether a LoRA was trained.
-        resolution (`int`):
-            Width and height in pixels of the training images.
-        sampling_settings (`dict[str, Any]`):
-            See [`backbones.base.Backbone.sampling_settings`].
-        global_step (`int`):
-            Number of optimizer steps.
-        example_prompt (`str`):
-            Prompt of the quick start.
-        further (`dict[str, object]`):
-            Parameters that are not in `args`, or that the card states in another way.
+        trainer ([`DiffusionTrainer`]):
+            The trainer.
         model_name (`str` or `None`):
             Name of the model, by default that of its repository or output directory.
-        model_id (`str` or `None`):
-            Hub id of the model.
+        dataset_name (`str` or `None`):
+            Hub id of the dataset.
+        tags (`str`, `list[str]` or `None`):
+            Further tags.
+    """
+    folder = Path(trainer.args.output_dir)
+    facts = model_facts(trainer, model_name, dataset_name, [tags] if isinstance(tags, str) else tags or [])
+    evaluation = folder / EVALUATION_NAME
+    card = model_card(facts, read_evaluation_facts(evaluation) if evaluation.exists() else None)
+    write_facts(facts, folder / FACTS_NAME)
+    write_file(folder / RECIPE_NAME, yaml_text(facts.recipe).encode())
+    write_file(folder / "README.md", str(card).encode())
+
+
+def model_facts(
+    trainer: _BaseTrainer, model_name: str | None, dataset_name: str | None, tags: list[str]
+) -> ModelFacts:
+    """
+    Collects what the card of a training says, and writes its pictures.
+
+    Args:
+        trainer ([`DiffusionTrainer`]):
+            The trainer.
+        model_name (`str` or `None`):
+            Name of the model.
         dataset_name (`str` or `None`):
             Hub id of the dataset.
         tags (`list[str]`):
             Further tags.
 
     Returns:
-        [`~huggingface_hub.ModelCard`]
+        [`cards.facts.ModelFacts`]
     """
-    model_name = model_name or (args.hub_model_id or Path(args.output_dir).absolute().name).split("/")[-1]
-    base_name = hub_id(pipeline.config.get("_name_or_path"))
-    changes = changes_of_base(pipeline) if base_name else []
-    # A LoRA on a base that was changed would draw other images on the base of that name
-    base_model = None if is_lora and changes else base_name
+    args, backbone, method, logs = trainer.args, trainer.backbone, trainer.method, trainer.state.log_history
+    pipeline, family, policy = backbone.pipeline, backbone_class_of(backbone.pipeline), trainer.policy
+    is_lora = isinstance(policy, PeftModel)
     is_reversed = getattr(args, "reverse_preference", False)
-    is_flow = "transformer" in pipeline.components  # whatever it is sampled with
-    dataset_name = hub_id(dataset_name)
-    card_data = ModelCardData(
-        base_model=base_model,
-        base_model_relation=("adapter" if is_lora else "finetune") if base_model else None,
-        datasets=[dataset_name] if dataset_name else None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        model_name=model_name,
-        tags=sorted({"diffusers", *(["lora"] if is_lora else []), *method.tags, *tags}),
-    )
-    return ModelCard.from_template(
-        card_data,
-        template_str=resources.files("trl_diffusion").joinpath("templates/model_card.md").read_text(),
-        model_name=model_name,
-        model_id=model_id or model_name,
-        base_model=base_name,
-        base_changes=" and ".join(changes),
-        has_initial_lora=args.initial_lora is not None,
-        initial_lora=hub_id(args.initial_lora),
-        dataset_name=dataset_name,
-        is_lora=is_lora,
-        is_exported=is_lora and backbone_class_of(pipeline).has_comfyui_names,
-        is_reversed=is_reversed,
-        example_prompt=example_prompt,
+    lora = policy.peft_config["default"] if is_lora else None
+    base, base_revision, base_folder = named_base(backbone)
+    data = data_facts(trainer.rows, dataset_name)
+    trainer_name = type(trainer).__name__
+    script = METHODS[trainer_name].script if trainer_name in METHODS else ""
+    vae = _given_vae(args)
+    pictures = write_card_pictures(args.output_dir, logs, trainer.state.global_step)
+    model_id = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
+    expert = trainer._card_parameters.get("expert")
+    sample_model, sample_arguments = _other_model(trainer) if is_lora else (None, None)
+    return ModelFacts(
+        name=model_name or model_id.split("/")[-1],
+        model_id=model_id,
+        trainer=trainer_name,
         method=method.name,
-        paper=method.paper,
-        hyperparameters=_hyperparameters(args, method.unit, resolution, global_step) | _held_in(pipeline) | further,
-        beta_is_of_velocity=is_flow and hasattr(args, "beta"),
-        loading_arguments=_loading_arguments(pipeline, is_flow),
-        vae=_given_vae(args) if is_lora else None,
-        vae_class=pipeline.config["vae"][1],
-        call_arguments=_call_arguments(
-            *(args, pipeline, resolution, sampling_settings), needs_guidance=is_reversed and is_lora
+        unit=method.unit,
+        tags=[*method.tags, *tags],
+        paper=dict(method.paper),
+        base=base,
+        base_revision=base_revision,
+        base_folder=base_folder,
+        base_changes=changes_of_base(pipeline) if base or base_folder else [],
+        initial_lora=hub_id(args.initial_lora),
+        has_initial_lora=args.initial_lora is not None,
+        pipeline_class=family.pipeline_class.__name__,
+        is_flow=predicts_velocity(family),
+        is_lora=is_lora,
+        is_exported=is_lora and family.has_comfyui_names,
+        is_reversed=is_reversed,
+        resolution=trainer.resolution,
+        loading_arguments=loading_arguments(family, left_out(pipeline)),
+        call_arguments=call_arguments(
+            *(family, pipeline.config, trainer.resolution, _prompt_settings(trainer)),
+            needs_guidance=is_reversed and is_lora,
         ),
-        versions={
-            package: version(package)
-            for package in ("trl-diffusion", "trl", "diffusers", "transformers", "peft", "torch", "datasets")
-        },
+        vae=vae if is_lora else None,
+        vae_class=pipeline.config["vae"][1],
+        vae_subfolder=_vae_subfolder(vae),
+        sample_model=sample_model,
+        sample_arguments=sample_arguments,
+        example_prompt=trainer._example_prompt,
+        expert=expert,
+        data=data,
+        samples=pictures.samples,
+        teaser=pictures.teaser,
+        curves=pictures.curves,
+        masks=pictures.masks,
+        hyperparameters=_in_json(
+            _hyperparameters(args, method.unit, trainer.resolution, trainer.state.global_step, lora)
+            | _held_in(pipeline)
+            | trainer._card_parameters
+        ),
+        recipe=recipe_of(
+            *(args, base or pipeline.config.get("_name_or_path"), base_revision, is_lora, lora, data),
+            None if expert == NOT_PUBLISHED else expert,
+        ),
+        command=command_line(script) if script else None,
+        script=script,
+        last_logs=_last_logs(logs),
+        trackers=tracker_urls(args.report_to),
+        hardware=hardware(args),
+        seconds=training_seconds(trainer.state),
+        versions={package: version(package) for package in PACKAGES},
     )
+
+
+def named_base(backbone: Backbone) -> tuple[str | None, str | None, str | None]:
+    """
+    How the base is named to others.
+
+    Args:
+        backbone ([`backbones.base.Backbone`]):
+            The backbone.
+
+    Returns:
+        `tuple`: the Hub id and the commit, each `None` if not known; and of a base that is not on the Hub the name of its folder, where
+        it has one.
+    """
+    name = backbone.pipeline.config.get("_name_or_path")
+    folder = str(name if backbone.source is None else backbone.source.folder)
+    cached = SNAPSHOT.search(folder.rstrip("/\\"))
+    base = hub_id(name)
+    if base is None and cached:
+        base = cached[1].replace("--", "/", 1)
+    if is_hub_id(base):
+        return base, cached[2] if cached else None, None
+    return None, None, Path(name).absolute().name if name else None
+
+
+def predicts_velocity(family: type[Backbone]) -> bool:
+    """Whether a family is one of flow transformers, whatever it is sampled with."""
+    return family.denoiser_name == "transformer"
+
+
+def left_out(pipeline: DiffusionPipeline) -> list[str]:
+    """Text encoders and tokenizers that a pipeline is without."""
+    family = backbone_class_of(pipeline)
+    names = *family.text_encoder_names, *family.tokenizer_names
+    return [name for name in names if getattr(pipeline, name) is None]
+
+
+def loading_arguments(family: type[Backbone], without: Iterable[str] = ()) -> str:
+    """
+    How a pipeline is loaded: T5 and flow transformers need the range of bfloat16, and what is not there is not looked for.
+
+    Args:
+        family (`type`):
+            The backbone's class.
+        without (`Iterable[str]`, *optional*):
+            Components that the pipeline is without.
+
+    Returns:
+        `str`: arguments as Python code.
+    """
+    dtype = "bfloat16" if predicts_velocity(family) else "float16"
+    return ", ".join([f"dtype=torch.{dtype}", *(f"{name}=None" for name in without)])
+
+
+def call_arguments(
+    family: type[Backbone],
+    config: Mapping[str, Any],
+    resolution: int,
+    prompt_settings: Mapping[str, Any],
+    needs_guidance: bool = False,
+    chosen: Mapping[str, Any] | None = None,
+) -> str:
+    """
+    How a pipeline samples as it was trained.
+
+    Args:
+        family (`type`):
+            The backbone's class.
+        config (`Mapping[str, Any]`):
+            The pipeline's configuration, the content of `model_index.json`.
+        resolution (`int`):
+            Width and height in pixels.
+        prompt_settings (`Mapping[str, Any]`):
+            Arguments by which prompts are encoded as in the training, see [`backbones.base.Backbone.sampling_settings`].
+        needs_guidance (`bool`, *optional*, defaults to `False`):
+            Whether it must have an unconditional branch.
+        chosen (`Mapping[str, Any]`, *optional*):
+            Further arguments.
+
+    Returns:
+        `str`: arguments as Python code.
+    """
+    scale = default_guidance(family.pipeline_class, config)
+    guidance = family.true_guidance if needs_guidance else {}
+    if scale is not None and len(written := family.guidance_arguments(scale)) > 1:  # a scale alone has no effect
+        guidance = written
+    arguments = {"height": resolution, "width": resolution, **prompt_settings, **guidance, **(chosen or {})}
+    return ", ".join(
+        f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in arguments.items()
+    )
+
+
+def _prompt_settings(trainer: _BaseTrainer) -> dict[str, Any]:
+    settings = dict(trainer.backbone.sampling_settings)
+    if trainer.args.max_sequence_length is None:
+        settings.pop("max_sequence_length", None)
+    return settings
+
+
+def _other_model(trainer: _BaseTrainer) -> tuple[str | None, str | None]:
+    """The Hub id of the model that drew the samples in place of the base, and the arguments of its call."""
+    args, other, family = trainer.args, trainer.samples.other, backbone_class_of(trainer.backbone.pipeline)
+    name = hub_id(args.sample_model)
+    if other is None or not is_hub_id(name):
+        return None, None
+    index = read_index(other.source.folder, {})
+    defaults = family.sampling_defaults(index)
+    steps = args.num_inference_steps or defaults.get("num_inference_steps")
+    scale = defaults.get("guidance_scale") if args.guidance_scale is None else args.guidance_scale
+    chosen = {"num_inference_steps": steps} if steps else {}
+    chosen |= {} if scale is None else family.guidance_arguments(scale)
+    return name, call_arguments(family, index, trainer.resolution, _prompt_settings(trainer), chosen=chosen)
+
+
+def _last_logs(logs: list[dict[str, Any]]) -> dict[str, float]:
+    """The last log of the training itself, without what is not finite."""
+    last = next((log for log in reversed(logs) if "loss" in log), {})
+    return {name: float(value) for name, value in last.items() if math.isfinite(value)}
+
+
+def _in_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them, with the last part of each absolute path only."""
+    named = {name: Path(value).name if is_absolute(value) else value for name, value in values.items()}
+    return {
+        name: value if isinstance(value, str | int | float | None) else json.loads(json.dumps(value, default=str))
+        for name, value in named.items()
+    }
+
+
+def _vae_subfolder(name: str | None) -> str | None:
+    """The folder of a VAE that is that of a pipeline on the Hub."""
+    is_pipelines = is_hub_id(name) and isinstance(try_to_load_from_cache(name, "vae/config.json"), str)
+    return "vae" if is_pipelines else None
 
 
 def _given_vae(args: DiffusionConfig) -> str | None:
@@ -188,54 +362,53 @@ def _origin(module: torch.nn.Module | None) -> str | None:
     return module.config._name_or_path if isinstance(module, PreTrainedModel) else None
 
 
-def _loading_arguments(pipeline: DiffusionPipeline, is_flow: bool) -> str:
-    """How the pipeline is loaded: T5 and flow transformers need the range of bfloat16, and what is not there is not looked for."""
-    backbone = backbone_class_of(pipeline)
-    names = *backbone.text_encoder_names, *backbone.tokenizer_names
-    left_out = [f"{name}=None" for name in names if getattr(pipeline, name) is None]
-    return ", ".join([f"dtype=torch.{'bfloat16' if is_flow else 'float16'}", *left_out])
-
-
-def _call_arguments(
-    args: DiffusionConfig,
-    pipeline: DiffusionPipeline,
-    resolution: int,
-    sampling_settings: dict[str, Any],
-    needs_guidance: bool,
-) -> str:
-    """How the pipeline samples as it was trained; `needs_guidance` is whether it must have an unconditional branch."""
-    family, scale = backbone_class_of(pipeline), default_guidance(type(pipeline), pipeline.config)
-    guidance = family.true_guidance if needs_guidance else {}
-    if scale is not None and len(written := family.guidance_arguments(scale)) > 1:  # a scale alone has no effect
-        guidance = written
-    arguments = {"height": resolution, "width": resolution} | sampling_settings | guidance
-    if args.max_sequence_length is None:
-        arguments.pop("max_sequence_length", None)
-    return ", ".join(
-        f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in arguments.items()
-    )
-
-
-def _hyperparameters(args: DiffusionConfig, unit: str, resolution: int, global_step: int) -> dict[str, object]:
+def _hyperparameters(
+    args: DiffusionConfig, unit: str, resolution: int, global_step: int, lora: LoraConfig | None
+) -> dict[str, Any]:
     """What somebody needs to repeat a training: the trainer's own parameters, then those of every training."""
-    set_on_purpose = ["max_sequence_length", "embedded_guidance"]
+    set_on_purpose = ["max_sequence_length", "embedded_guidance", "timestep_range"]
     if args.timestep_density != "uniform":
         set_on_purpose += ["timestep_density", *DENSITY_SETTINGS[args.timestep_density]]
+    if args.noise_source == "inversion":
+        set_on_purpose += ["inversion_steps", "inversion_model", "inversion_eta"]
+    if args.initial_lora is not None:
+        set_on_purpose.append("initial_lora_in_reference")
     own = {name: getattr(args, name) for name in type(args).__annotations__ if not name.startswith("_")}
     return own | {
+        **_lora_settings(lora),
         "learning_rate": args.learning_rate,
         "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "adam betas": [args.adam_beta1, args.adam_beta2],
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
         "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "warmup_steps": args.warmup_steps,
         f"{unit} per optimizer step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        f"{unit} at a time on a device": args.per_device_train_batch_size,
+        "devices": args.world_size,
         "optimizer steps": global_step,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "resolution": resolution,
         "aspect_ratio_buckets": args.aspect_ratio_buckets,
+        "center_crop": args.center_crop,
+        "random_flip": args.random_flip,
         "prompt_dropout": args.prompt_dropout,
         "size_conditions": args.size_conditions,
         "noise_source": args.noise_source,
         **({"vae": _given_vae(args)} if _given_vae(args) else {}),
         "seed": args.seed,
         **{name: getattr(args, name) for name in set_on_purpose if getattr(args, name) is not None},
+    }
+
+
+def _lora_settings(lora: LoraConfig | None) -> dict[str, Any]:
+    if lora is None:
+        return {}
+    targets = lora.target_modules
+    return {
+        "LoRA rank": lora.r,
+        "LoRA alpha": lora.lora_alpha,
+        "LoRA dropout": lora.lora_dropout,
+        "LoRA modules": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+        **{name: True for name in ("use_rslora", "use_dora") if getattr(lora, name)},
     }

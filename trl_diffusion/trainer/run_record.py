@@ -49,7 +49,7 @@ NO_MATTER = {
     *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter"),
     *("log_level", "log_level_replica", "disable_tqdm", "report_to", "debug", "skip_memory_metrics"),
     *("include_num_input_tokens_seen", "sample_prompts", "sample_steps", "num_inference_steps", "guidance_scale"),
-    "sample_model",
+    *("sample_model", "mask_examples"),
     # Evaluation
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
     *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps", "prediction_loss_only"),

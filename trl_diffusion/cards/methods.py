@@ -1,0 +1,118 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What cards say of the methods of this library, by the name of the trainer, and what they cite."""
+
+from typing import NamedTuple
+
+
+class MethodText(NamedTuple):
+    """
+    What a card says of a method besides its name and paper.
+
+    Attributes:
+        script (`str`):
+            The command that trains with it.
+        description (`str`):
+            Two sentences.
+        arm (`str`):
+            The training that tells what the method itself adds.
+        builds_on (`tuple[str, ...]`):
+            Names of the papers that it builds on, among [`cards.methods.CITATIONS`].
+    """
+
+    script: str
+    description: str
+    arm: str | None = None
+    builds_on: tuple[str, ...] = ()
+
+
+METHODS = {
+    "InstanceDPOTrainer": MethodText(
+        "instance-dpo",
+        "As in Diffusion-DPO, the model learns from two images of one prompt to make the one that was preferred likelier than the "
+        "other, measured from the model before the training. Where an instance, such as a dog or a hand, is drawn better in the image "
+        "that lost, a mask takes its region out of the comparison.",
+        "the same training with `w_neg` 1, which is Diffusion-DPO",
+        ("Diffusion-DPO",),
+    ),
+    "AttributeSFTTrainer": MethodText(
+        "attribute-sft",
+        "The model is fine-tuned on images whose prompts name their attributes, good and bad ones alike, so that it draws what a prompt "
+        "asks for. It is the expert that teaches another model in the second stage, and draws badly where a prompt names bad attributes.",
+    ),
+    "ComplexPOTrainer": MethodText(
+        "complex-po",
+        "A frozen expert knows how the good and the bad attributes of a tree of criteria look. From the prompt alone, the model learns to "
+        "predict what the expert predicts with the good attributes, and not what it predicts with the bad ones.",
+        "supervised fine-tuning on the same images",
+        ("Diffusion-DPO",),
+    ),
+}
+PLAIN_DPO = "With `w_neg` 1, as here, no region is taken out: this is Diffusion-DPO."
+REVERSED = "Diffusion-NPO"
+
+CITATIONS = {
+    "Diffusion-DPO": """\
+@inproceedings{wallace2024diffusion,
+    title     = {{Diffusion Model Alignment Using Direct Preference Optimization}},
+    author    = {Wallace, Bram and Dang, Meihua and Rafailov, Rafael and Zhou, Linqi and Lou, Aaron and Purushwalkam, Senthil and
+                 Ermon, Stefano and Xiong, Caiming and Joty, Shafiq and Naik, Nikhil},
+    booktitle = {CVPR},
+    year      = {2024},
+    eprint    = {arXiv:2311.12908},
+}""",
+    "Diffusion-NPO": """\
+@inproceedings{wang2025diffusion,
+    title     = {{Diffusion-NPO: Negative Preference Optimization for Better Preference Aligned Generation of Diffusion Models}},
+    author    = {Wang, Fu-Yun and Shui, Yunhao and Piao, Jingtan and Sun, Keqiang and Li, Hongsheng},
+    booktitle = {ICLR},
+    year      = {2025},
+    eprint    = {arXiv:2505.11245},
+}""",
+    "trl_diffusion": """\
+@software{trl_diffusion,
+    title   = {{trl\\_diffusion}},
+    author  = {{The trl\\_diffusion authors}},
+    license = {Apache-2.0},
+    year    = {2026},
+}""",
+    "TRL": """\
+@software{vonwerra2020trl,
+    title   = {{TRL: Transformers Reinforcement Learning}},
+    author  = {von Werra, Leandro and Belkada, Younes and Tunstall, Lewis and Beeching, Edward and Thrush, Tristan and
+               Lambert, Nathan and Huang, Shengyi and Rasul, Kashif and Gallouédec, Quentin},
+    license = {Apache-2.0},
+    url     = {https://github.com/huggingface/trl},
+    year    = {2020},
+}""",
+    "diffusers": """\
+@software{vonplaten2022diffusers,
+    title   = {{Diffusers: State-of-the-art diffusion models}},
+    author  = {von Platen, Patrick and Patil, Suraj and Lozhkov, Anton and Cuenca, Pedro and Lambert, Nathan and Rasul, Kashif and
+               Davaadorj, Mishig and Nair, Dhruv and Paul, Sayak and Berman, William and Xu, Yiyi and Liu, Steven and Wolf, Thomas},
+    license = {Apache-2.0},
+    url     = {https://github.com/huggingface/diffusers},
+    year    = {2022},
+}""",
+}
+
+
+def citations_of(trainer: str, citation: str, is_reversed: bool) -> list[str]:
+    """
+    What a card cites.
+
+    Args:
+        trainer (`str`):
+            The class of the trainer.
+        citation (`str`):
+            The method's own paper, as BibTeX; may be empty.
+        is_reversed (`bool`):
+            Whether the preference was reversed.
+
+    Returns:
+        `list[str]`: entries of BibTeX, the method's own first.
+    """
+    builds_on = METHODS[trainer].builds_on if trainer in METHODS else ()
+    names = *builds_on, *([REVERSED] if is_reversed else []), "trl_diffusion", "TRL", "diffusers"
+    return [*([citation] if citation else []), *(CITATIONS[name] for name in names)]
