@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .criteria import Criteria
     from .data.formats import attribute_features, instance_pair_features
     from .evaluation.callback import EvaluationCallback
+    from .evaluation.push import push_evaluation
     from .guidance import negative_preference_guidance
     from .lora_export import export_lora
     from .sampling import sample_images
@@ -52,6 +53,7 @@ _MODULES = {
     "join_annotations": "annotation.join",
     "load_annotations": "annotation.join",
     "negative_preference_guidance": "guidance",
+    "push_evaluation": "evaluation.push",
     "sample_images": "sampling",
     "save_annotations": "annotation.files",
 }

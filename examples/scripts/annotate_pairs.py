@@ -1,6 +1,14 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion",
+#     "datasets",
+# ]
+# ///
+
 """
 Annotates pairs of images with instances, joins both into one dataset, and pushes the dataset that `InstanceDPOTrainer` trains on.
 
@@ -12,11 +20,13 @@ python examples/scripts/annotate_pairs.py --dataset_name my_pairs --output_dir a
 the same command continues. The dataset is also written to `annotations/dataset`. `--vlm oracle --detector oracle`
 annotates the scenes of the quickstart without any model.
 
-For more than a few thousand pairs use the command `trl-diffusion annotate-instances` with a server. For a dataset with a card use
-`python -m datasets_builders.pickapic_instance`.
+What is pushed, with its images and a card, is what `python -m datasets_builders.pickapic_instance` builds, so it needs a clone of the
+repository. For more than a few thousand pairs use the command `trl-diffusion annotate-instances` with a server, and that builder.
 """
 
 import argparse
+import shutil
+import sys
 from pathlib import Path
 
 from datasets import load_dataset
@@ -29,8 +39,23 @@ from trl_diffusion.annotation.planner import Planner
 from trl_diffusion.annotation.records import pair_columns, prepare_rows
 from trl_diffusion.annotation.run import run, run_locally
 from trl_diffusion.annotation.transformers_vlm import TransformersVLM
-from trl_diffusion.hub import pushing
+from trl_diffusion.hub import check_repository_name
 from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
+
+
+def push(args: argparse.Namespace, annotations: Path) -> None:
+    """Builds the dataset with its card in `OUTPUT_DIR/published`, and pushes it."""
+    sys.path.append(str(Path(__file__).parents[2]))  # the builders are in the repository, not in the package
+    from datasets_builders.common import main, make_parser
+    from datasets_builders.pickapic_instance import PickapicInstance
+
+    folder = args.output_dir / "published"
+    shutil.rmtree(folder, ignore_errors=True)
+    flags = ["--dataset_name", args.dataset_name, "--annotations_dir", str(annotations), "--output_dir", str(folder)]
+    flags += ["--push_to_hub", args.push_to_hub, "--push_images", *(["--private"] if args.private else [])]
+    flags += ["--hub_revision", args.hub_revision] if args.hub_revision else []
+    flags += ["--hub_token", args.hub_token] if args.hub_token else []
+    main(PickapicInstance, make_parser("pickapic_instance", PickapicInstance.DEFAULT_CONFIG_NAME).parse_args(flags))
 
 
 if __name__ == "__main__":
@@ -40,8 +65,13 @@ if __name__ == "__main__":
     parser.add_argument("--vlm", default="Qwen/Qwen2.5-VL-7B-Instruct", help="Planner and judge.")
     parser.add_argument("--detector", default="IDEA-Research/grounding-dino-base", help="Zero-shot detector.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the annotations.")
-    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="Repository for the dataset.")
+    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="Repository for the dataset, with its images.")
+    parser.add_argument("--private", action="store_true", help="Make the repository private if it is new.")
+    parser.add_argument("--hub_revision", help="Branch to push to.")
+    parser.add_argument("--hub_token", help="Token for the push. Defaults to that of `hf auth login` or HF_TOKEN.")
     args = parser.parse_args()
+    if args.push_to_hub:
+        check_repository_name(args.push_to_hub, "`--push_to_hub`")
 
     pairs = load_dataset(args.dataset_name, split=args.split)
     vlm = OracleVLM() if args.vlm == "oracle" else TransformersVLM(args.vlm)
@@ -56,5 +86,4 @@ if __name__ == "__main__":
     dataset = join_annotations(pairs, load_annotations(finished.folder))
     dataset.save_to_disk(args.output_dir / "dataset")
     if args.push_to_hub:
-        with pushing(f"The dataset is saved in {args.output_dir / 'dataset'}."):
-            dataset.push_to_hub(args.push_to_hub, split=args.split)
+        push(args, finished.folder)

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoUrl
 
 
 REPO = "user/annotated"
@@ -33,19 +32,13 @@ class FakeHub:
         self.scratch = folder / "scratch"
         self.scratch.mkdir()
         self.created: list[dict] = []
-        self.on_upload: Callable[[Path], None] = lambda path: None  # called with each file before its commit
+        self.on_upload: Callable[[Path], None] = lambda path: (
+            None
+        )  # called with each file that may be deleted before its commit
         self.ahead: dict[str, bytes] = {}
         self.commits: list[list[str]] = []
         monkeypatch.setattr(tempfile, "tempdir", str(self.scratch))
-        methods = (
-            "create_repo",
-            "preupload_lfs_files",
-            "create_commit",
-            "list_repo_files",
-            "upload_folder",
-            "upload_file",
-        )
-        for name in methods:
+        for name in ("create_repo", "create_branch", "preupload_lfs_files", "create_commit", "list_repo_files"):
             monkeypatch.setattr(HfApi, name, self.checked(name, getattr(HfApi, name)))
 
     def checked(self, name: str, original: Callable) -> Callable:
@@ -66,15 +59,18 @@ class FakeHub:
     def create_repo(self, **kwargs):
         assert kwargs["exist_ok"]
         self.created.append(kwargs)
+        return RepoUrl(f"https://huggingface.co/datasets/{REPO}")
 
     def list_repo_files(self, **kwargs) -> list[str]:
         return self.files
 
-    def preupload_lfs_files(self, additions: list[CommitOperationAdd], **kwargs):
+    def preupload_lfs_files(self, additions: list[CommitOperationAdd], free_memory: bool = True, **kwargs):
         for addition in additions:
             with addition.as_file() as file:
                 self.ahead[addition.path_in_repo] = file.read()
-            self.on_upload(Path(addition.path_or_fileobj))
+            if free_memory:
+                self.on_upload(Path(addition.path_or_fileobj))
+                addition.path_or_fileobj = b""
 
     def create_commit(self, operations: list, **kwargs):
         self.commits.append([operation.path_in_repo for operation in operations])
@@ -83,16 +79,9 @@ class FakeHub:
             path.parent.mkdir(exist_ok=True)
             if isinstance(operation, CommitOperationDelete):
                 path.unlink()
-            else:
+            elif operation.path_in_repo in self.ahead:
                 path.write_bytes(self.ahead.pop(operation.path_in_repo))
-
-    def upload_folder(self, folder_path: Path, allow_patterns: list[str], delete_patterns: list[str], **kwargs):
-        for name in filter_repo_objects(self.files, allow_patterns=delete_patterns):
-            (self.folder / name).unlink()
-        found = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
-        for name in filter_repo_objects(found, allow_patterns=allow_patterns):
-            (self.folder / name).parent.mkdir(exist_ok=True)
-            (self.folder / name).write_bytes((Path(folder_path) / name).read_bytes())
-
-    def upload_file(self, path_in_repo: str, path_or_fileobj: bytes, **kwargs):
-        (self.folder / path_in_repo).write_bytes(path_or_fileobj)
+            else:
+                with operation.as_file() as file:
+                    path.write_bytes(file.read())
+        return CommitInfo(f"https://huggingface.co/datasets/{REPO}/commit/{len(self.commits)}", "", "", "0" * 40)

@@ -41,6 +41,9 @@ from trl_diffusion.data.formats import PREFERENCES
 from trl_diffusion.data.sources import load_source
 
 
+PICTURES = [f"images/example-{number}.png" for number in range(3)]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """Two splits of pairs, annotated and built: `source`, `annotations`, `out`."""
@@ -173,12 +176,13 @@ def test_files_are_cut_at_a_size(world, tmp_path, monkeypatch):
 
 
 def test_only_what_is_read_is_left(world):
-    """The folder contains the rows and the card, and no temporary files remain in its parent."""
+    """The folder contains the rows, the card and its pictures, and no temporary files remain in its parent."""
     files = sorted(str(path.relative_to(world / "out")) for path in (world / "out").rglob("*") if path.is_file())
     assert files == [
         "README.md",
         "annotations/train-00000-of-00001.parquet",
         "annotations/validation-00000-of-00001.parquet",
+        *PICTURES,
         "pairs/train-00000-of-00001.parquet",
         "pairs/validation-00000-of-00001.parquet",
     ]
@@ -310,16 +314,18 @@ def test_annotations_of_which_none_is_ok_are_refused(tmp_path):
 
 
 def test_flags_that_do_not_fit_are_refused(world, tmp_path):
-    """A folder that is not empty, `--push_images` without a repository, and a repository without owner are refused."""
+    """A folder that is not empty, flags of a push without a repository, and what is no name of one are refused."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
     with pytest.raises(ValueError, match="out exists and is not empty"):
         sources.build_pairs(world / "source", world / "annotations", tmp_path / "out")
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
-    with pytest.raises(ValueError, match="name one with `--push_to_hub`"):
-        sources.build_pairs(world / "source", world / "annotations", tmp_path / "new", "--push_images")
-    with pytest.raises(ValueError, match="as USER/NAME, got 'name'"):
-        sources.build_pairs(world / "source", world / "annotations", tmp_path / "new", "--push_to_hub", "name")
+    for flags in (["--push_images"], ["--private"], ["--hub_revision", "x"], ["--hub_token", "hf_secret"]):
+        with pytest.raises(ValueError, match=f"`{flags[0]}` needs a repository: name one with `--push_to_hub`"):
+            sources.build_pairs(world / "source", world / "annotations", tmp_path / "new", *flags)
+    for name in ("datasets/user/name", "user/na me", "user/", "/name", "user/name--x", ".name", "name.git", "u" * 97):
+        with pytest.raises(ValueError, match=f"`--push_to_hub` '{re.escape(name)}' is no name on the Hub"):
+            sources.build_pairs(world / "source", world / "annotations", tmp_path / "new", "--push_to_hub", name)
     assert not (tmp_path / "new").exists()
 
 
@@ -479,7 +485,8 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_annotations_alone_are_pushed_by_default(world, tmp_path, hub):
-    """Without `--push_images`, only annotations and a card for them are pushed, and earlier shards are deleted."""
+    """Without `--push_images`, only annotations and a card for them are pushed, with pictures of boxes alone, and earlier shards are
+    deleted."""
     (hub.folder / "annotations").mkdir()
     (hub.folder / "annotations" / "train-00000-of-00002.parquet").write_bytes(b"of an earlier push")
     sources.build_pairs(world / "source", world / "annotations", tmp_path / "out", "--push_to_hub", REPO, "--private")
@@ -488,6 +495,7 @@ def test_annotations_alone_are_pushed_by_default(world, tmp_path, hub):
         "README.md",
         "annotations/train-00000-of-00001.parquet",
         "annotations/validation-00000-of-00001.parquet",
+        *PICTURES,
     ]
     metadata, text = sources.card_of(hub.folder)
     assert [config["config_name"] for config in metadata["configs"]] == ["annotations"]
@@ -543,7 +551,6 @@ def test_images_go_from_the_source_to_the_hub_without_a_copy(pick_a_pic, tmp_pat
     monkeypatch.setattr(common, "SHARD_BYTES", 1000)
     monkeypatch.setattr(common, "ROW_GROUP", 2)
     monkeypatch.setattr(join, "ROWS_AT_ONCE", 2)
-    monkeypatch.setattr(common, "FILES_PER_COMMIT", 4)
     (hub.folder / "pairs").mkdir()
     (hub.folder / "pairs" / "train-00000-of-00001.parquet").write_bytes(b"of an earlier push")
     flags = ("--no_images", "--push_to_hub", REPO, "--push_images")
@@ -554,7 +561,9 @@ def test_images_go_from_the_source_to_the_hub_without_a_copy(pick_a_pic, tmp_pat
     files = [f"pairs/train-{index:05d}.parquet" for index in range(6)]
     files += [f"pairs/train_ties-{index:05d}.parquet" for index in range(2)]
     assert hub.files == ["README.md", "annotations/train-00000-of-00001.parquet", *files]
-    assert hub.commits == [files[:4], files[4:], ["pairs/train-00000-of-00001.parquet"]]
+    assert hub.commits == [
+        [*files, "annotations/train-00000-of-00001.parquet", "README.md", "pairs/train-00000-of-00001.parquet"]
+    ]
     pushed, built = load_dataset(str(hub.folder)), load_dataset(str(pick_a_pic / "out"))
     assert set(pushed) == set(built)
     for split in built:
@@ -563,20 +572,25 @@ def test_images_go_from_the_source_to_the_hub_without_a_copy(pick_a_pic, tmp_pat
     metadata, text = sources.card_of(hub.folder)
     expected, expected_text = sources.card_of(pick_a_pic / "out")
     assert metadata["configs"] == expected["configs"]
-    assert text == expected_text.replace('"out"', f'"{REPO}"').replace("# out", f"# {REPO}")
+    # The only difference are the pictures, which are drawn of images on the disk
+    without, expected_without = (
+        re.sub("## Examples.*?<details>", "", card, flags=re.DOTALL) for card in (text, expected_text)
+    )
+    assert without == expected_without.replace('"out"', f'"{REPO}"').replace("# out", f"# {REPO}")
+    assert "There are no pictures here" in text and "](images/" in expected_text
     annotations = load_dataset(str(hub.folder), "annotations", split="train")
     assert list(annotations) == list(load_annotations(pick_a_pic / "annotations"))
 
 
 def test_a_push_from_a_source_that_lacks_rows_commits_none_of_them(world, tmp_path, hub):
-    """Missing rows during a push raise an error, and nothing is committed."""
+    """Missing rows during a push raise an error, and nothing is committed, not the annotations either."""
     source = sources.save(
         tmp_path / "source", train=sources.pairs(24).select(range(20)), validation=sources.pairs(8, seed=1)
     )
     flags = ("--no_images", "--push_to_hub", REPO, "--push_images")
     with pytest.raises(ValueError, match="The split train has 24 annotated rows, but the source has only 20"):
         sources.build_pairs(source, world / "annotations", tmp_path / "out", *flags)
-    assert {name.split("/")[0] for name in hub.files} == {"annotations"}
+    assert hub.files == [] and hub.commits == []
 
 
 # ----- the command -----

@@ -218,6 +218,8 @@ class EvaluationFacts:
         arm_differences (`dict[str, list]`):
             The settings besides in which the arm was trained or sampled otherwise, each with the arm's value and the model's. `None` if
             one of the trainings is not known.
+        revision (`str`):
+            What the card's model was when it was evaluated: the commit on the Hub, or the hash of its weights.
     """
 
     model: str
@@ -232,6 +234,7 @@ class EvaluationFacts:
     base: str | None = None
     needed_arm: str | None = None
     arm_differences: dict[str, list[Any]] | None = None
+    revision: str | None = None
 
 
 def write_facts(facts: ModelFacts | EvaluationFacts, path: str | Path) -> None:

@@ -1,6 +1,13 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion[evaluation]",
+# ]
+# ///
+
 """
 Compares models: each generates images from the same prompts and the same noise, and metrics score the images.
 
@@ -110,6 +117,14 @@ class EvaluateArguments:
             Use the CPU, even if there is a GPU.
         retry_errors (`bool`, *optional*, defaults to `False`):
             Score images again that were errors in an earlier run.
+        push_to_hub (`str`, *optional*):
+            Repository on the Hub, `USER/NAME` or `NAME`, that the evaluation is pushed to as a dataset.
+        private (`bool`, *optional*, defaults to `False`):
+            Make this repository private if it is new.
+        hub_revision (`str`, *optional*):
+            Branch to push to. It is created if there is none.
+        hub_token (`str`, *optional*):
+            Token for the push. Defaults to that of `hf auth login` or HF_TOKEN.
     """
 
     models: list[str] | None = field(
@@ -183,6 +198,16 @@ class EvaluateArguments:
     retry_errors: bool = field(
         default=False, metadata={"help": "Score images again that were errors in an earlier run."}
     )
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "Push the evaluation as a dataset to this repository, USER/NAME or NAME."}
+    )
+    private: bool = field(default=False, metadata={"help": "Make this repository private if it is new."})
+    hub_revision: str | None = field(
+        default=None, metadata={"help": "Branch to push to. It is created if there is none."}
+    )
+    hub_token: str | None = field(
+        default=None, metadata={"help": "Token for the push. Defaults to that of `hf auth login` or HF_TOKEN."}
+    )
 
     def __post_init__(self):
         for name in ("batch_size", "scoring_batch_size"):
@@ -196,6 +221,9 @@ class EvaluateArguments:
             raise ValueError(
                 f"`--references` is missing: name the folder of images with which {' and '.join(self.corpus_metrics)} compare."
             )
+        for name in ("private", "hub_revision", "hub_token"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"`--{name}` needs a repository: name one with `--push_to_hub`.")
 
     @property
     def corpus_metrics(self) -> tuple[str, ...]:
@@ -206,8 +234,11 @@ class EvaluateArguments:
 def main(args: EvaluateArguments, vlm_args: VLMArguments, detector_args: DetectorArguments) -> None:
     from trl_diffusion.evaluation.prompts import load_prompts
     from trl_diffusion.evaluation.protocols import load_protocol
+    from trl_diffusion.evaluation.push import push_evaluation
     from trl_diffusion.evaluation.run import evaluate_models
 
+    if args.push_to_hub:
+        check_push(args.push_to_hub, args.hub_token)
     protocol = load_protocol(
         args.protocol,
         num_inference_steps=args.num_inference_steps,
@@ -241,6 +272,20 @@ def main(args: EvaluateArguments, vlm_args: VLMArguments, detector_args: Detecto
     )
     if summary is not None:
         print(f"Evaluated {', '.join(summary['models'])}: look at report.md and gallery.html in {args.output_dir}.")
+        if args.push_to_hub:
+            address = push_evaluation(
+                args.output_dir, args.push_to_hub, args.private or None, args.hub_revision, args.hub_token
+            )
+            print(f"Pushed to {address}, without gallery.html, which the Hub does not show.")
+
+
+def check_push(repo_id: str, token: str | None) -> None:
+    """Refuses, before hours of sampling, a push that cannot succeed."""
+    from trl_diffusion.hub import NO_TOKEN, check_repository_name, has_token
+
+    check_repository_name(repo_id, "`--push_to_hub`")
+    if not has_token(token):
+        raise ValueError(f"`--push_to_hub` needs a token of the Hub. {NO_TOKEN}")
 
 
 def get_models(args: EvaluateArguments) -> list["ModelSpec"]:

@@ -246,6 +246,17 @@ def check_readme(place: Place) -> None:
 # ----- the evaluation -----
 
 
+def known_evaluation(place: Place) -> "EvaluationFacts | None":
+    """The evaluation that a card has, of the weights that there are."""
+    evaluation = place.evaluation()
+    if evaluation and has_other_weights(place, evaluation.revision):
+        raise ValueError(
+            f"The evaluation.json of {place.name} is of other weights than the folder holds now: evaluate it again and pass "
+            "`--evaluation`, or delete the file."
+        )
+    return evaluation
+
+
 def new_evaluation(args: ModelCardArguments, place: Place, facts: "ModelFacts") -> "EvaluationFacts":
     """
     The evaluation that the flags name.
@@ -276,7 +287,7 @@ def new_evaluation(args: ModelCardArguments, place: Place, facts: "ModelFacts") 
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The {SUMMARY} of {args.evaluation} is not one of `trl-diffusion evaluate`.") from error
     name = args.model_name_in_evaluation or name_of(place, facts, records)
-    if name in records and has_other_weights(place, records[name]):
+    if name in records and has_other_weights(place, records[name].get("revision")):
         message = f"{name!r} of the evaluation was sampled with other weights than {place.name} holds now"
         if not args.model_name_in_evaluation:
             raise ValueError(f"{message}: evaluate it again, or pass `--model_name_in_evaluation {name}`.")
@@ -296,12 +307,12 @@ def name_of(place: Place, facts: "ModelFacts", records: dict[str, dict[str, Any]
     return names[0]
 
 
-def has_other_weights(place: Place, record: dict[str, Any]) -> bool:
+def has_other_weights(place: Place, revision: str | None) -> bool:
     """Whether a folder holds other weights than those that were evaluated, as far as both are known."""
     from trl_diffusion.backbones.names import INDEX, LORA_WEIGHTS_NAME
 
-    folder, revision = place.folder, record.get("revision") or ""
-    if folder is None or not revision.startswith("sha256:"):
+    folder = place.folder
+    if folder is None or not (revision or "").startswith("sha256:"):
         return False
     if not any((folder / name).is_file() for name in (INDEX, LORA_WEIGHTS_NAME)):
         return False
@@ -324,7 +335,7 @@ def main(args: ModelCardArguments) -> None:
     files = pictures(place, facts)
     if not args.overwrite:
         check_readme(place)
-    evaluation = place.evaluation() if args.evaluation is None else new_evaluation(args, place, facts)
+    evaluation = known_evaluation(place) if args.evaluation is None else new_evaluation(args, place, facts)
     if place.folder is not None:
         write_card(args, place.folder, facts, evaluation, files)
     elif args.push_to_hub is None:

@@ -37,7 +37,7 @@ from ..files import write_file
 from ..hub import hub_id
 from ..sampling import default_guidance
 from .card_pictures import write_card_pictures
-from .diffusion_config import DENSITY_SETTINGS, DiffusionConfig, is_absolute
+from .diffusion_config import DENSITY_SETTINGS, DiffusionConfig
 from .provenance import command_line, data_facts, hardware, recipe_of, tracker_urls, training_seconds
 
 
@@ -300,13 +300,16 @@ def _last_logs(logs: list[dict[str, Any]]) -> dict[str, float]:
     return {name: float(value) for name, value in last.items() if math.isfinite(value)}
 
 
-def _in_json(values: dict[str, Any]) -> dict[str, Any]:
-    """Values as JSON has them, with the last part of each absolute path only."""
-    named = {name: Path(value).name if is_absolute(value) else value for name, value in values.items()}
-    return {
-        name: value if isinstance(value, str | int | float | None) else json.loads(json.dumps(value, default=str))
-        for name, value in named.items()
-    }
+def _in_json(value: Any) -> Any:
+    """A setting as JSON has it, with the last part of each path of this machine only."""
+    if isinstance(value, dict):
+        return {str(name): _in_json(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(each) for each in value]
+    if isinstance(value, bool | int | float | None):
+        return value
+    is_path = str(value).startswith((os.sep, "~", f".{os.sep}", f"..{os.sep}"))
+    return Path(str(value)).name if is_path else str(value)
 
 
 def _vae_subfolder(name: str | None) -> str | None:

@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from ..cards.facts import DataFacts
-from ..data.origin import dataset_id, declared_license, origin_of, split_of_files
+from ..data.origin import dataset_id, declared_license, origin_of
 from .diffusion_config import DiffusionConfig
 from .model_config import ModelConfig
 
@@ -64,7 +64,7 @@ def data_facts(
     facts.license = facts.license or next((info.license.strip() for info in infos if info.license), None) or None
     configs = [info.config_name for info in infos if info.config_name not in (None, "default")]
     facts.config = configs[0] if configs and name is not None else None
-    facts.split = str(dataset.split) if dataset.split is not None else split_of_files(dataset)
+    facts.split = str(dataset.split) if dataset.split is not None else (origin and origin.split)
     facts.num_rows = len(dataset) if isinstance(dataset, Dataset) else None
     return facts
 
@@ -90,6 +90,7 @@ NOT_IN_RECIPE = {
     *("ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "parallelism_config"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+    "include_num_input_tokens_seen",
     *("gradient_checkpointing", "gradient_checkpointing_kwargs"),  # older names of `activation_checkpointing`
 }
 NAMES = ("output_dir", "initial_lora", "criteria", "sample_model")  # may be a path

@@ -1,0 +1,90 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion",
+#     "datasets",
+# ]
+# ///
+
+"""
+Annotates images with attributes of a tree, joins both into one dataset, and pushes the dataset that `AttributeSFTTrainer` and
+`ComplexPOTrainer` train on.
+
+```bash
+python examples/scripts/annotate_paintings.py --dataset_name my_paintings --output_dir annotations --push_to_hub user/my-paintings
+```
+
+`my_paintings` has the columns `prompt` and `image`, see docs/source/dataset_formats.md. If it is stopped, the same command continues.
+The dataset is also written to `annotations/dataset`. `--vlm oracle --criteria trl_diffusion/quickstart/criteria.yaml` annotates the
+paintings of the quickstart without any model.
+
+What is pushed, with its images and a card, is what `python -m datasets_builders.painting_attributes` builds, so it needs a clone of the
+repository. For more than a few thousand images use the command `trl-diffusion annotate-attributes` with a server, and that builder.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from datasets import load_dataset
+
+from trl_diffusion import Criteria, join_annotations, load_annotations
+from trl_diffusion.annotation.attribute_expert import AttributeExpert
+from trl_diffusion.annotation.attributes import attribute_task
+from trl_diffusion.annotation.records import image_columns, prepare_rows
+from trl_diffusion.annotation.run import run, run_locally
+from trl_diffusion.annotation.transformers_vlm import TransformersVLM
+from trl_diffusion.hub import check_repository_name
+from trl_diffusion.quickstart.oracle import OracleVLM
+
+
+def push(args: argparse.Namespace, annotations: Path) -> None:
+    """Builds the dataset with its card in `OUTPUT_DIR/published`, and pushes it."""
+    sys.path.append(str(Path(__file__).parents[2]))  # the builders are in the repository, not in the package
+    from datasets_builders.common import main, make_parser
+    from datasets_builders.painting_attributes import PaintingAttributes
+
+    folder = args.output_dir / "published"
+    shutil.rmtree(folder, ignore_errors=True)
+    flags = ["--dataset_name", args.dataset_name, "--annotations_dir", str(annotations), "--output_dir", str(folder)]
+    flags += ["--push_to_hub", args.push_to_hub, "--push_images", *(["--private"] if args.private else [])]
+    flags += ["--hub_revision", args.hub_revision] if args.hub_revision else []
+    flags += ["--hub_token", args.hub_token] if args.hub_token else []
+    parser = make_parser("painting_attributes", PaintingAttributes.DEFAULT_CONFIG_NAME)
+    main(PaintingAttributes, parser.parse_args(flags), args.criteria)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("--dataset_name", required=True, help="Hub id or folder of the images.")
+    parser.add_argument("--split", default="train", help="The split to annotate.")
+    parser.add_argument("--vlm", default="Qwen/Qwen2.5-VL-7B-Instruct", help="The vision-language model.")
+    parser.add_argument("--criteria", default="painting", help="The tree: a YAML file, or the name of a shipped one.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the annotations.")
+    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="Repository for the dataset, with its images.")
+    parser.add_argument("--private", action="store_true", help="Make the repository private if it is new.")
+    parser.add_argument("--hub_revision", help="Branch to push to.")
+    parser.add_argument("--hub_token", help="Token for the push. Defaults to that of `hf auth login` or HF_TOKEN.")
+    args = parser.parse_args()
+    if args.push_to_hub:
+        check_repository_name(args.push_to_hub, "`--push_to_hub`")
+
+    images = load_dataset(args.dataset_name, split=args.split)
+    expert = AttributeExpert(
+        OracleVLM() if args.vlm == "oracle" else TransformersVLM(args.vlm), Criteria.load(args.criteria)
+    )
+
+    rows, columns = prepare_rows(images, image_columns)
+    task = attribute_task(expert, {"name": args.dataset_name, "split": args.split}, columns)
+    finished = run(rows, task, args.output_dir, run_locally)
+    found = finished.counts["ok"] - finished.counts["without_attributes"]
+    print(f"{found} of {finished.counts['rows']} images have attributes.")
+
+    dataset = join_annotations(images, load_annotations(finished.folder))
+    dataset.save_to_disk(args.output_dir / "dataset")
+    if args.push_to_hub:
+        push(args, finished.folder)
