@@ -17,8 +17,14 @@ import argparse
 import shutil
 from pathlib import Path
 
-from trl_diffusion.cards.facts import EVALUATION_NAME, FACTS_NAME, PICTURES, read_evaluation_facts, read_model_facts
-from trl_diffusion.cards.facts import write_facts
+from trl_diffusion.cards.facts import (
+    EVALUATION_NAME,
+    FACTS_NAME,
+    PICTURES,
+    read_evaluation_facts,
+    read_model_facts,
+    write_facts,
+)
 from trl_diffusion.cards.model import model_card
 from trl_diffusion.files import write_file
 

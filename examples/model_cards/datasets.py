@@ -22,7 +22,10 @@ REFERENCE = {
     "pickapic-instance": (PickapicInstance, {"source": "user/pick-a-pic-v2"}),
     "painting-attributes": (PaintingAttributes, {"source": "user/paintings"}),
 }
-TINY = {"quickstart-scenes": ("scenes", PickapicInstance, None), "quickstart-paintings": ("paintings", PaintingAttributes, CRITERIA)}
+TINY = {
+    "quickstart-scenes": ("scenes", PickapicInstance, None),
+    "quickstart-paintings": ("paintings", PaintingAttributes, CRITERIA),
+}
 
 
 def reference_card(name: str) -> str:

@@ -37,7 +37,9 @@ def scorers_of(world: str) -> dict[str, Callable[[], Scorer]]:
     """The scorers of a world, by their names: each makes one, as [`evaluation.run.evaluate_models`] takes them."""
     if world == "scenes":
         found = {
-            f"{shape} {heading}": (lambda image, prompt, place=place, what=what: getattr(inspect_image(image, prompt)[place], what))
+            f"{shape} {heading}": (
+                lambda image, prompt, place=place, what=what: getattr(inspect_image(image, prompt)[place], what)
+            )
             for what, heading in (("clean", "clean"), ("match", "matches"))
             for place, shape in enumerate("AB")
         }

@@ -3,7 +3,6 @@
 
 """The quickstart's tiny models, trained, saved and evaluated as anybody would: their cards have figures, pictures and curves."""
 
-import json
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from datasets import load_from_disk
 
 from trl_diffusion.evaluation.models import resolve_model
-from trl_diffusion.evaluation.prompts import PromptSet, load_prompts
+from trl_diffusion.evaluation.prompts import load_prompts
 from trl_diffusion.evaluation.protocols import Protocol
 from trl_diffusion.evaluation.run import evaluate_models
 from trl_diffusion.quickstart import cpo, iapo

@@ -39,6 +39,7 @@ from ..sampling import default_guidance
 from .card_pictures import write_card_pictures
 from .diffusion_config import DENSITY_SETTINGS, DiffusionConfig
 from .provenance import command_line, data_facts, hardware, recipe_of, tracker_urls, training_seconds
+from .run_record import NO_MATTER
 
 
 PACKAGES = ("trl-diffusion", "trl", "diffusers", "transformers", "peft", "torch", "datasets", "tokenizers")
@@ -156,7 +157,7 @@ def model_facts(
         vae_subfolder=_vae_subfolder(vae),
         sample_model=sample_model,
         sample_arguments=sample_arguments,
-        example_prompt=trainer._example_prompt,
+        example_prompt=pictures.samples[0].prompt if pictures.samples else trainer._example_prompt,
         expert=expert,
         data=data,
         samples=pictures.samples,
@@ -164,7 +165,7 @@ def model_facts(
         curves=pictures.curves,
         masks=pictures.masks,
         hyperparameters=_in_json(
-            _hyperparameters(args, method.unit, trainer.resolution, trainer.state.global_step, lora)
+            hyperparameters(args, method.unit, trainer.resolution, trainer.state.global_step, lora)
             | _held_in(pipeline)
             | trainer._card_parameters
         ),
@@ -365,7 +366,7 @@ def _origin(module: torch.nn.Module | None) -> str | None:
     return module.config._name_or_path if isinstance(module, PreTrainedModel) else None
 
 
-def _hyperparameters(
+def hyperparameters(
     args: DiffusionConfig, unit: str, resolution: int, global_step: int, lora: LoraConfig | None
 ) -> dict[str, Any]:
     """What somebody needs to repeat a training: the trainer's own parameters, then those of every training."""
@@ -376,7 +377,8 @@ def _hyperparameters(
         set_on_purpose += ["inversion_steps", "inversion_model", "inversion_eta"]
     if args.initial_lora is not None:
         set_on_purpose.append("initial_lora_in_reference")
-    own = {name: getattr(args, name) for name in type(args).__annotations__ if not name.startswith("_")}
+    names = [name for name in type(args).__annotations__ if not name.startswith("_") and name not in NO_MATTER]
+    own = {name: getattr(args, name) for name in names}
     return own | {
         **_lora_settings(lora),
         "learning_rate": args.learning_rate,

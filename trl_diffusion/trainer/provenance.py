@@ -26,6 +26,7 @@ from ..cards.facts import DataFacts
 from ..data.origin import dataset_id, declared_license, origin_of
 from .diffusion_config import DiffusionConfig
 from .model_config import ModelConfig
+from .run_record import NO_MATTER
 
 
 # ----- the data -----
@@ -151,10 +152,10 @@ def recipe_of(
 
 
 def training_settings(args: DiffusionConfig) -> dict[str, Any]:
-    """The settings that differ from their defaults, the trainer's own ones first."""
+    """The trainer's own settings, and of all others those that differ from their defaults."""
     default = type(args)(output_dir="default", use_cpu=args.use_cpu, report_to="none")
     owners = [name for kind in type(args).__mro__ for name in kind.__dict__.get("__annotations__", ())]
-    settings = {}
+    own, settings = type(args).__dict__["__annotations__"], {}
     for name in sorted((field.name for field in fields(args)), key=owners.index):
         value, usual = getattr(args, name), getattr(default, name)
         if name in NOT_IN_RECIPE or name == "model_init_kwargs":
@@ -163,7 +164,8 @@ def training_settings(args: DiffusionConfig) -> dict[str, Any]:
             value, usual = accelerator_settings(value), {}
         if name in ("bf16", "fp16"):  # or of `accelerate launch`
             value = args.half_dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
-        if name == "bf16" or value != usual:
+        is_own = name in own and name not in NO_MATTER and value is not None
+        if is_own or name == "bf16" or value != usual:
             settings[name] = public_name(value) if name in NAMES else plain(value)
     return settings
 
