@@ -4,18 +4,18 @@
 """Shared by the builders: reading the source, writing the folder and its card, and pushing to the Hub."""
 
 import argparse
-import json
-import re
+import shlex
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import jinja2
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import (
@@ -29,13 +29,16 @@ from datasets import (
     SplitInfo,
 )
 from datasets.exceptions import DatasetGenerationError
-from datasets.info import DatasetInfosDict
-from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi
 
-from trl_diffusion.annotation.join import entries, find_runs, join_annotations, read_manifest
+from datasets_builders.dataset_card import describe_role, public, render_card  # noqa: F401 also used by builders
+from datasets_builders.example_pictures import EXAMPLE, Picture, example_pictures
+from trl_diffusion.annotation.join import find_runs, join_annotations, read_manifest
 from trl_diffusion.annotation.records import STATUSES
 from trl_diffusion.annotation.run import Row
+from trl_diffusion.cards.text import fenced, python_string  # noqa: F401 also used by builders
+from trl_diffusion.cards.text import one_line as cell  # noqa: F401
+from trl_diffusion.files import write_file
 from trl_diffusion.hub import check_repository_name, create_repository, push_files, pushing
 from trl_diffusion.hub_datasets import stale_files
 from trl_diffusion.machine import without_places
@@ -47,8 +50,6 @@ ANNOTATIONS = "annotations"  # the configuration without images
 SHARD_BYTES = 500_000_000  # size of the rows of a file before compression
 FILES_PER_COMMIT = 25_000  # the Hub's limit: a dataset is one commit
 ROW_GROUP = 100
-BLOCK = 1000  # annotation rows that are counted at a time
-SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
 
 
 @dataclass
@@ -71,6 +72,8 @@ class SourceConfig(BuilderConfig):
             JSON mapping from our names to the columns of the source, see [`annotation.records.pair_columns`].
         criteria (`str`, *optional*, defaults to `"painting"`):
             Criteria tree of the attributes, if there are any: a YAML file, or the name of a shipped tree.
+        license (`str`, *optional*):
+            License of the annotations, as the Hub names it. By default none is declared.
     """
 
     annotations_dir: str = ""
@@ -80,6 +83,7 @@ class SourceConfig(BuilderConfig):
     source_streaming: bool = False
     columns: str | None = None
     criteria: str = "painting"
+    license: str | None = None
 
     def arguments(self, split: str) -> AnnotationArguments:
         """The source as arguments of the annotation commands."""
@@ -121,7 +125,9 @@ class AnnotatedDatasetBuilder(GeneratorBasedBuilder):
 
     TASK: str  # name of the task in the manifests of the runs
     TEMPLATE: Path  # template of the card
+    COLUMNS: dict[str, tuple[str, str, str]]  # shape, unit and meaning of each column, and of the fields of objects
     TAGS: list[str]
+    HAS_BOXES: bool  # whether a card has something to show without the images
     TRAINER: type[DiffusionTrainer]  # the card cites its paper
 
     def annotations(self) -> dict[str, Dataset]:
@@ -134,6 +140,18 @@ class AnnotatedDatasetBuilder(GeneratorBasedBuilder):
 
     def describe(self, annotations: dict[str, Dataset]) -> dict[str, Any]:
         """Values for the template of the card, besides the names of the dataset and its source."""
+        raise NotImplementedError
+
+    def plan(self) -> dict[str, Any]:
+        """The same of a recipe that was not run, with the default models and without figures."""
+        raise NotImplementedError
+
+    def picture(self, row: Row, with_images: bool) -> PIL.Image.Image:
+        """Draws a row of the configuration with images, see [`example_pictures.example_pictures`]."""
+        raise NotImplementedError
+
+    def interest(self, row: Row) -> int:
+        """How much a card shows with such a row."""
         raise NotImplementedError
 
     def runs(self) -> dict[str, Path]:
@@ -273,6 +291,7 @@ def make_card(
     described: dict[str, Any],
     infos: dict[str, DatasetInfo],
     name: str,
+    pictures: Iterable[Picture] = (),
 ) -> DatasetCard:
     """
     Writes the card.
@@ -286,110 +305,99 @@ def make_card(
             The configurations of the dataset. The first is the default.
         name (`str`):
             Hub id or folder of the dataset.
+        pictures (`Iterable[Picture]`, *optional*):
+            The pictures beside the card, see [`card_pictures`].
 
     Returns:
         [`~huggingface_hub.DatasetCard`]
     """
-    number = sum(split.num_examples for split in infos[ANNOTATIONS].splits.values())
-    data = DatasetCardData(
-        pretty_name=name.split("/")[-1],
-        license="unknown",
-        task_categories=["text-to-image"],
-        size_categories=[next((size for most, size in SIZES.items() if number < most), "n>10M")],
-        tags=["trl_diffusion", "preference-alignment", *builder.TAGS],
-    )
-    DatasetInfosDict(infos).to_dataset_card_data(data)
-    configs = {
-        config: {"data_files": [{"split": split, "path": f"{config}/{split}-*"} for split in info.splits]}
-        for config, info in infos.items()
-    }
-    configs[next(iter(configs))]["default"] = True
-    MetadataConfigs(configs).to_dataset_card_data(data)
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": "{:,}".format, "cell": cell, "fenced": fenced}
     config = builder.config
-    arguments = [json.dumps(value) for value in (public(config.source), config.source_config) if value]
-    arguments += [f"revision={json.dumps(config.source_revision)}"] if config.source_revision else []
-    text = environment.from_string(builder.TEMPLATE.read_text(encoding="utf-8")).render(
-        described,
-        name=name,
-        is_on_hub="/" in name,
-        has_images=len(infos) > 1,
-        citation=builder.TRAINER.method.paper["citation"],
-        share=share,
-        source=public(config.source),
-        arguments=", ".join(arguments),
-        mapping=config.arguments("").mapping,
+    source = public(config.source)
+    arguments = [python_string(value) for value in (source, config.source_config) if value]
+    arguments += [f"revision={python_string(config.source_revision)}"] if config.source_revision else []
+    called = {
+        "source": source,
+        "arguments": ", ".join(arguments),
+        "mapping": config.arguments("").mapping,
+        "command": commands(builder, described),
+    }
+    return render_card(
+        builder.TEMPLATE,
+        described | called,
+        infos,
+        name,
+        columns=builder.COLUMNS,
+        tags=builder.TAGS,
+        paper=builder.TRAINER.method.paper,
+        annotations=ANNOTATIONS,
+        license=config.license,
+        pictures=pictures,
     )
-    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
-def public(name: str) -> str:
-    """The name of a dataset or model for publication: of a local path, only the last part."""
-    is_path = Path(name).exists() or Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
-    return Path(name).name if is_path else name
+def commands(builder: AnnotatedDatasetBuilder, described: dict[str, Any]) -> str:
+    """The commands that annotate the source and build the dataset, for a shell."""
+    config = builder.config
+    dataset = {
+        "dataset_name": public(config.source),
+        "dataset_config": config.source_config,
+        "dataset_revision": config.source_revision,
+        "columns": config.columns,
+    }
+    annotate = {**dataset, "dataset_split": described["annotated_split"], **described["flags"]}
+    build = {**dataset, "annotations_dir": "annotations", "output_dir": "dataset"}
+    flags = [*annotate.items(), ("output_dir", "annotations")], build.items()
+    programs = f"trl-diffusion annotate-{builder.TASK}", f"python -m datasets_builders.{builder.name}"
+    return "\n".join(
+        " \\\n    ".join(
+            [program, *(f"--{flag} {shlex.quote(str(value))}" for flag, value in given if value is not None)]
+        )
+        for program, given in zip(programs, flags, strict=True)
+    )
 
 
-def describe_role(role: dict[str, Any]) -> dict[str, Any]:
+def card_pictures(builder: AnnotatedDatasetBuilder, folder: Path, with_images: bool = True) -> list[Picture]:
     """
-    Describes a role for the card.
+    Draws a few rows of a dataset that was built with images, for its card.
 
     Args:
-        role (`dict`):
-            Description of the role in the manifest.
+        builder ([`AnnotatedDatasetBuilder`]):
+            The builder, with either configuration.
+        folder (`Path`):
+            Folder of the dataset.
+        with_images (`bool`, *optional*, defaults to `True`):
+            Whether the pictures may show the images, because these are part of the dataset that the card is for. Otherwise they
+            show boxes alone.
 
     Returns:
-        `dict`: `settings` by name, and the `prompt` or `None`.
+        `list[Picture]`: the pictures, which the card links and expects beside it. Empty if the folder has no images, or if there
+        is nothing to see without them.
     """
-    found = dict(entries(role))
-    prompt = found.pop("prompt.text", None)
-    for name in ("prompt.sha256", "model.server"):  # the card has the full text, and the address is private
-        found.pop(name, None)
-    settings = {name.removeprefix("model."): value for name, value in found.items()}
-    return {"settings": settings | {"model": public(settings["model"])}, "prompt": prompt}
+    rows = folder / builder.DEFAULT_CONFIG_NAME
+    if not any(rows.glob("*.parquet")) or not (with_images or builder.HAS_BOXES):
+        return []
+    draw = partial(builder.picture, with_images=with_images)
+    return example_pictures(rows, draw, builder.interest)
 
 
-def blocks(annotations: Dataset) -> Iterator[list[Row]]:
-    """Blocks of annotation rows."""
-    for start in range(0, len(annotations), BLOCK):
-        yield annotations.select(range(start, min(start + BLOCK, len(annotations)))).to_list()
+def planned_card(builder_class: type[AnnotatedDatasetBuilder], name: str, **options: Any) -> DatasetCard:
+    """
+    Writes the card of a dataset that was not built: the recipe, the columns and the commands. Figures are "not measured".
 
+    Args:
+        builder_class (`type[AnnotatedDatasetBuilder]`):
+            The builder.
+        name (`str`):
+            Hub id of the dataset.
+        options (`dict`):
+            Fields of [`SourceConfig`], such as `source`.
 
-def count_statuses(rows: list[Row]) -> Counter:
-    """The number of rows, in total and by status."""
-    counts = Counter(dict.fromkeys(("rows", *STATUSES), 0))
-    counts.update((STATUSES[row["status"]] for row in rows), rows=len(rows))
-    return counts
-
-
-def count_reasons(rows: list[Row]) -> Counter:
-    """The number of rows that are not ok, by status and beginning of the reason."""
-    return Counter(
-        (STATUSES[row["status"]], re.sub("([:,]).*", "\\1 …", row["reason"], flags=re.DOTALL))
-        for row in rows
-        if STATUSES[row["status"]] != "ok"
-    )
-
-
-def join_versions(manifests: list[dict[str, Any]]) -> dict[str, str]:
-    """The package versions of all runs."""
-    names = dict.fromkeys(name for manifest in manifests for name in manifest["versions"])
-    return {name: ", ".join(dict.fromkeys(manifest["versions"][name] for manifest in manifests)) for name in names}
-
-
-def share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "none"
-
-
-def cell(value: Any) -> str:
-    """Formats a value for a Markdown table."""
-    return " ".join(str(value).replace("|", "\\|").split())
-
-
-def fenced(text: str) -> str:
-    """A Markdown code block, with a fence of more backticks than the text contains."""
-    fence = "`" * (max([2, *map(len, re.findall("`+", text))]) + 1)
-    return f"{fence}text\n{text.strip()}\n{fence}"
+    Returns:
+        [`~huggingface_hub.DatasetCard`]
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        builder = builder_class(config_name=ANNOTATIONS, cache_dir=scratch, **options)
+        return make_card(builder, builder.plan(), {ANNOTATIONS: builder.info}, name)
 
 
 # ----- the Hub -----
@@ -443,17 +451,22 @@ def push(
     if streamed:
         info, uploaded = push_stream(api, where, streamed)
         infos = {streamed.config.name: info, **infos}
-    card = str(make_card(builder, described, infos, repo_id))
+    pictures = card_pictures(builder, folder, with_images=len(infos) > 1)
+    card = str(make_card(builder, described, infos, repo_id, pictures))
     present = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     tables = [name for name in present if name.split("/")[0] in infos]
     others = [name for name in present if name.split("/")[0] not in builder.builder_configs and name in card]
-    files = {name: folder / name for name in (*tables, *others)} | {"README.md": card.encode()}
+    files = {name: folder / name for name in (*tables, *others)}
+    # Without the images in the dataset, these are other pictures than those in the folder
+    files |= {picture.name: picture.data for picture in pictures} | {"README.md": card.encode()}
     pushed = {*files, *(addition.path_in_repo for addition in uploaded)}
     if len(pushed) > FILES_PER_COMMIT:
         raise ValueError(
             f"{len(pushed):,} files are more than the {FILES_PER_COMMIT:,} that the Hub takes in one commit."
         )
-    stale = stale_files(api.list_repo_files(**where), pushed, repo_id, {*builder.builder_configs, "criteria.yaml"})
+    earlier = api.list_repo_files(**where)
+    stale = stale_files(earlier, pushed, repo_id, {*builder.builder_configs, "criteria.yaml"})
+    stale += sorted({name for name in earlier if EXAMPLE.fullmatch(name)} - {*pushed, *stale})
     message = f"Upload {' and '.join(infos)}"
     if not uploaded:
         push_files(files, commit_message=message, token=token, delete=stale, **where)
@@ -576,6 +589,11 @@ def make_parser(name: str, images: str) -> argparse.ArgumentParser:
         "--no_images", action="store_true", help=f"Build only the annotations, without the configuration `{images}`."
     )
     parser.add_argument(
+        "--license",
+        metavar="NAME",
+        help="License of the annotations, as the Hub names it, such as cc-by-4.0. It covers neither prompts nor images.",
+    )
+    parser.add_argument(
         "--push_to_hub",
         metavar="USER/NAME",
         help="Push the annotations and the card to this repository. Without USER it is one of the token's user.",
@@ -622,6 +640,7 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
         "source_streaming": args.dataset_streaming,
         "columns": args.columns,
         "criteria": criteria,
+        "license": args.license,
     }
     name = args.push_to_hub if "/" in (args.push_to_hub or "") else folder.name
     images = builder_class.DEFAULT_CONFIG_NAME
@@ -638,7 +657,10 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
             infos = {images: build(builders[images], built), **infos}
         if criteria and Path(criteria).is_file():
             shutil.copy(criteria, built / "criteria.yaml")
-        make_card(builders[ANNOTATIONS], described, infos, name).save(built / "README.md")
+        pictures = card_pictures(builders[ANNOTATIONS], built)
+        for picture in pictures:
+            write_file(built / picture.name, picture.data)
+        make_card(builders[ANNOTATIONS], described, infos, name, pictures).save(built / "README.md")
         if folder.exists():
             folder.rmdir()
         built.rename(folder)

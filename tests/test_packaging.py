@@ -59,6 +59,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(sdist, tmp_path):
     with zipfile.ZipFile(build("build_wheel", sdist, tmp_path)) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == {name for name in files_of(sdist) if name.startswith("trl_diffusion/")}
+    assert {name for name in names if "/accelerate_configs/" in name} == {
+        f"trl_diffusion/accelerate_configs/{name}.yaml"
+        for name in ("multi_cpu", "multi_gpu", "single_gpu", "two_nodes")
+    }
 
 
 def test_the_page_on_pypi_has_no_dead_links(sdist):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_diffusion.visualization import BOX_COLORS, image_grid, mask_overlay
+from trl_diffusion.visualization import BOX_COLORS, draw_boxes, image_grid, mask_overlay
 
 
 NO_BOXES = torch.zeros(0, 4)
@@ -138,3 +138,24 @@ def test_boxes_of_area_0_are_not_drawn():
 def test_overlay_is_large_enough_to_see(size, expected):
     """Small images are enlarged by a whole number to 256 pixels, large ones keep their size."""
     assert overlay(torch.ones(8, 8), size=size).shape == (expected, expected, 3)
+
+
+def test_labels_of_boxes_stay_in_the_image_and_do_not_cover_each_other():
+    """Three equal boxes in the right corner have three labels: white text in the box's colour, one below the other."""
+    image = Image.new("RGB", (256, 256), "black")
+    preferences = list(BOX_COLORS)
+    draw_boxes(image, torch.tensor([[0.9, 0.0, 1.0, 0.1]] * 3), ["a label wider than its box"] * 3, preferences)
+    pixels = np.array(image)
+    rows = []
+    for preference in preferences:
+        filled = (pixels[:, :200] == BOX_COLORS[preference]).all(axis=-1).any(axis=1).nonzero()[0]
+        rows.append((filled.min(), filled.max()))
+    assert rows[0][1] <= rows[1][0] and rows[1][1] <= rows[2][0]
+
+
+def test_a_label_of_any_length_or_alphabet_is_drawn():
+    """Labels of one letter, of 500, of several lines and of none are drawn, and the image keeps its size."""
+    for label in ("a", "W" * 500, "two\nlines", "", "雪\u202e🦅"):
+        image = Image.new("RGB", (64, 48))
+        draw_boxes(image, torch.tensor([[0.2, 0.2, 0.9, 0.9]]), [label], ["tie"])
+        assert image.size == (64, 48) and np.array(image).any()

@@ -4,6 +4,7 @@
 """Labelled grids of images, and overlays of masks on images."""
 
 import math
+from bisect import bisect_right
 from typing import Any
 
 import PIL.Image
@@ -126,17 +127,58 @@ def mask_overlay(
     tint = PIL.Image.fromarray(tint.numpy()).resize(size, PIL.Image.Resampling.NEAREST)
     image = PIL.Image.composite(tint, image, shade)
 
-    draw = PIL.ImageDraw.Draw(image)
-    font = PIL.ImageFont.load_default(max(12, size[1] // 32))
-    for (x_min, y_min, x_max, y_max), label, preference in zip(boxes.tolist(), labels, preferences, strict=True):
-        if x_min < x_max and y_min < y_max:
-            left, top, right, bottom = x_min * size[0], y_min * size[1], x_max * size[0] - 1, y_max * size[1] - 1
-            color = BOX_COLORS[preference]
-            draw.rectangle((left, top, right, bottom), outline=color, width=max(2, size[1] // 200))
-            background = draw.textbbox((left + 4, top + 3), label, font)
-            draw.rectangle((background[0] - 3, background[1] - 3, background[2] + 3, background[3] + 3), fill=color)
-            draw.text((left + 4, top + 3), label, "white", font)
+    draw_boxes(image, boxes, labels, preferences)
     return image
+
+
+def draw_boxes(image: PIL.Image.Image, boxes: torch.Tensor, labels: list[str], preferences: list[str]) -> None:
+    """
+    Draws instances on an image.
+
+    Args:
+        image (`PIL.Image.Image`):
+            The RGB image, which is changed.
+        boxes (`torch.Tensor` of shape `(N, 4)`):
+            Unit boxes. A box of area 0 is not drawn.
+        labels (`list[str]` of length `N`):
+            Labels of the instances. Long ones are truncated.
+        preferences (`list[str]` of length `N`):
+            `"chosen"` (green), `"rejected"` (orange) or `"tie"` (grey).
+    """
+    draw = PIL.ImageDraw.Draw(image)
+    width, height = image.size
+    font, taken = PIL.ImageFont.load_default(max(12, height // 32)), []
+    drawn = [
+        (box, label, preference)
+        for box, label, preference in zip(boxes.tolist(), labels, preferences, strict=True)
+        if box[0] < box[2] and box[1] < box[3]
+    ]
+    for (x_min, y_min, x_max, y_max), _, preference in drawn:
+        sides = (x_min * width, y_min * height, x_max * width - 1, y_max * height - 1)
+        draw.rectangle(sides, outline=BOX_COLORS[preference], width=max(2, height // 200))
+    for (x_min, y_min, _, _), label, preference in drawn:
+        label = _fitting(label, font, width - 14)
+        left, top = max(0, min(x_min * width, width - 14 - font.getlength(label))), y_min * height
+        place = _label_place(draw, left, top, label, font)
+        # Below the labels that are already there, as long as there is room
+        while any(_overlap(place, other) for other in taken) and place[3] + place[3] - place[1] < height:
+            top += place[3] - place[1]
+            place = _label_place(draw, left, top, label, font)
+        taken.append(place)
+        draw.rectangle(place, fill=BOX_COLORS[preference])
+        draw.text((left + 4, top + 3), label, "white", font)
+
+
+def _label_place(
+    draw: PIL.ImageDraw.ImageDraw, left: float, top: float, label: str, font: PIL.ImageFont.ImageFont
+) -> tuple[float, float, float, float]:
+    """The background of a label in the upper left corner of a box."""
+    x_min, y_min, x_max, y_max = draw.textbbox((left + 4, top + 3), label, font)
+    return x_min - 3, y_min - 3, x_max + 3, y_max + 3
+
+
+def _overlap(first: tuple[float, float, float, float], second: tuple[float, float, float, float]) -> bool:
+    return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]
 
 
 def _fitting(text: str, font: PIL.ImageFont.ImageFont, width: int) -> str:
@@ -144,6 +186,5 @@ def _fitting(text: str, font: PIL.ImageFont.ImageFont, width: int) -> str:
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    length = bisect_right(range(len(text)), width, key=lambda length: font.getlength(text[:length] + "..."))
+    return text[: max(length - 1, 0)] + "..."

@@ -3,35 +3,69 @@
 
 """Images with attributes of a criteria tree, for CPO (arXiv 2601.04300)."""
 
+import re
 from collections import Counter
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 from datasets import Dataset, DatasetInfo, Features, IterableDataset, Version
 
-from datasets_builders.common import (
-    ANNOTATIONS,
-    AnnotatedDatasetBuilder,
-    SourceConfig,
+from datasets_builders.common import ANNOTATIONS, AnnotatedDatasetBuilder, SourceConfig, public_reasons
+from datasets_builders.dataset_card import (
+    PlannedVLM,
     blocks,
+    count_failures,
     count_reasons,
     count_statuses,
     describe_role,
+    example_row,
+    is_shipped,
     join_versions,
+    models_of,
+    not_measured,
     public,
+    spread,
+    vlm_flags,
 )
+from datasets_builders.example_pictures import attribute_picture
 from trl_diffusion import AttributeSFTTrainer, Criteria, attribute_features
-from trl_diffusion.annotation.attribute_expert import describe_criteria
+from trl_diffusion.annotation.attribute_expert import AttributeExpert, describe_criteria
 from trl_diffusion.annotation.attributes import count_attributes
 from trl_diffusion.annotation.join import load_annotations, read_manifest
 from trl_diffusion.annotation.records import IMAGE_ANNOTATION_FEATURES, STATUSES, image_columns
+from trl_diffusion.annotation.run import Row
+from trl_diffusion.criteria import FORMS
 from trl_diffusion.data.formats import ATTRIBUTE_COLUMNS
+from trl_diffusion.scripts.annotate_attributes import AnnotateAttributesArguments
 
 
 IMAGES = "images"
 SPLITS = {"train": 8, "validation": 1, "test": 1}  # in tenths
+
+FAILED = re.compile(
+    r"attribute expert, (\w+):"
+)  # how the reason of a row begins for which the expert gave no valid answer
+
+COLUMNS = {
+    "id": ("", "", "id of the row in the source"),
+    "prompt": ("", "", "prompt or description of the image"),
+    "image": ("(H, W, 3)", "8 bits per channel", "the image, with the same bytes as in the source"),
+    "status": ("", "", "`ok`; `rejected` by a rule; `error` if it could not be annotated"),
+    "reason": ("", "", "why the status is not `ok`"),
+    "image_uid": (
+        "",
+        "",
+        "uid of the image from the source, or else the first 32 hexadecimal digits of the SHA-256 of its file",
+    ),
+    "positive_attributes": ("(N,)", "", "attributes of the image in positive form"),
+    "negative_attributes": ("(N,)", "", "attributes of the image in negative form"),
+    "answers": ("(N,)", "", "the expert's raw answers, one for each dimension"),
+    "answers.dimension": ("", "", "id of the dimension"),
+    "answers.answer": ("", "", "the raw answer"),
+}
 
 
 def split_of(row_id: str) -> str:
@@ -67,7 +101,9 @@ class PaintingAttributes(AnnotatedDatasetBuilder):
 
     TASK = "attributes"
     TEMPLATE = Path(__file__).parent / "card.md"
-    TAGS = ["cpo"]
+    COLUMNS = COLUMNS
+    TAGS = ["cpo", "attributes"]
+    HAS_BOXES = False
     TRAINER = AttributeSFTTrainer
 
     def _info(self) -> DatasetInfo:
@@ -131,37 +167,78 @@ class PaintingAttributes(AnnotatedDatasetBuilder):
             rows |= self.join(split, of_split, annotated, columns)
         return rows
 
+    def picture(self, row: Row, with_images: bool) -> PIL.Image.Image:
+        return attribute_picture(row, Criteria.load(self.config.criteria).attributes)
+
+    def interest(self, row: Row) -> int:
+        """In how many forms it has attributes."""
+        return sum(bool(row[name]) for name in ATTRIBUTE_COLUMNS)
+
     def describe(self, annotations: dict[str, Dataset]) -> dict[str, Any]:
         """The manifest, the tree, and counts of the annotations."""
         manifest = read_manifest(self.run())
         criteria = Criteria.load(self.config.criteria)
         dimensions = {dimension: Counter() for dimension in criteria.dimensions}
-        statuses, reasons, images = {}, {}, {}
+        attributes, numbers = {form: Counter() for form in FORMS}, {form: Counter() for form in FORMS}
+        statuses, reasons, images, failed, example = {}, {}, {}, Counter(), None
         for split, annotated in annotations.items():
             statuses[split], reasons[split], images[split] = Counter(), Counter(), Counter()
             for rows in blocks(annotated):
                 ok = [row for row in rows if STATUSES[row["status"]] == "ok"]
+                example = example or max(ok, key=self.interest, default=None)
                 statuses[split].update(count_statuses(rows))
                 reasons[split].update(count_reasons(rows))
+                failed.update(found[1] for row in rows if (found := FAILED.match(row["reason"])))
                 images[split].update(count_attributes(rows), images=len(ok))
-                for row in ok:
-                    for name in ATTRIBUTE_COLUMNS:
-                        for index in row[name]:
-                            dimensions[criteria.attributes[index].dimension][name] += 1
+                for form in FORMS:
+                    attributes[form].update(index for row in ok for index in row[f"{form}_attributes"])
+                    numbers[form].update(len(row[f"{form}_attributes"]) for row in ok)
+        for form, found in attributes.items():
+            for index, number in found.items():
+                dimensions[criteria.attributes[index].dimension][f"{form}_attributes"] += number
+        total = sum(images.values(), Counter())
+        return self.recipe(manifest) | {
+            "annotated_split": manifest["dataset"]["split"],
+            "dimensions": dimensions,
+            "attributes": attributes,
+            "per_image": {form: spread(found) for form, found in numbers.items() if found},
+            "versions": join_versions([manifest]),
+            "statuses": statuses,
+            "rows": sum(counts["rows"] for counts in statuses.values()),
+            "reasons": reasons,
+            "failures": count_failures(reasons, ["attribute expert"]),
+            "failed_dimensions": failed,
+            "images": {split: counts for split, counts in images.items() if counts["images"]},
+            "total": total,
+            "example": example and example_row(public_reasons(example), next(iter(annotations.values())).features),
+        }
+
+    def recipe(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """What a manifest says of the annotation, for the card."""
+        roles = {"attribute_expert": describe_role(manifest["attribute_expert"])}
+        criteria = Criteria.load(self.config.criteria)
+        is_file = Path(self.config.criteria).is_file()
         return {
             "annotated": public(manifest["dataset"]["name"]),
             "annotated_revision": manifest["dataset"].get("revision"),
-            "annotated_split": manifest["dataset"]["split"],
+            "is_pick_a_pic": False,
+            "is_english": is_shipped(roles["attribute_expert"], "attribute_expert"),
             "criteria": criteria,
-            "criteria_file": Path(self.config.criteria).is_file(),
-            "dimensions": dimensions,
-            "role": describe_role(manifest["attribute_expert"]),
-            "versions": join_versions([manifest]),
-            "statuses": statuses,
-            "reasons": reasons,
-            "images": {split: counts for split, counts in images.items() if counts["images"]},
-            "total": sum(images.values(), Counter()),
+            "criteria_file": is_file,
+            "roles": roles,
+            "models": models_of(roles),
+            "flags": {
+                "criteria": "criteria.yaml" if is_file else self.config.criteria,
+                **vlm_flags(roles["attribute_expert"]["settings"]),
+            },
         }
+
+    def plan(self) -> dict[str, Any]:
+        """The recipe with the command's defaults."""
+        expert = AttributeExpert(PlannedVLM(AnnotateAttributesArguments()), Criteria.load(self.config.criteria))
+        dataset = {"name": self.config.source, "revision": self.config.source_revision}
+        manifest = {"dataset": dataset, "attribute_expert": expert.describe()}
+        return self.recipe(manifest) | not_measured(list(SPLITS)) | {"annotated_split": "train"}
 
 
 def is_of(split: str, row_id: Any) -> bool:

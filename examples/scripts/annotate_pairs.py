@@ -1,6 +1,14 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion",
+#     "datasets",
+# ]
+# ///
+
 """
 Annotates pairs of images with instances, joins both into one dataset, and pushes the dataset that `InstanceDPOTrainer` trains on.
 

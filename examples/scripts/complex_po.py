@@ -1,6 +1,15 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion[quantization,trackio]",
+#     "transformers",
+#     "trl",
+# ]
+# ///
+
 """
 Both stages of complex preference optimization on one dataset: trains an expert, then a model that learns from it, and pushes both
 to the Hub.
@@ -16,72 +25,103 @@ python examples/scripts/complex_po.py \
     --push_to_hub
 ```
 
+The expert is pushed to a repository of its own, `sdxl-cpo-expert` here: `--hub_model_id` names the model's, and with `-expert` at the
+end the expert's. All flags hold for both trainings but those in `OWN`, which only the second has. With `--resume_from_checkpoint
+true` the same command continues where it was stopped, in either training.
+
 The commands `trl-diffusion attribute-sft` and `trl-diffusion complex-po` run one stage each. Use this file if you want to change
 something.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from datasets import load_dataset
-from peft import LoraConfig
-from trl import ScriptArguments, TrlParser
+from transformers.trainer_utils import get_last_checkpoint
+from trl import TrlParser
 
 from trl_diffusion import AttributeSFTConfig, AttributeSFTTrainer, ComplexPOConfig, ComplexPOTrainer, ModelConfig
+from trl_diffusion.scripts.dataset_arguments import DatasetArguments
+from trl_diffusion.scripts.utils import get_datasets, get_model, get_peft_config
+
+
+# Of the flags that both trainings have, those that are meant for the second one
+OWN = {
+    *("output_dir", "hub_model_id", "run_name", "resume_from_checkpoint", "initial_lora", "initial_lora_in_reference"),
+    *("learning_rate", "num_train_epochs", "max_steps", "prompt_dropout", "precompute_ref_preds", "noise_source"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+}
 
 
 @dataclass
-class ExpertArguments(ScriptArguments):
+class ExpertArguments(DatasetArguments):
     expert_dir: str = field(default="expert", metadata={"help": "Where the expert is saved."})
     expert_epochs: float = field(default=10.0, metadata={"help": "Epochs of its training."})
     expert_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of its training."})
 
 
+def expert_config(script_args: ExpertArguments, training_args: ComplexPOConfig) -> AttributeSFTConfig:
+    """The configuration of the first training. The expert must know the prompts that it gets in the second one."""
+    shared = {field.name for field in fields(AttributeSFTConfig)} & {field.name for field in fields(training_args)}
+    repository = training_args.hub_model_id or Path(training_args.output_dir).absolute().name
+    return AttributeSFTConfig(
+        output_dir=script_args.expert_dir,
+        hub_model_id=f"{repository}-expert" if training_args.push_to_hub else None,
+        num_train_epochs=script_args.expert_epochs,
+        learning_rate=script_args.expert_learning_rate,
+        attribute_dropout=0.3,
+        prompt_dropout=0.1,
+        **{name: getattr(training_args, name) for name in shared - OWN},
+    )
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The last checkpoint of a training that was stopped; none if it had not begun."""
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+
+
 if __name__ == "__main__":
     parser = TrlParser((ExpertArguments, ComplexPOConfig, ModelConfig))
+    parser.set_defaults(use_peft=True)
     script_args, training_args, model_args = parser.parse_args_and_config()
-    model = model_args.model_name_or_path
-    dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
-    train_dataset = dataset[script_args.dataset_train_split]
-    peft_config = LoraConfig(r=model_args.lora_r, lora_alpha=model_args.lora_alpha)
+    if Path(script_args.expert_dir).absolute() == Path(training_args.output_dir).absolute():
+        raise ValueError(
+            "`--expert_dir` is `--output_dir`: name another folder, or the model would replace its expert."
+        )
 
-    # The expert must know the prompts that it gets in the second stage, so both stages share the settings for prompts
-    expert = AttributeSFTTrainer(
-        model,
-        args=AttributeSFTConfig(
-            output_dir=script_args.expert_dir,
-            criteria=training_args.criteria,
-            attribute_order=training_args.attribute_order,
-            attribute_separator=training_args.attribute_separator,
-            attribute_dropout=0.3,
-            prompt_dropout=0.1,
-            num_train_epochs=script_args.expert_epochs,
-            learning_rate=script_args.expert_learning_rate,
-            per_device_train_batch_size=training_args.per_device_train_batch_size,
-            gradient_accumulation_steps=training_args.gradient_accumulation_steps,
-            resolution=training_args.resolution,
-            bf16=training_args.bf16,
-            use_cpu=training_args.use_cpu,
-            report_to=training_args.report_to,
-            push_to_hub=training_args.push_to_hub,
-        ),
-        train_dataset=train_dataset,
-        peft_config=peft_config,
-    )
-    expert.train()
-    expert.save_model()
-    if training_args.push_to_hub:
-        expert.push_to_hub(dataset_name=script_args.dataset_name)
-    del expert  # and with it the first copy of the base
+    model = get_model(model_args, training_args)
+    train_dataset, eval_dataset = get_datasets(script_args, evaluates=training_args.eval_strategy != "no")
+    resume = training_args.resume_from_checkpoint
+
+    finished = Path(script_args.expert_dir) / "trainer_state.json"  # written last
+    if resume is None:
+        finished.unlink(missing_ok=True)
+    if not finished.exists():
+        expert = AttributeSFTTrainer(
+            model,
+            args=expert_config(script_args, training_args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=get_peft_config(model_args),
+        )
+        expert.train(resume_from_checkpoint=None if resume is None else last_checkpoint(script_args.expert_dir))
+        expert.save_model()
+        expert.create_model_card(dataset_name=script_args.dataset_name)
+        if training_args.push_to_hub:
+            expert.push_to_hub(dataset_name=script_args.dataset_name)
+        expert.save_state()
+        del expert  # and with it the first copy of the base
 
     trainer = ComplexPOTrainer(
         model,
         expert=Path(script_args.expert_dir),
         args=training_args,
         train_dataset=train_dataset,
-        peft_config=peft_config,
+        eval_dataset=eval_dataset,
+        peft_config=get_peft_config(model_args, training_args.initial_lora),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume is True else resume)
     trainer.save_model(training_args.output_dir)
+    trainer.create_model_card(dataset_name=script_args.dataset_name)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()

@@ -1,6 +1,14 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion[quantization,trackio]",
+#     "trl",
+# ]
+# ///
+
 """
 Trains a LoRA on Stable Diffusion 1.5 with instance-aware preference optimization, and pushes it to the Hub.
 
@@ -16,31 +24,33 @@ python examples/scripts/instance_dpo.py \
 ```
 
 The command `trl-diffusion instance-dpo` does the same with these flags. Use this file if you want to change something.
+`--resume_from_checkpoint true` continues a run that was stopped.
 """
 
-from datasets import load_dataset
-from peft import LoraConfig
-from trl import ScriptArguments, TrlParser
+from trl import TrlParser
 
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer, ModelConfig
+from trl_diffusion.scripts.dataset_arguments import DatasetArguments
+from trl_diffusion.scripts.utils import get_datasets, get_model, get_peft_config
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, InstanceDPOConfig, ModelConfig))
+    parser = TrlParser((DatasetArguments, InstanceDPOConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config()
 
-    dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
-    evaluates = training_args.eval_strategy != "no"
-
+    model = get_model(model_args, training_args)
+    train_dataset, eval_dataset = get_datasets(script_args, evaluates=training_args.eval_strategy != "no")
     trainer = InstanceDPOTrainer(
-        model=model_args.model_name_or_path,
+        model=model,
         args=training_args,
-        train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if evaluates else None,
-        peft_config=LoraConfig(r=model_args.lora_r, lora_alpha=model_args.lora_alpha) if model_args.use_peft else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=get_peft_config(model_args, training_args.initial_lora),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
     trainer.save_model(training_args.output_dir)
+    trainer.create_model_card(dataset_name=script_args.dataset_name)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()

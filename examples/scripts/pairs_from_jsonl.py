@@ -1,6 +1,14 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion",
+#     "datasets",
+# ]
+# ///
+
 """
 Turns a folder of image pairs with a JSON lines file in your own format into a dataset with the columns of
 `InstanceDPOTrainer`.

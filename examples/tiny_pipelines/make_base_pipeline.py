@@ -1,6 +1,16 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion",
+#     "diffusers",
+#     "numpy",
+#     "torch",
+#     "transformers",
+# ]
+# ///
 
 """Make a base model of the quickstart: a Stable Diffusion pipeline of 2.7 million parameters, trained from scratch.
 

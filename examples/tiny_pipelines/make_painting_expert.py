@@ -1,6 +1,14 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion",
+#     "torch",
+# ]
+# ///
+
 """Make the quickstart's expert: a LoRA on the base of the tiny paintings that generates the qualities that a prompt names.
 
     python examples/tiny_pipelines/make_painting_expert.py --output_dir painting_expert

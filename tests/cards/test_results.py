@@ -83,7 +83,7 @@ def test_the_tables():
     scores, rates = tables(evaluation_section(facts(), model()))
     assert scores == [
         ["Model", "PickScore ↑", "#A_neg ↓"],
-        ["base (base)", "21.00 [20.50, 21.50]", "0.5000 [0.2500, 0.7500]"],
+        ["base", "21.00 [20.50, 21.50]", "0.5000 [0.2500, 0.7500]"],
         ["dpo (w_neg=1 arm)", "22.00 [21.50, 22.50]!", "0.2500 [0.0000, 0.5000]!"],
         ["iapo (this model)", "22.00 [21.50, 22.50] (57/60)!", "0.7500"],
     ]
@@ -100,7 +100,7 @@ def test_what_is_said_beside_the_tables():
     for text in (
         "over 60 prompts and 60 images per model, with 95 % intervals over prompts",
         "better than that of base for the same prompt",
-        "- **base** (base, the baseline of the win rates): the base",
+        "- **base** (the baseline of the win rates): the base",
         "dataset nateraw/parti", "`c0ffee`", "`sha256:1`", "org/pick (abc)", "no weights", "no public source confirms seed",
         "PickScore of iapo: 3 of 60 images without a score.",
         "Win rate of iapo by PickScore: 3 of 60 pairs without both scores.",
@@ -158,6 +158,7 @@ NO_SFT = "what the contrast adds was not measured"
         ({"arm": None, "arm_differences": None, "needed_arm": "SFT"}, model("ComplexPOTrainer"), NO_SFT),
         ({"arm": None, "arm_differences": None, "needed_arm": None}, model("ComplexPOTrainer"), NO_SFT),
         ({"needed_arm": "SFT"}, model("ComplexPOTrainer"), "was fine-tuned on the images (SFT), with otherwise the same recipe"),
+        ({"base": "dpo", "arm": None, "needed_arm": None}, None, "- **dpo** (base): another LoRA"),
         ({"base": None}, model(), "The base model is not known to be among the compared models."),
     ],
 )  # fmt: skip

@@ -5,10 +5,9 @@
 
 import json
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import numpy as np
 import pytest
 from huggingface_hub import HfApi, ModelCard
 
@@ -16,27 +15,19 @@ from tests import tiny
 from tests.evaluation.loras import save_lora
 from tests.evaluation.test_card import BASE, iapo, model_facts, record, summary_of
 from tests.hub.conftest import hub  # noqa: F401
+from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
 from trl_diffusion.cards.facts import Sample, read_evaluation_facts, read_model_facts, write_facts
-from trl_diffusion.cards.results import evaluation_section
+from trl_diffusion.cards.model import model_card
 from trl_diffusion.cli.main import main
+from trl_diffusion.evaluation.models import resolve_model
+from trl_diffusion.evaluation.prompts import load_prompts
+from trl_diffusion.evaluation.protocols import load_protocol
+from trl_diffusion.evaluation.run import evaluate_models
+from trl_diffusion.metrics.scorer import Scorer, open_image
 from trl_diffusion.revisions import digest_of_file
 
 
 TOKEN = "hf_user"
-
-
-def stub(facts, evaluation=None) -> ModelCard:
-    """A card with all that these tests look at."""
-    text = f"---\nlicense: mit\n---\n# {facts.name}\n\nload {facts.model_id!r}\n"
-    return ModelCard(f"{text}\n{evaluation_section(evaluation, facts)}\n" if evaluation else text)
-
-
-@pytest.fixture(autouse=True)
-def rendering(monkeypatch):
-    """The card of these tests."""
-    module = ModuleType("trl_diffusion.cards.model")
-    module.model_card = stub
-    monkeypatch.setitem(sys.modules, "trl_diffusion.cards.model", module)
 
 
 def write_model(folder: Path, **changed) -> Path:
@@ -51,7 +42,7 @@ def write_model(folder: Path, **changed) -> Path:
         tiny.image(0).save(folder / "images" / f"{name}.png")
     (folder / "notes.txt").write_text("mine")
     write_facts(facts, folder / "training.json")
-    stub(facts).save(folder / "README.md")
+    (folder / "README.md").write_text(str(model_card(facts)))
     return folder
 
 
@@ -113,7 +104,7 @@ def test_a_card_of_an_earlier_evaluation_or_none_is_no_edited_one(model, tmp_pat
     """A trainer that writes its card again leaves the evaluation.json of before beside it."""
     flags = ["model-card", str(model), "--evaluation", write_evaluation(tmp_path / "evaluation")]
     assert main(flags) == 0
-    stub(read_model_facts(model / "training.json")).save(model / "README.md")
+    (model / "README.md").write_text(str(model_card(read_model_facts(model / "training.json"))))
     assert main(flags) == 0
 
 
@@ -173,7 +164,11 @@ def test_other_weights_than_those_that_were_evaluated(model, tmp_path, capsys, c
         (["model-card", "out", "--private"], "pass `--push_to_hub`"),
         (["model-card", "out", "--evaluation", "images"], "holds no summary.json"),
         (["model-card", "images"], "has no training.json"),
-        (["model-card", "no/such/folder"], "is no folder, and the Hub gives no training.json of that name"),
+        (
+            ["model-card", "no/such/folder"],
+            "'no/such/folder' is no folder, and the Hub gives no training.json of that name",
+        ),
+        (["model-card", "user/name"], "'user/name' is no folder, and the Hub gives no training.json of that name"),
     ],
 )
 def test_mistakes(model, monkeypatch, capsys, flags, message):
@@ -236,7 +231,7 @@ def test_a_folder_is_pushed(hub, model, tmp_path, capsys):  # noqa: F811
     files = hub.files("user/aligned")
     assert set(files) - {".gitattributes"} == PUSHED | {"training.json"}
     assert all((model / name).read_bytes() == files[name] for name in PUSHED | {"training.json"})
-    assert b"load 'user/aligned'" in files["README.md"] and b"what the mask adds" in files["README.md"]
+    assert b'load_lora_weights("user/aligned"' in files["README.md"] and b"what the mask adds" in files["README.md"]
     assert HfApi().model_info("user/aligned").private
     assert len(hub.commits("user/aligned")) == 2  # the first one is the repository's own
     assert "Pushed README.md and evaluation.json and training.json to user/aligned" in capsys.readouterr().out
@@ -284,7 +279,7 @@ def test_a_card_that_was_edited_on_the_hub(hub, model, tmp_path, capsys):  # noq
         assert "The README.md of user/aligned is not what" in capsys.readouterr().err
         assert hub.files("user/aligned") == before
     assert main([*flags, "--overwrite"]) == 0
-    assert b"load 'user/aligned'" in hub.files("user/aligned")["README.md"]
+    assert b'load_lora_weights("user/aligned"' in hub.files("user/aligned")["README.md"]
 
 
 def test_a_branch(hub, tmp_path, capsys):  # noqa: F811
@@ -321,6 +316,18 @@ def test_a_push_that_fails(hub, model, tmp_path, capsys, status):  # noqa: F811
     assert main(flags) == 0 and set(hub.files("user/aligned")) >= PUSHED
 
 
+@pytest.mark.parametrize("token", ["hf_secret\nsecret", "hf_sécretsecret", "hf_secretsecret"])
+def test_a_token_that_is_none(hub, model, tmp_path, capsys, token):  # noqa: F811
+    """Neither where a model is read nor where it is pushed to is it shown; the line break behind a token is no part of it."""
+    pushed_model(tmp_path)
+    for source in ("user/aligned", str(model)):
+        flags = ["model-card", source, "--push_to_hub", "user/other", "--hub_token"]
+        assert main([*flags, token]) == 2
+        error = capsys.readouterr().err
+        assert "secret" not in error and "sécret" not in error and "Traceback" not in error and "error: " in error
+        assert main([*flags, f"{TOKEN}\n"]) == 0
+
+
 def test_an_answer_that_does_not_come(hub, tmp_path, capsys):  # noqa: F811
     """A file that the Hub fails to give is not taken for one that is not there: the evaluation would be lost from the card."""
     pushed_model(tmp_path)
@@ -338,3 +345,80 @@ def test_push_to_hub_in_a_file(hub, model, tmp_path):  # noqa: F811
         (tmp_path / "card.yaml").write_text(f"model: {model}\npush_to_hub: {value}\n")
         assert main(["model-card", "--config", str(tmp_path / "card.yaml")]) == 0
         assert [repository.id for repository in hub.repositories] == ["user/out"] * expected
+
+
+# ---- From a training to its card ----
+
+
+class Brightness(Scorer):
+    """Mean value of the pixels of an image."""
+
+    name = "brightness"
+
+    def prepare(self, image):
+        return np.asarray(open_image(image), dtype=np.float64).mean()
+
+    def score_batch(self, prepared, prompts):
+        return list(prepared)
+
+
+def test_training_evaluation_card(tmp_path):
+    """
+    IAPO trained with `w_neg` 0 and 1, else alike, evaluated and put into the card: the arm is found and of the same recipe, the base is
+    there, the figures are those of the summary, and no path of the machine is in anything. With another learning rate, that is said.
+    """
+    tiny.sd_pipeline().save_pretrained(tmp_path / "base")
+    for name, settings in (
+        ("iapo", {"w_neg": 0.0}),
+        ("dpo", {"w_neg": 1.0, "logging_steps": 2}),
+        ("faster", {"w_neg": 1.0, "learning_rate": 1e-2}),
+    ):
+        args = InstanceDPOConfig(str(tmp_path / name), resolution=32, **tiny.FAST | {"max_steps": 2} | settings)
+        trainer = InstanceDPOTrainer(
+            str(tmp_path / "base"), args=args, train_dataset=tiny.pairs(4), peft_config=tiny.lora()
+        )
+        trainer.train()
+        trainer.save_model()
+        trainer.create_model_card()
+
+    def evaluate(*names: str) -> None:
+        specs = [resolve_model(name, str(tmp_path / name), str(tmp_path / "base")) for name in names]
+        protocol = load_protocol(None, num_inference_steps=1, guidance_scale=1.0, height=32, width=32)
+        scorers, folder = {"brightness": Brightness}, tmp_path / "evaluation"
+        evaluate_models(specs, load_prompts(prompts), protocol, scorers, folder, disable_tqdm=True)
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na cat\na blue square")
+    evaluate("base", "dpo", "iapo")
+    flags = ["model-card", str(tmp_path / "iapo"), "--evaluation", str(tmp_path / "evaluation")]
+    assert main(flags) == 0
+    facts = read_evaluation_facts(tmp_path / "iapo" / "evaluation.json")
+    assert (facts.model, facts.arm, facts.arm_differences, facts.base) == ("iapo", "dpo", {}, "base")
+    summary = json.loads((tmp_path / "evaluation" / "summary.json").read_text())
+    assert facts.scores["dpo"]["brightness"].value == summary["scores"]["dpo"]["brightness"]["mean"]
+    card = ModelCard.load(tmp_path / "iapo" / "README.md")
+    assert "with otherwise the same recipe as this model" in card.text
+    assert "only its number of rows was compared" in card.text
+    (value,) = [result.metric_value for result in card.data.eval_results if result.metric_type == "brightness"]
+    assert value == pytest.approx(summary["scores"]["iapo"]["brightness"]["mean"], rel=1e-5)
+    for file in ("README.md", "evaluation.json", "training.json"):
+        assert str(tmp_path) not in (tmp_path / "iapo" / file).read_text()
+    assert str(tmp_path) not in json.dumps(summary)
+
+    evaluate("base", "faster", "iapo")
+    assert main(flags) == 0
+    facts = read_evaluation_facts(tmp_path / "iapo" / "evaluation.json")
+    assert (facts.arm, facts.arm_differences) == ("faster", {"learning_rate": [0.01, 0.001]})
+    assert "`learning_rate`: `0.01`, here `0.001`" in (tmp_path / "iapo" / "README.md").read_text()
+
+
+def test_an_evaluation_of_earlier_weights_is_not_kept(model, tmp_path, capsys):
+    """A model that was trained again has no evaluation until it is evaluated again."""
+    save_lora(tiny.sd_pipeline(), model)
+    digest = digest_of_file(model / "pytorch_lora_weights.safetensors")
+    evaluation = write_evaluation(tmp_path / "evaluation", {"mine": record("m", path="out", revision=digest)})
+    assert main(["model-card", str(model), "--evaluation", evaluation]) == 0
+    assert main(["model-card", str(model)]) == 0
+    save_lora(tiny.sd_pipeline(), model, seed=1)
+    assert main(["model-card", str(model)]) == 2
+    assert "evaluation.json of" in capsys.readouterr().err

@@ -41,6 +41,9 @@ from trl_diffusion.data.formats import PREFERENCES
 from trl_diffusion.data.sources import load_source
 
 
+PICTURES = [f"images/example-{number}.png" for number in range(3)]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """Two splits of pairs, annotated and built: `source`, `annotations`, `out`."""
@@ -173,12 +176,13 @@ def test_files_are_cut_at_a_size(world, tmp_path, monkeypatch):
 
 
 def test_only_what_is_read_is_left(world):
-    """The folder contains the rows and the card, and no temporary files remain in its parent."""
+    """The folder contains the rows, the card and its pictures, and no temporary files remain in its parent."""
     files = sorted(str(path.relative_to(world / "out")) for path in (world / "out").rglob("*") if path.is_file())
     assert files == [
         "README.md",
         "annotations/train-00000-of-00001.parquet",
         "annotations/validation-00000-of-00001.parquet",
+        *PICTURES,
         "pairs/train-00000-of-00001.parquet",
         "pairs/validation-00000-of-00001.parquet",
     ]
@@ -481,7 +485,8 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_annotations_alone_are_pushed_by_default(world, tmp_path, hub):
-    """Without `--push_images`, only annotations and a card for them are pushed, and earlier shards are deleted."""
+    """Without `--push_images`, only annotations and a card for them are pushed, with pictures of boxes alone, and earlier shards are
+    deleted."""
     (hub.folder / "annotations").mkdir()
     (hub.folder / "annotations" / "train-00000-of-00002.parquet").write_bytes(b"of an earlier push")
     sources.build_pairs(world / "source", world / "annotations", tmp_path / "out", "--push_to_hub", REPO, "--private")
@@ -490,6 +495,7 @@ def test_annotations_alone_are_pushed_by_default(world, tmp_path, hub):
         "README.md",
         "annotations/train-00000-of-00001.parquet",
         "annotations/validation-00000-of-00001.parquet",
+        *PICTURES,
     ]
     metadata, text = sources.card_of(hub.folder)
     assert [config["config_name"] for config in metadata["configs"]] == ["annotations"]
@@ -566,7 +572,12 @@ def test_images_go_from_the_source_to_the_hub_without_a_copy(pick_a_pic, tmp_pat
     metadata, text = sources.card_of(hub.folder)
     expected, expected_text = sources.card_of(pick_a_pic / "out")
     assert metadata["configs"] == expected["configs"]
-    assert text == expected_text.replace('"out"', f'"{REPO}"').replace("# out", f"# {REPO}")
+    # The only difference are the pictures, which are drawn of images on the disk
+    without, expected_without = (
+        re.sub("## Examples.*?<details>", "", card, flags=re.DOTALL) for card in (text, expected_text)
+    )
+    assert without == expected_without.replace('"out"', f'"{REPO}"').replace("# out", f"# {REPO}")
+    assert "There are no pictures here" in text and "](images/" in expected_text
     annotations = load_dataset(str(hub.folder), "annotations", split="train")
     assert list(annotations) == list(load_annotations(pick_a_pic / "annotations"))
 

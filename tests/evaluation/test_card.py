@@ -24,7 +24,7 @@ def model_facts(
     trainer="InstanceDPOTrainer", method="IAPO", base="user/base", recipe=None, **hyperparameters
 ) -> ModelFacts:
     return ModelFacts(
-        name="mine", trainer=trainer, method=method, unit="pairs", tags=[], paper={}, pipeline_class="StableDiffusionPipeline",
+        name="mine", trainer=trainer, method=method, unit="pairs", tags=[], paper={"title": "A paper"}, pipeline_class="StableDiffusionPipeline",
         resolution=32, loading_arguments="", call_arguments="", example_prompt="a cat", script="instance-dpo", is_lora=True,
         is_flow=False, base=base, data=DataFacts("user/pairs", revision="c0ffee", num_rows=8), recipe=recipe or {},
         hyperparameters={"learning_rate": 1e-4} | hyperparameters,
@@ -230,6 +230,17 @@ def test_no_arm():
     models = {"a": record("a", iapo(0.5)), "b": record("b"), "c": record("c", sft), "iapo": record("iapo", iapo())}
     facts = evaluation_facts(summary_of(models), "iapo")
     assert (facts.needed_arm, facts.arm, facts.arm_differences, facts.base) == ("w_neg=1", None, None, None)
+
+
+def test_a_trainer_of_ones_own():
+    """A class that extends IAPO's has its settings, and needs the same arm."""
+    own = training_record(model_facts("MyTrainer", w_neg=0.0, beta=2000))
+    facts = evaluation_facts(summary_of({"dpo": record("dpo", iapo(1)), "mine": record("mine", own)}), "mine")
+    assert (facts.needed_arm, facts.arm, facts.arm_differences) == (
+        "w_neg=1",
+        "dpo",
+        {"trainer": ["InstanceDPOTrainer", "MyTrainer"]},
+    )
 
 
 @pytest.mark.parametrize("training", [iapo(1), training_record(model_facts("AttributeSFTTrainer", "attribute SFT"))])

@@ -295,7 +295,7 @@ class TestHub:
         pq.write_table(table, dataset.folder / "test_unique-00000-of-00001.parquet")
         prompt_set = load_prompts("user/name", prompt_column="caption", split="test_unique")
         assert [prompt.text for prompt in prompt_set.prompts] == ["a cat", "a dog"]
-        assert (prompt_set.name, prompt_set.revision) == ("user/name", COMMIT)
+        assert (prompt_set.name, prompt_set.revision, prompt_set.split) == ("user/name", COMMIT, "test_unique")
         assert dataset.loaded[-1]["columns"] == ["caption"]
 
     def test_a_dataset_with_ids_and_groups(self, dataset):

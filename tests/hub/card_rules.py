@@ -7,11 +7,21 @@ import re
 from typing import Any
 
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 
-ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NAME = re.compile(r"[a-z0-9.-]+")
 RELATIONS = {"adapter", "finetune", "merge", "quantized"}
+
+
+class Loader(yaml.SafeLoader):
+    """The Hub's parser refuses a key that comes twice, which Python's does not."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.YAMLError(f"duplicated mapping key {twice!r}")
+        return super().construct_mapping(node, deep)
 
 
 def split_card(text: str) -> tuple[dict[str, Any] | None, str]:
@@ -19,7 +29,7 @@ def split_card(text: str) -> tuple[dict[str, Any] | None, str]:
     found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
     if not found:
         return None, text
-    return yaml.safe_load(found.group(1)), text[found.end() :]
+    return yaml.load(found.group(1), Loader), text[found.end() :]
 
 
 def texts(value: Any) -> list[str] | None:
@@ -63,12 +73,20 @@ def not_texts(data: dict[str, Any]) -> list[str]:
     return [name for name in names if data.get(name) is not None and texts(data[name]) is None]
 
 
+def is_id(value: str) -> bool:
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return False
+    return True
+
+
 def wrong_ids(data: dict[str, Any]) -> list[str]:
     return [
         f'"{name}" with value "{value}" is not valid. Use an id of the Hub.'
         for name in ("datasets", "base_model")
         for value in texts(data.get(name) or [])
-        if not ID.fullmatch(value)
+        if not is_id(value)
     ]
 
 
@@ -83,6 +101,16 @@ def wrong_license(data: dict[str, Any]) -> list[str]:
     return errors
 
 
+def tables(value: Any) -> list[dict[str, Any]]:
+    """The entries of a list as tables, an empty one for what is none."""
+    return [entry if isinstance(entry, dict) else {} for entry in value] if isinstance(value, list) else []
+
+
+def missing(place: str, table: Any, keys: tuple[str, ...]) -> list[str]:
+    table = table if isinstance(table, dict) else {}
+    return [f'"{place}.{key}" is required' for key in keys if table.get(key) is None]
+
+
 def wrong_model_index(index: Any) -> list[str]:
     """`model-index` is a list of models with results, of which each has a task, a dataset and metrics."""
     if index is None:
@@ -90,23 +118,15 @@ def wrong_model_index(index: Any) -> list[str]:
     if not isinstance(index, list):
         return ['"model-index" must be an array']
     errors = []
-    for m, model in enumerate(index):
-        if not isinstance(model.get("name"), str):
-            errors.append(f'"model-index[{m}].name" is required')
-        for r, result in enumerate(model.get("results") or []):
+    for m, model in enumerate(tables(index)):
+        errors += missing(f"model-index[{m}]", model, ("name", "results"))
+        for r, result in enumerate(tables(model.get("results"))):
             place = f"model-index[{m}].results[{r}]"
-            if not result.get("task", {}).get("type"):
-                errors.append(f'"{place}.task.type" is required')
-            if "dataset" in result:
-                errors += [
-                    f'"{place}.dataset.{key}" is required'
-                    for key in ("name", "type")
-                    if not result["dataset"].get(key)
-                ]
-            for n, metric in enumerate(result.get("metrics") or []):
-                errors += [
-                    f'"{place}.metrics[{n}].{key}" is required' for key in ("type", "value") if metric.get(key) is None
-                ]
+            errors += missing(f"{place}.task", result.get("task"), ("type",))
+            errors += missing(f"{place}.dataset", result.get("dataset"), ("name", "type"))
+            errors += missing(place, result, ("metrics",))
+            for n, metric in enumerate(tables(result.get("metrics"))):
+                errors += missing(f"{place}.metrics[{n}]", metric, ("type", "value"))
     return errors
 
 
@@ -117,5 +137,7 @@ def wrong_configs(configs: Any) -> list[str]:
     if not isinstance(configs, list):
         return ['"configs" must be an array']
     return [
-        f'"configs[{n}].config_name" is required' for n, config in enumerate(configs) if not config.get("config_name")
+        error
+        for n, config in enumerate(tables(configs))
+        for error in missing(f"configs[{n}]", config, ("config_name",))
     ]

@@ -24,6 +24,7 @@ KEEPERS = (
     "huggingface_hub.utils._git_credential",
     "datasets.config",
     "evaluate.config",
+    "evaluate.inspect",
     "diffusers.utils",
     "diffusers.utils.constants",
     "diffusers.utils.hub_utils",

@@ -96,6 +96,8 @@ class Fault:
     times: int
     headers: dict[str, str]
     cut_after: int | None
+    lost: bool
+    message: str | None
 
 
 # What the Hub says with these statuses.
@@ -110,6 +112,12 @@ MESSAGES = {
     503: "Service Unavailable",
     504: "Gateway Time-out",
 }
+
+
+def message(status: int, path: str) -> str:
+    if status == 409 and path == "/api/repos/create":  # at this the client asks again, at once and for ever
+        return "Cannot create repo: another conflicting operation is in progress"
+    return MESSAGES[status]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -132,9 +140,13 @@ class Handler(BaseHTTPRequestHandler):
         if cut_after is not None and request.body:
             return self.cut()
         if fault and fault.status:
-            answer = Refusal(fault.status, MESSAGES[fault.status], headers=fault.headers).answer
+            answer = Refusal(
+                fault.status, fault.message or message(fault.status, self.path), headers=fault.headers
+            ).answer
         else:
             answer = self.hub.answer(request)
+        if fault and fault.lost:
+            return self.cut()
         request.status = answer.status
         self.write(answer, cut_after)
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from tests.hub.endpoints import ROUTES
-from tests.hub.repositories import Repository
+from tests.hub.repositories import Commit, Repository
 from tests.hub.server import Answer, Fault, Refusal, Request, Server
 
 
@@ -78,6 +78,10 @@ class StandIn:
             Those of them that the stand-in has no endpoint for. They get a 404.
         errors (`list[str]`):
             Tracebacks of mistakes in the stand-in itself.
+        faults (`list[Fault]`):
+            What `fail` ordered; `faults.clear()` lets everything work again.
+        waits (`list[float]`):
+            Seconds that clients of this process would have slept before they tried again, in the fixture `hub`.
         uploaded_files, uploaded_bytes (`int`):
             Large files that arrived whole, and bytes of large files and of parts that did.
     """
@@ -156,6 +160,8 @@ class StandIn:
         times: int = 1,
         headers: dict[str, str] | None = None,
         cut_after: int | None = None,
+        lost: bool = False,
+        message: str | None = None,
     ) -> None:
         """
         Lets the next requests fail. Faults are used up in the order in which they were ordered.
@@ -170,21 +176,33 @@ class StandIn:
             times (`int`, *optional*, defaults to `1`):
                 Number of requests. A client that retries needs more than one: `huggingface_hub` asks six times.
             headers (`dict[str, str]`, *optional*):
-                Headers of the answer, like `{"Retry-After": "7"}`.
+                Headers of the answer, like `{"Retry-After": "7"}`, or `{"X-Error-Code": "GatedRepo"}` with a 403.
             cut_after (`int`, *optional*):
-                Bytes after which the connection is closed: of the request's body where it has one, else of the answer's.
+                Bytes after which the connection is closed: of the request's body where it has one, and nothing happens
+                to what is stored, else of the answer's.
+            lost (`bool`, *optional*, defaults to `False`):
+                Whether the request is carried out and the connection closed before the answer.
+            message (`str`, *optional*):
+                What the Hub says with that status. Defaults to what it mostly says.
         """
-        self.faults.append(Fault(method, re.compile(path), status, times, headers or {}, cut_after))
+        self.faults.append(Fault(method, re.compile(path), status, times, headers or {}, cut_after, lost, message))
 
     def files(self, repo_id: str, repo_type: str = "model", revision: str = "main") -> dict[str, bytes]:
         """All files of a repository, with the `.gitattributes` that the Hub puts into each, by their paths."""
-        commit = self.contents[repo_type, repo_id].find(revision)
-        return {path: blob.content for path, blob in sorted(commit.files.items())}
+        return {path: blob.content for path, blob in sorted(self.find(repo_id, repo_type, revision).files.items())}
 
     def commits(self, repo_id: str, repo_type: str = "model", revision: str = "main") -> list[CommitFacts]:
         """Commits of a branch, the oldest first; that is the Hub's own, "initial commit"."""
-        history = self.contents[repo_type, repo_id].find(revision).history[::-1]
+        history = self.find(repo_id, repo_type, revision).history[::-1]
         return [CommitFacts(c.title, c.paths, c.description, c.author, c.sha) for c in history]
+
+    def find(self, repo_id: str, repo_type: str, revision: str) -> Commit:
+        """The commit that a revision means."""
+        repository = self.contents.get((repo_type, repo_id))
+        commit = repository and repository.find(revision)
+        if commit is None:
+            raise KeyError(f"no {repo_type} {repo_id} at {revision}, but {self.repositories}")
+        return commit
 
     def environment(self, token: str | None = None, home: str | Path | None = None) -> dict[str, str]:
         """

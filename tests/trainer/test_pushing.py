@@ -6,7 +6,6 @@
 import json
 import logging
 import os
-from concurrent.futures import Future
 from pathlib import Path
 
 import httpx2
@@ -118,24 +117,22 @@ def test_what_a_checkpoint_pushes(tmp_path, monkeypatch, strategy):
     """`hub_strategy` decides what is pushed with each checkpoint; pickled arguments, which hold the token, are never there."""
     pushed = []
 
-    def upload_folder(self, *, folder_path, path_in_repo=None, ignore_patterns=(), **kwargs):
-        names = {file.name for file in Path(folder_path).glob("*") if file.is_file() and not file.name.startswith("_")}
-        state = Path(folder_path) / "trainer_state.json"
-        assert not state.exists() or str(tmp_path) not in state.read_text()
-        pushed.append((path_in_repo, names))
-        future = Future()
-        future.set_result(None)
-        return future
+    def create_commit(self, repo_id, operations, **kwargs):
+        names = {operation.path_in_repo for operation in operations}
+        pushed.append(names)
+        for operation in operations:
+            with operation.as_file() as file:
+                assert str(tmp_path).encode() not in file.read()
 
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *args, **kwargs: [])
     repository = type("Repository", (), {"repo_id": "user/out"})
     monkeypatch.setattr(HfApi, "create_repo", lambda *args, **kwargs: repository)
     settings = {**BEST, "push_to_hub": True, "hub_token": "hf_given", "hub_strategy": strategy}
     make_trainer(tmp_path / "out", **settings).train()
-    paths = {"every_save": [None], "checkpoint": [None, "last-checkpoint"], "end": []}
-    paths["all_checkpoints"] = [None, "checkpoint-1", None, "checkpoint-2"]
-    expected = paths[strategy] * (1 if strategy == "all_checkpoints" else 2)
-    assert [path for path, _ in pushed] == expected
-    for _, names in pushed:
-        assert "pytorch_lora_weights.safetensors" in names and "training_args.bin" not in names
-    assert all("README.md" in names for path, names in pushed if path is None)
+    folders = {"every_save": [{""}] * 2, "checkpoint": [{"", "last-checkpoint"}] * 2, "end": []}
+    folders["all_checkpoints"] = [{"", "checkpoint-1"}, {"", "checkpoint-2"}]
+    lora, card = "pytorch_lora_weights.safetensors", {"README.md", "comfyui/out.safetensors"}
+    for names, expected in zip(pushed, folders[strategy], strict=True):
+        assert {os.path.dirname(name) for name in names if name.endswith(lora)} == expected
+        assert card <= names and not any(name.endswith(".bin") for name in names)

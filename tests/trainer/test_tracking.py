@@ -6,7 +6,7 @@ import socket
 
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -93,22 +93,16 @@ def test_it_trains_outside_of_ci_without_a_network(tmp_path, monkeypatch):
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4)], ids=["full", "lora"])
 def test_pushing_uploads_the_weights_and_a_model_card(tmp_path, monkeypatch, peft_config):
     """`push_to_hub` uploads what diffusers loads with a card that names library, dataset, method and settings."""
-    uploads = []
-
-    class Api:
-        def create_repo(self, name, **kwargs):
-            return type("Repo", (), {"repo_id": f"user/{name}"})()
-
-        def upload_folder(self, **kwargs):
-            uploads.append(kwargs)
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Api)
+    commits = []
+    repository = type("Repo", (), {"repo_id": "user/sd15-iapo"})()
+    monkeypatch.setattr(HfApi, "create_repo", lambda *args, **kwargs: repository)
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, name, files, **_: commits.append((name, files)))
     trainer = make_trainer(tmp_path / "sd15-iapo", peft_config)
     trainer.train()
     trainer.push_to_hub(dataset_name="user/pickapic-instance")
-    (upload,) = uploads
-    assert upload["repo_id"] == "user/sd15-iapo" and upload["folder_path"] == str(tmp_path / "sd15-iapo")
-    files = {path.name for path in (tmp_path / "sd15-iapo").iterdir()}
+    ((name, files),) = commits
+    files = {file.path_in_repo for file in files}
+    assert name == "user/sd15-iapo" and "README.md" in files
     assert ("pytorch_lora_weights.safetensors" if peft_config else "model_index.json") in files
     card = ModelCard.load(tmp_path / "sd15-iapo" / "README.md")
     assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"

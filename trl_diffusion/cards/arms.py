@@ -62,15 +62,21 @@ def training_record(facts: ModelFacts) -> dict[str, Any]:
 
 def needed_arm(training: dict[str, Any]) -> str | None:
     """The arm that a model must be seen beside: `"w_neg=1"` for IAPO, `"SFT"` for CPO, `None` for what adds nothing to either."""
-    if training["trainer"] == IAPO_TRAINER:
+    if is_iapo(training):
         return None if is_arm(training, W_NEG) else W_NEG
     return SFT if training["trainer"] == CPO_TRAINER else None
+
+
+def is_iapo(training: dict[str, Any]) -> bool:
+    """Whether a training has a mask, by its trainer or, for a class of the user's own, by its settings."""
+    is_another = training["trainer"] in (CPO_TRAINER, SFT_TRAINER)
+    return training["trainer"] == IAPO_TRAINER or ("w_neg" in training["settings"] and not is_another)
 
 
 def is_arm(training: dict[str, Any], kind: str) -> bool:
     """Whether a model was trained as an arm of this kind is."""
     if kind == W_NEG:
-        return training["trainer"] == IAPO_TRAINER and training["settings"].get("w_neg") == 1
+        return is_iapo(training) and training["settings"].get("w_neg") == 1
     return training["trainer"] == SFT_TRAINER
 
 
@@ -90,6 +96,7 @@ def differences(own: dict[str, Any], arm: dict[str, Any], kind: str) -> dict[str
     """
     ours, theirs = own["settings"], arm["settings"]
     if kind == W_NEG:
+        ours, theirs = ({"trainer": each["trainer"]} | each["settings"] for each in (own, arm))
         names = [name for name in {**ours, **theirs} if name not in OF_THE_MASK]
     else:
         names = [name for name in ours if name in theirs]

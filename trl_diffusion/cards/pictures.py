@@ -6,7 +6,6 @@
 import io
 import logging
 import math
-import textwrap
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
@@ -30,12 +29,15 @@ GREY = "#767676"
 LN_2 = math.log(2)  # the loss of a preference that is not yet learned
 # The panels: title, and the metrics in it with their names there
 PANELS = (
-    ("loss", {"loss": "training"}),
-    ("rewards", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
-    ("margin of the rewards", {"rewards/margins": "training"}),
-    ("accuracy of the rewards", {"rewards/accuracies": "training"}),
-    ("norm of the gradient", {"grad_norm": "training"}),
+    ("loss", {"loss": "loss"}),
+    ("rewards", {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}),
+    ("accuracy of the rewards", {"rewards/accuracies": "accuracy"}),
+    ("norm of the gradient", {"grad_norm": "norm"}),
 )
+TRAINING = "training"
+MARKERS = ("o", "s", "^", "D", "v")  # of evaluations on several datasets
+
+Curves = dict[tuple[str, str], dict[int, float]]  # by metric and by what it was measured on
 
 
 # ----- samples -----
@@ -49,7 +51,7 @@ def encoded(image: PIL.Image.Image, max_bytes: int) -> tuple[bytes, str]:
         image (`PIL.Image.Image`):
             The image.
         max_bytes (`int`):
-            How large the file may be. A larger one is made of the image at three quarters of its size, and so on.
+            How large the file may be. Else the image is made smaller, down to 256 pixels.
 
     Returns:
         `tuple[bytes, str]`: the file and its suffix: WebP, or PNG of an image that was tiny.
@@ -61,10 +63,12 @@ def encoded(image: PIL.Image.Image, max_bytes: int) -> tuple[bytes, str]:
         return buffer.getvalue(), ".png"
     while True:
         buffer = io.BytesIO()
-        image.save(buffer, "WEBP", quality=90, method=4)
-        if len(buffer.getvalue()) <= max_bytes or max(image.size) <= TINY:
+        image.save(buffer, "WEBP", quality=90, method=2)
+        share = max_bytes / len(buffer.getvalue())
+        if share >= 1 or max(image.size) <= TINY:
             return buffer.getvalue(), ".webp"
-        image = image.resize([max(1, side * 3 // 4) for side in image.size], PIL.Image.Resampling.LANCZOS)
+        scale = max(0.9 * math.sqrt(share), TINY / max(image.size))
+        image = image.resize([max(1, round(side * scale)) for side in image.size], PIL.Image.Resampling.LANCZOS)
 
 
 def enlarged(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
@@ -114,7 +118,7 @@ def draw_teaser(
             place = (0, row) if rows == 1 else (row, column)
             left, top = gap + place[1] * (size + gap), place[0] * (label_height + height + gap)
             if column == 0:
-                draw.text((left, top + 7), wrapped(label, bold, size, 1)[0], INK, bold)
+                draw.text((left, top + 3), wrapped(label, bold, size, 1)[0], INK, bold)
             fitted = fit(image, size)
             offset = (size - fitted.width) // 2, (height - fitted.height) // 2
             picture.paste(fitted, (left + offset[0], top + label_height + offset[1]))
@@ -179,9 +183,9 @@ def draw_curves(log_history: list[dict[str, Any]]) -> bytes | None:
         )
         return None
 
-    across = min(len(panels), 3 if len(panels) != 4 else 2)
+    across = min(len(panels), 2)
     down = math.ceil(len(panels) / across)
-    figure = Figure(figsize=(WIDTH / 100, 2.5 * down + 0.1), layout="constrained", dpi=200)
+    figure = Figure(figsize=(WIDTH / 100, 2.6 * down + 0.2), layout="constrained", dpi=160)
     grid = figure.subplots(down, across, squeeze=False).flatten().tolist()
     for empty in grid[len(panels) :]:
         empty.set_axis_off()
@@ -192,7 +196,7 @@ def draw_curves(log_history: list[dict[str, Any]]) -> bytes | None:
     return png(figure)
 
 
-def curves_of(log_history: list[dict[str, Any]], metrics: dict[str, str]) -> dict[str, dict[int, float]]:
+def curves_of(log_history: list[dict[str, Any]], metrics: dict[str, str]) -> Curves:
     """
     The curves of a panel.
 
@@ -203,47 +207,56 @@ def curves_of(log_history: list[dict[str, Any]], metrics: dict[str, str]) -> dic
             Names of the metrics, and what they are called.
 
     Returns:
-        `dict[str, dict[int, float]]`: by what it is called, the finite values by step; a step that was logged twice has its last
-        value. An evaluation's curve is called after its dataset, where there are several.
+        `dict[tuple[str, str], dict[int, float]]`: the finite values by step, by what the metric is called and by `"training"` or
+        `"evaluation"`, with the name of the dataset where there are several. A step that was logged twice has its last value.
     """
-    curves: dict[str, dict[int, float]] = {}
-    evaluated: dict[str, dict[int, float]] = {}
+    curves: Curves = {}
     for entry in log_history:
-        for key, value in entry.items():
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                continue
-            for metric, name in metrics.items():
-                if key == metric:
-                    curves.setdefault(name, {})[entry["step"]] = value
-                elif key.startswith("eval_") and key.endswith(f"_{metric}"):
-                    dataset = key.removeprefix("eval").removesuffix(f"_{metric}").strip("_")
-                    what = "" if name == "training" else f", {name}"
-                    evaluated.setdefault(f"evaluation{f' on {dataset}' if dataset else ''}{what}", {})[
-                        entry["step"]
-                    ] = value
-    return {name: dict(sorted(curve.items())) for name, curve in (curves | evaluated).items()}
+        for metric, name in metrics.items():
+            for key, value in entry.items():
+                on = measured_on(key, metric)
+                if on is not None and isinstance(value, int | float) and math.isfinite(value):
+                    curves.setdefault((name, on), {})[entry["step"]] = value
+    order = sorted(curves, key=lambda key: (key[1] != TRAINING, key[1], list(metrics.values()).index(key[0])))
+    return {key: dict(sorted(curves[key].items())) for key in order}
 
 
-def draw_panel(axes: "Axes", title: str, curves: dict[str, dict[int, float]]) -> None:
-    """One panel of `draw_curves`. An evaluation is dashed."""
-    for place, (name, curve) in enumerate(curves.items()):
-        style = {"linestyle": "--", "marker": "o"} if name.startswith("evaluation") else {}
+def measured_on(key: str, metric: str) -> str | None:
+    """What a key of the history says that a metric was measured on; `None` if it is of something else."""
+    if key == metric:
+        return TRAINING
+    if not (key.startswith("eval_") and key.endswith(f"_{metric}")):
+        return None
+    dataset = key.removeprefix("eval_").removesuffix(metric).rstrip("_")
+    dataset = dataset.replace("$", r"\$")  # which would start a formula in matplotlib
+    return f"evaluation on {dataset}" if dataset else "evaluation"
+
+
+def draw_panel(axes: "Axes", title: str, curves: Curves) -> None:
+    """One panel of `draw_curves`: a colour for each metric, or else for what it was measured on; an evaluation is dashed."""
+    names, sources = list(dict.fromkeys(name for name, _ in curves)), list(dict.fromkeys(on for _, on in curves))
+    marks = dict(zip([on for on in sources if on != TRAINING], MARKERS * len(sources)))
+    for (name, on), curve in curves.items():
+        place = names.index(name) if len(names) > 1 else sources.index(on)
+        style = {"linestyle": "--", "marker": marks[on]} if on in marks else {}
         if len(curve) == 1:  # a line of one point cannot be seen
-            style["marker"] = "o"
-        color = COLORS[place % len(COLORS)]
-        axes.plot(list(curve), list(curve.values()), color=color, linewidth=1.4, markersize=3.5, label=name, **style)
-    first = next(iter(curves.get("training", {}).values()), None)
-    if title == "loss" and first is not None and abs(first - LN_2) < 0.02:
-        axes.axhline(LN_2, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0.5)
-        axes.annotate("ln 2", (1, LN_2), xycoords=("axes fraction", "data"), xytext=(-2, 2), **NOTE)
+            style.setdefault("marker", "o")
+        axes.plot(list(curve), list(curve.values()), color=COLORS[place % len(COLORS)], **LINE, **style)
+    first = next(iter(curves.get(("loss", TRAINING), {}).values()), None)
+    if first is not None and abs(first - LN_2) < 0.02:
+        axes.axhline(LN_2, **REFERENCE)
+        axes.annotate("ln 2", (1, LN_2), xycoords=("axes fraction", "data"), **NOTE)
     if title == "accuracy of the rewards":
-        axes.axhline(0.5, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0.5)
-    axes.set_title(textwrap.shorten(title, 40), color=INK, fontsize=11, loc="left")
-    if len(curves) > 1:
-        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+        axes.axhline(0.5, **REFERENCE)
+    axes.set_title(title, color=INK, fontsize=11, loc="left")
+    draw_legend(axes, names, sources, marks)
     axes.tick_params(labelsize=8.5, colors=INK, length=0)
+    axes.ticklabel_format(useOffset=False)
     axes.locator_params(nbins=5)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    steps = {step for curve in curves.values() for step in curve}
+    if len(steps) == 1:
+        axes.set_xlim(min(steps) - 1, min(steps) + 1)
     axes.grid(color=FAINT, linewidth=0.5)
     axes.set_axisbelow(True)
     for side in ("left", "top", "right"):
@@ -251,7 +264,25 @@ def draw_panel(axes: "Axes", title: str, curves: dict[str, dict[int, float]]) ->
     axes.spines["bottom"].set_color(FAINT)
 
 
-NOTE = {"textcoords": "offset points", "ha": "right", "va": "bottom", "fontsize": 8, "color": GREY}
+def draw_legend(axes: "Axes", names: list[str], sources: list[str], marks: dict[str, str]) -> None:
+    """What the colours and the dashes of a panel are, where there is more than one curve."""
+    if len(names) == len(sources) == 1:
+        return
+    if len(names) > 1:
+        for place, name in enumerate(names):
+            axes.plot([], [], color=COLORS[place], label=name, **LINE)
+    for place, on in enumerate(sources):
+        style = {"linestyle": "--", "marker": marks[on]} if on in marks else {}
+        if len(names) == 1:
+            axes.plot([], [], color=COLORS[place % len(COLORS)], label=on, **LINE, **style)
+        elif on in marks:
+            axes.plot([], [], color=GREY, label=on, **LINE, **style)
+    axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+
+
+LINE = {"linewidth": 1.4, "markersize": 3.5}
+REFERENCE = {"color": GREY, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 0.5}
+NOTE = {"xytext": (3, 0), "textcoords": "offset points", "ha": "left", "va": "center", "fontsize": 8, "color": GREY}
 
 
 def png(figure: "Figure") -> bytes:

@@ -8,10 +8,9 @@ import logging
 import subprocess
 from types import ModuleType
 
-from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
-from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+from .accelerate_config import check_is_supported, read_launch_config, resolve_accelerate_config
 from .parser import CommandParser
 from .stopping import Stop, blocked
 
@@ -19,7 +18,7 @@ from .stopping import Stop, blocked
 def launch(script: ModuleType, parser: CommandParser, flags: list[str], stop: Stop) -> int:
     """
     Launches a script. Flags of `accelerate launch`, from the command line or from the YAML file, are given to it.
-    `--accelerate_config` takes a file, or the name of a configuration that comes with TRL.
+    `--accelerate_config` takes a file, or the name of a configuration that comes with this package.
 
     Args:
         script (`ModuleType`):
@@ -75,25 +74,28 @@ def launcher_arguments(launcher_flags: list[str], script: str, flags: list[str])
         `argparse.Namespace`
 
     Raises:
-        `ValueError`: If something stands there that belongs to no flag, or if several processes are asked for that the
-            launcher would not start.
+        `ValueError`: If something stands there that belongs to no flag, if several processes are asked for that the launcher
+            would not start, or if the trainers would refuse what is asked for.
     """
-    args = launch_command_parser().parse_args([*resolve_accelerate_config_argument(launcher_flags), script, *flags])
+    args = launch_command_parser().parse_args([*resolve_accelerate_config(launcher_flags), script, *flags])
     if args.training_script != script:
         raise ValueError(f"`{args.training_script}` stands behind no flag.")
+    config = read_launch_config(args)
+    check_is_supported(args, config)
     kind, num_processes = None, args.num_processes or 1
-    if args.config_file:
-        config = load_config_from_file(args.config_file)
+    if config is not None:
         kind = config.distributed_type
         if kind == "MULTI_CPU":  # a configuration for one device may name any number
             num_processes = args.num_processes or config.num_processes
+        if config.use_cpu:  # of which the launcher tells one process, and not several
+            args.training_script_args = ["--use_cpu", "true", *args.training_script_args]
     if num_processes > 1 and kind in (None, "NO", "MULTI_CPU") and not (args.tpu or args.mpirun_hostfile):
         if args.cpu:
             raise ValueError(
                 f"With `--cpu` the launcher starts one process, not the {num_processes} of `--num_processes`: leave `--cpu` out; "
                 "`--use_cpu` keeps the processes on the CPU."
             )
-        args.multi_gpu = not (args.use_deepspeed or args.use_fsdp)
+        args.multi_gpu = True
     args.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are handled here
     return args
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from trl import TrlParser
 
+from .accelerate_config import NAMES
 from .config_file import read_config
 from .help import HelpFormatter, keep_page
 
@@ -37,7 +38,10 @@ JSON_FLAGS = ("columns", "vlm_request")  # JSON on the command line, a mapping i
 LORA = "LoRA"
 LORA_PREFIXES = ("use_peft", "lora_", "use_rslora")
 ORDER = (OWN, "dataset", "dataset and run", "model", LORA, "vision-language model", "detector", "diffusion training")
-LAUNCHER = "Flags of `accelerate launch` are accepted too, such as --num_processes; see `accelerate launch --help`."
+LAUNCHER = (
+    "Flags of `accelerate launch` are accepted too, such as --num_processes; see `accelerate launch --help`. "
+    f"--accelerate_config takes a file for it, or one of {', '.join(NAMES)}."
+)
 
 
 class CommandParser(TrlParser):

@@ -93,6 +93,7 @@ def evaluation_facts(
         base=find_base(records, model),
         needed_arm=kind,
         arm_differences=apart,
+        revision=records[model].get("revision"),
     )
 
 
@@ -238,6 +239,7 @@ def describe(record: dict[str, Any]) -> str:
 
 def said(training: dict[str, Any]) -> str:
     """A training in a few words."""
-    names = ("w_neg", "reverse_preference", "attribute_dropout", "loss_type")
-    settings = [f"{name}={training['settings'][name]}" for name in names if training["settings"].get(name) is not None]
+    names = ("w_neg", "attribute_dropout", "loss_type", "reverse_preference")
+    known = {name: training["settings"].get(name) for name in names}
+    settings = [f"{name}={value}" for name, value in known.items() if value is not None and value is not False]
     return " ".join([training["method"], *([f"({', '.join(settings)})"] if settings else [])])

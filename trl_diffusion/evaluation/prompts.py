@@ -110,12 +110,15 @@ class PromptSet:
             Hash `"sha256:..."` of the ids and texts of all prompts of the source, selected or not.
         prompts (`tuple[Prompt, ...]`):
             The prompts.
+        split (`str`, *optional*):
+            Split of the dataset on the Hub.
     """
 
     name: str
     revision: str | None
     digest: str
     prompts: tuple[Prompt, ...]
+    split: str | None = None
 
     def select(self, limit: int) -> "PromptSet":
         """
@@ -191,7 +194,8 @@ def load_prompts(
         )
     prompts = make_prompts(rows, name)
     digest = hashlib.sha256(json.dumps([(prompt.id, prompt.text) for prompt in prompts]).encode()).hexdigest()
-    prompt_set = PromptSet(name, commit, f"sha256:{digest[:16]}", prompts)
+    of_dataset = commit is not None and source not in BENCHMARKS
+    prompt_set = PromptSet(name, commit, f"sha256:{digest[:16]}", prompts, split if of_dataset else None)
     return prompt_set if limit is None else prompt_set.select(limit)
 
 

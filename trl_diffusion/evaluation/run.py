@@ -113,6 +113,7 @@ def evaluate_models(
             "revision": prompt_set.revision,
             "digest": prompt_set.digest,
             "number": len(prompt_set.prompts),
+            **({"split": prompt_set.split} if prompt_set.split else {}),
         },
         "protocol": protocol.describe(),
         "models": {spec.name: spec.record() | unset_guidance(spec, protocol) for spec in specs},

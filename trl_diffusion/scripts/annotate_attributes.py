@@ -1,6 +1,13 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion[ray]",
+# ]
+# ///
+
 """
 Annotates images with attributes of a tree of criteria, for CPO: an expert goes through the tree one dimension at a time.
 

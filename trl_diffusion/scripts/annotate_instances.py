@@ -1,6 +1,13 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion[ray]",
+# ]
+# ///
+
 """
 Annotates image pairs with instances, the first stage of IAPO: a planner names the objects that both images show, a detector
 finds them, and a judge decides which image shows each of them better.

@@ -1,6 +1,13 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion[quantization,trackio]",
+# ]
+# ///
+
 """
 Trains the expert of complex preference optimization (CPO): a LoRA that knows the words for attributes.
 

@@ -1,6 +1,14 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion",
+#     "transformers",
+# ]
+# ///
+
 """
 Reads every row of a dataset as a trainer does, and says all that is wrong with it and what it holds.
 

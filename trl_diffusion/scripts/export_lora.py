@@ -1,6 +1,13 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion",
+# ]
+# ///
+
 """
 Writes a LoRA a second time, with the names that ComfyUI and A1111 read.
 

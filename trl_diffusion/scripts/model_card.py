@@ -1,6 +1,17 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion",
+<<<<<<< HEAD
+=======
+#     "huggingface_hub",
+>>>>>>> wt-i
+# ]
+# ///
+
 """
 Writes the model card of a training again, with an evaluation in it, and pushes it. No model is loaded.
 
@@ -105,6 +116,9 @@ class ModelCardArguments:
             )
         if self.private and self.push_to_hub is None:
             raise ValueError("`--private` is for a repository that is pushed to: pass `--push_to_hub`.")
+        self.hub_token = (self.hub_token or "").strip() or None  # of a file, it ends in a line break
+        if self.hub_token and not (self.hub_token.isascii() and self.hub_token.isprintable()):
+            raise ValueError("`--hub_token` holds characters that no token has: copy it again, or run `hf auth login`.")
 
 
 # ----- what is read -----
@@ -143,20 +157,21 @@ class Place:
             return self.folder / name if (self.folder / name).is_file() else None
 
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+        from trl_diffusion.hub import PUSH_ERRORS, describe_failure
         from trl_diffusion.revisions import commit_of
 
         try:
             path = Path(hf_hub_download(self.name, name, revision=self.revision, token=self.token))
-        except EntryNotFoundError as error:
-            if not isinstance(error, LocalEntryNotFoundError):
+        except PUSH_ERRORS as error:
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 return None
-            raise ValueError(f"{name} of {self.name!r} cannot be read: {first_line(error)}") from error
-        except (OSError, HFValidationError) as error:
+            reason, _ = describe_failure(error, self.token)
+            # Without the error behind it, which may hold the token
             raise ValueError(
-                f"{self.name!r} is no folder, and the Hub gives no {name} of that name: {first_line(error)}"
-            ) from error
+                f"{self.name!r} is no folder, and the Hub gives no {name} of that name: {reason}."
+            ) from None
         self.revision = commit_of(path, name)  # all files are those of one commit
         return path
 
@@ -180,10 +195,6 @@ class Place:
             raise ValueError(
                 f"The {name} of {self.name} is not one that this version of trl_diffusion writes."
             ) from error
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 def picture_names(facts: "ModelFacts") -> list[str]:
@@ -246,6 +257,17 @@ def check_readme(place: Place) -> None:
 # ----- the evaluation -----
 
 
+def known_evaluation(place: Place) -> "EvaluationFacts | None":
+    """The evaluation that a card has, of the weights that there are."""
+    evaluation = place.evaluation()
+    if evaluation and has_other_weights(place, evaluation.revision):
+        raise ValueError(
+            f"The evaluation.json of {place.name} is of other weights than the folder holds now: evaluate it again and pass "
+            "`--evaluation`, or delete the file."
+        )
+    return evaluation
+
+
 def new_evaluation(args: ModelCardArguments, place: Place, facts: "ModelFacts") -> "EvaluationFacts":
     """
     The evaluation that the flags name.
@@ -276,7 +298,7 @@ def new_evaluation(args: ModelCardArguments, place: Place, facts: "ModelFacts") 
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The {SUMMARY} of {args.evaluation} is not one of `trl-diffusion evaluate`.") from error
     name = args.model_name_in_evaluation or name_of(place, facts, records)
-    if name in records and has_other_weights(place, records[name]):
+    if name in records and has_other_weights(place, records[name].get("revision")):
         message = f"{name!r} of the evaluation was sampled with other weights than {place.name} holds now"
         if not args.model_name_in_evaluation:
             raise ValueError(f"{message}: evaluate it again, or pass `--model_name_in_evaluation {name}`.")
@@ -296,12 +318,12 @@ def name_of(place: Place, facts: "ModelFacts", records: dict[str, dict[str, Any]
     return names[0]
 
 
-def has_other_weights(place: Place, record: dict[str, Any]) -> bool:
+def has_other_weights(place: Place, revision: str | None) -> bool:
     """Whether a folder holds other weights than those that were evaluated, as far as both are known."""
     from trl_diffusion.backbones.names import INDEX, LORA_WEIGHTS_NAME
 
-    folder, revision = place.folder, record.get("revision") or ""
-    if folder is None or not revision.startswith("sha256:"):
+    folder = place.folder
+    if folder is None or not (revision or "").startswith("sha256:"):
         return False
     if not any((folder / name).is_file() for name in (INDEX, LORA_WEIGHTS_NAME)):
         return False
@@ -324,7 +346,7 @@ def main(args: ModelCardArguments) -> None:
     files = pictures(place, facts)
     if not args.overwrite:
         check_readme(place)
-    evaluation = place.evaluation() if args.evaluation is None else new_evaluation(args, place, facts)
+    evaluation = known_evaluation(place) if args.evaluation is None else new_evaluation(args, place, facts)
     if place.folder is not None:
         write_card(args, place.folder, facts, evaluation, files)
     elif args.push_to_hub is None:

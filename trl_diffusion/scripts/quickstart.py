@@ -1,6 +1,17 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion",
+#     "datasets",
+#     "diffusers",
+#     "pillow",
+#     "transformers",
+# ]
+# ///
+
 """
 Trains on two small worlds that come with the package, and compares the images of the trained models.
 

@@ -1,6 +1,13 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion",
+# ]
+# ///
+
 """
 Prints a tree of criteria, and draws it as a picture.
 

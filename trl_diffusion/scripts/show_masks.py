@@ -1,6 +1,13 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion",
+# ]
+# ///
+
 """
 Draws the instance masks of a dataset over its images, exactly as in training: the images are cropped and resized, and the
 masks are on the latent grid.

@@ -30,6 +30,7 @@ from .attributes import (
 from .diffusion_trainer import DiffusionTrainer, Metrics
 from .model_card import Method
 from .noised_batch import NoisedBatch
+from .publishing import criteria_file
 
 
 class AttributeSFTTrainer(DiffusionTrainer):
@@ -215,5 +216,10 @@ class AttributeSFTTrainer(DiffusionTrainer):
         self.check_not_taken()
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            path = Path(output_dir or self.args.output_dir) / EXPERT_FILE_NAME
-            path.write_text(json.dumps(self._description(), indent=2) + "\n")
+            (Path(output_dir or self.args.output_dir) / EXPERT_FILE_NAME).write_bytes(self._described())
+
+    def _described(self) -> bytes:
+        return (json.dumps(self._description(), indent=2) + "\n").encode()
+
+    def further_files(self) -> dict[str, bytes]:
+        return {EXPERT_FILE_NAME: self._described(), **criteria_file(self.criteria, self.args)}

@@ -22,7 +22,7 @@ from ..visualization import image_grid, instance_pictures
 
 SAMPLES_NAME, CURVES_NAME, MASKS_NAME = "samples.json", "curves.png", "masks.png"
 OF_SAMPLES = re.compile(r"(sample-\d+(-base)?|teaser)\.(png|webp)|samples\.json")
-TEASER_PROMPTS = 3
+MOST_SAMPLES, TEASER_PROMPTS = 8, 3
 SAMPLES_BYTES, TEASER_BYTES, MASKS_BYTES = 1_000_000, 300_000, 400_000
 MOST_READ = 10_000  # rows, in the search for those that have a mask
 
@@ -96,7 +96,7 @@ def save_samples(
     sample_model: str | None = None,
 ) -> None:
     """
-    Saves what was sampled, in place of what was sampled before.
+    Saves what was sampled for the first 8 prompts, in place of what was sampled before.
 
     Args:
         output_dir (`str` or `Path`):
@@ -111,6 +111,7 @@ def save_samples(
             The model that has drawn them, where it is another one than the base.
     """
     folder = Path(output_dir) / PICTURES
+    prompts, base_images, images = prompts[:MOST_SAMPLES], base_images[:MOST_SAMPLES], images[:MOST_SAMPLES]
     clear_samples(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     max_bytes = SAMPLES_BYTES // (2 * len(prompts))
@@ -123,7 +124,8 @@ def save_samples(
             write_file(folder / of_pair[-1], content)
         names.append(of_pair)
     name = Path(sample_model).name if sample_model else None
-    labels = (name, f"{name} with the LoRA, step {step}") if name else ("base", f"step {step}")
+    after = f"after {step} steps" if step != 1 else "after 1 step"
+    labels = (name, f"{name} with the LoRA, {after}") if name else ("base", after)
     some = slice(TEASER_PROMPTS)
     content, suffix = encoded(draw_teaser(base_images[some], images[some], prompts[some], labels), TEASER_BYTES)
     write_file(folder / f"teaser{suffix}", content)

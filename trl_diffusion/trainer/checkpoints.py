@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Saving a training as diffusers reads it, loading it again, and pushing what was saved."""
+"""Saving a training as diffusers reads it, and loading it again."""
 
 import json
 import os
@@ -11,22 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
-from transformers.utils import PushInProgress
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..backbones.base import Backbone
 from ..backbones.names import INDEX
 from ..files import write_file
 from ..hub import hub_id
+from .fingerprints import base_fingerprint
 from .lora import LORA_WEIGHTS_NAME, load_lora_into, read_lora
-from .run_record import check_resumed_run, compare_loras, describe_lora
-
-
-NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]  # as the Trainer's own push
+from .run_record import check_resumed_run, compare_loras, describe_lora, describe_run
 
 
 def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path) -> None:
@@ -118,6 +114,34 @@ def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path,
     load_lora_into(model, weights, f"The LoRA of the checkpoint {folder}")
 
 
+def describe_trainer(trainer: Trainer) -> dict[str, Any]:
+    """
+    Describes the run of a trainer, see [`trainer.run_record.describe_run`].
+
+    Args:
+        trainer ([`DiffusionTrainer`]):
+            The trainer, before its first step.
+
+    Returns:
+        `dict[str, Any]`: what JSON can hold.
+    """
+    is_known = trainer.reference_is_initial_policy or trainer.reference is None
+    return describe_run(
+        trainer.args,
+        type(trainer).__name__,
+        trainer.base,
+        trainer.process.describe(),
+        trainer.policy.peft_config["default"] if isinstance(trainer.policy, PeftModel) else None,
+        trainer.rows,
+        (*trainer.columns, "id", "instances"),
+        None if is_known else base_fingerprint(trainer.reference.denoiser or trainer.policy),
+        trainer.backbone.quantization,
+        initial_lora=trainer.initial_weights,
+        resolved={"resolution": trainer.resolution, **trainer.backbone.settings},
+        **trainer.record_details(),
+    )
+
+
 class BestCheckpointCallback(TrainerCallback):
     """Keeps the path of the best checkpoint out of the saved state, and finds this checkpoint again when the run is resumed."""
 
@@ -128,49 +152,11 @@ class BestCheckpointCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if args.should_save:
-            _forget_best_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            forget_best_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
-def may_push(args: TrainingArguments, in_progress: PushInProgress | None) -> bool:
-    """Whether a checkpoint is pushed when it is saved, although another push may still be in progress."""
-    is_free = args.hub_always_push or in_progress is None or in_progress.is_done()
-    return args.hub_strategy != HubStrategy.END and is_free
-
-
-def push_checkpoint(
-    args: TrainingArguments, repo_id: str, checkpoint: str | Path, in_progress: PushInProgress | None
-) -> PushInProgress:
-    """
-    Pushes the output directory, and a checkpoint as `hub_strategy` says, in the background. What transformers would push besides,
-    the pickled `training_args.bin`, holds paths of the machine and the token.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            The configuration.
-        repo_id (`str`):
-            The repository.
-        checkpoint (`str` or `Path`):
-            The checkpoint, already saved.
-        in_progress (`PushInProgress` or `None`):
-            Pushes that may still be in progress.
-
-    Returns:
-        `PushInProgress`: the pushes that are in progress now.
-    """
-    folder = Path(checkpoint)
-    _forget_best_checkpoint(folder)
-    message = f"Training in progress, {folder.name.replace('checkpoint-', 'step ')}"
-    pushes = [{"folder_path": args.output_dir, "commit_message": message, "ignore_patterns": NOT_PUSHED}]
-    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-        name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
-        pushes.append({"folder_path": folder, "path_in_repo": name, "commit_message": f"{message}, checkpoint"})
-    where = {"repo_id": repo_id, "revision": args.hub_revision, "token": args.hub_token, "run_as_future": True}
-    jobs = [HfApi().upload_folder(**push, **where) for push in pushes]
-    unfinished = [] if in_progress is None or in_progress.is_done() else in_progress.jobs
-    return PushInProgress([*unfinished, *jobs])
-
-
-def _forget_best_checkpoint(checkpoint: Path) -> None:
+def forget_best_checkpoint(checkpoint: Path) -> None:
+    """Takes the path of the best checkpoint out of the state that a checkpoint holds."""
     file = checkpoint / TRAINER_STATE_NAME
     if file.exists():
         _write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"best_model_checkpoint": None})

@@ -35,6 +35,7 @@ from .complex_po_config import ComplexPOConfig
 from .diffusion_trainer import DiffusionTrainer, Metrics
 from .model_card import Method
 from .noised_batch import NoisedBatch
+from .publishing import Publisher, criteria_file
 
 
 MAX_DRIFT = 1.0
@@ -117,6 +118,8 @@ class ComplexPOTrainer(DiffusionTrainer):
         if is_trainer and expert.backbone.pipeline is model:
             if train_dataset is not None:
                 self._prepare_dataset(train_dataset, "train_dataset")  # a mistake here must not cost the expert
+            self.args = args
+            Publisher(self)  # nor must a token that may not write
             expert.take_adapter()
         self._card_parameters = {
             "expert": (expert.hub_model_id if is_trainer else hub_id(str(expert))) or "not published",
@@ -282,6 +285,9 @@ class ComplexPOTrainer(DiffusionTrainer):
 
     def record_details(self) -> dict[str, Any]:
         return {"criteria": attribute_words(self.criteria), "expert": self.expert[0]}
+
+    def further_files(self) -> dict[str, bytes]:
+        return criteria_file(self.criteria, self.args)
 
     def health_warnings(self, logs: dict[str, float]) -> dict[str, str]:
         args, warnings = self.args, {}

@@ -317,13 +317,19 @@ class DiffusionConfig(_BaseConfig):
     def __post_init__(self):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else each of the processes would train alone
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # which the flags come before
+        forbids_bf16 = self.bf16 is False
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+            is_default = not self.fp16 and not self.use_cpu and launched != "fp16"
+            self.bf16 = is_default and is_torch_bf16_gpu_available()
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True  # as in TRL, under the name that transformers does not warn of
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 4 if torch.cuda.is_available() and not self.use_cpu else 0
         super().__post_init__()
+        if forbids_bf16 and self.mixed_precision == "bf16":
+            self.mixed_precision = "no"
+        self._n_gpu = min(self.n_gpu, 1)  # a process trains on one GPU: `nn.DataParallel` would cut its batches
         if isinstance(self.model_init_kwargs, dict) and self.model_init_kwargs.get("quantization_config") is not None:
             plain = as_arguments(self.model_init_kwargs["quantization_config"])  # as records of the run hold it
             self.model_init_kwargs = self.model_init_kwargs | {"quantization_config": plain}
@@ -391,9 +397,8 @@ class DiffusionConfig(_BaseConfig):
             )
 
     def to_json_string(self) -> str:
-        """The configuration as JSON, with the last part of each absolute path only: TensorBoard stores it, and it is pushed."""
-        known = {name: Path(value).name if is_absolute(value) else value for name, value in self.to_dict().items()}
-        return json.dumps(known, indent=2)
+        """The configuration as JSON, with the last part of each path only: TensorBoard stores it, and it is pushed."""
+        return json.dumps(without_folders(self.to_dict()), indent=2)
 
     @property
     def reference_inverts(self) -> bool:
@@ -431,6 +436,20 @@ class DiffusionConfig(_BaseConfig):
 def is_absolute(value: Any) -> bool:
     """Whether a parameter is a path of this machine."""
     return isinstance(value, str | Path) and Path(value).is_absolute()
+
+
+def without_folders(value: Any) -> Any:
+    """The value, with the last part of each path of this machine, at any depth."""
+    if isinstance(value, dict):
+        return {name: without_folders(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(each) for each in value]
+    is_path = (
+        is_absolute(value)
+        or isinstance(value, str)
+        and (value.startswith(("~/", "./", "../")) or os.path.exists(value))
+    )
+    return Path(os.path.abspath(value)).name if is_path else value
 
 
 def check_choice(args: DiffusionConfig, name: str, values: tuple[str, ...]) -> None:

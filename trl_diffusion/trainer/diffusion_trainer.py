@@ -14,7 +14,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from transformers import TrainerCallback
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -23,9 +23,8 @@ from ..data.caching import TensorCache
 from ..data.collators import ImageCollator
 from ..data.formats import all_datasets, each_dataset, prepare_dataset
 from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
-from ..hub import pushing
 from .callbacks import HealthCallback, RunCallback, SampleImagesCallback
-from .checkpoints import BestCheckpointCallback, load_weights, may_push, push_checkpoint, save_weights
+from .checkpoints import BestCheckpointCallback, describe_trainer, load_weights, save_weights
 from .diffusion_config import DiffusionConfig, check_data_settings, check_not_sharded, collator_settings
 from .encoding import BatchEncoder, with_rows
 from .fingerprints import base_fingerprint
@@ -35,10 +34,11 @@ from .model_card import Method, write_model_card
 from .noised_batch import NoisedBatch, Noiser, by_row
 from .policy import evaluation_mode, make_backbone, make_policy, training_mode
 from .precompute import Precomputation, noising_settings
+from .publishing import Publisher
 from .reference import Reference, check_untrained, make_reference
 from .row_order import seeded, visited_rows
 from .row_randomness import RowRandomness
-from .run_record import describe_run, write_run_record
+from .run_record import write_run_record
 from .samples import Samples
 
 
@@ -101,6 +101,7 @@ class DiffusionTrainer(_BaseTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
         self.args = args = args or self.default_args(model)
+        self.publisher = Publisher(self)
         train_dataset = each_dataset(train_dataset, "train_dataset", self._prepare_dataset)
         eval_dataset = each_dataset(eval_dataset, "eval_dataset", self._prepare_dataset)
         self.prepared = all_datasets(train_dataset, eval_dataset)
@@ -393,16 +394,7 @@ class DiffusionTrainer(_BaseTrainer):
     @cached_property
     def run_record(self) -> dict[str, Any]:
         """What this run is, to compare a resumed run with."""
-        is_known = self.reference_is_initial_policy or self.reference is None
-        reference = None if is_known else base_fingerprint(self.reference.denoiser or self.policy)
-        lora = self.policy.peft_config["default"] if isinstance(self.policy, PeftModel) else None
-        return describe_run(
-            *(self.args, type(self).__name__, self.base, self.process.describe(), lora),
-            *(self.rows, (*self.columns, "id", "instances"), reference, self.backbone.quantization),
-            initial_lora=self.initial_weights,
-            resolved={"resolution": self.resolution, **self.backbone.settings},
-            **self.record_details(),
-        )
+        return describe_trainer(self)
 
     def record_details(self) -> dict[str, Any]:
         """What belongs into the record of a run besides: `expert`, `criteria`."""
@@ -415,16 +407,24 @@ class DiffusionTrainer(_BaseTrainer):
             write_run_record(folder, self.run_record)
         super()._save_checkpoint(model, trial)
 
-    def _push_from_checkpoint(self, folder: str) -> None:
-        if self.is_world_process_zero() and may_push(self.args, self.push_in_progress):
-            self._save(self.args.output_dir)
-            self.push_in_progress = push_checkpoint(self.args, self.hub_model_id, folder, self.push_in_progress)
+    def further_files(self) -> dict[str, bytes]:
+        """What is pushed beside the model and its card, by its path in the repository."""
+        return {}
 
-    def push_to_hub(self, *args, **kwargs):
-        if self.hub_model_id is None:  # else it is saved before anything that may fail
-            self.save_model(_internal_call=True)
-        with pushing(f"The model is saved in {self.args.output_dir}.", kwargs.get("token") or self.args.hub_token):
-            return super().push_to_hub(*args, **kwargs)
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        self.hub_model_id = self.publisher.repo_id  # created before anything that takes long
+
+    def _push_from_checkpoint(self, folder: str) -> None:
+        self.publisher.push_checkpoint(folder)
+
+    def _finish_current_push(self) -> None:
+        self.publisher.finish()
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **card
+    ):
+        """As [`~transformers.Trainer.push_to_hub`], of listed files only; `card` is that of [`~DiffusionTrainer.create_model_card`]."""
+        return self.publisher.push(commit_message, blocking, token, revision, private, card)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
         """Writes the model card and what belongs to it, see [`trainer.model_card.write_model_card`]."""

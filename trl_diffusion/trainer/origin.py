@@ -17,8 +17,8 @@ from datasets.utils.track import TrackedIterableFromGenerator
 from huggingface_hub import constants, metadata_load, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..data.sources import format_of
 from ..hub import hub_id
-from .sources import format_of
 
 
 HUB_FILE = re.compile(r"hf://datasets/([^@\s]+)@([0-9a-f]{40})/")
@@ -28,11 +28,12 @@ SHARD = r"-(\w+(?:\.\w+)*?)(?:-\d{5}-of-\d{5})?\.arrow"
 
 
 class Origin(NamedTuple):
-    """Where rows come from: a dataset of the Hub, its commit, and the folder of the prepared rows, which says more."""
+    """Where rows come from: a dataset of the Hub and its commit; where they were prepared for reading, in which folder and split."""
 
     name: str
     commit: str
     folder: str | None = None
+    split: str | None = None
 
 
 def dataset_id(name: str | None) -> str | None:
@@ -57,8 +58,11 @@ def origin_of(dataset: Dataset | IterableDataset | None) -> Origin | None:
         origins = set(origins_of_table(dataset))
     else:
         origins = set(origins_of_stream(dataset._ex_iterable))
-    places = {None if origin is None else origin[:2] for origin in origins}
-    return next(iter(origins)) if len(places) == 1 and None not in places else None
+    if None in origins or len({origin[:2] for origin in origins}) != 1:
+        return None
+    splits = {origin.split for origin in origins}
+    origin = next(iter(origins))
+    return origin if len(splits) == 1 else origin._replace(split=None)
 
 
 def origin_of_address(address: str) -> Origin | None:
@@ -72,7 +76,8 @@ def origins_of_table(dataset: Dataset) -> Iterator[Origin | None]:
     table = dataset.data
     for row in table.blocks if isinstance(table, ConcatenationTable) else [[table]]:
         paths = [block.path for block in row if isinstance(block, MemoryMappedTable)]
-        yield from map(origin_of_file, paths) if paths else [None]
+        for origin in map(origin_of_file, paths) if paths else [None]:
+            yield origin if None in (origin, dataset.split) else origin._replace(split=str(dataset.split))
 
 
 def origin_of_file(path: str) -> Origin | None:
@@ -87,7 +92,8 @@ def origin_of_file(path: str) -> Origin | None:
         repo_id = folder.name.removeprefix("datasets--").replace("--", "/")
         spelled = camelcase_to_snakecase(repo_id.split("/")[-1])
         if spelled == name and (folder / "snapshots" / commit).exists():
-            return Origin(repo_id, commit, os.path.dirname(path))
+            shard = re.fullmatch(re.escape(name) + SHARD, os.path.basename(path))
+            return Origin(repo_id, commit, os.path.dirname(path), shard and shard[1])
     return None
 
 
@@ -122,18 +128,6 @@ def leaves(value: Any) -> Iterator[Any]:
             yield from leaves(item)
     else:
         yield value
-
-
-def split_of_files(dataset: Dataset | IterableDataset) -> str | None:
-    """The split that the names of the prepared files tell, where rows were joined again from parts of one split."""
-    if not isinstance(dataset, Dataset) or origin_of(dataset) is None:
-        return None
-    splits = set()
-    for file in dataset.cache_files:
-        path = Path(file["filename"])
-        found = re.fullmatch(re.escape(path.parts[-5].rpartition("___")[2]) + SHARD, path.name)
-        splits.add(found[1] if found else None)
-    return splits.pop() if len(splits) == 1 else None
 
 
 def declared_license(name: str, commit: str | None) -> str | None:
