@@ -61,7 +61,9 @@ def test_known_folders_may_have_spaces():
 
 def test_of_a_path_the_last_part_is_the_name(tmp_path, monkeypatch):
     """Whatever is in it, and of a relative one if it is there; a Hub id, a sentence and an address stay."""
-    assert public_name("/data/my models/judge") == public_name(r"C:\my models\judge") == public_name("./judge") == "judge"
+    assert (
+        public_name("/data/my models/judge") == public_name(r"C:\my models\judge") == public_name("./judge") == "judge"
+    )
     for name in ("user/judge", "prompt of the judge", "https://huggingface.co/user/judge", "judge"):
         assert public_name(name) == name
     (tmp_path / "user" / "judge").mkdir(parents=True)

@@ -364,7 +364,9 @@ def test_nothing_of_the_machine_is_pushed(world, hub):
             file = pq.ParquetFile(io.BytesIO(content))
             found += texts({**(file.schema_arrow.metadata or {}), **(file.metadata.metadata or {})})
             found += texts(file.read().to_pylist())
-        assert not [(word, text[max(0, text.index(word) - 60) :][:150]) for word in told for text in found if word in text], name
+        assert not [
+            (word, text[max(0, text.index(word) - 60) :][:150]) for word in told for text in found if word in text
+        ], name
     assert "no answer of (an address) to 'a.png'" in hub.files(NAME, "dataset")["summary.json"].decode()
     pushed = load_dataset(NAME, split="train")
     assert pushed["prompt"][::2] == [prompt["prompt"] for prompt in PROMPTS] * 2
