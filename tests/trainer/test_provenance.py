@@ -189,10 +189,12 @@ def test_every_setting_comes_back(command, tmp_path):
 
 @pytest.mark.parametrize("kind", CONFIGS.values())
 def test_what_is_usual_is_not_said(kind):
-    """A training with all defaults has the precision alone."""
+    """A training with all defaults has the settings of its own method, which make the recipe, and of all others the precision alone."""
     args = kind(output_dir="out", report_to="none")
     recipe = recipe_of(args, "u/m", None, False, None, DataFacts(), None)
-    assert recipe == {"model_name_or_path": "u/m", "use_peft": False, "output_dir": "out", "bf16": False}
+    own = {name: getattr(args, name) for name in vars(kind)["__annotations__"] if name != "mask_examples"}
+    assert len(own) >= 3
+    assert recipe == own | {"model_name_or_path": "u/m", "use_peft": False, "output_dir": "out", "bf16": False}
 
 
 def test_a_recipe_leaves_the_processes_alone():
