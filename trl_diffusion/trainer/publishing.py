@@ -24,6 +24,7 @@ from transformers.trainer_utils import HubStrategy
 
 from ..backbones.names import INDEX, LORA_WEIGHTS_NAME
 from ..cards.facts import EVALUATION_NAME, FACTS_NAME, PICTURES, RECIPE_NAME
+from ..cards.quick_start import comfyui_path
 from ..criteria import Criteria
 from ..hub import (
     NO_TOKEN,
@@ -117,14 +118,6 @@ def event_files(folder: Path) -> dict[str, Path]:
             files[f"{name}.{number[name]}"] = file
             number[name] += 1
     return files
-
-
-def comfyui_name(model_name: str) -> str:
-    """
-    The path of the file for ComfyUI and A1111 in the repository of a LoRA. It does not end as the LoRA itself, which
-    `load_lora_weights("user/name")` of diffusers finds by that.
-    """
-    return f"comfyui/{model_name}{'-comfyui' if model_name.endswith('pytorch_lora_weights') else ''}.safetensors"
 
 
 def criteria_file(criteria: Criteria, args: TrainingArguments) -> dict[str, bytes]:
@@ -375,7 +368,7 @@ class Publisher:
             files = model_files(weights, is_lora) | card_files(output_dir) | event_files(output_dir)
             files |= self.trainer.further_files()
             if is_lora and self.trainer.backbone.has_comfyui_names:
-                name = comfyui_name(self._name.split("/")[-1])
+                name = comfyui_path(self._name.split("/")[-1])
                 try:
                     files[name] = export_lora(weights, folder / name)
                 except ValueError as error:  # such as a DoRA
