@@ -127,7 +127,11 @@ def save_samples(
     after = f"after {step} steps" if step != 1 else "after 1 step"
     labels = (name, f"{name} with the LoRA, {after}") if name else ("base", after)
     some = slice(TEASER_PROMPTS)
-    content, suffix = encoded(draw_teaser(base_images[some], images[some], prompts[some], labels), TEASER_BYTES)
+    teaser = draw_teaser(base_images[some], images[some], prompts[some], labels)
+    if suffix == ".png":  # of tiny images, without loss like these
+        content = small_png(teaser, TEASER_BYTES)
+    else:
+        content, suffix = encoded(teaser, TEASER_BYTES)
     write_file(folder / f"teaser{suffix}", content)
     known = {"step": step, "model": name, "prompts": prompts, "images": names, "teaser": f"teaser{suffix}"}
     write_file(folder / SAMPLES_NAME, (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode())
