@@ -388,7 +388,7 @@ def test_private_and_branch(hub, tmp_path):
     trainer = iapo(tmp_path / "out", **SAVES, hub_private_repo=True, hub_revision="draft", hub_strategy="every_save")
     assert [repository.private for repository in hub.repositories] == [True]
     trainer.train()
-    trainer.push_to_hub()
+    trainer.push_to_hub(tags=["done"])
     assert hub.files("user/out").keys() == {".gitattributes"}
     branch = [commit.message for commit in hub.commits("user/out", revision="draft")][1:]
     assert branch == ["Training in progress, step 1", "Training in progress, step 2", "End of training"]
@@ -431,6 +431,7 @@ def test_a_push_in_the_background_that_fails_is_said(hub, tmp_path, warnings):
     later = trainer.push_to_hub(blocking=False)
     assert "403" in str(later.exception())
     assert any("in the background failed: 403" in line for line in warnings())
+    hub.contents.clear()  # somebody has deleted the repository
     trainer.push_to_hub()
     assert messages(hub) == ["End of training"]
 

@@ -82,7 +82,7 @@ def leave_files(folder: Path) -> None:
         ),
         *("unet/other.safetensors", "vae/notes.txt", "checkpoint-1/notes.txt", "checkpoint-1/training_args.bin"),
         *("checkpoint-9/pytorch_lora_weights.safetensors", "comfyui/mine.safetensors", "criteria.yaml"),
-        "attribute_expert.json",
+        *("attribute_expert.json", "runs/mine/events.out.tfevents.1.host", ".push-old/unet/config.json"),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"left behind")
@@ -143,7 +143,8 @@ def test_what_is_pushed_is_a_list(hub, tmp_path, monkeypatch, is_lora):
     files = hub.files("user/out")
     weights = LORA if is_lora else PIPELINE
     curves = {name for name in files if name.startswith("runs/")}
-    saved = {f"last-checkpoint/{name}" for name in (weights - {"comfyui/out.safetensors"}) | STATE}
+    trained = {name for name in weights if name.startswith(("pytorch_lora", "unet/"))}
+    saved = {f"last-checkpoint/{name}" for name in trained | STATE}
     beside = {"README.md", "training.json", "training.yaml", "evaluation.json", ".gitattributes"}
     pictures = {"images/more.png", "samples/step-000002.png", "images/curves.png"}
     pictures |= {"images/sample-0.png", "images/sample-0-base.png", "images/teaser.webp"}

@@ -69,7 +69,8 @@ def needed_arm(training: dict[str, Any]) -> str | None:
 
 def is_iapo(training: dict[str, Any]) -> bool:
     """Whether a training has a mask, by its trainer or, for a class of the user's own, by its settings."""
-    return training["trainer"] == IAPO_TRAINER or "w_neg" in training["settings"]
+    is_another = training["trainer"] in (CPO_TRAINER, SFT_TRAINER)
+    return training["trainer"] == IAPO_TRAINER or ("w_neg" in training["settings"] and not is_another)
 
 
 def is_arm(training: dict[str, Any], kind: str) -> bool:

@@ -116,6 +116,8 @@ class ModelFacts:
             Addresses of the run by the tracker's name: `"wandb"`, `"trackio"`, `"comet"`.
         hardware (`str`), seconds (`float`):
             What it was trained on, and how long.
+        recipe_file (`str`):
+            Of a model that nobody has trained yet, the file in this library that says how it would be.
         versions (`dict[str, str]`):
             Versions of the packages.
     """
@@ -162,6 +164,7 @@ class ModelFacts:
     trackers: dict[str, str] = field(default_factory=dict)
     hardware: str | None = None
     seconds: float | None = None
+    recipe_file: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
 

@@ -159,7 +159,7 @@ def model_facts(
         vae_subfolder=_vae_subfolder(vae),
         sample_model=sample_model,
         sample_arguments=sample_arguments,
-        example_prompt=trainer._example_prompt,
+        example_prompt=pictures.samples[0].prompt if pictures.samples else trainer._example_prompt,
         expert=expert,
         data=data,
         samples=pictures.samples,
@@ -167,7 +167,7 @@ def model_facts(
         curves=pictures.curves,
         masks=pictures.masks,
         hyperparameters=_in_json(
-            _hyperparameters(args, method.unit, trainer.resolution, trainer.state.global_step, lora)
+            hyperparameters(args, method.unit, trainer.resolution, trainer.state.global_step, lora)
             | _held_in(pipeline)
             | trainer._card_parameters
         ),
@@ -369,7 +369,7 @@ def _origin(module: torch.nn.Module | None) -> str | None:
     return module.config._name_or_path if isinstance(module, PreTrainedModel) else None
 
 
-def _hyperparameters(
+def hyperparameters(
     args: DiffusionConfig, unit: str, resolution: int, global_step: int, lora: LoraConfig | None
 ) -> dict[str, Any]:
     """What somebody needs to repeat a training: the trainer's own parameters, then those of every training."""

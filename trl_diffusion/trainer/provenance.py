@@ -26,6 +26,7 @@ from ..cards.facts import DataFacts
 from .diffusion_config import DiffusionConfig
 from .model_config import ModelConfig
 from .origin import dataset_id, declared_license, origin_of
+from .run_record import NO_MATTER
 
 
 # ----- the data -----
@@ -151,7 +152,7 @@ def recipe_of(
 
 
 def training_settings(args: DiffusionConfig) -> dict[str, Any]:
-    """The settings that differ from their defaults, the trainer's own ones first."""
+    """The trainer's own settings, and of all others those that differ from their defaults."""
     usual = {
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(args)
@@ -160,14 +161,15 @@ def training_settings(args: DiffusionConfig) -> dict[str, Any]:
     usual |= {"activation_checkpointing": True, "accelerator_config": {}}
     usual["num_inference_steps"] = 25 if args.sample_model is None else None
     owners = [name for kind in type(args).__mro__ for name in kind.__dict__.get("__annotations__", ())]
-    settings = {}
+    own, settings = type(args).__dict__["__annotations__"], {}
     for name in sorted(usual.keys() - NOT_IN_RECIPE - {"model_init_kwargs"}, key=owners.index):
         value = plain(getattr(args, name))
         if name == "accelerator_config":
             value = accelerator_settings(args.accelerator_config)
         if name in ("bf16", "fp16"):  # or of `accelerate launch`
             value = args.half_dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
-        if name == "bf16" or value != plain(usual[name]):
+        is_own = name in own and name not in NO_MATTER and value is not None
+        if is_own or name == "bf16" or value != plain(usual[name]):
             settings[name] = public_name(value) if name in NAMES else value
     return settings
 
