@@ -114,7 +114,9 @@ class ModelCardArguments:
             raise ValueError("`--private` is for a repository that is pushed to: pass `--push_to_hub`.")
         self.hub_token = (self.hub_token or "").strip() or None  # of a file, it ends in a line break
         if self.hub_token and not (self.hub_token.isascii() and self.hub_token.isprintable()):
-            raise ValueError("`--hub_token` holds characters that no token has: copy it again, or run `hf auth login`.")
+            raise ValueError(
+                "`--hub_token` holds characters that no token has: copy it again, or run `hf auth login`."
+            )
 
 
 # ----- what is read -----
