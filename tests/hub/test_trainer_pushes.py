@@ -82,7 +82,7 @@ def leave_files(folder: Path) -> None:
         ),
         *("unet/other.safetensors", "vae/notes.txt", "checkpoint-1/notes.txt", "checkpoint-1/training_args.bin"),
         *("checkpoint-9/pytorch_lora_weights.safetensors", "comfyui/mine.safetensors", "criteria.yaml"),
-        "attribute_expert.json",
+        *("attribute_expert.json", "runs/mine/events.out.tfevents.1.host", ".push-old/unet/config.json"),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"left behind")
@@ -118,40 +118,41 @@ STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", 
 def test_what_is_pushed_is_a_list(hub, tmp_path, monkeypatch, is_lora):
     """Weights, card, curves and the last checkpoint arrive, nothing that was left in the folder does, and no file tells the machine."""
     monkeypatch.setattr(socket, "gethostname", lambda: HOST)
-    tiny.sd_pipeline().save_pretrained(tmp_path / "base")
-    leave_files(tmp_path / "out")
+    monkeypatch.setenv("USER", "secret_user")
+    monkeypatch.setenv("LOGNAME", "secret_user")
+    monkeypatch.chdir(tmp_path)
+    root = Path("secret_folder") if is_lora else tmp_path / "secret_folder"
+    tiny.sd_pipeline().save_pretrained(root / "base")
+    leave_files(root / "out")
     trainer = iapo(
-        *(tmp_path / "out", str(tmp_path / "base"), is_lora),
+        *(root / "out", str(root / "base"), is_lora),
         **SAVES,
         hub_strategy="checkpoint",
         report_to="tensorboard",
         sample_prompts=["a cat"],
         num_inference_steps=1,
-        model_init_kwargs={"vae": str(tmp_path / "base" / "vae")} if is_lora else None,
+        model_init_kwargs={"vae": str(root / "base" / "vae")} if is_lora else None,
     )
     trainer.train()
-    (tmp_path / "out" / "images" / "teaser.png").write_bytes(b"a teaser")
-    card = (tmp_path / "out" / "README.md").read_text()
-    monkeypatch.setattr(
-        trainer,
-        "create_model_card",
-        lambda **_: (tmp_path / "out" / "README.md").write_text(
-            f"{card}\n![](images/teaser.png) <img src='samples/step-000002.png'> images/none.png images/../.env.png"
-        ),
-    )
-    for name in ("training.json", "training.yaml", "evaluation.json"):
-        (tmp_path / "out" / name).write_text("{}")
+    (root / "out" / "images" / "more.png").write_bytes(b"more")
+    (root / "out" / "evaluation.json").write_text("{}")
+    card = (root / "out" / "README.md").read_text()
+    card += "\n![](images/more.png) <img src='samples/step-000002.png'> images/none.png images/../.env.png"
+    monkeypatch.setattr(trainer, "create_model_card", lambda **_: (root / "out" / "README.md").write_text(card))
     trainer.push_to_hub()
     files = hub.files("user/out")
     weights = LORA if is_lora else PIPELINE
     curves = {name for name in files if name.startswith("runs/")}
-    saved = {f"last-checkpoint/{name}" for name in (weights - {"comfyui/out.safetensors"}) | STATE}
+    trained = {name for name in weights if name.startswith(("pytorch_lora", "unet/"))}
+    saved = {f"last-checkpoint/{name}" for name in trained | STATE}
     beside = {"README.md", "training.json", "training.yaml", "evaluation.json", ".gitattributes"}
-    assert files.keys() == weights | curves | saved | beside | {"images/teaser.png", "samples/step-000002.png"}
+    pictures = {"images/more.png", "samples/step-000002.png", "images/curves.png"}
+    pictures |= {"images/sample-0.png", "images/sample-0-base.png", "images/teaser.webp"}
+    assert files.keys() == weights | curves | saved | beside | pictures
     (curve,) = curves
     assert curve.rpartition(".tfevents.")[2].replace(".", "").isdigit() and len(curve.split("/")) == 3
-    check_nothing_of_this_machine(files, str(tmp_path))
-    assert [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".push")] == []
+    check_nothing_of_this_machine(files, str(tmp_path), "secret_user", "secret_folder")
+    assert [path for path in (root / "out").iterdir() if path.name.startswith(".push")] == []
     assert not hub.unknown
 
 
@@ -161,7 +162,8 @@ def test_an_expert_comes_with_its_description_and_its_criteria(hub, tmp_path, cr
     trainer.train()
     trainer.push_to_hub()
     files = hub.files("user/expert")
-    expected = {".gitattributes", "README.md", "pytorch_lora_weights.safetensors", "comfyui/expert.safetensors"}
+    expected = {".gitattributes", "README.md", "training.json", "training.yaml", "images/curves.png"}
+    expected |= {"pytorch_lora_weights.safetensors", "comfyui/expert.safetensors"}
     assert files.keys() == expected | {"attribute_expert.json", "criteria.yaml"}
     check_nothing_of_this_machine(files, str(tmp_path))
     fetched = hf_hub_download("user/expert", "criteria.yaml")

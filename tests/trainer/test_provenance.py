@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, DatasetInfo, concatenate_datasets
 from huggingface_hub import constants
 from peft import LoraConfig
@@ -184,6 +185,24 @@ def test_every_setting_comes_back(command, tmp_path):
             after = parse(command, recipe, tmp_path)[1]
         assert settings_of(after) == settings_of(args), field.name
     assert missing == set()
+
+
+@pytest.mark.parametrize("kind", CONFIGS.values())
+def test_what_is_usual_is_not_said(kind):
+    """A training with all defaults has the settings of its own method, which make the recipe, and of all others the precision alone."""
+    args = kind(output_dir="out", report_to="none")
+    recipe = recipe_of(args, "u/m", None, False, None, DataFacts(), None)
+    own = {name: getattr(args, name) for name in vars(kind)["__annotations__"] if name != "mask_examples"}
+    assert len(own) >= 3
+    assert recipe == own | {"model_name_or_path": "u/m", "use_peft": False, "output_dir": "out", "bf16": False}
+
+
+def test_a_recipe_leaves_the_processes_alone():
+    """It is written in the middle of a training, whose state a second configuration would reset."""
+    args = InstanceDPOConfig("out", report_to="none", use_cpu=True)
+    accelerator = Accelerator(cpu=True)
+    recipe_of(args, "u/m", None, False, None, DataFacts(), None)
+    assert accelerator.num_processes == 1
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -597,7 +616,9 @@ def test_hardware():
 def test_seconds_of_a_resumed_run(tmp_path, monkeypatch):
     """Seven seconds a step: three steps, stopped after two, and one more, take as long as three in one run."""
     clock = iter(range(0, 10_000, 7))
-    monkeypatch.setattr("trl_diffusion.trainer.callbacks.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(
+        "trl_diffusion.trainer.callbacks.time", types.SimpleNamespace(perf_counter=lambda: next(clock))
+    )
 
     def train(steps: int, folder: str, **given) -> float | None:
         args = InstanceDPOConfig(

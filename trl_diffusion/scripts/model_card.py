@@ -5,6 +5,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "trl-diffusion",
+#     "huggingface_hub",
 # ]
 # ///
 

@@ -32,18 +32,20 @@ from ..cards.facts import (
 )
 from ..cards.methods import METHODS
 from ..cards.model import model_card
-from ..cards.text import is_hub_id, yaml_text
+from ..cards.text import HUB, is_hub_id, yaml_text
 from ..files import write_file
 from ..hub import hub_id
 from ..sampling import default_guidance
 from .card_pictures import write_card_pictures
 from .diffusion_config import DENSITY_SETTINGS, DiffusionConfig
 from .provenance import command_line, data_facts, hardware, recipe_of, tracker_urls, training_seconds
+from .run_record import NO_MATTER
 
 
 PACKAGES = ("trl-diffusion", "trl", "diffusers", "transformers", "peft", "torch", "datasets", "tokenizers")
 NOT_PUBLISHED = "not published"
-SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)$")  # of a repository in the Hub's cache
+# Of a repository in the Hub's cache, and of a file in it
+SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)(?:[/\\](.+))?$")
 
 
 class Method(NamedTuple):
@@ -117,7 +119,8 @@ def model_facts(
     is_lora = isinstance(policy, PeftModel)
     is_reversed = getattr(args, "reverse_preference", False)
     lora = policy.peft_config["default"] if is_lora else None
-    base, base_revision, base_folder = named_base(backbone)
+    named = named_base(backbone)
+    base = named["base"]
     data = data_facts(trainer.rows, dataset_name)
     trainer_name = type(trainer).__name__
     script = METHODS[trainer_name].script if trainer_name in METHODS else ""
@@ -126,6 +129,8 @@ def model_facts(
     model_id = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
     expert = trainer._card_parameters.get("expert")
     sample_model, sample_arguments = _other_model(trainer) if is_lora else (None, None)
+    # A file's own link has the commit
+    file = f"{HUB}/{base}/blob/{named['base_revision']}/{named['base_file']}" if named["base_file"] else None
     return ModelFacts(
         name=model_name or model_id.split("/")[-1],
         model_id=model_id,
@@ -134,10 +139,8 @@ def model_facts(
         unit=method.unit,
         tags=[*method.tags, *tags],
         paper=dict(method.paper),
-        base=base,
-        base_revision=base_revision,
-        base_folder=base_folder,
-        base_changes=changes_of_base(pipeline) if base or base_folder else [],
+        **named,
+        base_changes=changes_of_base(pipeline) if base or named["base_folder"] else [],
         initial_lora=hub_id(args.initial_lora),
         has_initial_lora=args.initial_lora is not None,
         pipeline_class=family.pipeline_class.__name__,
@@ -156,7 +159,7 @@ def model_facts(
         vae_subfolder=_vae_subfolder(vae),
         sample_model=sample_model,
         sample_arguments=sample_arguments,
-        example_prompt=trainer._example_prompt,
+        example_prompt=pictures.samples[0].prompt if pictures.samples else trainer._example_prompt,
         expert=expert,
         data=data,
         samples=pictures.samples,
@@ -164,12 +167,13 @@ def model_facts(
         curves=pictures.curves,
         masks=pictures.masks,
         hyperparameters=_in_json(
-            _hyperparameters(args, method.unit, trainer.resolution, trainer.state.global_step, lora)
+            hyperparameters(args, method.unit, trainer.resolution, trainer.state.global_step, lora)
             | _held_in(pipeline)
             | trainer._card_parameters
         ),
         recipe=recipe_of(
-            *(args, base or pipeline.config.get("_name_or_path"), base_revision, is_lora, lora, data),
+            *(args, file or base or pipeline.config.get("_name_or_path"), None if file else named["base_revision"]),
+            *(is_lora, lora, data),
             None if expert == NOT_PUBLISHED else expert,
         ),
         command=command_line(script) if script else None,
@@ -182,7 +186,7 @@ def model_facts(
     )
 
 
-def named_base(backbone: Backbone) -> tuple[str | None, str | None, str | None]:
+def named_base(backbone: Backbone) -> dict[str, str | None]:
     """
     How the base is named to others.
 
@@ -191,18 +195,17 @@ def named_base(backbone: Backbone) -> tuple[str | None, str | None, str | None]:
             The backbone.
 
     Returns:
-        `tuple`: the Hub id and the commit, each `None` if not known; and of a base that is not on the Hub the name of its folder, where
-        it has one.
+        `dict[str, str | None]`: `base`, `base_revision`, `base_file` and `base_folder` of [`cards.facts.ModelFacts`].
     """
     name = backbone.pipeline.config.get("_name_or_path")
-    folder = str(name if backbone.source is None else backbone.source.folder)
-    cached = SNAPSHOT.search(folder.rstrip("/\\"))
-    base = hub_id(name)
-    if base is None and cached:
-        base = cached[1].replace("--", "/", 1)
+    where = str(name if backbone.source is None else backbone.source.folder)
+    cached = SNAPSHOT.search(where.rstrip("/\\"))
+    base = hub_id(name) or (cached[1].replace("--", "/", 1) if cached else None)
     if is_hub_id(base):
-        return base, cached[2] if cached else None, None
-    return None, None, Path(name).absolute().name if name else None
+        revision, file = (cached[2], cached[3]) if cached else (None, None)
+        return {"base": base, "base_revision": revision, "base_file": file, "base_folder": None}
+    folder = Path(name).absolute().name if name else None
+    return {"base": None, "base_revision": None, "base_file": None, "base_folder": folder}
 
 
 def predicts_velocity(family: type[Backbone]) -> bool:
@@ -365,7 +368,7 @@ def _origin(module: torch.nn.Module | None) -> str | None:
     return module.config._name_or_path if isinstance(module, PreTrainedModel) else None
 
 
-def _hyperparameters(
+def hyperparameters(
     args: DiffusionConfig, unit: str, resolution: int, global_step: int, lora: LoraConfig | None
 ) -> dict[str, Any]:
     """What somebody needs to repeat a training: the trainer's own parameters, then those of every training."""
@@ -376,7 +379,8 @@ def _hyperparameters(
         set_on_purpose += ["inversion_steps", "inversion_model", "inversion_eta"]
     if args.initial_lora is not None:
         set_on_purpose.append("initial_lora_in_reference")
-    own = {name: getattr(args, name) for name in type(args).__annotations__ if not name.startswith("_")}
+    names = [name for name in type(args).__annotations__ if not name.startswith("_") and name not in NO_MATTER]
+    own = {name: getattr(args, name) for name in names}
     return own | {
         **_lora_settings(lora),
         "learning_rate": args.learning_rate,

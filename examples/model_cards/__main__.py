@@ -1,0 +1,75 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Makes the cards of `model_cards/`.
+
+```bash
+python -m examples.model_cards                          # renders all cards again, from the facts that lie beside them
+python -m examples.model_cards --train --work_dir work  # trains and evaluates the quickstart's models first
+```
+
+The cards of the reference recipes say what their YAML files say: nobody has trained them yet, and they have no figures. Those of
+the quickstart's tiny models and datasets are of what the first run made: with figures, pictures and curves.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from trl_diffusion.cards.facts import (
+    EVALUATION_NAME,
+    FACTS_NAME,
+    PICTURES,
+    read_evaluation_facts,
+    read_model_facts,
+    write_facts,
+)
+from trl_diffusion.cards.model import model_card
+from trl_diffusion.files import write_file
+
+from . import datasets, reference, tiny
+
+
+MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=MODEL_CARDS, help="Folder of the cards.")
+    parser.add_argument("--train", action="store_true", help="Train and evaluate the quickstart's models first.")
+    parser.add_argument("--work_dir", type=Path, default=Path("model_cards_work"), help="Where models are trained.")
+    args = parser.parse_args()
+    if args.train:
+        tiny.make(args.work_dir)
+        for names in tiny.CARDS.values():
+            for name in names:
+                copy_card(args.work_dir / "models" / name, args.output_dir / name)
+        datasets.make(args.output_dir)
+    for name in reference.CARDS:
+        (args.output_dir / name).mkdir(parents=True, exist_ok=True)
+        write_facts(reference.reference_facts(name), args.output_dir / name / FACTS_NAME)
+    for folder in sorted(file.parent for file in args.output_dir.glob(f"*/{FACTS_NAME}")):
+        write_file(folder / "README.md", render(folder).encode())
+    for name in datasets.REFERENCE:
+        write_file(args.output_dir / name / "README.md", datasets.reference_card(name).encode())
+
+
+def render(folder: Path) -> str:
+    """The card of the facts that lie in a folder."""
+    evaluation = folder / EVALUATION_NAME
+    known = read_evaluation_facts(evaluation) if evaluation.exists() else None
+    return f"{model_card(read_model_facts(folder / FACTS_NAME), known)}"
+
+
+def copy_card(model: Path, folder: Path) -> None:
+    """Copies the facts and the pictures of a model's card."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in (FACTS_NAME, EVALUATION_NAME):
+        shutil.copy(model / name, folder / name)
+    shutil.copytree(model / PICTURES, folder / PICTURES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The cards of datasets: of the two reference recipes, and of two small ones that the quickstart's oracle annotates."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from datasets_builders.common import main, make_parser, planned_card
+from datasets_builders.painting_attributes import PaintingAttributes
+from datasets_builders.pickapic_instance import PickapicInstance
+from trl_diffusion.cards.facts import PICTURES
+from trl_diffusion.quickstart.cpo import CRITERIA
+from trl_diffusion.quickstart.experiment import annotate
+
+from .tiny import EXPERIMENTS, SEED
+
+
+NUM_ROWS = 256
+REFERENCE = {
+    "pickapic-instance": (PickapicInstance, {"source": "user/pick-a-pic-v2"}),
+    "painting-attributes": (PaintingAttributes, {"source": "user/paintings"}),
+}
+TINY = {
+    "quickstart-scenes": ("scenes", PickapicInstance, None),
+    "quickstart-paintings": ("paintings", PaintingAttributes, CRITERIA),
+}
+
+
+def reference_card(name: str) -> str:
+    """The card of a dataset that nobody has built yet."""
+    builder_class, options = REFERENCE[name]
+    return str(planned_card(builder_class, f"user/{name}", **options))
+
+
+def make(output_dir: Path) -> None:
+    """Annotates and builds the small datasets, and keeps their cards with the pictures."""
+    for name, (world, builder_class, criteria) in TINY.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            source, built = Path(scratch) / f"unlabelled-{world}", Path(scratch) / name
+            source.mkdir()
+            EXPERIMENTS[world].unlabelled_rows(NUM_ROWS, SEED).to_parquet(source / "train.parquet")
+            annotations, _ = annotate(EXPERIMENTS[world], NUM_ROWS, SEED, scratch)
+            flags = ["--dataset_name", str(source), "--annotations_dir", annotations, "--output_dir", str(built)]
+            parser = make_parser(builder_class.__module__.rpartition(".")[2], builder_class.DEFAULT_CONFIG_NAME)
+            main(builder_class, parser.parse_args(flags), criteria)
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+            (output_dir / name).mkdir(parents=True)
+            shutil.copy(built / "README.md", output_dir / name)
+            shutil.copytree(built / PICTURES, output_dir / name / PICTURES)
