@@ -42,7 +42,7 @@ def main():
     args = parser.parse_args()
     if args.train:
         tiny.make(args.work_dir)
-        for world, names in tiny.CARDS.items():
+        for names in tiny.CARDS.values():
             for name in names:
                 copy_card(args.work_dir / "models" / name, args.output_dir / name)
         datasets.make(args.output_dir)
