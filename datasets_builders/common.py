@@ -4,6 +4,7 @@
 """Shared by the builders: reading the source, writing the folder and its card, and pushing to the Hub."""
 
 import argparse
+import re
 import shlex
 import shutil
 import tempfile
@@ -72,6 +73,8 @@ class SourceConfig(BuilderConfig):
             JSON mapping from our names to the columns of the source, see [`annotation.records.pair_columns`].
         criteria (`str`, *optional*, defaults to `"painting"`):
             Criteria tree of the attributes, if there are any: a YAML file, or the name of a shipped tree.
+        license (`str`, *optional*):
+            License of the annotations, as the Hub names it. By default none is declared.
     """
 
     annotations_dir: str = ""
@@ -81,6 +84,7 @@ class SourceConfig(BuilderConfig):
     source_streaming: bool = False
     columns: str | None = None
     criteria: str = "painting"
+    license: str | None = None
 
     def arguments(self, split: str) -> AnnotationArguments:
         """The source as arguments of the annotation commands."""
@@ -289,7 +293,6 @@ def make_card(
     infos: dict[str, DatasetInfo],
     name: str,
     pictures: Iterable[Picture] = (),
-    license: str | None = None,
 ) -> DatasetCard:
     """
     Writes the card.
@@ -305,8 +308,6 @@ def make_card(
             Hub id or folder of the dataset.
         pictures (`Iterable[Picture]`, *optional*):
             The pictures beside the card, see [`card_pictures`].
-        license (`str`, *optional*):
-            License of the annotations.
 
     Returns:
         [`~huggingface_hub.DatasetCard`]
@@ -330,7 +331,7 @@ def make_card(
         tags=builder.TAGS,
         paper=builder.TRAINER.method.paper,
         annotations=ANNOTATIONS,
-        license=license,
+        license=config.license,
         pictures=pictures,
     )
 
@@ -589,6 +590,11 @@ def make_parser(name: str, images: str) -> argparse.ArgumentParser:
         "--no_images", action="store_true", help=f"Build only the annotations, without the configuration `{images}`."
     )
     parser.add_argument(
+        "--license",
+        metavar="NAME",
+        help="License of the annotations, as the Hub names it, such as cc-by-4.0. It covers neither prompts nor images.",
+    )
+    parser.add_argument(
         "--push_to_hub",
         metavar="USER/NAME",
         help="Push the annotations and the card to this repository. Without USER it is one of the token's user.",
@@ -624,6 +630,11 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
     for flag in ("push_images", "private", "hub_revision", "hub_token"):
         if getattr(args, flag) and not args.push_to_hub:
             raise ValueError(f"`--{flag}` needs a repository: name one with `--push_to_hub`.")
+    if args.license and not re.fullmatch("[a-z0-9.-]+", args.license):
+        raise ValueError(
+            f"`--license` must be a name of the Hub, such as cc-by-4.0 or other, got {args.license!r}. The names are on "
+            "https://huggingface.co/docs/hub/repositories-licenses."
+        )
     folder = args.output_dir.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{args.output_dir} exists and is not empty. Choose another `--output_dir`.")
@@ -635,6 +646,7 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
         "source_streaming": args.dataset_streaming,
         "columns": args.columns,
         "criteria": criteria,
+        "license": args.license,
     }
     name = args.push_to_hub if "/" in (args.push_to_hub or "") else folder.name
     images = builder_class.DEFAULT_CONFIG_NAME

@@ -4,6 +4,7 @@
 """The card of a dataset: what a builder says of its annotations, the columns and the pictures in, Markdown out."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,19 +12,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import jinja2
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from datasets_builders.example_pictures import Picture
 from trl_diffusion.annotation.join import entries
 from trl_diffusion.annotation.records import STATUSES
 from trl_diffusion.annotation.run import Row
 from trl_diffusion.annotation.vlm import VLM, Request, shipped_prompt
-from trl_diffusion.cards.text import code_span, fenced, is_hub_id, one_line, python_string
+from trl_diffusion.cards.methods import CITATIONS
+from trl_diffusion.cards.text import code_span, fenced, is_hub_id, one_line, plain, python_string
+from trl_diffusion.data.origin import declared_license
 from trl_diffusion.machine import all_without_places, without_places
 from trl_diffusion.scripts.judges import VLMArguments
 
@@ -38,6 +40,7 @@ SIZES = {
     10_000_000: "1M<n<10M",
     100_000_000: "10M<n<100M",
     1_000_000_000: "100M<n<1B",
+    10_000_000_000: "1B<n<10B",
 }
 UNKNOWN = "unknown"
 UNRESOLVED = "the newest when the recipe is run"
@@ -91,13 +94,15 @@ def render_card(
     has_images = len(infos) > 1
     measured = described["statuses"] is not None
     annotated = described["annotated"]
+    is_public = is_repository(annotated)
+    source_license = declared_license(annotated, described["annotated_revision"]) if is_public else None
     data = DatasetCardData(
-        pretty_name=name.split("/")[-1],
+        pretty_name=plain(name.split("/")[-1]) or "dataset",
         # Images have their own terms, so what is declared for the annotations is not declared for all
-        license=license if license and not has_images else UNKNOWN,
+        license=plain(license) if license and not has_images else UNKNOWN,
         language=["en"] if described["is_english"] else None,
         annotations_creators=["machine-generated"],
-        source_datasets=[annotated] if is_hub_id(annotated) else None,
+        source_datasets=[annotated] if is_public else None,
         task_categories=["text-to-image"],
         size_categories=[size_category(infos[annotations])] if measured else None,
         tags=["trl-diffusion", "preference-alignment", *tags],
@@ -122,7 +127,7 @@ def render_card(
         "line": one_line,
         "number": "{:,}".format,
         "python": python_string,
-        "repository": is_hub_id,
+        "repository": is_repository,
     }
     text = environment.get_template(template.name).render(
         described,
@@ -131,8 +136,9 @@ def render_card(
         is_on_hub="/" in name,
         has_images=has_images,
         license=license,
-        source_license=declared_license(annotated, described["annotated_revision"]) if is_hub_id(annotated) else None,
+        source_license=None if source_license == UNKNOWN else source_license,
         paper=paper,
+        library=CITATIONS["trl_diffusion"],
         pictures=list(pictures),
         share=share,
         schema={config: describe_columns(info.features, columns) for config, info in infos.items()},
@@ -145,7 +151,7 @@ def render_card(
 def size_category(info: DatasetInfo) -> str:
     """The Hub's category of a number of rows."""
     number = sum(split.num_examples for split in info.splits.values())
-    return next((size for most, size in SIZES.items() if number < most), "n>1T")
+    return next((size for most, size in SIZES.items() if number < most), "10B<n<100B")
 
 
 # ----- columns -----
@@ -195,13 +201,16 @@ def type_name(feature: Any) -> str:
 
 def public(name: str) -> str:
     """The name of a dataset or model for publication: of a local path, only the last part."""
-    is_path = (
-        Path(name).exists() or Path(name).is_absolute() or name.startswith((".", "~")) or re.search(r"\\|.*/.*/", name)
-    )
+    is_path = os.path.exists(name) or os.path.isabs(name) or name.startswith((".", "~")) or re.search(r"\\|/.*/", name)
     if not is_path:
         return name
     # An address may end in a query, and that in a token
     return re.split(r"[?#]", re.split(r"[/\\]", name.rstrip("/\\"))[-1])[0] or "a local folder"
+
+
+def is_repository(name: str | None) -> bool:
+    """Whether a public name is that of a repository on the Hub, and not the last part of a path."""
+    return "/" in (name or "") and is_hub_id(name)
 
 
 def describe_role(role: dict[str, Any]) -> dict[str, Any]:
@@ -227,7 +236,8 @@ def models_of(roles: dict[str, dict[str, Any]]) -> dict[str, tuple[str | None, l
     models = {}
     for role, described in roles.items():
         settings = described["settings"]
-        models.setdefault(settings["model"], (settings.get("revision"), []))[1].append(role)
+        revision = settings.get("revision")
+        models.setdefault(settings["model"], (None if revision == UNRESOLVED else revision, []))[1].append(role)
     return models
 
 
@@ -280,16 +290,6 @@ def not_measured(splits: list[str]) -> dict[str, Any]:
         "statuses": None,
         "example": None,
     }
-
-
-def declared_license(name: str, revision: str | None = None) -> str | None:
-    """The license that a dataset on the Hub declares. `None` if there is none, or if it cannot be looked up."""
-    try:
-        card = HfApi().dataset_info(name, revision=revision).card_data
-    except (OSError, ValueError, httpx2.HTTPError):
-        return None
-    found = card.license if card else None
-    return None if found == UNKNOWN else ", ".join(found) if isinstance(found, list) else found
 
 
 def is_shipped(role: dict[str, Any], name: str) -> bool:

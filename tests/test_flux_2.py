@@ -429,7 +429,7 @@ def test_the_cards_code_runs(tmp_path, monkeypatch):
     trainer.create_model_card()
     card = (tmp_path / "out" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
-    for written, here in (("the base model", tmp_path / "base"), ("another VAE", tmp_path / "vae"), ('"out"', f'"{tmp_path}/out"')):  # fmt: skip
+    for written, here in (('("base"', f'("{tmp_path}/base"'), ("another VAE", tmp_path / "vae"), ('"out"', f'"{tmp_path}/out"')):  # fmt: skip
         code = code.replace(written, str(here))
     scope = {}
     exec(code.replace('.to("cuda")', "").replace("torch.bfloat16", "torch.float32"), scope)

@@ -6,6 +6,7 @@
 import ast
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -202,6 +203,7 @@ RUNS: dict[str, tuple[Callable[[Path], list], str | None, str]] = {
         "out/summary.json",
         "Evaluated base, lora",
     ),
+    "model_card": (lambda data: ["model", "--overwrite"], "model/README.md", "Wrote README.md in model."),
     "check_dataset": (
         lambda data: ["--dataset_name", data / "pairs.parquet", "--output", "out.json"],
         "out.json",
@@ -222,13 +224,15 @@ RUNS: dict[str, tuple[Callable[[Path], list], str | None, str]] = {
     "show_criteria": (lambda data: ["--criteria", data / "criteria.yaml", "--output", "out.png"], "out.png", "pet: cat"),
     "quickstart": (
         lambda data: [
-            *("--num_pairs", 16, "--num_paintings", 16, "--max_steps", 1, "--num_samples", 4, "--output_dir", "out"),
+            *("--num_pairs", 64, "--num_paintings", 64, "--max_steps", 1, "--num_samples", 4, "--output_dir", "out"),
         ],
         "out/results.json",
         "Done in",
     ),
     "env": (lambda data: [], None, "- trl-diffusion: "),
 }  # fmt: skip
+
+TRAINED_FIRST = {"complex_po": ("attribute_sft", "expert"), "model_card": ("instance_dpo", "model")}
 
 
 def test_each_script_is_run():
@@ -242,13 +246,18 @@ def test_each_script_is_run():
 def test_the_script_does_its_work_as_a_file(name, data, tmp_path):
     """A copy of the file, outside of the repository, does what the command does."""
     flags, written, printed = RUNS[name]
-    if name == "complex_po":
-        ended = run_copy("attribute_sft", tmp_path, [*of_cpo(data), "--output_dir", "expert"])
+    if name in TRAINED_FIRST:
+        script, folder = TRAINED_FIRST[name]
+        ended = run_copy(script, tmp_path, [*RUNS[script][0](data), "--output_dir", folder])
         assert ended.returncode == 0, ended.stderr
     ended = run_copy(name, tmp_path, flags(data))
     assert ended.returncode == 0, ended.stderr
     assert printed in ended.stdout and (written is None or (tmp_path / written).exists())
 
 
-def run_copy(name: str, folder: Path, flags: list):
-    return processes.run([shutil.copy(ROOT / FOLDERS[0] / f"{name}.py", folder), *flags], cwd=folder)
+def run_copy(name: str, folder: Path, flags: list) -> subprocess.CompletedProcess:
+    command = [shutil.copy(ROOT / FOLDERS[0] / f"{name}.py", folder), *flags]
+    if name != "quickstart":  # whose own processes start as those of a main module do
+        return processes.run(command, cwd=folder)
+    start = [sys.executable, *map(str, command)]
+    return subprocess.run(start, cwd=folder, capture_output=True, text=True, timeout=300)

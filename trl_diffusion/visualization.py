@@ -4,6 +4,7 @@
 """Labelled grids of images, and overlays of masks on images."""
 
 import math
+from bisect import bisect_right
 from typing import Any
 
 import PIL.Image
@@ -185,6 +186,5 @@ def _fitting(text: str, font: PIL.ImageFont.ImageFont, width: int) -> str:
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    length = bisect_right(range(len(text)), width, key=lambda length: font.getlength(text[:length] + "..."))
+    return text[: max(length - 1, 0)] + "..."

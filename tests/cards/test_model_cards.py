@@ -143,13 +143,13 @@ def test_what_a_card_has():
     """Its headings in their order, each with something below it; pictures, badges, numbers, the command and the recipe."""
     card = model.model_card(facts(), EVALUATION)
     assert headings(card) == [
-        *("# sdxl-iapo", "## How to use it", "## Download", "## Samples", "## How it was trained", "### What was logged"),
+        *("# sdxl-iapo", "## How to use it", "## Download", "## How it was trained", "### What was logged"),
         *("### Masks", "## Evaluation", "### Scores", "## Limits and biases", "## Licence", "## Framework versions", "## Citations"),
     ]  # fmt: skip
     text = card.text
     assert "<Gallery />" in text
     pictures = [token.attrs["src"] for token in parsed(card) if token.type == "image"]
-    names = ("teaser", "sample-0-base", "sample-0", "curves", "masks")
+    names = ("teaser", "curves", "masks")
     assert pictures == [f"images/{name}.png" for name in names]
     for url in facts().trackers.values():
         assert f"]({url})" in text
@@ -231,6 +231,22 @@ def test_licences(base):
     assert (license.id == "other") == (license.link is not None) == (license.name is not None)
 
 
+def test_samples_beyond_the_teaser():
+    """A table shows base and model for each prompt where the teaser does not show all, or there is none."""
+    samples = [Sample(f"prompt {n}", f"images/sample-{n}.png", f"images/sample-{n}-base.png") for n in range(4)]
+    for given, teaser, is_shown in (
+        (samples, "images/teaser.png", True),
+        (samples[:3], "images/teaser.png", False),
+        (samples[:1], None, True),
+    ):
+        card = model.model_card(facts(samples=given, teaser=teaser))
+        rows = [f"| {s.prompt} | ![base]({s.base_image}) | ![this model]({s.image}) |" for s in given]
+        assert [row in card.text for row in rows] == [is_shown] * len(given)
+        assert ("## Samples" in card.text) == is_shown and [w["text"] for w in card.data.widget] == [
+            s.prompt for s in given
+        ]
+
+
 def test_an_unknown_licence_is_left_open():
     """The card says whose licence holds."""
     card = model.model_card(facts(base="user/base"))
@@ -257,6 +273,8 @@ PROGRAMS = {
     "reversed full": {"is_lora": False, "is_reversed": True},
     "local base": {"base": None, "base_folder": "my base"},
     "unnamed base": {"base": None},
+    "base in a file": {"base": None, "base_folder": "my base.safetensors"},
+    "base in a linked file": {"base": "user/base", "base_file": "a b.safetensors"},
     "vae": {"vae": "user/vae", "vae_class": "AutoencoderKL"},
     "vae of a pipeline": {"vae": "user/base", "vae_class": "AutoencoderKL", "vae_subfolder": "vae"},
     "changed base": {"base_changes": ["a LoRA fused into it"]},
@@ -285,35 +303,39 @@ def test_the_code_calls_what_it_has_imported(kind):
     assert len([program for program in programs if "import" in program]) == (2 if kind == "sibling" else 1)
     first = programs[0]
     assert ("vae=vae" in first) == ("vae" in kind) and ('subfolder="vae"' in first) == (kind == "vae of a pipeline")
-    assert ('"my base" is its folder' in first) == (kind == "local base")
+    assert ("stands for its folder" in first) == (kind in ("local base", "unnamed base"))
+    assert ("StableDiffusionXLPipeline.from_single_file(" in first) == ("file" in kind)
+    if kind == "base in a linked file":
+        assert f'"https://huggingface.co/user/base/blob/{facts().base_revision}/a%20b.safetensors"' in first
     assert ("negative_preference_guidance" in first) == (kind == "reversed lora")
     assert ("set_adapters" in card.text) == (kind not in ("full", "reversed full", "reversed lora"))
 
 
 def test_the_command_that_measures():
     """It names base and model, as what each is."""
-    command = "trl-diffusion evaluate --models base={base} {models} --prompts parti --metrics pickscore hpsv2 --output_dir evaluation"
+    further = "--prompts parti --metrics pickscore hpsv2 --output_dir evaluation"
     for changes, base, models in (
         ({}, SDXL, f"trained=user/sdxl-iapo --base_model {SDXL}"),
         ({"is_lora": False}, SDXL, "trained=user/sdxl-iapo"),
         ({"is_reversed": True}, SDXL, f"guided={SDXL} --negative_loras guided=user/sdxl-iapo"),
         ({"base": None, "base_folder": "my base"}, "'my base'", "trained=user/sdxl-iapo --base_model 'my base'"),
     ):
-        printed = blocks(model.model_card(facts(**changes)), "bash")[-1].strip()
-        assert printed == command.format(base=base, models=models)
+        printed = blocks(model.model_card(facts(**changes)), "bash")[-1].replace("\\\n", "")
+        assert shlex.split(printed) == shlex.split(f"trl-diffusion evaluate --models base={base} {models} {further}")
 
 
 def test_what_a_recipe_is_without_is_asked_for():
-    """Flags for a base, data and an expert that are not published."""
-    recipe = {"beta": 1.0}
-    assert (
-        "with `--model_name_or_path`, `--dataset_name`, which are not published"
-        in model.model_card(facts(recipe=recipe)).text
-    )
-    text = model.model_card(
-        facts(recipe=facts().recipe, expert="not published", trainer="ComplexPOTrainer", script="complex-po")
-    ).text
-    assert "`trl-diffusion complex-po --config training.yaml` with `--expert`, which" in text
+    """Flags for a base, data and an expert that are not published; the folder of a base is in the recipe, and nobody else's."""
+    known = facts().recipe
+    for changes, flags in (
+        ({}, ""),
+        ({"base": None, "base_folder": "base", "recipe": known}, "`--model_name_or_path`"),
+        ({"base": None, "recipe": {"beta": 1.0}}, "`--model_name_or_path` and `--dataset_name`"),
+        ({"expert": "not published"}, "`--expert`"),
+        ({"expert": "user/expert", "recipe": {**known, "expert": "user/expert"}}, ""),
+    ):
+        end = f" with {flags} of your own: what was used is not published." if flags else "."
+        assert f"`trl-diffusion instance-dpo --config training.yaml`{end}\n" in model.model_card(facts(**changes)).text
 
 
 def cited(card: ModelCard) -> list[str]:

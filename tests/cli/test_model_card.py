@@ -155,6 +155,19 @@ def test_other_weights_than_those_that_were_evaluated(model, tmp_path, capsys, c
     assert "was sampled with other weights than" in caplog.text
 
 
+def test_a_pipeline_with_other_weights(model, tmp_path, capsys):
+    """What was fine-tuned whole is compared by all of its files."""
+    tiny.sd_pipeline().save_pretrained(model)
+    revision = resolve_model("m", str(model)).revision
+    flags = ["model-card", str(model), "--evaluation"]
+    assert (
+        main([*flags, write_evaluation(tmp_path / "now", {"mine": record("m", path="out", revision=revision)})]) == 0
+    )
+    tiny.sd_pipeline(seed=1).save_pretrained(model)
+    assert main([*flags, str(tmp_path / "now")]) == 2
+    assert "was sampled with other weights than" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -164,7 +177,11 @@ def test_other_weights_than_those_that_were_evaluated(model, tmp_path, capsys, c
         (["model-card", "out", "--private"], "pass `--push_to_hub`"),
         (["model-card", "out", "--evaluation", "images"], "holds no summary.json"),
         (["model-card", "images"], "has no training.json"),
-        (["model-card", "no/such/folder"], "is no folder, and the Hub gives no training.json of that name"),
+        (
+            ["model-card", "no/such/folder"],
+            "'no/such/folder' is no folder, and the Hub gives no training.json of that name",
+        ),
+        (["model-card", "user/name"], "'user/name' is no folder, and the Hub gives no training.json of that name"),
     ],
 )
 def test_mistakes(model, monkeypatch, capsys, flags, message):
@@ -310,6 +327,18 @@ def test_a_push_that_fails(hub, model, tmp_path, capsys, status):  # noqa: F811
     assert (model / "evaluation.json").exists()
     hub.faults.clear()
     assert main(flags) == 0 and set(hub.files("user/aligned")) >= PUSHED
+
+
+@pytest.mark.parametrize("token", ["hf_secret\nsecret", "hf_sécretsecret", "hf_secretsecret"])
+def test_a_token_that_is_none(hub, model, tmp_path, capsys, token):  # noqa: F811
+    """Neither where a model is read nor where it is pushed to is it shown; the line break behind a token is no part of it."""
+    pushed_model(tmp_path)
+    for source in ("user/aligned", str(model)):
+        flags = ["model-card", source, "--push_to_hub", "user/other", "--hub_token"]
+        assert main([*flags, token]) == 2
+        error = capsys.readouterr().err
+        assert "secret" not in error and "sécret" not in error and "Traceback" not in error and "error: " in error
+        assert main([*flags, f"{TOKEN}\n"]) == 0
 
 
 def test_an_answer_that_does_not_come(hub, tmp_path, capsys):  # noqa: F811

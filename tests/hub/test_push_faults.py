@@ -5,6 +5,7 @@
 
 import json
 import logging
+import shlex
 import socket
 import subprocess
 import sys
@@ -387,7 +388,7 @@ def test_private_and_branch(hub, tmp_path):
     trainer = iapo(tmp_path / "out", **SAVES, hub_private_repo=True, hub_revision="draft", hub_strategy="every_save")
     assert [repository.private for repository in hub.repositories] == [True]
     trainer.train()
-    trainer.push_to_hub()
+    trainer.push_to_hub(tags=["done"])
     assert hub.files("user/out").keys() == {".gitattributes"}
     branch = [commit.message for commit in hub.commits("user/out", revision="draft")][1:]
     assert branch == ["Training in progress, step 1", "Training in progress, step 2", "End of training"]
@@ -430,21 +431,28 @@ def test_a_push_in_the_background_that_fails_is_said(hub, tmp_path, warnings):
     later = trainer.push_to_hub(blocking=False)
     assert "403" in str(later.exception())
     assert any("in the background failed: 403" in line for line in warnings())
+    hub.contents.clear()  # somebody has deleted the repository
     trainer.push_to_hub()
     assert messages(hub) == ["End of training"]
 
 
 def test_what_a_failed_push_of_a_trainer_says(hub, tmp_path):
-    """Where the model is, and a command that pushes its files and not whatever lies beside them."""
-    trainer = iapo(tmp_path / "out", is_lora=False, push_to_hub=True)
+    """Where the model is, and a command that pushes its files, and not whatever lies beside them."""
+    trainer = iapo(tmp_path / "my out", is_lora=False, push_to_hub=True, hub_model_id="mine")
+    (tmp_path / "my out" / "notes.txt").parent.mkdir(exist_ok=True)
+    (tmp_path / "my out" / "notes.txt").write_text("private")
     hub.fail("POST", "/commit/", status=403)
     with pytest.raises(ValueError, match="403") as caught:
         trainer.push_to_hub()
     said = str(caught.value)
-    assert "\n" not in said and f"is saved in {tmp_path / 'out'}" in said
-    assert f"hf upload user/out {tmp_path / 'out'} . --include model_index.json" in said and "'unet/*'" in said
+    assert "\n" not in said and f"is saved in {tmp_path / 'my out'}" in said
+    (command,) = [shlex.split(code) for code in said.split("`") if code.startswith("hf upload")]
+    hf = Path(sys.executable).parent / command[0]
+    environment = hub.environment("hf_user", tmp_path / "home")
+    subprocess.run([hf, *command[1:]], env=environment, check=True, capture_output=True)
+    by_hand = hub.files("user/mine")
     trainer.push_to_hub()
-    assert "unet/config.json" in hub.files("user/out")
+    assert hub.files("user/mine").keys() == by_hand.keys() and "unet/config.json" in by_hand
 
 
 def test_a_lora_that_comfyui_has_no_names_for_is_pushed_without(hub, tmp_path, warnings):

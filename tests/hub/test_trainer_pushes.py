@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from peft import get_peft_model_state_dict
 
 from tests import tiny
+from tests.families import FAMILIES
 from tests.hub.pointing import waiting
 from trl_diffusion import (
     AttributeSFTConfig,
@@ -26,6 +27,7 @@ from trl_diffusion import (
     InstanceDPOConfig,
     InstanceDPOTrainer,
 )
+from trl_diffusion.trainer.publishing import model_files
 
 
 SETTINGS = {**tiny.FAST, "max_steps": 2, "use_cpu": True, "resolution": 32, "hub_token": "hf_user"}
@@ -82,7 +84,7 @@ def leave_files(folder: Path) -> None:
         ),
         *("unet/other.safetensors", "vae/notes.txt", "checkpoint-1/notes.txt", "checkpoint-1/training_args.bin"),
         *("checkpoint-9/pytorch_lora_weights.safetensors", "comfyui/mine.safetensors", "criteria.yaml"),
-        "attribute_expert.json",
+        *("attribute_expert.json", "runs/mine/events.out.tfevents.1.host", ".push-old/unet/config.json"),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"left behind")
@@ -118,40 +120,41 @@ STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", 
 def test_what_is_pushed_is_a_list(hub, tmp_path, monkeypatch, is_lora):
     """Weights, card, curves and the last checkpoint arrive, nothing that was left in the folder does, and no file tells the machine."""
     monkeypatch.setattr(socket, "gethostname", lambda: HOST)
-    tiny.sd_pipeline().save_pretrained(tmp_path / "base")
-    leave_files(tmp_path / "out")
+    monkeypatch.setenv("USER", "secret_user")
+    monkeypatch.setenv("LOGNAME", "secret_user")
+    monkeypatch.chdir(tmp_path)
+    root = Path("secret_folder") if is_lora else tmp_path / "secret_folder"
+    tiny.sd_pipeline().save_pretrained(root / "base")
+    leave_files(root / "out")
     trainer = iapo(
-        *(tmp_path / "out", str(tmp_path / "base"), is_lora),
+        *(root / "out", str(root / "base"), is_lora),
         **SAVES,
         hub_strategy="checkpoint",
         report_to="tensorboard",
         sample_prompts=["a cat"],
         num_inference_steps=1,
-        model_init_kwargs={"vae": str(tmp_path / "base" / "vae")} if is_lora else None,
+        model_init_kwargs={"vae": str(root / "base" / "vae")} if is_lora else None,
     )
     trainer.train()
-    (tmp_path / "out" / "images" / "teaser.png").write_bytes(b"a teaser")
-    card = (tmp_path / "out" / "README.md").read_text()
-    monkeypatch.setattr(
-        trainer,
-        "create_model_card",
-        lambda **_: (tmp_path / "out" / "README.md").write_text(
-            f"{card}\n![](images/teaser.png) <img src='samples/step-000002.png'> images/none.png images/../.env.png"
-        ),
-    )
-    for name in ("training.json", "training.yaml", "evaluation.json"):
-        (tmp_path / "out" / name).write_text("{}")
+    (root / "out" / "images" / "more.png").write_bytes(b"more")
+    (root / "out" / "evaluation.json").write_text("{}")
+    card = (root / "out" / "README.md").read_text()
+    card += "\n![](images/more.png) <img src='samples/step-000002.png'> images/none.png images/../.env.png"
+    monkeypatch.setattr(trainer, "create_model_card", lambda **_: (root / "out" / "README.md").write_text(card))
     trainer.push_to_hub()
     files = hub.files("user/out")
     weights = LORA if is_lora else PIPELINE
     curves = {name for name in files if name.startswith("runs/")}
-    saved = {f"last-checkpoint/{name}" for name in (weights - {"comfyui/out.safetensors"}) | STATE}
+    trained = {name for name in weights if name.startswith(("pytorch_lora", "unet/"))}
+    saved = {f"last-checkpoint/{name}" for name in trained | STATE}
     beside = {"README.md", "training.json", "training.yaml", "evaluation.json", ".gitattributes"}
-    assert files.keys() == weights | curves | saved | beside | {"images/teaser.png", "samples/step-000002.png"}
+    pictures = {"images/more.png", "samples/step-000002.png", "images/curves.png"}
+    pictures |= {"images/sample-0.png", "images/sample-0-base.png", "images/teaser.webp"}
+    assert files.keys() == weights | curves | saved | beside | pictures
     (curve,) = curves
     assert curve.rpartition(".tfevents.")[2].replace(".", "").isdigit() and len(curve.split("/")) == 3
-    check_nothing_of_this_machine(files, str(tmp_path))
-    assert [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".push")] == []
+    check_nothing_of_this_machine(files, str(tmp_path), "secret_user", "secret_folder")
+    assert [path for path in (root / "out").iterdir() if path.name.startswith(".push")] == []
     assert not hub.unknown
 
 
@@ -161,7 +164,8 @@ def test_an_expert_comes_with_its_description_and_its_criteria(hub, tmp_path, cr
     trainer.train()
     trainer.push_to_hub()
     files = hub.files("user/expert")
-    expected = {".gitattributes", "README.md", "pytorch_lora_weights.safetensors", "comfyui/expert.safetensors"}
+    expected = {".gitattributes", "README.md", "training.json", "training.yaml", "images/curves.png"}
+    expected |= {"pytorch_lora_weights.safetensors", "comfyui/expert.safetensors"}
     assert files.keys() == expected | {"attribute_expert.json", "criteria.yaml"}
     check_nothing_of_this_machine(files, str(tmp_path))
     fetched = hf_hub_download("user/expert", "criteria.yaml")
@@ -222,3 +226,43 @@ def test_a_run_resumes_from_the_checkpoint_on_the_hub(hub, tmp_path, is_lora):
     resumed = iapo(tmp_path / "resumed", is_lora=is_lora, **settings, max_steps=4)
     resumed.train(resume_from_checkpoint=str(fetched))
     assert tiny.max_difference(tiny.weights(straight.policy), tiny.weights(resumed.policy)) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_list_has_all_files_of_a_pipeline(tmp_path, family):
+    """Of every family, whatever diffusers and transformers save is pushed."""
+    FAMILIES[family].make().save_pretrained(tmp_path)
+    saved = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert model_files(tmp_path, is_lora=False).keys() == saved
+
+
+def test_the_list_has_shards_and_older_tokenizers(tmp_path):
+    """Files that large or older models consist of are pushed; those of components that a pipeline is without are not."""
+    names = [
+        *("transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "transformer/config.json"),
+        *(
+            "transformer/diffusion_pytorch_model.safetensors.index.json",
+            "text_encoder/model-00001-of-00002.safetensors",
+        ),
+        *("text_encoder/model.safetensors.index.json", "tokenizer/spiece.model", "tokenizer/special_tokens_map.json"),
+        *(
+            "tokenizer/vocab.json",
+            "tokenizer/merges.txt",
+            "tokenizer/chat_template.jinja",
+            "tokenizer/added_tokens.json",
+        ),
+        *("feature_extractor/preprocessor_config.json", "text_encoder/generation_config.json"),
+    ]
+    for name in (
+        *names,
+        "image_encoder/config.json",
+        "tokenizer/log.txt",
+        "transformer/a.bin",
+        "transformer/b.safetensors",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    components = {name.split("/")[0]: ["library", "Class"] for name in names}
+    index = {"_class_name": "Pipeline", "force_zeros": True, **components, "image_encoder": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert model_files(tmp_path, is_lora=False).keys() == {*names, "model_index.json"}

@@ -192,6 +192,12 @@ def test_backbones_and_data_import_the_mathematics(module):
     assert internal_rooms(module) <= set(MATHEMATICS)
 
 
+@pytest.mark.parametrize("module", modules_of("cards"))
+def test_cards_import_plain_modules(module):
+    """A card is made of facts: no model, no data, no trainer. Trainers, evaluation, annotation and scripts may make one."""
+    assert internal_rooms(module) <= {"files", "hub"}
+
+
 @pytest.mark.parametrize("module", modules_of("trainer"))
 def test_trainers_import_what_lies_below(module):
     """Trainers import neither annotation nor metrics nor evaluation nor the applications, nor anything by way of the package itself."""

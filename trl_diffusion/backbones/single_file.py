@@ -147,6 +147,7 @@ def load_single_file(
         raise _is_without(name, pipeline_class, config)
     for part in dtypes.keys() & pipeline.components.keys():
         getattr(pipeline, part).to(dtypes[part])
+    pipeline.register_to_config(_name_or_path=str(name))
     return pipeline
 
 

@@ -75,7 +75,9 @@ class ModelFacts:
         base (`str`), base_revision (`str`):
             Hub id of the base, and the commit. `None` for a base that is not on the Hub.
         base_folder (`str`):
-            Of a base that is not on the Hub, the last part of its path.
+            Of a base that is not on the Hub, the last part of its path: a folder, or a single file.
+        base_file (`str`):
+            Of a base on the Hub that is a single file, its path in the repository.
         base_changes (`list[str]`):
             What was done to the base after it was loaded.
         initial_lora (`str`), has_initial_lora (`bool`):
@@ -138,6 +140,7 @@ class ModelFacts:
     base: str | None = None
     base_revision: str | None = None
     base_folder: str | None = None
+    base_file: str | None = None
     base_changes: list[str] = field(default_factory=list)
     initial_lora: str | None = None
     has_initial_lora: bool = False

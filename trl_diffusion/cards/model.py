@@ -47,6 +47,7 @@ FAMILY_TAGS = {
     "Krea2Pipeline": ("krea-2", "krea-2-diffusers"),
     "SanaPipeline": ("sana", "sana-diffusers"),
 }
+SHOWN_BY_TEASER = 3  # prompts
 # The trackers' names, and the badges of TRL's cards
 BADGES = {
     "wandb": (
@@ -77,15 +78,18 @@ def model_card(facts: ModelFacts, evaluation: EvaluationFacts | None = None) -> 
     Returns:
         [`~huggingface_hub.ModelCard`]
     """
+    samples = [sample for sample in facts.samples if is_beside(sample.image) and is_beside(sample.base_image)]
+    teaser = picture(facts.teaser, "Images by the base and by this model from the same noise")
     body = _template().render(
         facts=facts,
         title=plain(facts.name) or "model",
-        samples=[sample for sample in facts.samples if is_beside(sample.image) and is_beside(sample.base_image)],
-        teaser=picture(facts.teaser, "Images by the base and by this model from the same noise"),
+        has_samples=bool(samples),
+        samples=samples if teaser is None or len(samples) > SHOWN_BY_TEASER else [],
+        teaser=teaser,
         curves=picture(facts.curves, "What was logged over the steps of the training"),
         masks=picture(facts.masks, "Masks over images of the data"),
         method_text=_method_text(facts),
-        arm=METHODS[facts.trainer].arm if facts.trainer in METHODS else None,
+        arm=METHODS[facts.trainer].arm if facts.trainer in METHODS and not _is_plain_dpo(facts) else None,
         base_commit=_commit(facts.base, facts.base_revision),
         data_commit=_commit(f"datasets/{facts.data.name}", facts.data.revision),
         quick_start=quick_start(facts),
@@ -179,14 +183,21 @@ def _method_text(facts: ModelFacts) -> str:
     """The two sentences on the method, and what this training makes of it."""
     if facts.trainer not in METHODS:
         return ""
-    is_plain = facts.trainer == "InstanceDPOTrainer" and facts.hyperparameters.get("w_neg") == 1
-    return METHODS[facts.trainer].description + (f" {PLAIN_DPO}" if is_plain else "")
+    return METHODS[facts.trainer].description + (f" {PLAIN_DPO}" if _is_plain_dpo(facts) else "")
+
+
+def _is_plain_dpo(facts: ModelFacts) -> bool:
+    return facts.trainer == "InstanceDPOTrainer" and facts.hyperparameters.get("w_neg") == 1
 
 
 def _missing_flags(facts: ModelFacts) -> str:
     """The flags that the command needs besides the recipe, where a model or data are not published."""
-    needed = ["model_name_or_path", "dataset_name", *(["expert"] if facts.expert else [])]
-    return ", ".join(f"`--{name}`" for name in needed if name not in facts.recipe)
+    needed = {
+        "model_name_or_path": facts.base is None,
+        "dataset_name": "dataset_name" not in facts.recipe,
+        "expert": facts.expert is not None and "expert" not in facts.recipe,
+    }
+    return " and ".join(f"`--{name}`" for name, is_missing in needed.items() if is_missing)
 
 
 def _commit(repository: str | None, revision: str | None) -> str | None:

@@ -22,7 +22,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..cards.licenses import License, license_of
 from ..cards.results import compared, measured, tables
-from ..cards.text import code_span, fenced, hub_link, one_line, picture, python_string
+from ..cards.text import code_span, fenced, hub_link, one_line, picture, python_string, shortened
 from ..visualization import image_grid
 from .card import dataset_of, evaluation_facts
 from .gallery import gallery_data
@@ -35,6 +35,7 @@ SPLIT = "train"
 DISPUTED = "disputed.jpg"
 DISTRIBUTIONS_TITLE, WIN_RATES_TITLE = "Distributions of the scores", "Win rates against {}"
 MOST_SHOWN = 4  # prompts in the picture
+JUDGED = ("num_negative_attributes", "caption_match")  # metrics whose models are flags of the command
 QUALITY = 90
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 
@@ -59,8 +60,8 @@ class Disputed(NamedTuple):
 
 def disputed_images(table: pa.Table, output_dir: Path) -> tuple[list[Disputed], bytes | None]:
     """
-    Chooses the prompts whose images the metrics disagree about most, and shows them side by side. Where nothing is disputed, as with
-    one metric, they are prompts at equal distances.
+    Chooses the prompts whose images the metrics disagree about most, and shows them, a row for each model. Where few are disputed, as with one
+    metric, others at equal distances follow.
 
     Args:
         table (`pyarrow.Table`):
@@ -73,20 +74,22 @@ def disputed_images(table: pa.Table, output_dir: Path) -> tuple[list[Disputed], 
     """
     data = gallery_data(table)
     rows = [row for row in data["rows"] if None not in row["images"]]
-    chosen = sorted((row for row in rows if row["disagreement"]), key=lambda row: -row["disagreement"])[:MOST_SHOWN]
-    chosen = chosen or [
-        rows[place] for place in sorted({number * len(rows) // MOST_SHOWN for number in range(MOST_SHOWN)})
-    ]
     if not rows:
         return [], None
+    chosen = sorted(rows, key=lambda row: -row["disagreement"])[:MOST_SHOWN]
+    chosen = [row for row in chosen if row["disagreement"]]
+    others = [row for row in rows if row not in chosen]
+    number = min(MOST_SHOWN - len(chosen), len(others))
+    chosen += [others[place * len(others) // number] for place in range(number)]
     shown = []
     for row in chosen:
         shown.append([])
         for file in row["images"]:
             with PIL.Image.open(output_dir / unquote(file)) as image:
                 shown[-1].append(image.convert("RGB"))
+    grid = image_grid([*map(list, zip(*shown))], [row["prompt"] for row in chosen], data["models"])
     buffer = io.BytesIO()
-    image_grid(shown, data["models"], [row["prompt"] for row in chosen]).save(buffer, format="JPEG", quality=QUALITY)
+    grid.save(buffer, format="JPEG", quality=QUALITY)
     names = [metric["name"] for metric in data["metrics"]]
     disputed = [
         Disputed(row["prompt"], row["disagreement"], dict(zip(names, map(list, zip(*row["scores"])))))
@@ -142,7 +145,7 @@ def evaluation_card(
     template = resources.files("trl_diffusion").joinpath("templates", "evaluation_card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"line": one_line, "code": code_span, "python": python_string, "fenced": fenced}
-    environment.filters |= {"link": hub_link, "number": "{:,}".format}
+    environment.filters |= {"link": hub_link, "short": shortened, "number": "{:,}".format}
     prompts = settings.get("prompts", {})
     text = environment.from_string(template).render(
         title=repo_id.split("/")[-1],
@@ -163,7 +166,7 @@ def evaluation_card(
         without_score=list(without_score(summary)),
         plots=[picture(file, title) for title, file in pictures.items()],
         disputed=disputed,
-        is_disputed=any(shown.disagreement for shown in disputed),
+        most_disputed=[shown for shown in disputed if shown.disagreement],
         disputed_picture=picture(DISPUTED, "Images of every model for the same prompt and noise"),
         label=lambda name: LABELS.get(name, name),
         arrow=lambda name: "↑" if summary["metrics"][name]["higher_is_better"] else "↓",
@@ -172,6 +175,7 @@ def evaluation_card(
         licenses=licenses_of(settings),
         command=command_of(summary),
         is_local="path/to/" in command_of(summary),
+        is_judged=any(name in JUDGED for name in summary["metrics"]),
     )
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n")
 

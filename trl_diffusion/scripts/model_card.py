@@ -1,6 +1,14 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl-diffusion",
+#     "huggingface_hub",
+# ]
+# ///
+
 """
 Writes the model card of a training again, with an evaluation in it, and pushes it. No model is loaded.
 
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-README, SUMMARY = "README.md", "summary.json"
+README, SUMMARY, PIPELINE = "README.md", "summary.json", "model_index.json"
 COMMIT_MESSAGE = "Write the model card"
 
 
@@ -105,6 +113,11 @@ class ModelCardArguments:
             )
         if self.private and self.push_to_hub is None:
             raise ValueError("`--private` is for a repository that is pushed to: pass `--push_to_hub`.")
+        self.hub_token = (self.hub_token or "").strip() or None  # of a file, it ends in a line break
+        if self.hub_token and not (self.hub_token.isascii() and self.hub_token.isprintable()):
+            raise ValueError(
+                "`--hub_token` holds characters that no token has: copy it again, or run `hf auth login`."
+            )
 
 
 # ----- what is read -----
@@ -143,20 +156,21 @@ class Place:
             return self.folder / name if (self.folder / name).is_file() else None
 
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+        from trl_diffusion.hub import PUSH_ERRORS, describe_failure
         from trl_diffusion.revisions import commit_of
 
         try:
             path = Path(hf_hub_download(self.name, name, revision=self.revision, token=self.token))
-        except EntryNotFoundError as error:
-            if not isinstance(error, LocalEntryNotFoundError):
+        except PUSH_ERRORS as error:
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 return None
-            raise ValueError(f"{name} of {self.name!r} cannot be read: {first_line(error)}") from error
-        except (OSError, HFValidationError) as error:
+            reason, _ = describe_failure(error, self.token)
+            # Without the error behind it, which may hold the token
             raise ValueError(
-                f"{self.name!r} is no folder, and the Hub gives no {name} of that name: {first_line(error)}"
-            ) from error
+                f"{self.name!r} is no folder, and the Hub gives no {name} of that name: {reason}."
+            ) from None
         self.revision = commit_of(path, name)  # all files are those of one commit
         return path
 
@@ -180,10 +194,6 @@ class Place:
             raise ValueError(
                 f"The {name} of {self.name} is not one that this version of trl_diffusion writes."
             ) from error
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 def picture_names(facts: "ModelFacts") -> list[str]:
@@ -309,15 +319,18 @@ def name_of(place: Place, facts: "ModelFacts", records: dict[str, dict[str, Any]
 
 def has_other_weights(place: Place, revision: str | None) -> bool:
     """Whether a folder holds other weights than those that were evaluated, as far as both are known."""
-    from trl_diffusion.backbones.names import INDEX, LORA_WEIGHTS_NAME
+    from trl_diffusion.cards.quick_start import WEIGHTS
+    from trl_diffusion.revisions import digest_of_file
 
     folder = place.folder
     if folder is None or not (revision or "").startswith("sha256:"):
         return False
-    if not any((folder / name).is_file() for name in (INDEX, LORA_WEIGHTS_NAME)):
+    if (folder / WEIGHTS).is_file():
+        return digest_of_file(folder / WEIGHTS) != revision
+    if not (folder / PIPELINE).is_file():
         return False
 
-    from trl_diffusion.evaluation.models import kind_and_revision
+    from trl_diffusion.evaluation.models import kind_and_revision  # imports diffusers
 
     return kind_and_revision(str(folder))[1] != revision
 

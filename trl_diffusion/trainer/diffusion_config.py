@@ -433,13 +433,22 @@ class DiffusionConfig(_BaseConfig):
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
 
 
+def is_absolute(value: Any) -> bool:
+    """Whether a parameter is a path of this machine."""
+    return isinstance(value, str | Path) and Path(value).is_absolute()
+
+
 def without_folders(value: Any) -> Any:
     """The value, with the last part of each path of this machine, at any depth."""
     if isinstance(value, dict):
         return {name: without_folders(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [without_folders(each) for each in value]
-    is_path = isinstance(value, str | Path) and (str(value).startswith(("/", "~", ".")) or os.path.exists(value))
+    is_path = (
+        is_absolute(value)
+        or isinstance(value, str)
+        and (value.startswith(("~/", "./", "../")) or os.path.exists(value))
+    )
     return Path(os.path.abspath(value)).name if is_path else value
 
 

@@ -32,7 +32,7 @@ from ..cards.facts import (
 )
 from ..cards.methods import METHODS
 from ..cards.model import model_card
-from ..cards.text import is_hub_id, yaml_text
+from ..cards.text import HUB, is_hub_id, yaml_text
 from ..files import write_file
 from ..hub import hub_id
 from ..sampling import default_guidance
@@ -44,7 +44,8 @@ from .run_record import NO_MATTER
 
 PACKAGES = ("trl-diffusion", "trl", "diffusers", "transformers", "peft", "torch", "datasets", "tokenizers")
 NOT_PUBLISHED = "not published"
-SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)$")  # of a repository in the Hub's cache
+# Of a repository in the Hub's cache, and of a file in it
+SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)(?:[/\\](.+))?$")
 
 
 class Method(NamedTuple):
@@ -118,7 +119,8 @@ def model_facts(
     is_lora = isinstance(policy, PeftModel)
     is_reversed = getattr(args, "reverse_preference", False)
     lora = policy.peft_config["default"] if is_lora else None
-    base, base_revision, base_folder = named_base(backbone)
+    named = named_base(backbone)
+    base = named["base"]
     data = data_facts(trainer.rows, dataset_name)
     trainer_name = type(trainer).__name__
     script = METHODS[trainer_name].script if trainer_name in METHODS else ""
@@ -127,6 +129,8 @@ def model_facts(
     model_id = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
     expert = trainer._card_parameters.get("expert")
     sample_model, sample_arguments = _other_model(trainer) if is_lora else (None, None)
+    # A file's own link has the commit
+    file = f"{HUB}/{base}/blob/{named['base_revision']}/{named['base_file']}" if named["base_file"] else None
     return ModelFacts(
         name=model_name or model_id.split("/")[-1],
         model_id=model_id,
@@ -135,10 +139,8 @@ def model_facts(
         unit=method.unit,
         tags=[*method.tags, *tags],
         paper=dict(method.paper),
-        base=base,
-        base_revision=base_revision,
-        base_folder=base_folder,
-        base_changes=changes_of_base(pipeline) if base or base_folder else [],
+        **named,
+        base_changes=changes_of_base(pipeline) if base or named["base_folder"] else [],
         initial_lora=hub_id(args.initial_lora),
         has_initial_lora=args.initial_lora is not None,
         pipeline_class=family.pipeline_class.__name__,
@@ -169,8 +171,10 @@ def model_facts(
             | _held_in(pipeline)
             | trainer._card_parameters
         ),
-        recipe=recipe_of(
-            *(args, base or pipeline.config.get("_name_or_path"), base_revision, is_lora, lora, data),
+        recipe=trainer._recipe_parameters
+        | recipe_of(
+            *(args, file or base or pipeline.config.get("_name_or_path"), None if file else named["base_revision"]),
+            *(is_lora, lora, data),
             None if expert == NOT_PUBLISHED else expert,
         ),
         command=command_line(script) if script else None,
@@ -183,7 +187,7 @@ def model_facts(
     )
 
 
-def named_base(backbone: Backbone) -> tuple[str | None, str | None, str | None]:
+def named_base(backbone: Backbone) -> dict[str, str | None]:
     """
     How the base is named to others.
 
@@ -192,18 +196,17 @@ def named_base(backbone: Backbone) -> tuple[str | None, str | None, str | None]:
             The backbone.
 
     Returns:
-        `tuple`: the Hub id and the commit, each `None` if not known; and of a base that is not on the Hub the name of its folder, where
-        it has one.
+        `dict[str, str | None]`: `base`, `base_revision`, `base_file` and `base_folder` of [`cards.facts.ModelFacts`].
     """
     name = backbone.pipeline.config.get("_name_or_path")
-    folder = str(name if backbone.source is None else backbone.source.folder)
-    cached = SNAPSHOT.search(folder.rstrip("/\\"))
-    base = hub_id(name)
-    if base is None and cached:
-        base = cached[1].replace("--", "/", 1)
+    where = str(name if backbone.source is None else backbone.source.folder)
+    cached = SNAPSHOT.search(where.rstrip("/\\"))
+    base = hub_id(name) or (cached[1].replace("--", "/", 1) if cached else None)
     if is_hub_id(base):
-        return base, cached[2] if cached else None, None
-    return None, None, Path(name).absolute().name if name else None
+        revision, file = (cached[2], cached[3]) if cached else (None, None)
+        return {"base": base, "base_revision": revision, "base_file": file, "base_folder": None}
+    folder = Path(name).absolute().name if name else None
+    return {"base": None, "base_revision": None, "base_file": None, "base_folder": folder}
 
 
 def predicts_velocity(family: type[Backbone]) -> bool:

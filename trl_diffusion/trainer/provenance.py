@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -23,10 +23,9 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from ..cards.facts import DataFacts
-from ..data.origin import dataset_id, declared_license, origin_of
 from .diffusion_config import DiffusionConfig
 from .model_config import ModelConfig
-from .run_record import NO_MATTER
+from .origin import dataset_id, declared_license, origin_of
 
 
 # ----- the data -----
@@ -153,20 +152,24 @@ def recipe_of(
 
 def training_settings(args: DiffusionConfig) -> dict[str, Any]:
     """The trainer's own settings, and of all others those that differ from their defaults."""
-    default = type(args)(output_dir="default", use_cpu=args.use_cpu, report_to="none")
+    usual = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(args)
+    }
+    # What `None` becomes. No second configuration is made, which would reset the state of the processes
+    usual |= {"activation_checkpointing": True, "accelerator_config": {}}
+    usual["num_inference_steps"] = 25 if args.sample_model is None else None
     owners = [name for kind in type(args).__mro__ for name in kind.__dict__.get("__annotations__", ())]
     own, settings = type(args).__dict__["__annotations__"], {}
-    for name in sorted((field.name for field in fields(args)), key=owners.index):
-        value, usual = getattr(args, name), getattr(default, name)
-        if name in NOT_IN_RECIPE or name == "model_init_kwargs":
-            continue
+    for name in sorted(usual.keys() - NOT_IN_RECIPE - {"model_init_kwargs"}, key=owners.index):
+        value = plain(getattr(args, name))
         if name == "accelerator_config":
-            value, usual = accelerator_settings(value), {}
+            value = accelerator_settings(args.accelerator_config)
         if name in ("bf16", "fp16"):  # or of `accelerate launch`
             value = args.half_dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
-        is_own = name in own and name not in NO_MATTER and value is not None
-        if is_own or name == "bf16" or value != usual:
-            settings[name] = public_name(value) if name in NAMES else plain(value)
+        is_own = name in own and name != "mask_examples" and value is not None
+        if is_own or name == "bf16" or value != plain(usual[name]):
+            settings[name] = public_name(value) if name in NAMES else value
     return settings
 
 

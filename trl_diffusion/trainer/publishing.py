@@ -24,6 +24,7 @@ from transformers.trainer_utils import HubStrategy
 
 from ..backbones.names import INDEX, LORA_WEIGHTS_NAME
 from ..cards.facts import EVALUATION_NAME, FACTS_NAME, PICTURES, RECIPE_NAME
+from ..cards.quick_start import comfyui_path
 from ..criteria import Criteria
 from ..hub import (
     NO_TOKEN,
@@ -93,10 +94,22 @@ def model_files(folder: Path, is_lora: bool) -> dict[str, Path]:
     return {INDEX: folder / INDEX} | files
 
 
-def checkpoint_files(folder: Path, is_lora: bool) -> dict[str, Path]:
-    """The files of a checkpoint, by their paths in it: the model, and what a training is resumed from."""
-    state = {file.name: file for file in sorted(folder.iterdir()) if STATE_FILE.fullmatch(file.name)}
-    return model_files(folder, is_lora) | state
+def checkpoint_files(folder: Path, denoiser_name: str | None) -> dict[str, Path]:
+    """
+    Lists what a training is resumed from. The components of a pipeline that are not trained are not in it.
+
+    Args:
+        folder (`Path`):
+            The checkpoint.
+        denoiser_name (`str` or `None`):
+            Name of the denoiser that is trained whole; `None` for a LoRA.
+
+    Returns:
+        `dict[str, Path]`: the files by their paths in the checkpoint.
+    """
+    model = model_files(folder, denoiser_name is None)
+    trained = {name: file for name, file in model.items() if not denoiser_name or name.startswith(f"{denoiser_name}/")}
+    return trained | {file.name: file for file in sorted(folder.iterdir()) if STATE_FILE.fullmatch(file.name)}
 
 
 def card_files(folder: Path) -> dict[str, Path]:
@@ -110,21 +123,13 @@ def card_files(folder: Path) -> dict[str, Path]:
 def event_files(folder: Path) -> dict[str, Path]:
     """The TensorBoard files of an output directory, by names that do not hold the host's, which TensorBoard gives them."""
     files, number = {}, Counter()
-    for file in sorted((folder / "runs").rglob("events.out.tfevents.*")):
-        if found := EVENT_FILE.fullmatch(file.name):
-            run = RUN_FOLDER.fullmatch(file.relative_to(folder / "runs").parts[0])
-            name = f"runs/{run[1] if run else found[1]}/events.out.tfevents.{found[1]}"
+    for file in sorted((folder / "runs").glob("*/events.out.tfevents.*")):
+        run, event = RUN_FOLDER.fullmatch(file.parent.name), EVENT_FILE.fullmatch(file.name)
+        if run and event:
+            name = f"runs/{run[1]}/events.out.tfevents.{event[1]}"
             files[f"{name}.{number[name]}"] = file
             number[name] += 1
     return files
-
-
-def comfyui_name(model_name: str) -> str:
-    """
-    The path of the file for ComfyUI and A1111 in the repository of a LoRA. It does not end as the LoRA itself, which
-    `load_lora_weights("user/name")` of diffusers finds by that.
-    """
-    return f"comfyui/{model_name}{'-comfyui' if model_name.endswith('pytorch_lora_weights') else ''}.safetensors"
 
 
 def criteria_file(criteria: Criteria, args: TrainingArguments) -> dict[str, bytes]:
@@ -273,15 +278,14 @@ class Publisher:
         Returns:
             `str`: the whole name, `"user/name"`.
         """
-        if self.repo_id is None or token or revision:
-            self._check_name()
-            self.repo_id = create_repository(
-                self._name,
-                private=self.args.hub_private_repo if private is None else private,
-                revision=revision or self.args.hub_revision,
-                token=token or self.args.hub_token,
-            )
-            self.trainer.hub_model_id = self.repo_id
+        self._check_name()
+        self.repo_id = create_repository(
+            self._name,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+            token=token or self.args.hub_token,
+        )
+        self.trainer.hub_model_id = self.repo_id
         return self.repo_id
 
     def push(
@@ -375,13 +379,15 @@ class Publisher:
             files = model_files(weights, is_lora) | card_files(output_dir) | event_files(output_dir)
             files |= self.trainer.further_files()
             if is_lora and self.trainer.backbone.has_comfyui_names:
-                name = comfyui_name(self._name.split("/")[-1])
+                name = comfyui_path(self._name.split("/")[-1])
                 try:
                     files[name] = export_lora(weights, folder / name)
                 except ValueError as error:  # such as a DoRA
                     logger.warning(f"No file for ComfyUI is pushed. {error}")
+            denoiser_name = None if is_lora else self.trainer.backbone.denoiser_name
             for checkpoint, place in checkpoints.items():
-                files |= {f"{place}/{name}": file for name, file in checkpoint_files(checkpoint, is_lora).items()}
+                state = checkpoint_files(checkpoint, denoiser_name)
+                files |= {f"{place}/{name}": file for name, file in state.items()}
             files = stage(files, folder) if staged else files
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)

@@ -17,8 +17,8 @@ from datasets.utils.track import TrackedIterableFromGenerator
 from huggingface_hub import constants, metadata_load, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..data.sources import format_of
 from ..hub import hub_id
-from .sources import format_of
 
 
 HUB_FILE = re.compile(r"hf://datasets/([^@\s]+)@([0-9a-f]{40})/")
