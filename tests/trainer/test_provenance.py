@@ -37,7 +37,6 @@ from trl_diffusion.trainer.provenance import (
     tracker_urls,
     training_seconds,
 )
-from trl_diffusion.trainer.run_record import NO_MATTER
 
 
 ROOT = Path(__file__).parents[2]
