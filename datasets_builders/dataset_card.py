@@ -25,9 +25,9 @@ from trl_diffusion.annotation.run import Row
 from trl_diffusion.annotation.vlm import VLM, Request, shipped_prompt
 from trl_diffusion.cards.methods import CITATIONS
 from trl_diffusion.cards.text import code_span, fenced, is_hub_id, one_line, plain, python_string
-from trl_diffusion.trainer.origin import declared_license
 from trl_diffusion.machine import all_without_places, without_places
 from trl_diffusion.scripts.judges import VLMArguments
+from trl_diffusion.trainer.origin import declared_license
 
 
 TEMPLATES = Path(__file__).parent

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 
+from trl_diffusion.cards.facts import EVALUATION_NAME, write_facts
+from trl_diffusion.evaluation.card import evaluation_facts
 from trl_diffusion.evaluation.models import resolve_model
 from trl_diffusion.evaluation.prompts import load_prompts
 from trl_diffusion.evaluation.protocols import Protocol
