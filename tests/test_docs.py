@@ -164,12 +164,8 @@ def tiny_hub(tmp_path, monkeypatch):
             expert.save_model()
         return str(tmp_path / "expert" / file)
 
-    class Api:
-        def create_repo(self, name, **kwargs):
-            return type("Repo", (), {"repo_id": f"user/{name}"})()
-
-        def upload_folder(self, folder_path, **kwargs):
-            uploads.append(Path(folder_path).name)
+    def push_files(files, repo_id, **kwargs):
+        uploads.append(repo_id.removeprefix("user/"))
 
     monkeypatch.setattr(datasets, "load_dataset", load_tiny_dataset)
     for loader in (diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image):
@@ -177,7 +173,8 @@ def tiny_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", classmethod(load_config))
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", classmethod(downloaded))
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda pipeline, *args: pipeline)
-    monkeypatch.setattr("transformers.trainer.hf_api", Api)
+    monkeypatch.setattr("trl_diffusion.trainer.publishing.create_repository", lambda name, **kwargs: f"user/{name}")
+    monkeypatch.setattr("trl_diffusion.trainer.publishing.push_files", push_files)
     monkeypatch.setattr("trl_diffusion.lora_files.hf_hub_download", download)
     monkeypatch.setattr("trl_diffusion.trainer.attributes.hf_hub_download", download)
     for config_class in CONFIGS:
