@@ -148,8 +148,9 @@ def test_what_is_pushed_is_a_list(hub, tmp_path, monkeypatch, is_lora):
     trained = {name for name in weights if name.startswith(("pytorch_lora", "unet/"))}
     saved = {f"last-checkpoint/{name}" for name in trained | STATE}
     beside = {"README.md", "training.json", "training.yaml", "evaluation.json", ".gitattributes"}
-    pictures = {"images/more.png", "samples/step-000002.png", "images/curves.png"}
-    pictures |= {"images/sample-0.png", "images/sample-0-base.png", "images/teaser.webp"}
+    pictures = {f"images/{path.name}" for path in (root / "out" / "images").iterdir() if f"images/{path.name}" in card}
+    assert {"images/curves.png", "images/more.png", "images/sample-0.png"} <= pictures
+    pictures.add("samples/step-000002.png")
     assert files.keys() == weights | curves | saved | beside | pictures
     (curve,) = curves
     assert curve.rpartition(".tfevents.")[2].replace(".", "").isdigit() and len(curve.split("/")) == 3

@@ -84,7 +84,8 @@ def model_files(folder: Path, is_lora: bool) -> dict[str, Path]:
     if is_lora:
         return {LORA_WEIGHTS_NAME: folder / LORA_WEIGHTS_NAME}
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    components = [name for name, classes in index.items() if isinstance(classes, list) and classes[0]]
+    # A component is named by its library and class, both `None` where there is none; settings may be lists too
+    components = [name for name, value in index.items() if isinstance(value, list) and isinstance(value[0], str)]
     files = {
         f"{name}/{file.name}": file
         for name in components
