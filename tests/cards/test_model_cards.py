@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard
 from markdown_it import MarkdownIt
 
 from tests.cards.test_text import HOSTILE, INVISIBLE
+from tests.hub.card_rules import check_card
 from trl_diffusion.cards import model
 from trl_diffusion.cards.facts import DataFacts, EvaluationFacts, ModelFacts, Sample, read_model_facts, write_facts
 from trl_diffusion.cards.licenses import LICENSES, license_of
@@ -247,6 +248,13 @@ def test_samples_beyond_the_teaser():
         ]
 
 
+@pytest.mark.parametrize("changes", [{}, {"is_lora": False}, {"base": None}, *({"base": base} for base in LICENSES)])
+def test_the_hub_takes_the_metadata(changes):
+    """By the rules that its documentation and its messages tell."""
+    card = model.model_card(facts(**changes), EVALUATION)
+    assert check_card(str(card), "model") == ([], [])
+
+
 def test_an_unknown_licence_is_left_open():
     """The card says whose licence holds."""
     card = model.model_card(facts(base="user/base"))
@@ -395,7 +403,7 @@ def hostile_facts(text: str) -> ModelFacts:
     return facts(
         name=text, model_id=text, method=text, unit=text, tags=["iapo", text],
         paper={"title": text, "venue": text, "citation": f"@article{{{text},\n}}"},
-        base=text, base_revision=text, base_changes=[text], initial_lora=text, has_initial_lora=True,
+        base=text, base_revision=text, base_folder=text, base_file=text, base_changes=[text], recipe_file=text, initial_lora=text, has_initial_lora=True,
         vae=text, vae_class="AutoencoderKL", vae_subfolder=text, sample_model=text, sample_arguments="height=8",
         example_prompt=text, expert=text,
         data=DataFacts(text, text, text, text, text, 4),
