@@ -155,6 +155,19 @@ def test_other_weights_than_those_that_were_evaluated(model, tmp_path, capsys, c
     assert "was sampled with other weights than" in caplog.text
 
 
+def test_a_pipeline_with_other_weights(model, tmp_path, capsys):
+    """What was fine-tuned whole is compared by all of its files."""
+    tiny.sd_pipeline().save_pretrained(model)
+    revision = resolve_model("m", str(model)).revision
+    flags = ["model-card", str(model), "--evaluation"]
+    assert (
+        main([*flags, write_evaluation(tmp_path / "now", {"mine": record("m", path="out", revision=revision)})]) == 0
+    )
+    tiny.sd_pipeline(seed=1).save_pretrained(model)
+    assert main([*flags, str(tmp_path / "now")]) == 2
+    assert "was sampled with other weights than" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

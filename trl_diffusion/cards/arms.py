@@ -15,9 +15,19 @@ NOT_COMPARED = {
     *("output_dir", "run_name", "project", "report_to", "push_to_hub", "resume_from_checkpoint", "precompute_dir"),
     *("disable_tqdm", "use_cpu", "num_inference_steps", "guidance_scale", "torch_compile", "channels_last"),
     *("activation_checkpointing", "gradient_checkpointing", "dataloader_num_workers", "precompute"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),  # rows per step is
+    # What is compared are the rows of an optimizer step
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "devices"),
+    *("pairs at a time on a device", "images at a time on a device"),
 }
 NOT_COMPARED_PREFIXES = ("hub_", "logging_", "log_", "save_", "eval_", "sample_", "trackio_")
+# Keys of a recipe that a card says by another name
+SAID_AS = {
+    **{"lora_r": "LoRA rank", "lora_alpha": "LoRA alpha", "lora_dropout": "LoRA dropout"},
+    **{"lora_target_modules": "LoRA modules", "optim": "optimizer", "lr_scheduler_type": "lr_scheduler"},
+    **{"adam_beta1": "adam betas", "adam_beta2": "adam betas", "bf16": "precision", "fp16": "precision"},
+    **{"model_name_or_path": "base", "model_revision": "base_revision"},
+    **{"dataset_name": "dataset", "dataset_train_split": "dataset_split"},
+}
 # What the arm must differ in: where all weights of a mask are 1, how they are combined has no effect
 OF_THE_MASK = {"w_neg", "mask_overlap"}
 
@@ -48,6 +58,7 @@ def training_record(facts: ModelFacts) -> dict[str, Any]:
         "dataset_revision": data.revision,
         "rows": data.num_rows,
     }
+    twice = {name for name, other in SAID_AS.items() if settings.get(other) is not None}
     return {
         "trainer": facts.trainer,
         "method": facts.method,
@@ -55,7 +66,7 @@ def training_record(facts: ModelFacts) -> dict[str, Any]:
         "settings": {
             name: value
             for name, value in settings.items()
-            if name not in NOT_COMPARED and not name.startswith(NOT_COMPARED_PREFIXES)
+            if name not in NOT_COMPARED | twice and not name.startswith(NOT_COMPARED_PREFIXES)
         },
     }
 

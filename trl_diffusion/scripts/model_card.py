@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-README, SUMMARY = "README.md", "summary.json"
+README, SUMMARY, PIPELINE = "README.md", "summary.json", "model_index.json"
 COMMIT_MESSAGE = "Write the model card"
 
 
@@ -319,15 +319,18 @@ def name_of(place: Place, facts: "ModelFacts", records: dict[str, dict[str, Any]
 
 def has_other_weights(place: Place, revision: str | None) -> bool:
     """Whether a folder holds other weights than those that were evaluated, as far as both are known."""
-    from trl_diffusion.backbones.names import INDEX, LORA_WEIGHTS_NAME
+    from trl_diffusion.cards.quick_start import WEIGHTS
+    from trl_diffusion.revisions import digest_of_file
 
     folder = place.folder
     if folder is None or not (revision or "").startswith("sha256:"):
         return False
-    if not any((folder / name).is_file() for name in (INDEX, LORA_WEIGHTS_NAME)):
+    if (folder / WEIGHTS).is_file():
+        return digest_of_file(folder / WEIGHTS) != revision
+    if not (folder / PIPELINE).is_file():
         return False
 
-    from trl_diffusion.evaluation.models import kind_and_revision
+    from trl_diffusion.evaluation.models import kind_and_revision  # imports diffusers
 
     return kind_and_revision(str(folder))[1] != revision
 
