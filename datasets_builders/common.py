@@ -4,6 +4,7 @@
 """Shared by the builders: reading the source, writing the folder and its card, and pushing to the Hub."""
 
 import argparse
+import re
 import shlex
 import shutil
 import tempfile
@@ -629,6 +630,11 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
     for flag in ("push_images", "private", "hub_revision", "hub_token"):
         if getattr(args, flag) and not args.push_to_hub:
             raise ValueError(f"`--{flag}` needs a repository: name one with `--push_to_hub`.")
+    if args.license and not re.fullmatch("[a-z0-9.-]+", args.license):
+        raise ValueError(
+            f"`--license` must be a name of the Hub, such as cc-by-4.0 or other, got {args.license!r}. The names are on "
+            "https://huggingface.co/docs/hub/repositories-licenses."
+        )
     folder = args.output_dir.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{args.output_dir} exists and is not empty. Choose another `--output_dir`.")

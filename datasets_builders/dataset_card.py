@@ -12,21 +12,22 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import jinja2
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from datasets_builders.example_pictures import Picture
 from trl_diffusion.annotation.join import entries
 from trl_diffusion.annotation.records import STATUSES
 from trl_diffusion.annotation.run import Row
 from trl_diffusion.annotation.vlm import VLM, Request, shipped_prompt
+from trl_diffusion.cards.methods import CITATIONS
 from trl_diffusion.cards.text import code_span, fenced, is_hub_id, one_line, plain, python_string
 from trl_diffusion.machine import all_without_places, without_places
 from trl_diffusion.scripts.judges import VLMArguments
+from trl_diffusion.trainer.origin import declared_license
 
 
 TEMPLATES = Path(__file__).parent
@@ -93,13 +94,15 @@ def render_card(
     has_images = len(infos) > 1
     measured = described["statuses"] is not None
     annotated = described["annotated"]
+    is_public = is_repository(annotated)
+    source_license = declared_license(annotated, described["annotated_revision"]) if is_public else None
     data = DatasetCardData(
         pretty_name=plain(name.split("/")[-1]) or "dataset",
         # Images have their own terms, so what is declared for the annotations is not declared for all
         license=plain(license) if license and not has_images else UNKNOWN,
         language=["en"] if described["is_english"] else None,
         annotations_creators=["machine-generated"],
-        source_datasets=[annotated] if is_repository(annotated) else None,
+        source_datasets=[annotated] if is_public else None,
         task_categories=["text-to-image"],
         size_categories=[size_category(infos[annotations])] if measured else None,
         tags=["trl-diffusion", "preference-alignment", *tags],
@@ -133,10 +136,9 @@ def render_card(
         is_on_hub="/" in name,
         has_images=has_images,
         license=license,
-        source_license=declared_license(annotated, described["annotated_revision"])
-        if is_repository(annotated)
-        else None,
+        source_license=None if source_license == UNKNOWN else source_license,
         paper=paper,
+        library=CITATIONS["trl_diffusion"],
         pictures=list(pictures),
         share=share,
         schema={config: describe_columns(info.features, columns) for config, info in infos.items()},
@@ -288,16 +290,6 @@ def not_measured(splits: list[str]) -> dict[str, Any]:
         "statuses": None,
         "example": None,
     }
-
-
-def declared_license(name: str, revision: str | None = None) -> str | None:
-    """The license that a dataset on the Hub declares. `None` if there is none, or if it cannot be looked up."""
-    try:
-        card = HfApi().dataset_info(name, revision=revision).card_data
-    except (OSError, ValueError, httpx2.HTTPError):
-        return None
-    found = card.license if card else None
-    return None if found == UNKNOWN else ", ".join(found) if isinstance(found, list) else found
 
 
 def is_shipped(role: dict[str, Any], name: str) -> bool:

@@ -302,7 +302,7 @@ def test_every_metric_is_on_its_page():
 
 
 def test_python_of_evaluation(tiny_hub, monkeypatch):
-    """The page compares a tiny pipeline with a LoRA on it, and its callback logs scores."""
+    """The page compares a tiny pipeline with a LoRA on it, pushes what it found, and its callback logs scores."""
     base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     tiny.sd_pipeline().save_pretrained(base)
     save_lora(tiny.sd_pipeline(), Path("sd15-iapo-lora"))
@@ -310,7 +310,14 @@ def test_python_of_evaluation(tiny_hub, monkeypatch):
     clip_folder(Path("laion/CLIP-ViT-H-14-laion2B-s32B-b79K"))
     rows = [{"id": None, "prompt": prompt, "group": None} for prompt in ("a red cat", "a dog", "a blue circle")]
     monkeypatch.setattr("trl_diffusion.evaluation.prompts.read_benchmark", lambda benchmark, revision: (rows, "1"))
+    pushed = {}
+    monkeypatch.setattr("trl_diffusion.evaluation.push.create_repository", lambda repo_id, *args: repo_id)
+    monkeypatch.setattr("trl_diffusion.evaluation.push.HfApi.list_repo_files", lambda *args, **kwargs: [])
+    monkeypatch.setattr(
+        "trl_diffusion.evaluation.push.push_files", lambda files, *args, **kwargs: pushed.update(files)
+    )
     scope = run("evaluation.md")
+    assert {"README.md", "summary.json", "disputed.jpg", "data/train-00000-of-00001.parquet"} <= pushed.keys()
     assert list(scope["summary"]["scores"]) == ["base", "iapo"]
     folder = Path("evaluation")
     for name in re.findall(r"^- `([\w.]+)`", read("evaluation.md"), re.MULTILINE):

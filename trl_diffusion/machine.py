@@ -47,6 +47,11 @@ def without_places(text: str, folders: tuple[str | Path, ...] = ()) -> str:
     return "".join([*parts, _without_paths(text[end:])])
 
 
+def public_name(name: str) -> str:
+    """The name of a model or a file: of a path, the last part."""
+    return _last(name) if re.match(ROOT, name) or ("/" in name and Path(name).exists()) else name
+
+
 def all_without_places(value: Any, folders: tuple[str | Path, ...] = ()) -> Any:
     """[`machine.without_places`] of every text in JSON values, keys too."""
     if isinstance(value, str):

@@ -10,9 +10,10 @@ from pathlib import Path
 from datasets_builders.common import main, make_parser, planned_card
 from datasets_builders.painting_attributes import PaintingAttributes
 from datasets_builders.pickapic_instance import PickapicInstance
+from trl_diffusion.annotation.records import prepare_rows
+from trl_diffusion.annotation.run import run, run_locally
 from trl_diffusion.cards.facts import PICTURES
 from trl_diffusion.quickstart.cpo import CRITERIA
-from trl_diffusion.quickstart.experiment import annotate
 
 from .tiny import EXPERIMENTS, SEED
 
@@ -40,9 +41,19 @@ def make(output_dir: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             source, built = Path(scratch) / f"unlabelled-{world}", Path(scratch) / name
             source.mkdir()
-            EXPERIMENTS[world].unlabelled_rows(NUM_ROWS, SEED).to_parquet(source / "train.parquet")
-            annotations, _ = annotate(EXPERIMENTS[world], NUM_ROWS, SEED, scratch)
-            flags = ["--dataset_name", str(source), "--annotations_dir", annotations, "--output_dir", str(built)]
+            unlabelled = EXPERIMENTS[world].unlabelled_rows(NUM_ROWS, SEED)
+            unlabelled.to_parquet(source / "train.parquet")
+            rows, columns = prepare_rows(unlabelled, EXPERIMENTS[world].find_columns)
+            task = EXPERIMENTS[world].annotation_task({"name": str(source), "split": "train"}, columns)
+            finished = run(rows, task, Path(scratch) / "annotations", run_locally, disable_tqdm=True)
+            flags = [
+                "--dataset_name",
+                str(source),
+                "--annotations_dir",
+                str(finished.folder),
+                "--output_dir",
+                str(built),
+            ]
             parser = make_parser(builder_class.__module__.rpartition(".")[2], builder_class.DEFAULT_CONFIG_NAME)
             main(builder_class, parser.parse_args(flags), criteria)
             shutil.rmtree(output_dir / name, ignore_errors=True)

@@ -96,7 +96,11 @@ def parse(script: str, file: str, flags: dict[str, str]) -> tuple[Any, Any]:
 def planned(settings: dict[str, Any], args: Any, unit: str, num_processes: int) -> dict[str, Any]:
     """Settings with what the machine decides, and without what only a training knows."""
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
-    steps = args.max_steps if args.max_steps > 0 else f"those of {args.num_train_epochs:g} epochs"
+    steps = (
+        args.max_steps
+        if args.max_steps > 0
+        else f"{args.num_train_epochs:g} epoch{'s' if args.num_train_epochs > 1 else ''}"
+    )
     known = {f"{unit} per optimizer step": rows, "devices": num_processes, "optimizer steps": steps}
     return settings | known | {"precision": "bf16 where the GPU has it, else fp32"}
 

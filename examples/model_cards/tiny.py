@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 
+from trl_diffusion.cards.facts import EVALUATION_NAME, write_facts
+from trl_diffusion.evaluation.card import evaluation_facts
 from trl_diffusion.evaluation.models import resolve_model
 from trl_diffusion.evaluation.prompts import load_prompts
 from trl_diffusion.evaluation.protocols import Protocol
@@ -42,8 +44,18 @@ CARDS = {
 STEPS, GUIDANCE = SAMPLING["num_inference_steps"], SAMPLING["guidance_scale"]
 
 
-def train_all(folder: Path, num_rows: int, max_steps: int, num_prompts: int) -> None:
-    """Annotates both worlds, and trains every arm, each in a folder with its card; what is there is not trained again."""
+def make(folder: Path, num_rows: int = 2048, max_steps: int = 110, num_prompts: int = 1024) -> None:
+    """
+    Trains every arm of the quickstart on both worlds, and puts their evaluations beside them. What is there is not made again.
+
+    Args:
+        folder (`Path`):
+            Where the models go, each in `models/<name>`, the annotations, and the evaluations.
+        num_rows (`int`, *optional*, defaults to `2048`), max_steps (`int`, *optional*, defaults to `110`):
+            Rows and optimizer steps of each training.
+        num_prompts (`int`, *optional*, defaults to `1024`):
+            Images of each model that are scored.
+    """
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         annotations = {
             world: pool.submit(annotate, experiment, num_rows, SEED, str(folder / world))
@@ -56,7 +68,11 @@ def train_all(folder: Path, num_rows: int, max_steps: int, num_prompts: int) -> 
             if not (folder / "models" / name / "README.md").exists()
         ]
         for training in trainings:
-            print(f"trained {training.result()}", flush=True)
+            print(f"Trained {training.result()}.", flush=True)
+    for world, names in CARDS.items():
+        summary = evaluate(world, folder, num_prompts)
+        for name in names:
+            write_facts(evaluation_facts(summary, name), folder / "models" / name / EVALUATION_NAME)
 
 
 def train(world: str, name: str, annotations: str, folder: Path, max_steps: int) -> str:

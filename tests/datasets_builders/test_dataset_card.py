@@ -26,6 +26,7 @@ from datasets_builders.pickapic_instance import PickapicInstance
 from datasets_builders.pickapic_instance.pickapic_instance import count_orders
 from tests.datasets_builders import sources
 from tests.datasets_builders.fake_hub import REPO, FakeHub
+from tests.hub.card_rules import check_card
 from trl_diffusion.annotation.join import load_annotations
 from trl_diffusion.annotation.records import STATUSES
 from trl_diffusion.annotation.vlm import shipped_prompt
@@ -403,6 +404,8 @@ def test_metadata_tell_what_is_known(pairs, paintings):
         metadata["tags"][:2] == ["trl-diffusion", "preference-alignment"]
         and "cpo" in sources.card_of(paintings / "out")[0]["tags"]
     )
+    for folder in (pairs, paintings):
+        assert check_card((folder / "out" / "README.md").read_text(), "dataset") == ([], [])
     assert "source_datasets" not in sources.card_of(paintings / "out")[0]
 
 
@@ -432,6 +435,14 @@ def test_a_license_covers_the_annotations_alone(pairs, tmp_path):
         metadata, text = sources.card_of(out)
         assert metadata["license"] == expected
         assert "published under `cc-by-4.0`. It does not cover the prompts" in text and "None is declared" not in text
+
+
+@pytest.mark.parametrize("name", ["MIT License", "CC-BY-4.0", "mit\nlanguage: xx"])
+def test_a_license_that_the_hub_does_not_know_how_to_spell_is_refused(name, pairs, tmp_path):
+    """What the Hub would refuse after the upload is refused before anything is built."""
+    with pytest.raises(ValueError, match="`--license` must be a name of the Hub, such as cc-by-4.0"):
+        sources.build_pairs(pairs / "source", pairs / "annotations", tmp_path / "out", "--license", name)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_declared_license_of_the_source_is_named(pairs, tmp_path, monkeypatch):
@@ -582,6 +593,7 @@ def test_a_planned_card_has_no_figures_of_its_own(builder_class):
     assert not paper or "The paper reports for its own annotations" in section
     role = "judge" if builder_class is PickapicInstance else "attribute_expert"
     assert shipped_prompt(role).strip() in card.text and "Qwen/Qwen2.5-VL-7B-Instruct" in card.text
+    assert check_card(str(card), "dataset") == ([], [])
     assert DatasetCard(str(card)).data.dataset_info["config_name"] == "annotations"
     for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
         ast.parse(block)

@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from peft import get_peft_model_state_dict
 
 from tests import tiny
+from tests.families import FAMILIES
 from tests.hub.pointing import waiting
 from trl_diffusion import (
     AttributeSFTConfig,
@@ -26,6 +27,7 @@ from trl_diffusion import (
     InstanceDPOConfig,
     InstanceDPOTrainer,
 )
+from trl_diffusion.trainer.publishing import model_files
 
 
 SETTINGS = {**tiny.FAST, "max_steps": 2, "use_cpu": True, "resolution": 32, "hub_token": "hf_user"}
@@ -224,3 +226,43 @@ def test_a_run_resumes_from_the_checkpoint_on_the_hub(hub, tmp_path, is_lora):
     resumed = iapo(tmp_path / "resumed", is_lora=is_lora, **settings, max_steps=4)
     resumed.train(resume_from_checkpoint=str(fetched))
     assert tiny.max_difference(tiny.weights(straight.policy), tiny.weights(resumed.policy)) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_list_has_all_files_of_a_pipeline(tmp_path, family):
+    """Of every family, whatever diffusers and transformers save is pushed."""
+    FAMILIES[family].make().save_pretrained(tmp_path)
+    saved = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert model_files(tmp_path, is_lora=False).keys() == saved
+
+
+def test_the_list_has_shards_and_older_tokenizers(tmp_path):
+    """Files that large or older models consist of are pushed; those of components that a pipeline is without are not."""
+    names = [
+        *("transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "transformer/config.json"),
+        *(
+            "transformer/diffusion_pytorch_model.safetensors.index.json",
+            "text_encoder/model-00001-of-00002.safetensors",
+        ),
+        *("text_encoder/model.safetensors.index.json", "tokenizer/spiece.model", "tokenizer/special_tokens_map.json"),
+        *(
+            "tokenizer/vocab.json",
+            "tokenizer/merges.txt",
+            "tokenizer/chat_template.jinja",
+            "tokenizer/added_tokens.json",
+        ),
+        *("feature_extractor/preprocessor_config.json", "text_encoder/generation_config.json"),
+    ]
+    for name in (
+        *names,
+        "image_encoder/config.json",
+        "tokenizer/log.txt",
+        "transformer/a.bin",
+        "transformer/b.safetensors",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    components = {name.split("/")[0]: ["library", "Class"] for name in names}
+    index = {"_class_name": "Pipeline", "force_zeros": True, **components, "image_encoder": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert model_files(tmp_path, is_lora=False).keys() == {*names, "model_index.json"}

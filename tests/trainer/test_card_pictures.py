@@ -91,7 +91,7 @@ def test_a_resumed_run_has_its_own_prompts(tmp_path):
     trainer = make_trainer(tmp_path, sample_prompts=["a dog"], **settings)
     trainer.train(resume_from_checkpoint=True)
     assert [sample.prompt for sample in pictures_of(trainer).samples] == ["a dog"]
-    assert files(tmp_path) == {"sample-0.png", "sample-0-base.png", "teaser.webp", "samples.json", "curves.png"}
+    assert files(tmp_path) == {"sample-0.png", "sample-0-base.png", "teaser.png", "samples.json", "curves.png"}
     trainer = make_trainer(tmp_path, sample_prompts=None, **settings | {"max_steps": 5})
     trainer.train(resume_from_checkpoint=True)
     assert pictures_of(trainer).samples == [] and pictures_of(trainer).teaser is None

@@ -3,16 +3,22 @@
 
 """The model card of each family: its code runs as printed on what was saved, and its settings are those of the run."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 from tests import tiny
+from tests.original_layouts import sd_file
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
+from trl_diffusion.cards.facts import EvaluationFacts, Score, read_model_facts, write_facts
 
 
 FAMILIES = {
@@ -166,3 +172,132 @@ def test_the_lora_that_a_training_started_at(tmp_path):
     full.create_model_card()
     text = ModelCard.load(tmp_path / "full" / "out" / "README.md").text
     assert "started at" not in text and "export-lora" not in text
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> Path:
+    """A folder with a base as a folder and as a file, and the Hub's cache with both."""
+    root = tmp_path_factory.mktemp("bases")
+    snapshot = root / "hub" / "models--user--base" / "snapshots" / COMMIT
+    tiny.sd_pipeline().save_pretrained(root / "my base")
+    save_file(sd_file(), root / "base.safetensors")
+    shutil.copytree(root / "my base", snapshot)
+    save_file(sd_file(), snapshot / "sd.safetensors")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("where", "named", "said", "loaded"),
+    [
+        ("my base", ("", "", "", "my base"), "on a base that is not on the Hub (`my base`)", 'from_pretrained("my base", '),
+        ("base.safetensors", ("", "", "", "base.safetensors"), "(`base.safetensors`)", 'from_single_file("base.safetensors", '),
+        (f"hub/models--user--base/snapshots/{COMMIT}", ("user/base", COMMIT, "", ""), f"tree/{COMMIT}", 'from_pretrained("user/base", '),
+        (
+            f"hub/models--user--base/snapshots/{COMMIT}/sd.safetensors",
+            ("user/base", COMMIT, "sd.safetensors", ""),
+            "file `sd.safetensors`",
+            f'from_single_file("https://huggingface.co/user/base/blob/{COMMIT}/sd.safetensors", ',
+        ),
+    ],
+    ids=["folder", "file", "cached", "cached file"],
+)  # fmt: skip
+def test_how_a_base_is_named(bases, tmp_path, where, named, said, loaded):
+    """By the Hub id and the commit where it is out of the cache, else by the last part of its path, and the code loads what it is."""
+    settings = {"config": str(bases / "my base")} if where.endswith("safetensors") else {}
+    args = InstanceDPOConfig(str(tmp_path / "out"), resolution=32, model_init_kwargs=settings, **tiny.FAST)
+    trainer = InstanceDPOTrainer(str(bases / where), args=args, train_dataset=tiny.pairs(2), peft_config=tiny.lora())
+    trainer.create_model_card()
+    facts = read_model_facts(tmp_path / "out" / "training.json")
+    assert (facts.base, facts.base_revision, facts.base_file, facts.base_folder) == tuple(x or None for x in named)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert said in text and loaded in code_of(ModelCard(text))
+    assert facts.base_changes == [] and ModelCard(text).data.base_model == (named[0] or None)
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert not [file for file in files if str(bases).encode() in file.read_bytes()]
+
+
+@pytest.mark.parametrize("is_lora", [True, False])
+def test_the_code_runs_as_it_stands_beside_what_it_names(bases, tmp_path, monkeypatch, is_lora):
+    """In a folder with base and model, of a base that is not on the Hub: but for the device and its precision, as printed."""
+    args = InstanceDPOConfig(str(tmp_path / "out"), resolution=32, **tiny.FAST)
+    lora = tiny.lora() if is_lora else None
+    trainer = InstanceDPOTrainer(str(bases / "my base"), args=args, train_dataset=tiny.pairs(2), peft_config=lora)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    shutil.copytree(bases / "my base", tmp_path / "my base")
+    monkeypatch.chdir(tmp_path)
+    text, scope = (tmp_path / "out" / "README.md").read_text(), {}
+    blocks = [part.split("```")[0] for part in text.split("```python")[1:]]
+    assert len(blocks) == 1 + is_lora
+    for block in blocks:
+        exec(block.replace('.to("cuda")', "").replace("torch.float16", "torch.float32"), scope)
+    assert scope["image"].size == (32, 32)
+    if not is_lora:
+        return
+    # The second block: the LoRA at another scale, then in the weights
+    merged = scope["pipeline"].unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    base = tiny.sd_pipeline().unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    update = merged.lora_B["default_0"].weight @ merged.lora_A["default_0"].weight
+    assert update.abs().max() > 0
+    torch.testing.assert_close(merged.base_layer.weight, base.weight + 0.8 * update, atol=1e-6, rtol=1e-5)
+
+
+def test_the_files_of_a_card(tmp_path):
+    """Card, facts and recipe; each made again is the same, and an evaluation that lies beside them stays in the card."""
+    trainer = make_trainer(tmp_path, "sd", is_lora=True)
+    trainer.create_model_card("a name", "user/pairs", "mine")
+    folder = tmp_path / "out"
+    assert {file.name for file in folder.iterdir()} >= {"README.md", "training.json", "training.yaml"}
+    first = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    facts = read_model_facts(folder / "training.json")
+    assert (facts.name, facts.model_id, facts.data.name, facts.tags[-1]) == ("a name", "out", "user/pairs", "mine")
+    assert yaml.safe_load(first["training.yaml"]) == facts.recipe == json.loads(first["training.json"])["recipe"]
+    evaluation = EvaluationFacts(
+        *("out", {"base": "the base", "out": "a LoRA"}, None),
+        {"pickscore": {"label": "PickScore", "higher_is_better": True, "weights": {}, "full_names": []}},
+        {"base": {"pickscore": Score(20.0)}, "out": {"pickscore": Score(21.5)}},
+        {"out": {"pickscore": Score(0.75)}},
+        {"source": "parti", "number": 8, "images": {"base": 8, "out": 8}},
+        {"seed": 0},
+    )
+    write_facts(evaluation, folder / "evaluation.json")
+    trainer.create_model_card("a name", "user/pairs", "mine")
+    card = ModelCard.load(folder / "README.md")
+    assert "### Scores" in card.text and "Nothing was measured" not in card.text
+    assert 21.5 in [result.metric_value for result in card.data.eval_results]
+    (folder / "evaluation.json").unlink()
+    trainer.create_model_card("a name", "user/pairs", "mine")
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == first
+
+
+def test_the_model_that_drew_the_samples(bases, tmp_path):
+    """A distilled sibling on the Hub is a second way to use a LoRA, with its own steps and guidance; one of this machine is not named."""
+    sibling, settings = str(bases / "my base"), {"num_inference_steps": 2, "guidance_scale": 1.5}
+    args = InstanceDPOConfig(
+        str(tmp_path / "out"), resolution=32, sample_model=sibling, sample_prompts=["a cat"], **settings, **tiny.FAST
+    )
+    trainer = InstanceDPOTrainer(sibling, args=args, train_dataset=tiny.pairs(2), peft_config=tiny.lora())
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "which drew the samples" not in (tmp_path / "out" / "README.md").read_text()
+    trainer.args.sample_model = "user/turbo"
+    trainer.create_model_card()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "With [user/turbo](https://huggingface.co/user/turbo), which drew the samples of the training:" in text
+    code = text.split("```python")[3].split("```")[0]
+    assert "height=32, width=32, num_inference_steps=2, guidance_scale=1.5" in code
+    for printed, here in (
+        ("user/turbo", sibling),
+        ('"out"', repr(str(tmp_path / "out"))),
+        ('.to("cuda")', ""),
+        ("float16", "float32"),
+    ):
+        assert printed in code
+        code = code.replace(printed, here)
+    scope = {}
+    exec(code, scope)
+    assert scope["image"].size == (32, 32)

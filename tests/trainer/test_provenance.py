@@ -24,7 +24,7 @@ from tests import tiny
 from trl_diffusion import AttributeSFTConfig, ComplexPOConfig, InstanceDPOConfig, InstanceDPOTrainer, ModelConfig
 from trl_diffusion.cards.facts import DataFacts
 from trl_diffusion.cli.main import script_of
-from trl_diffusion.scripts.utils import get_model, get_peft_config
+from trl_diffusion.scripts.utils import dataset_flags, get_model, get_peft_config
 from trl_diffusion.trainer import provenance
 from trl_diffusion.trainer.provenance import (
     NOT_IN_RECIPE,
@@ -193,6 +193,7 @@ def test_what_is_usual_is_not_said(kind):
     args = kind(output_dir="out", report_to="none")
     recipe = recipe_of(args, "u/m", None, False, None, DataFacts(), None)
     own = {name: getattr(args, name) for name in vars(kind)["__annotations__"] if name != "mask_examples"}
+    own = {name: value for name, value in own.items() if value is not None}
     assert len(own) >= 3
     assert recipe == own | {"model_name_or_path": "u/m", "use_peft": False, "output_dir": "out", "bf16": False}
 
@@ -298,6 +299,23 @@ def test_data_and_base_are_pinned():
     assert (recipe["model_revision"], recipe["expert"]) == (COMMIT[::-1], "user/expert")
     part = recipe_of(args, "user/base", None, False, None, DataFacts("u/d", split="train[:10%]"), None)
     assert "dataset_train_split" not in part and "model_revision" not in part
+
+
+def test_the_flags_of_the_data_come_back(tmp_path):
+    """What only the command knows of the data is in its recipe too, of a folder the last part."""
+    flags = {"columns": {"prompt": "json.caption"}, "dataset_test_split": "held_out", "dataset_streaming": True}
+    given = {"model_name_or_path": "u/m", "output_dir": "out", "dataset_name": "user/pairs", **flags}
+    script_args, *_ = parse("instance-dpo", given, tmp_path)
+    assert dataset_flags(script_args) == {"dataset_name": "user/pairs", **flags}
+    script_args.dataset_name = f"{HOME}/data/pairs"
+    assert dataset_flags(script_args)["dataset_name"] == "pairs"
+    args = InstanceDPOConfig(str(tmp_path / "out"), **tiny.FAST)
+    trainer = InstanceDPOTrainer(tiny.sd_pipeline(), args=args, train_dataset=tiny.pairs(4), peft_config=tiny.lora())
+    trainer._recipe_parameters = dataset_flags(script_args)
+    trainer.create_model_card()
+    recipe = yaml.safe_load((tmp_path / "out" / "training.yaml").read_text())
+    assert recipe.items() >= {"dataset_name": "pairs", **flags}.items()
+    assert parse("instance-dpo", {**given, **recipe}, tmp_path)[0].mapping == flags["columns"]
 
 
 def test_nothing_of_the_machine_is_in_a_recipe(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ class Disputed(NamedTuple):
 
 def disputed_images(table: pa.Table, output_dir: Path) -> tuple[list[Disputed], bytes | None]:
     """
-    Chooses the prompts whose images the metrics disagree about most, and shows them side by side. Where few are disputed, as with one
+    Chooses the prompts whose images the metrics disagree about most, and shows them, a row for each model. Where few are disputed, as with one
     metric, others at equal distances follow.
 
     Args:
@@ -87,8 +87,9 @@ def disputed_images(table: pa.Table, output_dir: Path) -> tuple[list[Disputed], 
         for file in row["images"]:
             with PIL.Image.open(output_dir / unquote(file)) as image:
                 shown[-1].append(image.convert("RGB"))
+    grid = image_grid([*map(list, zip(*shown))], [row["prompt"] for row in chosen], data["models"])
     buffer = io.BytesIO()
-    image_grid(shown, data["models"], [row["prompt"] for row in chosen]).save(buffer, format="JPEG", quality=QUALITY)
+    grid.save(buffer, format="JPEG", quality=QUALITY)
     names = [metric["name"] for metric in data["metrics"]]
     disputed = [
         Disputed(row["prompt"], row["disagreement"], dict(zip(names, map(list, zip(*row["scores"])))))

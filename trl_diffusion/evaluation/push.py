@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from ..data.pictures import upright_image
 from ..hub import check_repository_name, create_repository, push_files, pushing
 from ..hub_datasets import stale_files
-from ..machine import all_without_places, without_places
+from ..machine import all_without_places, public_name, without_places
 from .dataset_card import DISPUTED, DISTRIBUTIONS_TITLE, SPLIT, WIN_RATES_TITLE, disputed_images, evaluation_card
 from .plots import DISTRIBUTIONS, WIN_RATES
 from .report import LATEX, REPORT, SUMMARY, write_report
@@ -162,7 +162,7 @@ def public_summary(summary: dict[str, Any], names: dict[str, str], output_dir: P
         }
 
     def public_weights(weights: dict[str, str]) -> dict[str, str]:
-        named = {Path(name).name if Path(name).exists() else name: revision for name, revision in weights.items()}
+        named = {public_name(name): revision for name, revision in weights.items()}
         return all_without_places(named, (output_dir,))
 
     return summary | {

@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import LoraConfig
@@ -17,11 +17,12 @@ from ..data.presets import training_columns
 from ..data.sources import load_source
 from ..trainer.callbacks import StopCallback
 from ..trainer.model_config import ModelConfig
+from ..trainer.provenance import public_name
+from .dataset_arguments import DatasetArguments
 
 
 if TYPE_CHECKING:
     from ..trainer.diffusion_config import DiffusionConfig
-    from .dataset_arguments import DatasetArguments
 
 
 def load_splits(
@@ -75,7 +76,7 @@ def get_split(splits: DatasetDict | IterableDatasetDict, name: str, flag: str) -
 
 
 def get_datasets(
-    script_args: "DatasetArguments", evaluates: bool
+    script_args: DatasetArguments, evaluates: bool
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """
     Loads the splits that a command trains and evaluates on, with the trainers' columns.
@@ -165,8 +166,15 @@ def get_peft_config(model_args: ModelConfig, initial_lora: str | None = None) ->
     )
 
 
+def dataset_flags(script_args: DatasetArguments) -> dict[str, Any]:
+    """The flags of the dataset that differ from their defaults, for the recipe in the card: of a path the last part."""
+    values = {field.name: getattr(script_args, field.name) for field in fields(DatasetArguments)}
+    values |= {"dataset_name": public_name(script_args.dataset_name), "columns": script_args.mapping}
+    return {field.name: x for field in fields(DatasetArguments) if (x := values[field.name]) != field.default}
+
+
 def train(
-    trainer_class: Callable, script_args: "DatasetArguments", training_args: "DiffusionConfig", model_args: ModelConfig
+    trainer_class: Callable, script_args: DatasetArguments, training_args: "DiffusionConfig", model_args: ModelConfig
 ) -> None:
     """
     Trains, or resumes if `resume_from_checkpoint` says so, saves the model and its card, and pushes them if `push_to_hub`
@@ -194,6 +202,7 @@ def train(
         eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args, training_args.initial_lora),
     )
+    trainer._recipe_parameters = dataset_flags(script_args)
     with finishing() as stop:
         trainer.add_callback(StopCallback(lambda: stop is not None and stop.number is not None))
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -24,7 +24,7 @@ SAMPLES_NAME, CURVES_NAME, MASKS_NAME = "samples.json", "curves.png", "masks.png
 OF_SAMPLES = re.compile(r"(sample-\d+(-base)?|teaser)\.(png|webp)|samples\.json")
 MOST_SAMPLES, TEASER_PROMPTS = 8, 3
 SAMPLES_BYTES, TEASER_BYTES, MASKS_BYTES = 1_000_000, 300_000, 400_000
-MOST_READ = 10_000  # rows, in the search for those that have a mask
+MOST_READ, MOST_STREAMED = 10_000, 500  # rows, in the search for those that have a mask
 
 
 class CardPictures(NamedTuple):
@@ -127,7 +127,11 @@ def save_samples(
     after = f"after {step} steps" if step != 1 else "after 1 step"
     labels = (name, f"{name} with the LoRA, {after}") if name else ("base", after)
     some = slice(TEASER_PROMPTS)
-    content, suffix = encoded(draw_teaser(base_images[some], images[some], prompts[some], labels), TEASER_BYTES)
+    teaser = draw_teaser(base_images[some], images[some], prompts[some], labels)
+    if suffix == ".png":  # of tiny images, without loss like these
+        content = small_png(teaser, TEASER_BYTES)
+    else:
+        content, suffix = encoded(teaser, TEASER_BYTES)
     write_file(folder / f"teaser{suffix}", content)
     known = {"step": step, "model": name, "prompts": prompts, "images": names, "teaser": f"teaser{suffix}"}
     write_file(folder / SAMPLES_NAME, (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode())
@@ -168,7 +172,7 @@ def save_masks(
         output_dir (`str` or `Path`):
             The output directory.
         rows ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The training rows, with images. Of these the first 10,000 are looked at.
+            The training rows, with images. The first 10,000 are looked at, of a stream 500.
         number (`int`):
             How many to draw.
         collate (`Callable`):
@@ -195,7 +199,7 @@ def rows_with_conflict(rows: Dataset | IterableDataset, number: int) -> Iterator
         places = (place for place, row in enumerate(some) if has_conflict(row["instances"]))
         candidates: Iterable[dict[str, Any]] = (rows[place] for place in places)
     else:
-        candidates = (row for row in rows.take(MOST_READ) if has_conflict(row.get("instances")))
+        candidates = (row for row in rows.take(MOST_STREAMED) if has_conflict(row.get("instances")))
     for _, row in zip(range(number), candidates):
         yield row
 

@@ -78,6 +78,7 @@ class DiffusionTrainer(_BaseTrainer):
     loss_is_scaled_for_ga = True  # a loss here is its rows' share in the mean over all rows of the optimizer step
     _example_prompt = "a red bicycle leaning on a stone wall"
     _card_parameters: dict[str, object] = {}  # what the card says in place of, or beside, what `args` holds
+    _recipe_parameters: dict[str, object] = {}  # what only the command knows of its flags
     _output_suffix: str  # of the default output directory
 
     method: Method

@@ -171,7 +171,8 @@ def model_facts(
             | _held_in(pipeline)
             | trainer._card_parameters
         ),
-        recipe=recipe_of(
+        recipe=trainer._recipe_parameters
+        | recipe_of(
             *(args, file or base or pipeline.config.get("_name_or_path"), None if file else named["base_revision"]),
             *(is_lora, lora, data),
             None if expert == NOT_PUBLISHED else expert,

@@ -26,7 +26,6 @@ from ..cards.facts import DataFacts
 from .diffusion_config import DiffusionConfig
 from .model_config import ModelConfig
 from .origin import dataset_id, declared_license, origin_of
-from .run_record import NO_MATTER
 
 
 # ----- the data -----
@@ -168,7 +167,7 @@ def training_settings(args: DiffusionConfig) -> dict[str, Any]:
             value = accelerator_settings(args.accelerator_config)
         if name in ("bf16", "fp16"):  # or of `accelerate launch`
             value = args.half_dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
-        is_own = name in own and name not in NO_MATTER and value is not None
+        is_own = name in own and name != "mask_examples" and value is not None
         if is_own or name == "bf16" or value != plain(usual[name]):
             settings[name] = public_name(value) if name in NAMES else value
     return settings
