@@ -388,6 +388,32 @@ def test_every_trainer_has_its_sentences():
     assert "this is Diffusion-DPO" not in model.model_card(facts()).text
 
 
+def test_the_arm_that_is_asked_for():
+    """Plain Diffusion-DPO is the arm itself, and a reversed model is no model that one compares so."""
+    for changes, arm in (
+        ({}, "`w_neg` 1, which is Diffusion-DPO, too:"),
+        ({"trainer": "ComplexPOTrainer"}, "supervised fine-tuning on the same images, too:"),
+        ({"trainer": "AttributeSFTTrainer"}, None),
+        ({"hyperparameters": {"w_neg": 1.0}}, None),
+        ({"is_reversed": True}, None),
+    ):
+        text = model.model_card(facts(**changes)).text
+        assert ("to know what the method itself adds" in text) == (arm is not None) and (arm or "") in text
+        assert ("Here the two are swapped" in text) == ("is_reversed" in changes)
+
+
+def test_an_expert():
+    """One on the Hub is a link, a folder's name is not, and an unpublished one is not named."""
+    link = "- Expert: [user/expert](https://huggingface.co/user/expert)."
+    for expert, said in (
+        ("user/expert", link),
+        ("painting-expert", "- Expert: `painting-expert`."),
+        ("not published", None),
+    ):
+        text = model.model_card(facts(expert=expert)).text
+        assert said in text if said else "- Expert:" not in text
+
+
 def test_facts_survive_their_file(tmp_path):
     """A card from the file is the card from the training."""
     write_facts(facts(), tmp_path / "training.json")
