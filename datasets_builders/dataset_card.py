@@ -42,6 +42,7 @@ SIZES = {
     1_000_000_000: "100M<n<1B",
     10_000_000_000: "1B<n<10B",
 }
+UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 UNKNOWN = "unknown"
 UNRESOLVED = "the newest when the recipe is run"
 SERVER = "the server's"  # revision of a model behind a server
@@ -122,6 +123,7 @@ def render_card(
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "bytes": byte_size,
         "code": code_span,
         "fenced": fenced,
         "line": one_line,
@@ -142,6 +144,7 @@ def render_card(
         pictures=list(pictures),
         share=share,
         schema={config: describe_columns(info.features, columns) for config, info in infos.items()},
+        sizes={config: info.download_size for config, info in infos.items()},
         split=splits[annotations][0],
     )
     text = re.sub(r"\n{3,}", "\n\n", text)
@@ -152,6 +155,12 @@ def size_category(info: DatasetInfo) -> str:
     """The Hub's category of a number of rows."""
     number = sum(split.num_examples for split in info.splits.values())
     return next((size for most, size in SIZES.items() if number < most), "10B<n<100B")
+
+
+def byte_size(number: int) -> str:
+    """A number of bytes in the largest unit of which there is one."""
+    unit = next((unit for unit in ("GB", "MB", "kB") if number >= UNITS[unit]), None)
+    return f"{number / UNITS[unit]:.1f} {unit}" if unit else f"{number} bytes"
 
 
 # ----- columns -----

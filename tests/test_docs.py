@@ -487,7 +487,7 @@ def test_command_lines(page, line, tmp_path):
     """Every flag of a printed command is the command's or the launcher's, and every file that it names is there."""
     program, *words = shlex.split(line)
     for word in words:
-        if word.startswith("examples/") or word in ("constraints.txt", "trl_diffusion/scripts/instance_dpo.py"):
+        if word.startswith(("examples/", "trl_diffusion/scripts/")) or word == "constraints.txt":
             assert (ROOT / word).is_file()
     if Path(program).name == "trl-diffusion":
         command, *words = words
@@ -511,6 +511,11 @@ def test_command_lines(page, line, tmp_path):
             files = [module / "__main__.py", *module.parent.glob("common.py")]
         source = "".join(file.read_text(encoding="utf-8") for file in files)
         assert all(f'"{word}"' in source for word in words if word.startswith("--"))
+    elif program in ("uv", "hf") and "run" in words:
+        (script,) = [word for word in words if word.endswith(".py")]
+        (command,) = [command for command in COMMANDS if script_of(command).__file__ == str(ROOT / script)]
+        _, remaining = parsers(command)[0].parse_known_args(words[words.index(script) + 1 :])
+        assert remaining == []
     elif program == "accelerate":
         namespace = launch_command_parser().parse_args(words[1:])
         assert importlib.import_module("trl_diffusion.scripts.instance_dpo").make_parser()

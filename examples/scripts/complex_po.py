@@ -4,7 +4,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "trl-diffusion[quantization,trackio]",
+#     "trl-diffusion[evaluation,quantization,trackio]",
 #     "transformers",
 #     "trl",
 # ]

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard
 from markdown_it import MarkdownIt
 
 from tests.cards.test_text import HOSTILE, INVISIBLE
+from tests.hub.card_rules import check_card
 from trl_diffusion.cards import model
 from trl_diffusion.cards.facts import DataFacts, EvaluationFacts, ModelFacts, Sample, read_model_facts, write_facts
 from trl_diffusion.cards.licenses import LICENSES, license_of
@@ -247,6 +248,13 @@ def test_samples_beyond_the_teaser():
         ]
 
 
+@pytest.mark.parametrize("changes", [{}, {"is_lora": False}, {"base": None}, *({"base": base} for base in LICENSES)])
+def test_the_hub_takes_the_metadata(changes):
+    """By the rules that its documentation and its messages tell."""
+    card = model.model_card(facts(**changes), EVALUATION)
+    assert check_card(str(card), "model") == ([], [])
+
+
 def test_an_unknown_licence_is_left_open():
     """The card says whose licence holds."""
     card = model.model_card(facts(base="user/base"))
@@ -380,6 +388,32 @@ def test_every_trainer_has_its_sentences():
     assert "this is Diffusion-DPO" not in model.model_card(facts()).text
 
 
+def test_the_arm_that_is_asked_for():
+    """Plain Diffusion-DPO is the arm itself, and a reversed model is no model that one compares so."""
+    for changes, arm in (
+        ({}, "`w_neg` 1, which is Diffusion-DPO, too:"),
+        ({"trainer": "ComplexPOTrainer"}, "supervised fine-tuning on the same images, too:"),
+        ({"trainer": "AttributeSFTTrainer"}, None),
+        ({"hyperparameters": {"w_neg": 1.0}}, None),
+        ({"is_reversed": True}, None),
+    ):
+        text = model.model_card(facts(**changes)).text
+        assert ("to know what the method itself adds" in text) == (arm is not None) and (arm or "") in text
+        assert ("Here the two are swapped" in text) == ("is_reversed" in changes)
+
+
+def test_an_expert():
+    """One on the Hub is a link, a folder's name is not, and an unpublished one is not named."""
+    link = "- Expert: [user/expert](https://huggingface.co/user/expert)."
+    for expert, said in (
+        ("user/expert", link),
+        ("painting-expert", "- Expert: `painting-expert`."),
+        ("not published", None),
+    ):
+        text = model.model_card(facts(expert=expert)).text
+        assert said in text if said else "- Expert:" not in text
+
+
 def test_facts_survive_their_file(tmp_path):
     """A card from the file is the card from the training."""
     write_facts(facts(), tmp_path / "training.json")
@@ -395,7 +429,7 @@ def hostile_facts(text: str) -> ModelFacts:
     return facts(
         name=text, model_id=text, method=text, unit=text, tags=["iapo", text],
         paper={"title": text, "venue": text, "citation": f"@article{{{text},\n}}"},
-        base=text, base_revision=text, base_changes=[text], initial_lora=text, has_initial_lora=True,
+        base=text, base_revision=text, base_folder=text, base_file=text, base_changes=[text], recipe_file=text, initial_lora=text, has_initial_lora=True,
         vae=text, vae_class="AutoencoderKL", vae_subfolder=text, sample_model=text, sample_arguments="height=8",
         example_prompt=text, expert=text,
         data=DataFacts(text, text, text, text, text, 4),

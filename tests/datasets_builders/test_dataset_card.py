@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 
 from datasets_builders import common, dataset_card, example_pictures
 from datasets_builders.common import card_pictures, make_card, planned_card
-from datasets_builders.dataset_card import public, size_category, spread
+from datasets_builders.dataset_card import byte_size, public, size_category, spread
 from datasets_builders.painting_attributes import PaintingAttributes
 from datasets_builders.pickapic_instance import PickapicInstance
 from datasets_builders.pickapic_instance.pickapic_instance import count_orders
@@ -390,6 +390,20 @@ def test_failures_are_those_of_the_roles(pairs, tmp_path):
     text = sources.card_of(pairs / "out")[1]
     assert f"The planner gave no valid answer, even when it was asked once more, for {planner} of 12 rows" in text
     assert "The judge gave no" not in text and "The detector gave no" not in text
+
+
+def test_the_size_of_the_files_is_that_on_the_disk(pairs):
+    """The card tells the bytes of the Parquet files of each configuration."""
+    sizes = [
+        sum(path.stat().st_size for path in (pairs / "out" / name).iterdir()) for name in ("pairs", "annotations")
+    ]
+    written = "The files have {:.1f} kB (`pairs`) and {:.1f} kB (`annotations`).".format(
+        *(size / 1000 for size in sizes)
+    )
+    assert written in sources.card_of(pairs / "out")[1]
+    assert [byte_size(number) for number in (0, 999, 1000, 2_540_000, 10**9)] == [
+        *("0 bytes", "999 bytes", "1.0 kB", "2.5 MB", "1.0 GB")
+    ]
 
 
 # ----- what is known, and what is private -----

@@ -8,10 +8,12 @@ import logging
 import math
 
 import pytest
+from huggingface_hub import HfApi
 
 from tests import tiny
 from tests.evaluation.loras import save_lora
 from tests.evaluation.test_report import DOWN, UP, table_of
+from tests.hub.conftest import hub  # noqa: F401
 from trl_diffusion.cards.arms import NOT_COMPARED, NOT_COMPARED_PREFIXES, OF_THE_MASK, training_record
 from trl_diffusion.cards.facts import DataFacts, ModelFacts, read_evaluation_facts, write_facts
 from trl_diffusion.evaluation.card import evaluation_facts, t_quantile
@@ -318,6 +320,28 @@ def test_a_training_is_found_beside_a_model(tmp_path, caplog):
         with caplog.at_level(logging.WARNING):
             assert resolve_model("a", str(tmp_path / "out"), str(tmp_path / "base")).training is None
         assert "is not one that this version of trl_diffusion writes" in caplog.text
+
+
+def test_a_training_is_found_on_the_hub(hub, tmp_path, caplog):  # noqa: F811
+    """By the file beside the weights; none is no mistake, and an answer that does not come is said."""
+    tiny.sd_pipeline().save_pretrained(tmp_path / "base")
+    save_lora(tiny.sd_pipeline(), tmp_path / "lora")
+    api = HfApi()
+    for name in ("user/with", "user/without"):
+        api.create_repo(name)
+        api.upload_folder(repo_id=name, folder_path=tmp_path / "lora")
+    write_facts(model_facts(w_neg=0.0), tmp_path / "training.json")
+    api.upload_file(repo_id="user/with", path_in_repo="training.json", path_or_fileobj=tmp_path / "training.json")
+    with caplog.at_level(logging.WARNING):
+        assert resolve_model("a", "user/with", str(tmp_path / "base")).training == training_record(
+            model_facts(w_neg=0.0)
+        )
+        assert resolve_model("a", "user/without", str(tmp_path / "base")).training is None
+    assert "training.json" not in caplog.text
+    hub.fail("HEAD", r".*/user/without/.*/training.json", status=500, times=100)
+    with caplog.at_level(logging.WARNING):
+        assert resolve_model("a", "user/without", str(tmp_path / "base")).training is None
+    assert "The Hub does not say whether user/without has a training.json" in caplog.text
 
 
 def test_models_are_described():

@@ -16,8 +16,10 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from tests import tiny
 from tests.evaluation.loras import save_lora
+from tests.evaluation.test_card import model_facts
 from tests.original_layouts import sd_file
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer, negative_preference_guidance
+from trl_diffusion.cards.facts import write_facts
 from trl_diffusion.evaluation import models as module
 from trl_diffusion.evaluation.models import (
     default_guidance,
@@ -139,6 +141,13 @@ class TestKinds:
         assert resolve_model("m", str(out), base=other).base == other
         with pytest.raises(ValueError, match="has no README.md that names one `base_model`. Pass"):
             resolve_model("m", str(out / "elsewhere"))
+
+    def test_of_several_bases_the_one_that_was_trained(self, folders, tmp_path):
+        """A card also names the LoRA that a training started at; what was written of the training says which of them is the base."""
+        save_lora(tiny.sd_pipeline(), tmp_path / "lora")
+        card(tmp_path / "lora", f"[{folders['base']}, c/d]")
+        write_facts(model_facts(base=folders["base"]), tmp_path / "lora" / "training.json")
+        assert resolve_model("m", str(tmp_path / "lora")).base == folders["base"]
 
     @pytest.mark.parametrize("base_model", ["[a/b, c/d]", "null", "[]"])
     def test_a_card_that_names_no_single_base(self, tmp_path, base_model):

@@ -11,6 +11,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 
 NAME = re.compile(r"[a-z0-9.-]+")
+LICENSE = re.compile(r"[a-z0-9.+-]+")  # such as `openrail++`
 RELATIONS = {"adapter", "finetune", "merge", "quantized"}
 
 
@@ -94,7 +95,7 @@ def wrong_license(data: dict[str, Any]) -> list[str]:
     errors = [
         f'"license" with value "{value}" is not valid'
         for value in texts(data.get("license") or [])
-        if not NAME.fullmatch(value)
+        if not LICENSE.fullmatch(value)
     ]
     if data.get("license_name") is not None and not NAME.fullmatch(str(data["license_name"])):
         errors.append('"license_name" must only contain lowercase letters, digits, "." and "-"')

@@ -180,6 +180,8 @@ def test_hostile_prompts_come_back(tmp_path):
     save_samples(tmp_path, prompts, images, images, 0)
     assert [sample.prompt for sample in write_card_pictures(tmp_path, []).samples] == prompts
     assert len(files(tmp_path)) == 10
+    (tmp_path / "images" / "sample-2.png").unlink()  # a picture that the user does not want
+    assert write_card_pictures(tmp_path, []).samples == []
 
 
 # ----- masks -----

@@ -404,6 +404,17 @@ def test_the_command(monkeypatch, head):
     assert command_line("complex-po") is None
 
 
+def test_a_copy_of_the_script_is_the_command(monkeypatch, tmp_path):
+    """`uv run` with a link runs a copy under another name; a changed script is the user's own."""
+    copy = tmp_path / "script7f.py"
+    copy.write_bytes(Path(SCRIPT).read_bytes())
+    running(monkeypatch, str(copy), "--output_dir", "out")
+    assert command_line("instance-dpo") == "trl-diffusion instance-dpo --output_dir out"
+    assert command_line("complex-po") is None
+    copy.write_bytes(Path(SCRIPT).read_bytes() + b"#")
+    assert command_line("instance-dpo") is None
+
+
 def test_the_command_says_the_processes(monkeypatch):
     """The launcher's flags are not those of its processes, but their number is known."""
     running(monkeypatch, SCRIPT, "--output_dir", "out", processes=4)

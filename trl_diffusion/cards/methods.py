@@ -50,6 +50,7 @@ METHODS = {
     ),
 }
 PLAIN_DPO = "With `w_neg` 1, as here, no region is taken out: this is Diffusion-DPO."
+SWAPPED = "Here the two are swapped, so that it learns to draw what it should not."
 REVERSED = "Diffusion-NPO"
 
 CITATIONS = {

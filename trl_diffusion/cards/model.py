@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from .facts import RECIPE_NAME, EvaluationFacts, ModelFacts
 from .licenses import license_of
-from .methods import METHODS, PLAIN_DPO, citations_of
+from .methods import METHODS, PLAIN_DPO, SWAPPED, citations_of
 from .quick_start import WEIGHTS, evaluation_command, export_command, export_path, other_start, quick_start
 from .results import eval_results, evaluation_section
 from .text import (
@@ -89,7 +89,7 @@ def model_card(facts: ModelFacts, evaluation: EvaluationFacts | None = None) -> 
         curves=picture(facts.curves, "What was logged over the steps of the training"),
         masks=picture(facts.masks, "Masks over images of the data"),
         method_text=_method_text(facts),
-        arm=METHODS[facts.trainer].arm if facts.trainer in METHODS and not _is_plain_dpo(facts) else None,
+        arm=_arm(facts),
         base_commit=_commit(facts.base, facts.base_revision),
         data_commit=_commit(f"datasets/{facts.data.name}", facts.data.revision),
         quick_start=quick_start(facts),
@@ -183,7 +183,14 @@ def _method_text(facts: ModelFacts) -> str:
     """The two sentences on the method, and what this training makes of it."""
     if facts.trainer not in METHODS:
         return ""
-    return METHODS[facts.trainer].description + (f" {PLAIN_DPO}" if _is_plain_dpo(facts) else "")
+    further = [*([PLAIN_DPO] if _is_plain_dpo(facts) else []), *([SWAPPED] if facts.is_reversed else [])]
+    return " ".join([METHODS[facts.trainer].description, *further])
+
+
+def _arm(facts: ModelFacts) -> str | None:
+    """What to compare the model with, besides its base; what draws only where guidance subtracts has no arm."""
+    has_arm = facts.trainer in METHODS and not facts.is_reversed and not _is_plain_dpo(facts)
+    return METHODS[facts.trainer].arm if has_arm else None
 
 
 def _is_plain_dpo(facts: ModelFacts) -> bool:

@@ -14,8 +14,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub import ModelCard, constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from .. import backbones
 from ..backbones.dtypes import as_dtype
@@ -377,7 +377,17 @@ def _written_by_training(where: str, name: str) -> Path | None:
 
 def _training_of(where: str) -> dict[str, Any] | None:
     """How a model was trained, if a trainer of this library has written it."""
-    path = _written_by_training(where, FACTS_NAME)
+    try:
+        path = Path(hf_hub_download(where, FACTS_NAME)) if not Path(where).exists() else None
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        is_missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if not is_missing and not constants.HF_HUB_OFFLINE:  # there nobody can tell
+            logger.warning(
+                f"The Hub does not say whether {where} has a {FACTS_NAME}, so an evaluation cannot tell how it was trained: "
+                f"{str(error).splitlines()[0]}"
+            )
+        return None
+    path = path or _written_by_training(where, FACTS_NAME)
     if path is None:
         return None
     try:
@@ -399,6 +409,10 @@ def _base_of(lora: str) -> str | None:
     card = _written_by_training(lora, "README.md")
     named = card and ModelCard.load(card).data.get("base_model")
     names = named if isinstance(named, list) else [named]
+    if len(names) > 1 and (
+        training := _training_of(lora)
+    ):  # the card also names the LoRA that the training started at
+        names = [name for name in names if name == training["base"]]
     return names[0] if len(names) == 1 and names[0] else None
 
 

@@ -72,7 +72,7 @@ def write_card_pictures(
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / CURVES_NAME, curves)
     known = read_samples(folder)
-    if known is None or known["step"] > global_step:
+    if known is None or known["step"] > global_step or not are_there(folder, known):
         samples, teaser = [], None
     else:
         pairs = zip(known["prompts"], known["images"], strict=True)
@@ -141,6 +141,13 @@ def read_samples(folder: Path) -> dict[str, Any] | None:
     """What [`trainer.card_pictures.save_samples`] says of the pictures in a folder."""
     path = folder / SAMPLES_NAME
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def are_there(folder: Path, known: dict[str, Any]) -> bool:
+    """Whether nobody has deleted one of the pictures."""
+    return all(
+        (folder / name).exists() for name in [known["teaser"], *(name for pair in known["images"] for name in pair)]
+    )
 
 
 def clear_samples(output_dir: str | Path) -> None:

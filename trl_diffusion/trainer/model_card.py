@@ -381,7 +381,9 @@ def hyperparameters(
     if args.initial_lora is not None:
         set_on_purpose.append("initial_lora_in_reference")
     names = [name for name in type(args).__annotations__ if not name.startswith("_") and name not in NO_MATTER]
-    own = {name: getattr(args, name) for name in names}
+    values = {name: getattr(args, name) for name in names}
+    # Of a separator, the space at its end matters
+    own = {name: repr(x) if isinstance(x, str) and x != x.strip() else x for name, x in values.items()}
     return own | {
         **_lora_settings(lora),
         "learning_rate": args.learning_rate,

@@ -295,8 +295,9 @@ def flags_of(script: str, argv: list[str]) -> list[str] | None:
         return None
     scripts = Path(__file__).resolve().parents[1] / "scripts"
     program = Path(argv[0]).resolve()
-    if program == scripts / f"{script.replace('-', '_')}.py":
-        return argv[1:]
+    file = scripts / f"{script.replace('-', '_')}.py"
+    if program.suffix == ".py" and program.is_file() and program.read_bytes() == file.read_bytes():
+        return argv[1:]  # a copy too, as `uv run` makes of a link
     if program.stem == "trl-diffusion" or program == scripts.parent / "__main__.py":
         return argv[2:] if argv[1:2] == [script] else None
     return None
