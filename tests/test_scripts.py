@@ -264,6 +264,16 @@ def test_the_script_does_its_work_as_a_file(name, data, tmp_path):
     assert printed in ended.stdout and (written is None or (tmp_path / written).exists())
 
 
+@pytest.mark.parametrize("name", ["annotate_pairs", "annotate_paintings"])
+def test_what_cannot_be_pushed_is_not_annotated(name, tmp_path):
+    """Outside of a clone there are no builders of datasets, which is said before anything is annotated."""
+    copy = shutil.copy(ROOT / "examples" / "scripts" / f"{name}.py", tmp_path)
+    flags = ["--dataset_name", "none", "--output_dir", tmp_path / "out", "--push_to_hub", "user/name"]
+    ended = processes.run([copy, *flags], cwd=tmp_path)
+    assert ended.returncode == 1 and "run this file in a clone" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def run_copy(name: str, folder: Path, flags: list) -> subprocess.CompletedProcess:
     command = [shutil.copy(ROOT / FOLDERS[0] / f"{name}.py", folder), *flags]
     if name != "quickstart":  # whose own processes start as those of a main module do

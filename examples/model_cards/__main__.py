@@ -32,6 +32,24 @@ from . import datasets, reference, tiny
 
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
+INDEX = """
+# Model cards
+
+`python -m examples.model_cards` makes these cards from the facts that lie beside them, and a test keeps them true.
+
+## The reference recipes
+
+Nobody has trained or built these yet: the cards say what their recipes say, and have no figures. `user` stands for whoever does it.
+
+{reference}
+
+## The quickstart's models and datasets
+
+Small, but real: trained with seed {seed}, evaluated on 1,024 prompts by an oracle that reads the images, and looked at. `python -m
+examples.model_cards --train --work_dir DIR` makes them again, with their weights in `DIR/models`.
+
+{tiny}
+"""
 
 
 def main():
@@ -53,6 +71,23 @@ def main():
         write_file(folder / "README.md", render(folder).encode())
     for name in datasets.REFERENCE:
         write_file(args.output_dir / name / "README.md", datasets.reference_card(name).encode())
+    write_file(args.output_dir / "README.md", index(args.output_dir).encode())
+
+
+def index(output_dir: Path) -> str:
+    """A page that lists the cards."""
+    models = [read_model_facts(output_dir / name / FACTS_NAME) for name in reference.CARDS]
+    rows = [f"| [{facts.name}]({facts.name}/README.md) | {facts.method}, `{facts.recipe_file}` |" for facts in models]
+    rows += [f"| [{name}]({name}/README.md) | a dataset, `datasets_builders/` |" for name in datasets.REFERENCE]
+    tiny_rows = [
+        f"| [{name}]({name}/README.md) | {tiny.EXPERIMENTS[world].arms[arm].title}, on the {world} |"
+        for world, names in tiny.CARDS.items()
+        for name, arm in names.items()
+    ]
+    tiny_rows += [f"| [{name}]({name}/README.md) | a dataset, {datasets.NUM_ROWS} rows |" for name in datasets.TINY]
+    head = ["| card | of |", "|---|---|"]
+    text = INDEX.format(reference="\n".join([*head, *rows]), tiny="\n".join([*head, *tiny_rows]), seed=tiny.SEED)
+    return text.lstrip()
 
 
 def render(folder: Path) -> str:

@@ -43,9 +43,21 @@ from trl_diffusion.hub import check_repository_name
 from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
 
 
+def check_push(repository: str) -> None:
+    """Ends the script, before anything is annotated, if the dataset could not be built and pushed afterwards."""
+    check_repository_name(repository, "`--push_to_hub`")
+    sys.path.append(str(Path(__file__).parents[2]))
+    try:
+        import datasets_builders  # noqa: F401
+    except ImportError:
+        sys.exit(
+            "`--push_to_hub` needs the builders of datasets, which are in the repository and not in the package: run this file in "
+            "a clone, or leave the flag out."
+        )
+
+
 def push(args: argparse.Namespace, annotations: Path) -> None:
     """Builds the dataset with its card in `OUTPUT_DIR/published`, and pushes it."""
-    sys.path.append(str(Path(__file__).parents[2]))  # the builders are in the repository, not in the package
     from datasets_builders.common import main, make_parser
     from datasets_builders.pickapic_instance import PickapicInstance
 
@@ -71,7 +83,7 @@ if __name__ == "__main__":
     parser.add_argument("--hub_token", help="Token for the push. Defaults to that of `hf auth login` or HF_TOKEN.")
     args = parser.parse_args()
     if args.push_to_hub:
-        check_repository_name(args.push_to_hub, "`--push_to_hub`")
+        check_push(args.push_to_hub)
 
     pairs = load_dataset(args.dataset_name, split=args.split)
     vlm = OracleVLM() if args.vlm == "oracle" else TransformersVLM(args.vlm)
