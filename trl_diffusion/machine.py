@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 PUBLIC_HOSTS = ("huggingface.co", "hf.co", "github.com", "arxiv.org")
 AN_ADDRESS = "(an address)"
+SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}")
 ADDRESS = re.compile(
     r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>`]+|\b(?:localhost|\d{1,3}(?:\.\d{1,3}){3})(?::\d+)?\b(?:/[^\s'\"<>`]*)?"
 )
@@ -47,9 +48,21 @@ def without_places(text: str, folders: tuple[str | Path, ...] = ()) -> str:
     return "".join([*parts, _without_paths(text[end:])])
 
 
-def public_name(name: str) -> str:
-    """The name of a model or a file: of a path, the last part."""
-    return _last(name) if re.match(ROOT, name) or ("/" in name and Path(name).exists()) else name
+def public_name(name: str | None) -> str | None:
+    """The name of a model, a LoRA or a file; of a path of this machine the last part, of an address what is no secret."""
+    if name is None:
+        return None
+    name = SECRET.sub("***", str(name))
+    if "://" in name:
+        parts = urlsplit(name)
+        if parts.scheme in ("http", "https", "hf"):
+            return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        return public_name(parts.path)
+    if re.match(r"[A-Za-z]:[\\/]|\\\\", name):
+        return re.split(r"[\\/]", name.rstrip("\\/"))[-1]
+    if name.startswith(("/", ".", "~")) or os.path.exists(name) or name.count("/") > 1:
+        return os.path.basename(os.path.abspath(os.path.expanduser(name))) or "root"
+    return name
 
 
 def all_without_places(value: Any, folders: tuple[str | Path, ...] = ()) -> Any:

@@ -15,9 +15,9 @@ from transformers import TrainerState
 from ..cli.stopping import finishing
 from ..data.presets import training_columns
 from ..data.sources import load_source
+from ..machine import public_name
 from ..trainer.callbacks import StopCallback
 from ..trainer.model_config import ModelConfig
-from ..trainer.provenance import public_name
 from .dataset_arguments import DatasetArguments
 
 

@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from ..cards.facts import DataFacts
+from ..machine import SECRET, public_name
 from .diffusion_config import DiffusionConfig
 from .model_config import ModelConfig
 from .origin import dataset_id, declared_license, origin_of
@@ -96,7 +97,6 @@ NOT_IN_RECIPE = {
 NAMES = ("output_dir", "initial_lora", "criteria", "sample_model")  # may be a path
 SECRET_OR_PLACE = ("token", "use_auth_token", "cache_dir", "local_files_only", "proxies", "force_download")
 FLAGS_OF_MODEL = {"revision": "model_revision", "variant": "variant", "config": "single_file_config", "vae": "vae"}
-SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}")
 
 
 def recipe_of(
@@ -244,23 +244,6 @@ def public_value(value: Any) -> Any:
     return public_name(value) if isinstance(value, str) else value
 
 
-def public_name(name: str | None) -> str | None:
-    """The name of a model, a LoRA or a file; of a path of this machine the last part, of an address what is no secret."""
-    if name is None:
-        return None
-    name = SECRET.sub("***", str(name))
-    if "://" in name:
-        parts = urlsplit(name)
-        if parts.scheme in ("http", "https", "hf"):
-            return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        return public_name(parts.path)
-    if re.match(r"[A-Za-z]:[\\/]|\\\\", name):
-        return re.split(r"[\\/]", name.rstrip("\\/"))[-1]
-    if name.startswith(("/", ".", "~")) or os.path.exists(name) or name.count("/") > 1:
-        return os.path.basename(os.path.abspath(os.path.expanduser(name))) or "root"
-    return name
-
-
 # ----- the command -----
 
 LEFT_OUT_FLAGS = ("hub_token", "token")
@@ -319,7 +302,7 @@ def public_flags(flags: list[str]) -> list[str]:
 
 
 def public_word(value: str, flag: str) -> str:
-    """A flag's value: a text as it is, the names in JSON and any other as [`trainer.provenance.public_name`] has them."""
+    """A flag's value: a text as it is, the names in JSON and any other as [`machine.public_name`] has them."""
     if flag in TEXT_FLAGS:
         return SECRET.sub("***", value)
     if value.startswith("{"):
