@@ -46,7 +46,8 @@ Nobody has trained or built these yet: the cards say what their recipes say, and
 ## The quickstart's models and datasets
 
 Small, but real: trained with seed {seed}, evaluated on 1,024 prompts by an oracle that reads the images, and looked at. `python -m
-examples.model_cards --train --work_dir DIR` makes them again, with their weights in `DIR/models`.
+examples.model_cards --train --work_dir DIR` makes them again, with their weights in `DIR/models`. Their bases and the expert come with the
+package, in `trl_diffusion/quickstart/`, under its licence.
 
 {tiny}
 """
