@@ -104,7 +104,7 @@ def copy_card(model: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in (FACTS_NAME, EVALUATION_NAME):
         shutil.copy(model / name, folder / name)
-    shutil.copytree(model / PICTURES, folder / PICTURES)
+    shutil.copytree(model / PICTURES, folder / PICTURES, ignore=shutil.ignore_patterns("*.json"))
 
 
 if __name__ == "__main__":

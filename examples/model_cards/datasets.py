@@ -59,4 +59,4 @@ def make(output_dir: Path) -> None:
             shutil.rmtree(output_dir / name, ignore_errors=True)
             (output_dir / name).mkdir(parents=True)
             shutil.copy(built / "README.md", output_dir / name)
-            shutil.copytree(built / PICTURES, output_dir / name / PICTURES)
+            shutil.copytree(built / PICTURES, output_dir / name / PICTURES, ignore=shutil.ignore_patterns("*.parquet"))

@@ -273,6 +273,8 @@ def test_a_card_of_the_hub(hub, tmp_path, capsys, monkeypatch):  # noqa: F811
     assert set(contents(tmp_path / "aligned")) == PUSHED | {"training.json"} and hub.files("user/aligned") == before
     assert main(["model-card", "user/aligned", "--evaluation", evaluation]) == 2
     assert "which exists: move it away" in capsys.readouterr().err
+    assert main(["model-card", "user/aligned", "--evaluation", evaluation, "--output_dir", "elsewhere"]) == 0
+    assert contents(tmp_path / "elsewhere") == contents(tmp_path / "aligned")
     assert main(["model-card", "user/aligned", "--evaluation", evaluation, "--push_to_hub"]) == 0
     after = hub.files("user/aligned")
     assert {name for name in after if after[name] != before.get(name)} == {"README.md", "evaluation.json"}

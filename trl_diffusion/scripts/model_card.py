@@ -54,6 +54,8 @@ class ModelCardArguments:
         arm (`str`, *optional*):
             Name in the evaluation of the model that was trained alike without what the method adds: with `w_neg=1`, or by SFT.
             Defaults to the one whose training says so.
+        output_dir (`str`, *optional*):
+            New folder for the card and what belongs to it. Defaults to the model's folder, and for a model of the Hub to its name.
         overwrite (`bool`, *optional*, defaults to `False`):
             Write a README.md again that somebody has edited.
         push_to_hub (`str`, *optional*):
@@ -82,6 +84,12 @@ class ModelCardArguments:
         metadata={
             "help": "Name in the evaluation of the model that was trained alike without what the method adds: with `w_neg=1`, "
             "or by SFT. Defaults to the one whose training says so."
+        },
+    )
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "New folder for the card and what belongs to it. Defaults to the model's folder, for a model of the Hub to its name."
         },
     )
     overwrite: bool = field(default=False, metadata={"help": "Write a README.md again that somebody has edited."})
@@ -349,13 +357,13 @@ def main(args: ModelCardArguments) -> None:
     if not args.overwrite:
         check_readme(place)
     evaluation = known_evaluation(place) if args.evaluation is None else new_evaluation(args, place, facts)
-    if place.folder is not None:
+    if args.output_dir is None and place.folder is not None:
         write_card(args, place.folder, facts, evaluation, files)
-    elif args.push_to_hub is None:
-        folder = Path(args.model.rpartition("/")[2])
+    elif args.output_dir is not None or args.push_to_hub is None:
+        folder = Path(args.output_dir or args.model.rpartition("/")[2])
         if folder.exists():
             raise ValueError(
-                f"The card of {args.model} is written to the folder {folder}, which exists: move it away."
+                f"The card of {args.model} is written to the folder {folder}, which exists: move it away, or pass another `--output_dir`."
             )
         write_card(args, folder, facts, evaluation, files)
     else:
@@ -400,7 +408,7 @@ def write_card(
         if file != folder / name:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             copyfile(file, folder / name)
-    if FACTS_NAME in changed or is_of_hub:
+    if FACTS_NAME in changed or is_of_hub or args.output_dir is not None:
         write_facts(facts, folder / FACTS_NAME)
     if evaluation:
         write_facts(evaluation, folder / EVALUATION_NAME)
@@ -408,7 +416,8 @@ def write_card(
     if args.push_to_hub is None:
         print(f"Wrote {' and '.join(changed)} in {folder}.")
         return
-    with pushing("Nothing was changed." if is_of_hub else f"The card is saved in {folder}.", args.hub_token):
+    is_kept = args.output_dir is not None or not is_of_hub
+    with pushing(f"The card is saved in {folder}." if is_kept else "Nothing was changed.", args.hub_token):
         address = push_files(
             {name: folder / name for name in [*changed, *files]},
             facts.model_id,
