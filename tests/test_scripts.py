@@ -269,7 +269,7 @@ def test_what_cannot_be_pushed_is_not_annotated(name, tmp_path):
     """Outside of a clone there are no builders of datasets, which is said before anything is annotated."""
     copy = shutil.copy(ROOT / "examples" / "scripts" / f"{name}.py", tmp_path)
     flags = ["--dataset_name", "none", "--output_dir", tmp_path / "out", "--push_to_hub", "user/name"]
-    ended = processes.run([copy, *flags], cwd=tmp_path)
+    ended = subprocess.run([sys.executable, copy, *flags], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 1 and "run this file in a clone" in ended.stderr
     assert not (tmp_path / "out").exists()
 

@@ -17,6 +17,14 @@ from safetensors.torch import save_file
 from .lora_files import find_lora, read_lora, read_tensors
 
 
+# Settings of a LoRA that no such file can hold
+NOT_EXPORTED = {
+    "use_dora": "a DoRA, whose magnitudes diffusers leaves out of such files",
+    "lora_bias": "a LoRA with biases, which such files have no place for",
+    "use_bdlora": "a block-diagonal LoRA, which such files have no place for",
+}
+
+
 def export_lora(lora: str | Path, output: str | Path) -> Path:
     """
     Writes a LoRA a second time, as programs beside diffusers read it; `pipeline.load_lora_weights` reads this file too.
@@ -57,11 +65,7 @@ def export_lora(lora: str | Path, output: str | Path) -> Path:
     if output.resolve() == path.resolve():
         raise ValueError(f"`output` is the LoRA itself, {path}. Name another file.")
     weights, config = read_lora(lora)
-    for setting, what in (
-        ("use_dora", "a DoRA, whose magnitudes diffusers leaves out of such files"),
-        ("lora_bias", "a LoRA with biases, which such files have no place for"),
-        ("use_bdlora", "a block-diagonal LoRA, which such files have no place for"),
-    ):
+    for setting, what in NOT_EXPORTED.items():
         if getattr(config, setting):
             raise ValueError(
                 f"The LoRA {path} is {what}: another program would draw other images. Train a plain LoRA."

@@ -31,6 +31,7 @@ KEEPERS = (
     "diffusers.utils.dynamic_modules_utils",
     "diffusers.configuration_utils",
     "diffusers.loaders.lora_base",
+    "diffusers.models.attention_dispatch",
     "transformers.utils.hub",
     "peft",
     "trl",

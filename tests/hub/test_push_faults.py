@@ -138,7 +138,7 @@ def test_who_may_not_push_is_told_before_anything_is_loaded(hub, tmp_path, monke
     assert hub.waits == []
 
 
-@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429}, {"status": 409}, {"cut_after": 0}])
+@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429}, {"cut_after": 0}])
 def test_a_hub_that_is_away_does_not_stop_a_training(hub, tmp_path, warnings, fault):
     """Where the repository cannot be created at the start, that is a warning, and the first push creates it."""
     hub.fail("POST", "/api/repos/create", times=5, **fault)

@@ -274,6 +274,29 @@ def test_the_files_of_a_card(tmp_path):
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == first
 
 
+def test_an_evaluation_of_earlier_weights_does_not_stay(tmp_path, caplog):
+    """A training changes the weights, so that its card does not show what the ones before it scored."""
+    trainer = make_trainer(tmp_path, "sd", True)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "evaluation.json").write_text("{}")
+    trainer.train()
+    assert (
+        not (tmp_path / "out" / "evaluation.json").exists()
+        and "was of the weights before this training" in caplog.text
+    )
+    trainer.create_model_card()
+    assert "Nothing was measured" in ModelCard.load(tmp_path / "out" / "README.md").text
+
+
+def test_a_dora_is_offered_to_no_other_program(tmp_path):
+    """Files for ComfyUI and A1111 cannot hold it, so that its card names none."""
+    args = InstanceDPOConfig(str(tmp_path / "out"), resolution=32, **tiny.FAST)
+    pairs, lora = tiny.pairs(4), tiny.lora()
+    lora.use_dora = True
+    InstanceDPOTrainer(tiny.sd_pipeline(), args=args, train_dataset=pairs, peft_config=lora).create_model_card()
+    assert "comfyui" not in ModelCard.load(tmp_path / "out" / "README.md").text.lower()
+
+
 def test_the_model_that_drew_the_samples(bases, tmp_path):
     """A distilled sibling on the Hub is a second way to use a LoRA, with its own steps and guidance; one of this machine is not named."""
     sibling, settings = str(bases / "my base"), {"num_inference_steps": 2, "guidance_scale": 1.5}

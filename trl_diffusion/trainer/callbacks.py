@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from ..cards.facts import EVALUATION_NAME
 from ..data.formats import shortened
 from ..sampling import NotFiniteError, only_colour
 from ..visualization import image_grid
@@ -108,7 +109,8 @@ class SampleImagesCallback(TrainerCallback):
 class RunCallback(TrainerCallback):
     """
     Keeps what a model card says of a run and what is gone when the card is written: its seconds, which a checkpoint's state carries
-    into a resumed run, and the addresses at the trackers. Pictures of an earlier run in the same output directory are deleted.
+    into a resumed run, and the addresses at the trackers. Pictures of an earlier run in the same output directory are deleted, and the
+    evaluation that its card had, which was one of other weights.
     """
 
     def __init__(self):
@@ -120,6 +122,13 @@ class RunCallback(TrainerCallback):
         tracker_urls(args.report_to)
         if state.is_world_process_zero:
             clear_masks(args.output_dir)
+            evaluation = Path(args.output_dir) / EVALUATION_NAME
+            if evaluation.exists():
+                evaluation.unlink()
+                logger.warning(
+                    f"{evaluation} was of the weights before this training, and is deleted. Put that of the new ones into the card "
+                    "with `trl-diffusion model-card`."
+                )
             if state.global_step == 0 or not args.sample_prompts:
                 clear_samples(args.output_dir)
 

@@ -35,6 +35,7 @@ from ..cards.model import model_card
 from ..cards.text import HUB, is_hub_id, yaml_text
 from ..files import write_file
 from ..hub import hub_id
+from ..lora_export import NOT_EXPORTED
 from ..sampling import default_guidance
 from .card_pictures import write_card_pictures
 from .diffusion_config import DENSITY_SETTINGS, DiffusionConfig
@@ -146,7 +147,7 @@ def model_facts(
         pipeline_class=family.pipeline_class.__name__,
         is_flow=predicts_velocity(family),
         is_lora=is_lora,
-        is_exported=is_lora and family.has_comfyui_names,
+        is_exported=is_lora and family.has_comfyui_names and not any(getattr(lora, name) for name in NOT_EXPORTED),
         is_reversed=is_reversed,
         resolution=trainer.resolution,
         loading_arguments=loading_arguments(family, left_out(pipeline)),
