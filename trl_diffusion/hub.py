@@ -182,7 +182,7 @@ def _asked_wait(error: BaseException) -> float | None:
         return None
 
 
-def _patiently(call: Callable[[], Result], what: str, token: str | None) -> Result:
+def patiently(call: Callable[[], Result], what: str, token: str | None) -> Result:
     """Calls again, at most four times, after waits that are said, as long as what failed may succeed later."""
     for wait in WAITS:
         try:
@@ -201,11 +201,15 @@ def _patiently(call: Callable[[], Result], what: str, token: str | None) -> Resu
 # ----- repositories and commits -----
 
 
-def list_files(repo_id: str, revision: str | None = None, token: str | None = None) -> list[str]:
-    """The paths of the files in a repository of a model."""
+def list_files(
+    repo_id: str, revision: str | None = None, token: str | None = None, repo_type: str = "model"
+) -> list[str]:
+    """The paths of the files in a repository."""
     api = HfApi(token=token)
-    return _patiently(
-        lambda: api.list_repo_files(repo_id, revision=revision), f"Listing the files of {repo_id}", token
+    return patiently(
+        lambda: api.list_repo_files(repo_id, revision=revision, repo_type=repo_type),
+        f"Listing the files of {repo_id}",
+        token,
     )
 
 
@@ -246,7 +250,7 @@ def create_repository(
     def create_branch() -> None:
         api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
 
-    repo_id = _patiently(create, f"Creating the repository {repo_id}", token)
+    repo_id = patiently(create, f"Creating the repository {repo_id}", token)
     try:
         api.auth_check(repo_id, repo_type=repo_type, write=True)  # a repository that exists was not created
     except HfHubHTTPError as error:
@@ -255,7 +259,7 @@ def create_repository(
     except (OSError, httpx2.HTTPError):
         pass  # the push itself will say it
     if revision and not revision.startswith("refs/"):
-        _patiently(create_branch, f"Creating the branch {revision} of {repo_id}", token)
+        patiently(create_branch, f"Creating the branch {revision} of {repo_id}", token)
     return repo_id
 
 
@@ -310,4 +314,4 @@ def push_files(
             repo_id, operations, commit_message=commit_message, repo_type=repo_type, revision=revision
         )
 
-    return _patiently(commit, f"The push to {repo_id}", token)
+    return patiently(commit, f"The push to {repo_id}", token)

@@ -256,6 +256,18 @@ def test_an_error_is_one_line(status, where, flags, world, tmp_path, hub):
         assert list(hub.files(NAME, "dataset")) == [".gitattributes"]
 
 
+@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 412}, {"lost": True}], ids=["busy", "conflict", "lost"])
+def test_the_commit_of_a_stream_is_tried_again(world, tmp_path, hub, fault):
+    """Hours of streaming are not lost to one answer of the Hub, and a commit whose answer was lost is not made twice."""
+    Dataset.from_list([{"old": 1}]).push_to_hub(NAME, "annotations", split="old")
+    before = len(hub.commits(NAME, "dataset"))
+    hub.fail("POST", "/commit/main", **fault)
+    push(world, tmp_path / "out", "--push_images", "--no_images")
+    assert len(hub.commits(NAME, "dataset")) == before + 1
+    assert not [name for name in hub.files(NAME, "dataset") if "old" in name]
+    assert load_dataset(NAME, split="train").num_rows > 0
+
+
 # ----- nothing of the machine -----
 
 
