@@ -30,7 +30,7 @@ from datasets import (
     SplitInfo,
 )
 from datasets.exceptions import DatasetGenerationError
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi
+from huggingface_hub import CommitOperationAdd, DatasetCard, HfApi
 
 from datasets_builders.dataset_card import describe_role, public, render_card  # noqa: F401 also used by builders
 from datasets_builders.example_pictures import EXAMPLE, Picture, example_pictures
@@ -40,7 +40,7 @@ from trl_diffusion.annotation.run import Row
 from trl_diffusion.cards.text import fenced, python_string  # noqa: F401 also used by builders
 from trl_diffusion.cards.text import one_line as cell  # noqa: F401
 from trl_diffusion.files import write_file
-from trl_diffusion.hub import check_repository_name, create_repository, list_files, patiently, push_files, pushing
+from trl_diffusion.hub import check_repository_name, create_repository, list_files, push_files, pushing
 from trl_diffusion.hub_datasets import stale_files
 from trl_diffusion.machine import without_places
 from trl_diffusion.scripts.annotation import AnnotationArguments, load_rows
@@ -469,26 +469,7 @@ def push(
     stale = stale_files(earlier, pushed, repo_id, {*builder.builder_configs, "criteria.yaml"})
     stale += sorted({name for name in earlier if EXAMPLE.fullmatch(name)} - {*pushed, *stale})
     message = f"Upload {' and '.join(infos)}"
-    if not uploaded:
-        push_files(files, commit_message=message, token=token, delete=stale, **where)
-        return repo_id
-
-    is_repeated = False
-
-    def commit() -> None:
-        nonlocal is_repeated
-        added, deleted = uploaded, stale
-        if is_repeated:  # the answer to the try before may be all that was lost
-            names = [*stale, *(addition.path_in_repo for addition in uploaded)]
-            there = {file.path: file.lfs and file.lfs.sha256 for file in api.get_paths_info(paths=names, **where)}
-            added = [each for each in uploaded if there.get(each.path_in_repo) != each.upload_info.sha256.hex()]
-            deleted = [name for name in stale if name in there]
-        is_repeated = True
-        operations = [*added, *(CommitOperationAdd(name, file) for name, file in files.items())]
-        operations += map(CommitOperationDelete, deleted)
-        api.create_commit(operations=operations, commit_message=message, **where)
-
-    patiently(commit, f"The push to {repo_id}", token)
+    push_files(files, commit_message=message, token=token, delete=stale, uploaded=uploaded, **where)
     return repo_id
 
 

@@ -25,6 +25,7 @@ from trl_diffusion.annotation.run import Row
 from trl_diffusion.annotation.vlm import VLM, Request, shipped_prompt
 from trl_diffusion.cards.methods import CITATIONS
 from trl_diffusion.cards.text import code_span, fenced, is_hub_id, one_line, plain, python_string
+from trl_diffusion.hub_datasets import size_category_of
 from trl_diffusion.machine import all_without_places, without_places
 from trl_diffusion.scripts.judges import VLMArguments
 from trl_diffusion.trainer.origin import declared_license
@@ -32,16 +33,6 @@ from trl_diffusion.trainer.origin import declared_license
 
 TEMPLATES = Path(__file__).parent
 BLOCK = 1000  # annotation rows that are counted at a time
-SIZES = {
-    1_000: "n<1K",
-    10_000: "1K<n<10K",
-    100_000: "10K<n<100K",
-    1_000_000: "100K<n<1M",
-    10_000_000: "1M<n<10M",
-    100_000_000: "10M<n<100M",
-    1_000_000_000: "100M<n<1B",
-    10_000_000_000: "1B<n<10B",
-}
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 UNKNOWN = "unknown"
 UNRESOLVED = "the newest when the recipe is run"
@@ -154,7 +145,7 @@ def render_card(
 def size_category(info: DatasetInfo) -> str:
     """The Hub's category of a number of rows."""
     number = sum(split.num_examples for split in info.splits.values())
-    return next((size for most, size in SIZES.items() if number < most), "10B<n<100B")
+    return size_category_of(number)
 
 
 def byte_size(number: int) -> str:

@@ -182,7 +182,7 @@ def _asked_wait(error: BaseException) -> float | None:
         return None
 
 
-def patiently(call: Callable[[], Result], what: str, token: str | None) -> Result:
+def _patiently(call: Callable[[], Result], what: str, token: str | None) -> Result:
     """Calls again, at most four times, after waits that are said, as long as what failed may succeed later."""
     for wait in WAITS:
         try:
@@ -206,7 +206,7 @@ def list_files(
 ) -> list[str]:
     """The paths of the files in a repository."""
     api = HfApi(token=token)
-    return patiently(
+    return _patiently(
         lambda: api.list_repo_files(repo_id, revision=revision, repo_type=repo_type),
         f"Listing the files of {repo_id}",
         token,
@@ -250,7 +250,7 @@ def create_repository(
     def create_branch() -> None:
         api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
 
-    repo_id = patiently(create, f"Creating the repository {repo_id}", token)
+    repo_id = _patiently(create, f"Creating the repository {repo_id}", token)
     try:
         api.auth_check(repo_id, repo_type=repo_type, write=True)  # a repository that exists was not created
     except HfHubHTTPError as error:
@@ -259,7 +259,7 @@ def create_repository(
     except (OSError, httpx2.HTTPError):
         pass  # the push itself will say it
     if revision and not revision.startswith("refs/"):
-        patiently(create_branch, f"Creating the branch {revision} of {repo_id}", token)
+        _patiently(create_branch, f"Creating the branch {revision} of {repo_id}", token)
     return repo_id
 
 
@@ -272,6 +272,7 @@ def push_files(
     revision: str | None = None,
     token: str | None = None,
     delete: Iterable[str] = (),
+    uploaded: Iterable[CommitOperationAdd] = (),
 ) -> str:
     """
     Pushes files in one commit: all of them arrive, or none does. What may succeed later is tried again; a commit whose answer was
@@ -292,26 +293,36 @@ def push_files(
             A token with the right to write.
         delete (`Iterable[str]`, *optional*):
             Paths in the repository that the same commit deletes.
+        uploaded (`Iterable[CommitOperationAdd]`, *optional*):
+            Files that [`~huggingface_hub.HfApi.preupload_lfs_files`] has uploaded, which the same commit adds.
 
     Returns:
         `str`: the address of the commit, a [`~huggingface_hub.CommitInfo`].
     """
     api = HfApi(token=token)
-    deleted, is_repeated = list(delete), False
+    deleted, added, is_repeated = list(delete), list(uploaded), False
 
     def commit() -> str:
-        nonlocal deleted, is_repeated
-        if deleted and is_repeated:
-            known = api.get_paths_info(repo_id, deleted, repo_type=repo_type, revision=revision)
-            deleted = [name for name in deleted if name.rstrip("/") in {file.path for file in known}]
+        nonlocal deleted, added, is_repeated
+        if is_repeated and (deleted or added):  # the answer to the try before may be all that was lost
+            names = [*deleted, *(addition.path_in_repo for addition in added)]
+            known = api.get_paths_info(repo_id, names, repo_type=repo_type, revision=revision)
+            there = {file.path: getattr(file, "lfs", None) for file in known}  # a folder has none
+            deleted = [name for name in deleted if name.rstrip("/") in there]
+            added = [
+                each
+                for each in added
+                if (lfs := there.get(each.path_in_repo)) is None or lfs.sha256 != each.upload_info.sha256.hex()
+            ]
         is_repeated = True
         # Anew each time: an operation that was tried keeps what the Hub said of its file then
         operations = [
-            CommitOperationAdd(name, str(file) if isinstance(file, Path) else file) for name, file in files.items()
+            *added,
+            *(CommitOperationAdd(name, str(file) if isinstance(file, Path) else file) for name, file in files.items()),
+            *(CommitOperationDelete(name) for name in deleted),
         ]
-        operations += [CommitOperationDelete(name) for name in deleted]
         return api.create_commit(
             repo_id, operations, commit_message=commit_message, repo_type=repo_type, revision=revision
         )
 
-    return patiently(commit, f"The push to {repo_id}", token)
+    return _patiently(commit, f"The push to {repo_id}", token)

@@ -494,3 +494,6 @@ def test_licences_of_the_models_are_named(world):
     assert "- [black-forest-labs/FLUX.1-dev](https://huggingface.co/black-forest-labs/FLUX.1-dev): FLUX.1" in card
     assert "- user/flux lora: see its card" in card and "nateraw/parti-prompts" in card
     assert "FID scores all images of a model together" in card
+    assert "size_categories:\n- n<1K\n" in card
+    info.splits["train"].num_examples = 2_000_000  # of which no evaluation here has so many
+    assert "size_categories:\n- 1M<n<10M\n" in str(evaluation_card(hub_summary(), info, NAME, None, {}, []))

@@ -23,6 +23,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from ..cards.licenses import License, license_of
 from ..cards.results import compared, measured, tables
 from ..cards.text import code_span, fenced, hub_link, one_line, picture, python_string, shortened
+from ..hub_datasets import size_category_of
 from ..visualization import image_grid
 from .card import dataset_of, evaluation_facts
 from .gallery import gallery_data
@@ -37,7 +38,6 @@ DISTRIBUTIONS_TITLE, WIN_RATES_TITLE = "Distributions of the scores", "Win rates
 MOST_SHOWN = 4  # prompts in the picture
 JUDGED = ("num_negative_attributes", "caption_match")  # metrics whose models are flags of the command
 QUALITY = 90
-SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 
 
 class Disputed(NamedTuple):
@@ -135,7 +135,7 @@ def evaluation_card(
         pretty_name=repo_id.split("/")[-1],
         license="unknown",
         task_categories=["text-to-image"],
-        size_categories=[next((size for most, size in SIZES.items() if number < most), "n>1M")],
+        size_categories=[size_category_of(number)],
         source_datasets=[facts.prompts["dataset"]] if facts.prompts["dataset"] else None,
         tags=["trl-diffusion", "evaluation", "text-to-image"],
     )
@@ -146,7 +146,7 @@ def evaluation_card(
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"line": one_line, "code": code_span, "python": python_string, "fenced": fenced}
     environment.filters |= {"link": hub_link, "short": shortened, "number": "{:,}".format}
-    prompts = settings.get("prompts", {})
+    prompts, command = settings.get("prompts", {}), command_of(summary)
     text = environment.from_string(template).render(
         title=repo_id.split("/")[-1],
         repo_id=repo_id,
@@ -173,8 +173,8 @@ def evaluation_card(
         metrics=[name for name in info.features if name in summary["metrics"]],
         corpus=[name for name in summary["metrics"] if name not in info.features],
         licenses=licenses_of(settings),
-        command=command_of(summary),
-        is_local="path/to/" in command_of(summary),
+        command=command,
+        is_local="path/to/" in command,
         is_judged=any(name in JUDGED for name in summary["metrics"]),
     )
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n")

@@ -409,9 +409,8 @@ def _base_of(lora: str) -> str | None:
     card = _written_by_training(lora, "README.md")
     named = card and ModelCard.load(card).data.get("base_model")
     names = named if isinstance(named, list) else [named]
-    if len(names) > 1 and (
-        training := _training_of(lora)
-    ):  # the card also names the LoRA that the training started at
+    # The card of a LoRA that started at another one names that one too
+    if len(names) > 1 and (training := _training_of(lora)):
         names = [name for name in names if name == training["base"]]
     return names[0] if len(names) == 1 and names[0] else None
 

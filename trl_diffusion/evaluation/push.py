@@ -6,6 +6,7 @@
 import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from datasets import DatasetInfo, Features, Image, SplitDict, SplitInfo, Value
 from huggingface_hub import HfApi
 
 from ..data.pictures import upright_image
-from ..hub import check_repository_name, create_repository, push_files, pushing
+from ..hub import check_repository_name, create_repository, list_files, push_files, pushing
 from ..hub_datasets import stale_files
 from ..machine import all_without_places, public_name, without_places
 from .dataset_card import DISPUTED, DISTRIBUTIONS_TITLE, SPLIT, WIN_RATES_TITLE, disputed_images, evaluation_card
@@ -85,8 +86,7 @@ def push_evaluation(
             repo_id = create_repository(repo_id, "dataset", private, revision, token)
             card = evaluation_card(summary, info, repo_id, revision, pictures, disputed)
             files["README.md"] = str(card).encode()
-            api = HfApi(token=token)
-            present = api.list_repo_files(repo_id, repo_type="dataset", revision=revision)
+            present = list_files(repo_id, revision, token, "dataset")
             push_files(
                 files,
                 repo_id,
@@ -96,7 +96,7 @@ def push_evaluation(
                 token=token,
                 delete=stale_files(present, files, repo_id, {DATA, DISTRIBUTIONS, WIN_RATES, DISPUTED}),
             )
-    return f"{api.endpoint}/datasets/{repo_id}" + (f"/tree/{revision}" if revision else "")
+    return f"{HfApi().endpoint}/datasets/{repo_id}" + (f"/tree/{revision}" if revision else "")
 
 
 # ----- what the evaluation wrote -----
@@ -126,7 +126,7 @@ def read_evaluation(output_dir: Path) -> tuple[pa.Table, dict[str, Any]]:
     try:
         table = pq.read_table(output_dir / SCORES)
         summary = json.loads((output_dir / SUMMARY).read_text(encoding="utf-8"))
-        counted = {model: table["model"].to_pylist().count(model) for model in table["model"].unique().to_pylist()}
+        counted = Counter(table["model"].to_pylist())
         agrees = summary["models"] == counted and metrics_of(table).keys() <= summary["metrics"].keys()
     except (pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The evaluation in {output_dir} cannot be read: {error} {again}") from error
