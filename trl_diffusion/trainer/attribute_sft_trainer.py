@@ -31,6 +31,7 @@ from .diffusion_trainer import DiffusionTrainer, Metrics
 from .model_card import Method
 from .noised_batch import NoisedBatch
 from .publishing import criteria_file
+from .sharding import gathered
 
 
 class AttributeSFTTrainer(DiffusionTrainer):
@@ -183,13 +184,19 @@ class AttributeSFTTrainer(DiffusionTrainer):
                 "`expert` was trained with all its weights. Expert, reference and policy are adapters on one base: train "
                 "the expert with a `peft_config`."
             )
-        weights = {name: weight.detach().clone() for name, weight in get_peft_model_state_dict(self.policy).items()}
+        weights = gathered(get_peft_model_state_dict(self.policy), is_kept=True)
+        weights = {name: weight.detach().clone() for name, weight in weights.items()}
         return weights, self.policy.peft_config["default"], self._description()
 
     def take_adapter(self) -> None:
         """
         Takes the LoRA out of the pipeline, which is then the base that it was before. This trainer cannot be used afterwards.
         """
+        if self.is_sharding:
+            raise ValueError(
+                "The pipeline of `expert` is cut over the processes, and cannot be trained again. Save the expert, and train from its "
+                "folder in another run."
+            )
         self.policy.unload()
         self.is_taken = True
 
