@@ -212,7 +212,7 @@ class AttributeSFTTrainer(DiffusionTrainer):
         return {"criteria": attribute_words(self.criteria)}
 
     def _description(self) -> dict[str, Any]:
-        return describe_expert(self.policy, self.criteria, self.args)
+        return describe_expert(self.policy, self.base, self.criteria, self.args)
 
     @property
     def _example_prompt(self) -> str:

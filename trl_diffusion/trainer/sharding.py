@@ -13,7 +13,13 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin, str_to_bool
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedType,
+    DynamoBackend,
+    FullyShardedDataParallelPlugin,
+    str_to_bool,
+)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy
@@ -74,7 +80,7 @@ def check_sharding(args: DiffusionConfig) -> None:
         )
     if type(plugin.cpu_offload) is not OffloadPolicy:
         raise ValueError("`fsdp_offload_params` does not go with these trainers. Set it to `false`.")
-    for name in ("fp16", "torch_compile", "channels_last"):
+    for name in ("fp16", "torch_compile", "channels_last", "auto_find_batch_size"):
         if getattr(args, name):
             instead = "Use `bf16=True`." if name == "fp16" else "Leave one of the two out."
             raise ValueError(f"`{name}=True` does not go with FSDP here. {instead}")
@@ -105,6 +111,8 @@ def check_is_sharded(args: DiffusionConfig, accelerator: Accelerator, backbone: 
         _refuse_unsharded(
             "on the CPU" if accelerator.device.type == "cpu" else f"as {accelerator.distributed_type.value}"
         )
+    if is_sharding(accelerator) and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError("`--dynamo_backend` does not go with FSDP here. Leave one of the two out.")
     how = backbone.quantization.get(backbone.denoiser_name)
     if how and is_sharding(accelerator):
         raise ValueError(
@@ -155,9 +163,16 @@ def shard(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = blocks(denoiser)
     fsdp2_prepare_model(accelerator, denoiser)
+    # Pipelines and configurations write down what a model's class is called
+    type(denoiser).__name__, type(denoiser).__module__ = (
+        plain_class(denoiser).__name__,
+        plain_class(denoiser).__module__,
+    )
     denoiser.set_reshard_after_forward(True)  # of the outermost too, which is also called without a backward
     # The copies of autocast's cache would be the whole model
     accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+    # The gradient of the whole model would wait in each process for the last micro-batch
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     return model
 
@@ -254,7 +269,7 @@ def _cut_as(own: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def as_whole(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
     """
-    While the context lasts, a cut denoiser saves whole weights, under the name of its own class.
+    While the context lasts, a denoiser that may be cut saves these weights.
 
     Args:
         model (`torch.nn.Module`):
@@ -262,14 +277,11 @@ def as_whole(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterat
         weights (`dict[str, torch.Tensor]`):
             Its state, [`~trainer.sharding.gathered`].
     """
-    sharded_class = type(model)
-    model.__class__ = plain_class(model)
     model.state_dict = lambda: weights
     try:
         yield
     finally:
         del model.state_dict
-        model.__class__ = sharded_class
 
 
 def plain_class(model: torch.nn.Module) -> type[torch.nn.Module]:
