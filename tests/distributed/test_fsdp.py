@@ -129,6 +129,7 @@ def test_what_else_a_sharded_run_does(tmp_path):
     assert json.loads((tmp_path / "details" / "best" / "images" / "samples.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_family_is_cut_right(tmp_path):
     """
     Of each flow transformer, all weights in float32 and a LoRA in float32 on a base in bfloat16: a sharded forward gives what it gave
