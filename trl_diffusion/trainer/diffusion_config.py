@@ -487,15 +487,6 @@ def check_data_settings(args: DiffusionConfig, data_collator, train_dataset: Dat
         )
 
 
-def check_not_sharded(is_sharded: bool) -> None:
-    """Raises a `ValueError` for a training whose weights are cut over devices."""
-    if is_sharded:
-        raise ValueError(
-            "Sharded training (FSDP, DeepSpeed) is not supported yet: what is saved would not be what diffusers "
-            "loads. Train on several GPUs with `accelerate launch --multi_gpu`, or a LoRA by `peft_config`."
-        )
-
-
 def configure_backbone(backbone: Backbone, args: DiffusionConfig) -> None:
     """Passes on what a backbone leaves to the run. Raises a `ValueError` where its family leaves no choice."""
     backbone.configure(args.max_sequence_length, args.embedded_guidance)

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 
 from ..backbones.checks import plain_tokenizer
 from ..backbones.quantization import dequantized, quantized_layers
+from .sharding import whole
 
 
 NO_MATTER = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # in configurations
@@ -107,7 +108,7 @@ def module_fingerprint(module: torch.nn.Module) -> str:
     for name, weight in module.state_dict().items():
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if "lora_" not in name:
-            some = weight.detach().flatten()[:: max(1, weight.numel() // NUM_ELEMENTS)]
+            some = whole(weight.detach()).flatten()[:: max(1, weight.numel() // NUM_ELEMENTS)]
             digest.update(repr((name, str(weight.dtype), tuple(weight.shape), some.tolist())).encode())
     return digest.hexdigest()
 

@@ -29,6 +29,7 @@ from .diffusion_config import DiffusionConfig
 from .fingerprints import NO_MATTER
 from .lora import with_target_modules
 from .reference import Reference
+from .sharding import gathered, is_sharded
 
 
 logger = get_logger(__name__)
@@ -210,7 +211,7 @@ class SampleModel:
         pipeline = self.source.load_pipeline(**{name: getattr(self.backbone.pipeline, name) for name in self.shared})
         if adapter is not None:
             with TemporaryDirectory() as folder:
-                weights = get_peft_model_state_dict(policy, adapter_name=adapter)
+                weights = gathered(get_peft_model_state_dict(policy, adapter_name=adapter), is_kept=True)
                 self.backbone.save_lora(folder, weights, policy.peft_config[adapter])
                 load_lora(pipeline, find_lora(folder), adapter)
         pipeline.to(self.backbone.device)
@@ -234,7 +235,7 @@ class SampleModel:
         Yields:
             [`~diffusers.DiffusionPipeline`]
         """
-        with frozen_on_cpu(policy), self.encoders():
+        with nullcontext() if is_sharded(policy) else frozen_on_cpu(policy), self.encoders():
             pipeline = self.load(policy, adapter)
             try:
                 with in_float32(pipeline.vae):
