@@ -250,7 +250,8 @@ class DiffusionTrainer(ShardedTrainer):
         return sampler
 
     def _bucket_sampler(self, dataset: Dataset) -> BucketSampler:
-        sizes = training_sizes(dataset, self.data_collator.size, repr(self.data_collator.buckets))
+        collator = self.data_collator
+        sizes = training_sizes(dataset, collator.size, repr(collator.buckets), self.image_columns)
         # The epoch is a function: a run that resumes within an epoch wraps its sampler so that it cannot be set
         return BucketSampler(sizes, self._train_batch_size, self.args.seed, lambda: self._epoch)
 
