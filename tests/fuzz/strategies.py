@@ -133,7 +133,7 @@ writable_texts = texts.map(lambda text: text.encode("utf-8", "replace").decode()
 
 NASTY_NUMBERS = (
     *(float("nan"), float("inf"), -float("inf"), 1e308, -1e308, 1e39, 1e-320, -0.0),
-    *(2**63, 2**64, -(2**63) - 1, 10**400, 10**5000, 0, -1, 1, 3, 7, 8, True, False),
+    *(2**63, 2**64, -(2**63) - 1, 10**400, 0, -1, 1, 3, 7, 8, True, False),
 )
 numbers = st.one_of(st.sampled_from(NASTY_NUMBERS), st.integers(-40, 40), st.floats())
 scalars = st.one_of(st.none(), st.booleans(), numbers, texts, st.binary(max_size=8))

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List
 
 from ..data.columns import column_names, numbered, with_nested_columns
 from ..data.formats import PREFERENCES
-from ..data.messages import cut, printable, shown
+from ..messages import cut, printable, shown
 from ..data.presets import (
     OPTIONAL_COLUMNS,
     PAIR,

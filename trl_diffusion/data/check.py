@@ -27,7 +27,7 @@ from .formats import (
     row_prompt,
 )
 from .images import image_content, image_errors, open_image
-from .messages import cut, shown
+from ..messages import cut, shown
 from .pictures import is_transparent, orientation, upright_image
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Value
 
-from .messages import cut, quoted
+from ..messages import cut, quoted
 
 
 TEXT = ("string", "large_string", "string_view")

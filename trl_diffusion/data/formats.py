@@ -34,7 +34,7 @@ from .column_checks import (
 )
 from .columns import numbered
 from .images import open_image
-from .messages import cut, quoted, shortened, shown
+from ..messages import cut, quoted, shortened, shown
 
 
 logger = logging.getLogger(__name__)
@@ -247,7 +247,8 @@ def _where(rows: np.ndarray, name: str) -> str:
 
 def _refuse_bare_numbers(row: dict[str, Any]) -> dict[str, Any]:
     """For streams without types, in which labels cannot have names."""
-    for index, instance in enumerate(row.get("instances") or []):
+    instances = row.get("instances")
+    for index, instance in enumerate(instances if isinstance(instances, list) else []):
         if isinstance(instance, dict) and isinstance(instance.get("preference"), int):
             raise ValueError(
                 f"`instances[{index}].preference` of the row with id {shown(row.get('id'))} is a number without a name, "

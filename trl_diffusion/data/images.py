@@ -16,7 +16,7 @@ from typing import Any
 import PIL.Image
 from datasets.utils.file_utils import xopen
 
-from .messages import cut, shown
+from ..messages import cut, shown
 from .pictures import orientation
 
 

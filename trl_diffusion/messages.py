@@ -3,11 +3,14 @@
 
 """Values of others in messages: short, on one line, and without characters that move a terminal's cursor."""
 
+import re
 import reprlib
 from collections.abc import Iterable
 from typing import Any
 
 
+# No text needs them: control characters but tabs and line feeds, turns of the direction, halves of characters
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST = 300  # characters of a text
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxlist, _REPR.maxtuple, _REPR.maxdict = 4, 8, 8, 8
@@ -38,7 +41,7 @@ def printable(text: str) -> str:
 
 
 def cut(text: str, longest: int = LONGEST) -> str:
-    """A text as [`data.messages.printable`] leaves it, without what is beyond a number of characters."""
+    """A text as [`messages.printable`] leaves it, without what is beyond a number of characters."""
     line = printable(text[: 2 * longest])
     return line if len(line) <= longest and len(text) <= 2 * longest else f"{line[:longest]}..."
 
