@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List
 
 from ..data.columns import column_names, numbered, with_nested_columns
 from ..data.formats import PREFERENCES
+from ..messages import cut, printable, shown
 from ..data.presets import (
     OPTIONAL_COLUMNS,
     PAIR,
@@ -422,7 +423,7 @@ def read_pair(row: dict[str, Any], columns: dict[str, str], tie_policy: str = "d
             record.reject("the pair has no label: has_label is false")
             return record
         if label is None:
-            record.reject(f"the pair has no label: {columns['label_0']} is {row[columns['label_0']]}")
+            record.reject(f"the pair has no label: {columns['label_0']} is {cut(str(row[columns['label_0']]), 100)}")
             return record
         names = ("image_1", "image_0") if label == 0 else ("image_0", "image_1")
         record.tie = label == 0.5
@@ -470,7 +471,7 @@ def read_image(
     try:
         image = StoredImage.read(row[columns[name]])
     except (ValueError, OSError) as error:
-        record.fail(f"{columns[name]}: {error}")
+        record.fail(f"{columns[name]}: {cut(str(error))}")
         return None, ""
     column = columns.get(f"{name}_uid")
     return image, str(row[column]) if column else image.uid
@@ -484,4 +485,4 @@ def open_images(record: PairRecord | ImageRecord) -> None:
             try:
                 image.open()
             except ValueError as error:
-                record.fail(f"{name}: {error}")
+                record.fail(f"{name}: {cut(str(error))}")
