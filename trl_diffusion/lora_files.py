@@ -98,14 +98,18 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata, keys = file.metadata() or {}, file.keys()
             if len(keys) > MAX_TENSORS:
-                raise ValueError(f"The LoRA {path} holds {len(keys):,} tensors, which is none of a known model. Name another.")
+                raise ValueError(
+                    f"The LoRA {path} holds {len(keys):,} tensors, which is none of a known model. Name another."
+                )
             weights = {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"The LoRA {path} cannot be read: {shortened(error)}. Download it again.") from error
     if not weights:
         raise ValueError(f"The LoRA {path} holds no weights. Save it again, or name another.")
     if long := next((key for key in weights if len(key) > MAX_NAME or not key.isprintable()), None):
-        raise ValueError(f"The LoRA {path} holds a tensor of the name {long[:80]!r}, which no model has. Name another.")
+        raise ValueError(
+            f"The LoRA {path} holds a tensor of the name {long[:80]!r}, which no model has. Name another."
+        )
     return weights, read_header(metadata.get("lora_adapter_metadata", "{}"), path)
 
 

@@ -23,7 +23,9 @@ DIGITS = ([(_constants.CATEGORY, _constants.CATEGORY_DIGIT)], [(_constants.RANGE
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30 and math.isfinite(value)
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30 and math.isfinite(value)
+    )
 
 
 def _is_rank(value: Any) -> bool:
@@ -91,7 +93,9 @@ def read_header(text: str, path: Path) -> dict[str, Any]:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"The LoRA {path} cannot be read: its configuration is no JSON. Download it again.") from error
+        raise ValueError(
+            f"The LoRA {path} cannot be read: its configuration is no JSON. Download it again."
+        ) from error
     if not isinstance(header, dict):
         raise ValueError(f"The LoRA {path} cannot be read: its configuration is no dictionary. Save it again.")
     for key, value in header.items():

@@ -68,7 +68,9 @@ def saved(
         if not isinstance(metadata, str):
             config = LoraConfig(r=4, lora_alpha=4, target_modules=[TARGET]).to_dict()
             config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()} | settings
-            text = json.dumps({f"unet.{key}": value for key, value in config.items()} if metadata is None else metadata)
+            text = json.dumps(
+                {f"unet.{key}": value for key, value in config.items()} if metadata is None else metadata
+            )
         save_file(weights, folder / LORA_WEIGHTS_NAME, {"format": "pt", "lora_adapter_metadata": text})
 
     return write

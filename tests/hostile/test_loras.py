@@ -52,7 +52,9 @@ SOME = ("fifo", "link to itself", "pickle", "pickle beside", "header of 2^60 byt
         "exclude_modules=1", "megatron_core=evil")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize(
+    "name", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_a_hostile_file_is_refused_in_one_line_or_works(tmp_path, doors, name):
     folder = tmp_path / "lora"
     folder.mkdir()
@@ -79,19 +81,25 @@ def test_a_pattern_that_could_take_for_ever_is_refused(setting, pattern, is_take
     if is_taken:
         assert read_header(text, Path("lora"))
     else:
-        with pytest.raises(ValueError, match=f"^The LoRA lora has the pattern .*as `{setting}` in its header, which .*Save"):
+        with pytest.raises(
+            ValueError, match=f"^The LoRA lora has the pattern .*as `{setting}` in its header, which .*Save"
+        ):
             read_header(text, Path("lora"))
 
 
 def test_a_harmless_file_passes_all_doors(tmp_path, doors):
     """What is refused above is not refused because everything is."""
     saved()(tmp_path)
-    assert {name: outcome(lambda door=door: door(tmp_path)).kind for name, door in doors.items()} == dict.fromkeys(doors, "ok")
+    assert {name: outcome(lambda door=door: door(tmp_path)).kind for name, door in doors.items()} == dict.fromkeys(
+        doors, "ok"
+    )
 
 
 # ----- any bytes -----
 
-KEYS = st.sampled_from(["unet.a.lora_A.weight", "unet.a.lora_B.weight", "unet.a.alpha", "__metadata__", "../x", "", "lora_unet_a.alpha"])
+KEYS = st.sampled_from(
+    ["unet.a.lora_A.weight", "unet.a.lora_B.weight", "unet.a.alpha", "__metadata__", "../x", "", "lora_unet_a.alpha"]
+)
 NUMBERS = st.one_of(st.integers(-1, 40), st.sampled_from([2**31, 2**62, 2**64]), st.floats(), st.none())
 ENTRIES = st.one_of(
     st.fixed_dictionaries({

@@ -6,13 +6,14 @@ What a model's folder may ask for, before diffusers and transformers read it: an
 pickle, no file outside, no sizes that no model has.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from diffusers import pipelines
+from diffusers import DiffusionPipeline, pipelines
+
+from .names import INDEX, read_json
 
 
 LIBRARIES = ("diffusers", "transformers")
@@ -22,30 +23,6 @@ NAME = re.compile(r"[A-Za-z_]\w{0,99}")
 CONFIGS = ("config.json", "scheduler_config.json")
 # Of a setting with one of these words in its name, and of any: the largest whole number
 MANY, MAX_MANY, MAX_SIZE = ("layer", "block", "timesteps", "depth"), 10_000, 10**9
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """
-    Reads a file of settings.
-
-    Args:
-        path (`Path`):
-            The file.
-
-    Returns:
-        `dict[str, Any]`
-
-    Raises:
-        `ValueError`: If it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path} cannot be read: {reason}. Download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no settings by name. Download it again.")
-    return content
 
 
 def check_index(index: Any, name: str) -> dict[str, Any]:
@@ -85,6 +62,36 @@ def check_index(index: Any, name: str) -> dict[str, Any]:
         if not NAME.fullmatch(kind) or not (is_known or NAME.fullmatch(library) and hasattr(pipelines, library)):
             _refuse_code(name, f"`{component}` {entry}")
     return index
+
+
+def read_index(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Reads which components a pipeline has.
+
+    Args:
+        name (`str`):
+            A Hub id, or a folder that holds a pipeline.
+        kwargs (`dict`):
+            What is passed to `from_pretrained`, such as `revision`.
+
+    Returns:
+        `dict`: the content of `model_index.json`.
+
+    Raises:
+        `ValueError`: If there is none, it is no index, or names classes that are not installed, see [`backbones.folders.check_index`].
+    """
+    location = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+    if Path(name).is_dir():
+        return check_index(read_json(Path(name) / INDEX), name)
+    try:
+        index = DiffusionPipeline.load_config(name, **location)
+    except RecursionError as error:
+        raise ValueError(f"The {INDEX} of {name} is nested too deeply to be one. Download it again.") from error
+    except OSError as error:
+        raise ValueError(
+            f"{name} is no folder, and neither the Hub nor its cache gives a pipeline of this name: {str(error).splitlines()[0][:500]}"
+        ) from error
+    return check_index(index, name)
 
 
 def check_folder(folder: str | Path, index: dict[str, Any], without: Any = (), pickles: bool = False) -> None:
@@ -141,7 +148,9 @@ def _check_settings(file: Path, pickles: bool, is_auto: bool) -> None:
                     f"{file} names the file {str(shard)[:100]!r}, which is none of its folder. Download the model again."
                 )
             if not pickles and not shard.endswith(".safetensors") and file.name.endswith(".safetensors.index.json"):
-                raise ValueError(f"{file} names {shard[:100]!r}, which is no .safetensors file. Download the model again.")
+                raise ValueError(
+                    f"{file} names {shard[:100]!r}, which is no .safetensors file. Download the model again."
+                )
         return
     if not file.name.endswith("config.json"):
         return

@@ -13,8 +13,8 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 
 from .dtypes import check_components, dtype_of
-from .folders import SAFETENSORS, check_folder, check_index, read_json
-from .names import INDEX
+from .folders import SAFETENSORS, check_folder, read_index
+from .names import read_json
 from .quantization import SETTINGS, check_environment, describe_settings, make_config
 from .vae import load_vae
 from .weights import check_finite_files, load_checked, naming_the_folder
@@ -189,31 +189,6 @@ def local_folder(name: str, kwargs: dict[str, Any]) -> str:
     folder = name if Path(name).is_dir() else str(DiffusionPipeline.download(name, **kwargs))
     check_folder(folder, read_index(folder, {}), kwargs, pickles=kwargs.get("use_safetensors") is False)
     return folder
-
-
-def read_index(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """
-    Reads which components a pipeline has.
-
-    Args:
-        name (`str`):
-            A Hub id, or a folder that holds a pipeline.
-        kwargs (`dict`):
-            What is passed to `from_pretrained`, such as `revision`.
-
-    Returns:
-        `dict`: the content of `model_index.json`.
-
-    Raises:
-        `ValueError`: If it is no index, or names classes that are not installed, see [`backbones.folders.check_index`].
-    """
-    location = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-    if Path(name).is_dir():
-        return check_index(read_json(Path(name) / INDEX), name)
-    try:
-        return check_index(DiffusionPipeline.load_config(name, **location), name)
-    except RecursionError as error:
-        raise ValueError(f"The {INDEX} of {name} is nested too deeply to be one. Download it again.") from error
 
 
 def components_left_out(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -50,12 +50,8 @@ def load_checked(
     """
     with naming_the_folder(folder):
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **kwargs)
-        check_files(pipeline, folder, kwargs, pipeline.components.keys() - kwargs.keys())
+    check_files(pipeline, folder, kwargs, pipeline.components.keys() - kwargs.keys())
     return pipeline
-
-
-class _Refused(ValueError):
-    """An error of this library, whose text says all."""
 
 
 @contextmanager
@@ -63,8 +59,6 @@ def naming_the_folder(folder: str) -> Iterator[None]:
     """Turns whatever diffusers, transformers and tokenizers raise of a folder into an error that names it."""
     try:
         yield
-    except _Refused:
-        raise
     except Exception as error:
         reason = " ".join(str(error).split(". If you")[0].split()) or type(error).__name__
         reason = reason if len(reason) <= 500 else f"{reason[:500]}..."
@@ -99,7 +93,8 @@ def check_files(pipeline: DiffusionPipeline, folder: str, kwargs: dict[str, Any]
             continue
         if _plain(module.state_dict()) != _names_in_files(path, settings.get("variant")):
             # Perhaps only older names, which the library knows: it is asked itself, by loading this component alone
-            _, info = type(module).from_pretrained(path, output_loading_info=True, **settings)
+            with naming_the_folder(folder):
+                _, info = type(module).from_pretrained(path, output_loading_info=True, **settings)
             check_loading_info(info, f"`{name}` in {folder}")
 
 
@@ -124,7 +119,7 @@ def check_loading_info(info: dict[str, Any], what: str) -> None:
         if keys
     ]
     if problems:
-        raise _Refused(
+        raise ValueError(
             f"{what} has other weights than its files hold ({'; '.join(problems)}). Save the model again, or download it again."
         )
 
