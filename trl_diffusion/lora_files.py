@@ -31,14 +31,14 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from .backbones.names import LORA_WEIGHTS_NAME
-from .lora_headers import read_header
+from .lora_headers import MAX_NAME, read_header
 
 
 logger = logging.getLogger(__name__)
 
 CONVERTED = "converted"
 FLOATS = ("float32", "bfloat16", "float16", "float64")
-MAX_TENSORS, MAX_NAME = 50_000, 500  # far more than those of the largest models
+MAX_TENSORS = 50_000  # far more than those of the largest models
 # Names that other libraries, and older versions of diffusers, give to the halves of a LoRA
 OTHER_NAMES = (".alpha", ".lora.down.weight", ".lora.up.weight", "_lora.down.weight", "_lora.up.weight")
 

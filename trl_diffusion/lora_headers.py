@@ -15,7 +15,7 @@ from re import _constants, _parser  # what `re` itself makes of a pattern
 from typing import Any
 
 
-MAX_PATTERN = 2_000  # letters
+MAX_PATTERN, MAX_NAME = 2_000, 500  # letters
 MAX_WIDE, MAX_DIGITS = 3, 10  # repetitions in a pattern: of anything, and of digits alone, of which names have few
 MAX_CHOICES = 10  # alternatives and parts that may be missing
 REPETITIONS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT)
@@ -41,7 +41,9 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_names(value: Any) -> bool:
-    return _is_text(value) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+    return _is_text(value) or (
+        isinstance(value, list) and all(isinstance(name, str) and len(name) <= MAX_NAME for name in value)
+    )
 
 
 def _is_indices(value: Any) -> bool:
@@ -53,7 +55,7 @@ def _is_by_name(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or (isinstance(value, dict) and all(map(kind, value.values())))
 
 
-RANKS, NUMBERS, NAMES = "a whole number of at least 1", "a finite number", "a name or a list of names"
+RANKS, NUMBERS, NAMES = "a whole number of at least 1", "a finite number", "a name or a list of short names"
 # What each setting that bears on a LoRA must be
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, RANKS),
@@ -67,7 +69,8 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "init_lora_weights": (lambda value: _is_bool(value) or _is_text(value), "true, false or a name"),
     "use_bdlora": (lambda value: value is None or isinstance(value, bool | dict), "a dictionary or nothing"),
     **dict.fromkeys(("peft_type", "peft_version", "revision", "base_model_name_or_path"), (_is_text, "a text")),
-    **dict.fromkeys(("auto_mapping", "runtime_config"), (_is_by_name(lambda _: True), "a dictionary")),
+    "auto_mapping": (_is_by_name(lambda _: True), "a dictionary"),
+    "runtime_config": (lambda value: value is None, "left out"),
 }
 # Names a module, which peft imports
 IMPORTS = ("megatron_config",)

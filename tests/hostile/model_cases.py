@@ -78,7 +78,7 @@ def pickled(part: str, name: str, is_zip: bool = True, keeps: bool = False, evil
     return change
 
 
-def sharded(part: str, *names: Any, shard: bool = True) -> Change:
+def sharded(part: str, *names: Any) -> Change:
     """An index of shards with these file names."""
 
     def change(folder: Path) -> None:
@@ -91,6 +91,16 @@ def sharded(part: str, *names: Any, shard: bool = True) -> Change:
         torch.save({**weights, "evil": Bomb(Path(canary(folder)))}, pickled_file)
         index = {"metadata": {}, "weight_map": {key: names[n % len(names)] for n, key in enumerate(weights)}}
         (folder / part / f"{WEIGHTS[part]}.index.json").write_text(json.dumps(index))
+
+    return change
+
+
+def instead_of_weights(part: str, content: bytes) -> Change:
+    """An index of shards, and no shards."""
+
+    def change(folder: Path) -> None:
+        (folder / part / WEIGHTS[part]).unlink()
+        (folder / part / f"{WEIGHTS[part]}.index.json").write_bytes(content)
 
     return change
 
@@ -181,10 +191,7 @@ CASES: dict[str, Change] = {
     **{f"{part} shard {str(name)[:30]!r}": sharded(part, name) for part in ("unet", "text_encoder") for name in
        ("../../outside.safetensors", "/etc/passwd", "evil.bin", "", ".", "..", "..\\..\\x.safetensors", None, 1, [], "x\x00.safetensors",
         "missing.safetensors", "y" * 5000 + ".safetensors")},
-    **{f"{part} index {content[:12]!r}": (lambda part, content: lambda folder: (
-        (folder / part / WEIGHTS[part]).unlink(),
-        (folder / part / f"{WEIGHTS[part]}.index.json").write_bytes(content),
-    ))(part, content) for part in ("unet", "text_encoder") for content in
+    **{f"{part} index {content[:12]!r}": instead_of_weights(part, content) for part in ("unet", "text_encoder") for content in
        (b"", b"null", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": 1}', b'{"weight_map": {}}', DEEP.encode())},
     # weights
     **{f"{part} truncated": truncated(part) for part in WEIGHTS},

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import diffusers
 from diffusers import DiffusionPipeline, pipelines
 
 from .names import INDEX, read_json
@@ -43,9 +44,12 @@ def check_index(index: Any, name: str) -> dict[str, Any]:
     """
     class_name = index.get("_class_name") if isinstance(index, dict) else None
     if isinstance(class_name, list):
-        _refuse_code(name, f"`_class_name` {class_name}")
+        _refuse_code(name, f"`_class_name` {str(class_name)[:100]}")
     if not isinstance(class_name, str) or not NAME.fullmatch(class_name):
         raise ValueError(f"{name} is no pipeline: its `_class_name` is {str(class_name)[:100]!r}. Download it again.")
+    for setting in ("_diffusers_version", "_name_or_path"):
+        if not isinstance(index.get(setting), str | None):
+            raise ValueError(f"{name} has {str(index[setting])[:100]} as `{setting}`. Download it again.")
     for component, entry in index.items():
         if component.startswith("_") or not isinstance(entry, list):
             continue
@@ -60,7 +64,9 @@ def check_index(index: Any, name: str) -> dict[str, Any]:
         library, kind = entry
         is_known = library in LIBRARIES or library in sys.modules or library in vars(pipelines)
         if not NAME.fullmatch(kind) or not (is_known or NAME.fullmatch(library) and hasattr(pipelines, library)):
-            _refuse_code(name, f"`{component}` {entry}")
+            _refuse_code(name, f"`{component}` {str(entry)[:100]}")
+        if library in sys.modules and not isinstance(vars(sys.modules[library]).get(kind, type), type):
+            raise ValueError(f"{name} has {entry} as `{component}`, which is no class. Download it again.")
     return index
 
 
@@ -94,6 +100,12 @@ def read_index(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return check_index(index, name)
 
 
+def pipeline_class(index: dict[str, Any]) -> type[DiffusionPipeline] | None:
+    """The class of a pipeline, `None` if it is none of diffusers."""
+    found = getattr(diffusers, index["_class_name"], None)
+    return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
+
+
 def check_folder(folder: str | Path, index: dict[str, Any], without: Any = (), pickles: bool = False) -> None:
     """
     Refuses a pipeline's folder whose files ask for more than weights and settings.
@@ -112,7 +124,8 @@ def check_folder(folder: str | Path, index: dict[str, Any], without: Any = (), p
         `ValueError`: If a component needs code, pickles, other folders or sizes that no model has.
     """
     for component, entry in index.items():
-        if isinstance(entry, list) and entry != [None, None] and component not in without:
+        is_loaded = isinstance(entry, list) and entry != [None, None] and component not in without
+        if is_loaded and not component.startswith("_"):
             check_component(Path(folder) / component, pickles, is_auto=entry[1].startswith("Auto"))
 
 
@@ -141,7 +154,7 @@ def check_component(folder: Path, pickles: bool = False, is_auto: bool = False) 
 def _check_settings(file: Path, pickles: bool, is_auto: bool) -> None:
     if file.name.endswith(".index.json"):
         weight_map = read_json(file).get("weight_map")
-        shards = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+        shards = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
         for shard in shards:
             if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or not shard.isprintable():
                 raise ValueError(

@@ -36,6 +36,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         `ValueError`: If it cannot be read, or holds something else.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, or no file that can be read. Download it again.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -145,10 +145,10 @@ def load_single_file(
         pipeline = pipeline_class.from_single_file(name, config=config, dtype=default, **kwargs)
     except NotImplementedError as error:  # what got no weight has no data that could be copied
         raise _is_without(name, pipeline_class, config) from error
-    except ValueError as error:  # of diffusers, with advice that does not help here
+    except Exception as error:  # of diffusers, with advice that does not help here
+        reason = " ".join(str(error).split(". If you")[0].split()) or type(error).__name__
         raise ValueError(
-            f"{name} does not fit {config}, which gives its configuration: {str(error).split('. If you')[0]}. Pass a `config` of the "
-            "same architecture."
+            f"{name} does not fit {config}, which gives its configuration: {reason[:500]}. Pass a `config` of the same architecture."
         ) from error
     modules = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
     if any(parameter.is_meta for module in modules for parameter in module.parameters()):

@@ -160,7 +160,8 @@ class PipelineSource:
 
     def empty(self, name: str) -> torch.nn.Module | None:
         """A component of diffusers that still has to get its weights, or `None` where its class is not one of diffusers."""
-        _, class_name = read_index(self.folder, {}).get(name, (None, None))
+        entry = read_index(self.folder, {}).get(name)
+        class_name = entry[1] if isinstance(entry, list) else None
         model_class = getattr(diffusers, class_name or "", None)
         if model_class is None:
             return None

@@ -7,12 +7,11 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL
 from torch.nn.functional import pixel_unshuffle
 
-from .folders import SAFETENSORS, check_component, read_index
+from .folders import SAFETENSORS, check_component, pipeline_class, read_index
 from .names import INDEX, find_model
 from .weights import check_loading_info
 
@@ -108,10 +107,9 @@ def load_vae(name: str | Path, dtype: torch.dtype, config: str, kwargs: dict[str
 def _vae_class(pipeline: str, hub: dict[str, Any]) -> type[torch.nn.Module]:
     """The class of VAE that a pipeline of this class has."""
     index = read_index(pipeline, hub)
-    pipeline_class = getattr(diffusers, index["_class_name"], None)
-    if pipeline_class is None:
+    if (family := pipeline_class(index)) is None:
         return AutoencoderKL
-    parameters = inspect.signature(pipeline_class).parameters
+    parameters = inspect.signature(family).parameters
     if "vae" not in parameters:
         raise ValueError(f"{pipeline} is a `{index['_class_name']}`, which has no VAE. Leave `vae` out.")
     return parameters["vae"].annotation

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, constants, hf_hub_download
@@ -18,9 +17,9 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 
 from .. import backbones
 from ..backbones.dtypes import as_dtype
+from ..backbones.folders import pipeline_class, read_index
 from ..backbones.names import ENDINGS, INDEX, LORA_WEIGHTS_NAME, find_model
 from ..backbones.single_file import family_of_file
-from ..backbones.source import read_index
 from ..cards.arms import training_record
 from ..cards.facts import FACTS_NAME, read_model_facts
 from ..guidance import negative_preference_guidance
@@ -259,7 +258,7 @@ def pipeline_class_of(spec: ModelSpec) -> type[DiffusionPipeline]:
     source, revision = _source(spec)
     if Path(source).is_file():
         return family_of_file(source)
-    return getattr(diffusers, read_index(source, pinned(revision))["_class_name"], DiffusionPipeline)
+    return pipeline_class(read_index(source, pinned(revision))) or DiffusionPipeline
 
 
 def guidance_without(spec: ModelSpec) -> float | None:
