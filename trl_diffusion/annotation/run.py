@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from ..batching import CORES
 from ..files import write_file
+from ..safe_names import check_part_of_path
 from .records import STATUSES, Record, check_prompt, encode_row, open_images, to_table
 
 
@@ -224,7 +225,7 @@ class Run:
 
     def __init__(self, task: Task, output_dir: str | Path):
         self.task = task
-        self.folder = Path(output_dir) / f"{task.split}-{task.fingerprint}"
+        self.folder = Path(output_dir) / f"{check_part_of_path(task.split, 'split')}-{task.fingerprint}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / ".lock")
         try:

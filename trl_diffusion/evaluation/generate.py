@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from ..batching import batched, in_threads
 from ..files import write_file
+from ..safe_names import check_relative_path
 from ..sampling import default_argument, family_of, sample_images
 from .models import (
     METADATA_FILE,
@@ -397,6 +398,7 @@ def images_of_metadata(folder: Path, prompt_set: PromptSet) -> dict[tuple[str, i
             raise ValueError(
                 f"{where} must have `file_name` and either `prompt_id` or `prompt`; it has {', '.join(row)}."
             )
+        check_relative_path(row["file_name"], f"`file_name` in row {number} of {path.name}")
         if not (folder / row["file_name"]).is_file():
             raise ValueError(f"{where} names {row['file_name']}, which does not exist.")
         if "prompt_id" not in row and texts[row["prompt"]] > 1:
