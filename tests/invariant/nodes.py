@@ -47,6 +47,8 @@ def run_on_nodes(commands: list[list], folder: Path) -> list[subprocess.Complete
     said = ["".join((node / name).read_text() for name in ("stdout", "stderr")) for node in nodes]
     assert not late, f"{late} did not end:\n" + "\n".join(said)
     return [
-        subprocess.CompletedProcess(args, process.exitcode, (node / "stdout").read_text(), (node / "stderr").read_text())
+        subprocess.CompletedProcess(
+            args, process.exitcode, (node / "stdout").read_text(), (node / "stderr").read_text()
+        )
         for args, process, node in zip(commands, processes, nodes, strict=True)
     ]

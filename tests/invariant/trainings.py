@@ -35,7 +35,7 @@ SETTINGS = {
     "activation_checkpointing": False,
 }
 # What a log says of the machine and of how often it was written
-NOT_COMPARED = ("runtime", "per_second", "total_flos", "epoch")
+NOT_COMPARED = ("runtime", "per_second", "total_flos")
 
 
 @dataclass
@@ -46,8 +46,8 @@ class Run:
     Attributes:
         folder (`Path`):
             Its output directory.
-        stderr (`str`):
-            What all processes said.
+        stderr (`str`, *optional*):
+            What its processes said.
         weights (`dict[str, torch.Tensor]`):
             What is trained.
         logs (`dict[int, dict[str, float]]`):
@@ -55,12 +55,15 @@ class Run:
     """
 
     folder: Path
-    stderr: str
+    stderr: str = ""
     weights: dict[str, torch.Tensor] = field(init=False)
     logs: dict[int, dict[str, float]] = field(init=False)
 
     def __post_init__(self):
-        files = [self.folder / "pytorch_lora_weights.safetensors", *self.folder.glob("*/diffusion_pytorch_model.safetensors")]
+        files = [
+            self.folder / "pytorch_lora_weights.safetensors",
+            *self.folder.glob("*/diffusion_pytorch_model.safetensors"),
+        ]
         self.weights = load_file(next(file for file in files if file.exists() and "vae" not in file.parts))
         checkpoint = max(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         state = json.loads((checkpoint / "trainer_state.json").read_text())
@@ -70,16 +73,15 @@ class Run:
             self.logs.setdefault(entry["step"], {}).update(metrics)
 
 
-def differences(one: Run, other: Run) -> dict[str, float]:
-    """The largest differences of the weights, and of the metrics that both logged, relative where these are above 1."""
+def difference(one: Run, other: Run) -> float:
+    """The largest difference of a weight, or of a metric that both logged, which is relative where it is above 1."""
     assert one.weights.keys() == other.weights.keys()
-    weights = max((one.weights[name] - other.weights[name]).abs().max().item() for name in one.weights)
-    logs = {"": 0.0}
+    found = [(one.weights[name] - other.weights[name]).abs().max().item() for name in one.weights]
     for step in one.logs.keys() & other.logs.keys():
         for name in one.logs[step].keys() & other.logs[step].keys():
             a, b = one.logs[step][name], other.logs[step][name]
-            logs[name] = max(logs.get(name, 0.0), abs(a - b) / max(1.0, abs(a)))
-    return {"weights": weights, "logs": max(logs.values())}
+            found.append(abs(a - b) / max(1.0, abs(a)))
+    return max(found)
 
 
 class Trainings:

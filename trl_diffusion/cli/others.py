@@ -45,8 +45,19 @@ def tell_others(line: str) -> None:
         time.sleep(3 * EVERY)  # the first process may be the one that keeps it
 
 
-def failure_of_another() -> str | None:
-    """Why a process of another machine has ended, if one has and could say it."""
+def failure_of_another(error: Exception) -> str | None:
+    """
+    Why a process of another machine has ended.
+
+    Args:
+        error (`Exception`):
+            What it led to in this process, perhaps.
+
+    Returns:
+        `str` or `None`: `None` where the error is this process's own.
+    """
+    from torch.distributed import DistError
+
     if not is_on_several_machines():
         return None
     with suppress(RuntimeError):
@@ -55,7 +66,9 @@ def failure_of_another() -> str | None:
             if store.check([KEY]):
                 return store.get(KEY).decode()
             time.sleep(EVERY)
-    return None
+    if not isinstance(error, DistError) and "gloo" not in str(error):
+        return None
+    return f"a process of another machine has ended, or the connection to it was cut; see what it says there ({error})"
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def mistakes(command: str) -> Iterator[list[str]]:
     except BrokenPipeError:
         raise
     except Exception as error:
-        line = describe(error) if is_mistake(error) else failure_of_another()
+        line = describe(error) if is_mistake(error) else failure_of_another(error)
         if line is None:
             tell_others(f"{type(error).__name__}: {describe(error)}")
             raise
