@@ -12,7 +12,6 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List
 
 from ..data.columns import column_names, numbered, with_nested_columns
 from ..data.formats import PREFERENCES
-from ..messages import cut, printable, shown
 from ..data.presets import (
     OPTIONAL_COLUMNS,
     PAIR,
@@ -23,6 +22,7 @@ from ..data.presets import (
     recognise,
     refuse_what_has_no_pairs,
 )
+from ..messages import cut
 from .images import StoredImage
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
 from ..criteria import Criteria
+from ..messages import cut, quoted, shortened, shown
 from .column_checks import (
     ATTRIBUTE_COLUMNS,
     LARGEST_NUMBER,
@@ -34,7 +35,6 @@ from .column_checks import (
 )
 from .columns import numbered
 from .images import open_image
-from ..messages import cut, quoted, shortened, shown
 
 
 logger = logging.getLogger(__name__)

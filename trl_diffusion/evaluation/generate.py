@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from ..batching import batched, in_threads
 from ..files import write_file
+from ..nodes import is_shared
 from ..safe_names import check_relative_path
 from ..sampling import default_argument, family_of, sample_images
 from .models import (
@@ -108,7 +109,7 @@ def generate(
 
     Raises:
         `ValueError`: If the folder holds images that were sampled with other settings, another process is sampling
-            into it, the scheduler does not fit the model, the model has a negative LoRA and no unconditional branch, the disk
+            into it, several machines do not see the same one, the scheduler does not fit the model, the model has a negative LoRA and no unconditional branch, the disk
             is full, or a folder of images is incomplete.
     """
     if spec.kind == "images":
@@ -135,6 +136,11 @@ def generate(
         "dtype": str(dtype).removeprefix("torch."),
         "versions": {package: version(package) for package in PACKAGES},
     }
+    if not is_shared(folder):
+        raise ValueError(
+            f"The machines do not see the same {folder}, and the first one scores the images of all. Put `--output_dir` on a disk that "
+            "all of them have, or evaluate on one machine."
+        )
     check_manifest(folder, manifest)
     state.wait_for_everyone()  # no process writes before all have checked
     lock = FileLock(folder / ".lock")
