@@ -4,8 +4,11 @@
 """Writes files completely or not at all."""
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 def write_file(path: Path, content: bytes, safe: str = "What was written before is safe") -> None:
@@ -38,3 +41,33 @@ def write_file(path: Path, content: bytes, safe: str = "What was written before 
             f"{path} cannot be written: {error.strerror}. {safe}. Free some disk space and repeat the same command to "
             "continue."
         ) from error
+
+
+@contextmanager
+def only_run(folder: Path, doing: str) -> Iterator[None]:
+    """
+    Holds a folder that only one run may write into at a time. The lock of a killed process ends with it.
+
+    Args:
+        folder (`Path`):
+            The folder. It is created if it does not exist.
+        doing (`str`):
+            What the run does, such as `"annotating"`, for the message.
+
+    Raises:
+        `ValueError`: If another process holds it, or the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"Another process is {doing} into {folder}. Wait for it, or stop it.") from error
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written to: {error.strerror}. Choose another folder, or make it writable."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
