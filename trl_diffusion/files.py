@@ -43,16 +43,18 @@ def write_file(path: Path, content: bytes, safe: str = "What was written before 
         ) from error
 
 
-@contextmanager
-def only_run(folder: Path, doing: str) -> Iterator[None]:
+def hold(folder: Path, doing: str) -> FileLock:
     """
-    Holds a folder that only one run may write into at a time. The lock of a killed process ends with it.
+    Locks a folder that only one run may write into at a time. The lock of a killed process ends with it.
 
     Args:
         folder (`Path`):
             The folder. It is created if it does not exist.
         doing (`str`):
             What the run does, such as `"annotating"`, for the message.
+
+    Returns:
+        [`~filelock.FileLock`]: the lock, to be released at the end.
 
     Raises:
         `ValueError`: If another process holds it, or the folder cannot be written to.
@@ -67,6 +69,13 @@ def only_run(folder: Path, doing: str) -> Iterator[None]:
         raise ValueError(
             f"{folder} cannot be written to: {error.strerror}. Choose another folder, or make it writable."
         ) from error
+    return lock
+
+
+@contextmanager
+def only_run(folder: Path, doing: str) -> Iterator[None]:
+    """Holds the lock of a folder meanwhile, see [`hold`]."""
+    lock = hold(folder, doing)
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ import json
 import logging
 import re
 from collections import Counter
+from contextlib import nullcontext
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +26,10 @@ import PIL.Image
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..batching import batched, in_threads
-from ..files import write_file
+from ..files import only_run, write_file
 from ..sampling import default_argument, family_of, sample_images
 from .kept_images import keep_sampled_images, read_sums, write_images, write_sums
 from .models import (
@@ -118,7 +118,6 @@ def generate(
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     state = process_state(use_cpu)
     folder = Path(output_dir) / "images" / spec.name
-    folder.mkdir(parents=True, exist_ok=True)
     pipeline_class = pipeline_class_of(spec)
     check_branches(spec, pipeline_class, protocol)
     dtype = resolve_dtype(dtype, state.device, pipeline_class)
@@ -138,13 +137,7 @@ def generate(
     content = (json.dumps(manifest, indent=2) + "\n").encode()
     check_manifest(folder, manifest, content)
     state.wait_for_everyone()  # no process writes before all have checked
-    lock = FileLock(folder / ".lock")
-    if state.is_main_process:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"Another process is sampling into {folder}. Wait for it, or stop it.") from error
-    try:
+    with only_run(folder, "sampling") if state.is_main_process else nullcontext():
         if state.is_main_process:
             write_sums(folder, keep_sampled_images(folder) | {MANIFEST: hashlib.sha256(content).hexdigest()})
             write_file(folder / MANIFEST, content)
@@ -171,8 +164,6 @@ def generate(
         state.wait_for_everyone()
         if state.is_main_process:
             write_sums(folder, read_sums(folder))
-    finally:
-        lock.release()
     return rows
 
 

@@ -22,6 +22,7 @@ from ..annotation.run import Task, run, run_locally
 from ..trainer.diffusion_trainer import DiffusionTrainer
 from .models import MODELS
 from .sampling import generate, load_pipeline
+from .steps import Outcome
 from .world import evaluation_prompts
 
 
@@ -136,7 +137,7 @@ def run_arm(
     num_samples: int,
     seed: int,
     output_dir: str,
-) -> tuple[dict[str, float], list[Image.Image], float, str]:
+) -> Outcome:
     """
     Trains the base as an arm says, generates images with it, and scores them, in one thread.
 
@@ -161,7 +162,7 @@ def run_arm(
             Output directory of the trainer.
 
     Returns:
-        `tuple`: the scores of all images, the first eight images, the seconds that it took, and the figures in words.
+        [`quickstart.steps.Outcome`]: with the first eight images.
     """
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -178,7 +179,7 @@ def run_arm(
     images = generate(pipeline, prompts, seed)
     scores = experiment.score(images, prompts)
     figures = ", ".join(f"{heading} {scores[key]:{form}}" for key, (heading, form) in experiment.figures.items())
-    return scores, images[:8], time.perf_counter() - start, figures
+    return Outcome(scores, images[:8], time.perf_counter() - start, figures)
 
 
 def results_table(experiment: Experiment, results: dict[str, dict[str, float]]) -> str:
