@@ -20,12 +20,11 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset
 
 from ..batching import in_threads
-from ..checksums import DamagedFile, digest_of
+from ..checksums import DamagedFile
 from ..data.formats import PREFERENCES, shortened
 from ..data.presets import training_columns
-from ..data.sources import load_source
+from ..data.sources import cache_of, load_source
 from ..data.tables import with_lists
-from ..revisions import digest_of_file
 from .files import name_reader, read_bool
 from .joined_columns import image_uids, joined_columns, orientation
 from .joined_rows import join_image, join_pair, joined_features
@@ -117,9 +116,7 @@ def read_shards(shards: list[Path], manifest: dict[str, Any], split: str) -> Dat
         raise ValueError(
             f"{shards[0].parent} has {num_rows:,} of the {manifest['counts']['rows']:,} rows that its {MANIFEST} counts. {again}"
         )
-    # `datasets` finds in its cache what was read before from files of these names and times; their content is in the name too
-    content = digest_of(in_threads(digest_of_file, shards))
-    return Dataset.from_parquet([str(shard) for shard in shards], split=split, config_name=f"annotations-{content}")
+    return Dataset.from_parquet([str(shard) for shard in shards], split=split, cache_dir=cache_of(shards))
 
 
 def find_runs(folder: str | Path) -> dict[str, Path]:

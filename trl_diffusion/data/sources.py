@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,7 +27,9 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import metadata_load
 
+from ..checksums import digest_of
 from .columns import Source, without_decoding
+from .content import FileIndex, state_of
 from .image_files import IMAGE_SUFFIXES, captioned_images, find_pair_folders, pairs_in_folders, visible_files
 from .tables import csv_settings, with_images, with_lists, without_hpdv2_lists
 
@@ -127,7 +130,7 @@ def read_folder(folder: Path, config_name: str | None, streaming: bool) -> dict[
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         return read_saved(folder, streaming)
     if config_name is not None or has_configurations(folder):
-        return load_dataset(str(folder), name=config_name, streaming=streaming)
+        return load_dataset(str(folder), name=config_name, streaming=streaming, cache_dir=cache_of_folder(folder, streaming))
     files = list(visible_files(folder))
     tables = [path for path in files if format_of(path) not in (None, "webdataset") and path.name not in NOT_DATA]
     metadata = [path for path in tables if path.name.split(".")[0] == "metadata"]
@@ -141,7 +144,7 @@ def read_folder(folder: Path, config_name: str | None, streaming: bool) -> dict[
     if tables:
         return read_files(by_split(folder, of_one_format(folder, tables)), streaming)
     if any(path.suffix.lower() == ".zip" for path in files):
-        return load_dataset(str(folder), streaming=streaming)
+        return load_dataset(str(folder), streaming=streaming, cache_dir=cache_of_folder(folder, streaming))
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if images:
         splits = by_top_folder(folder, images)
@@ -306,7 +309,9 @@ def read_group(split: str, files: list[Path], builder: str, streaming: bool) -> 
         raise ValueError(f"{names} cannot be read: it is empty.")
     try:
         settings = csv_settings(files[0]) if builder == "csv" else {}
-        data_files = {split: [glob.escape(unpacked(path)) for path in files]}
+        found = [unpacked(path) for path in files]
+        data_files = {split: [glob.escape(path) for path in found]}
+        settings |= {} if streaming else {"cache_dir": cache_of(found)}
         dataset = load_dataset(builder, data_files=data_files, split=split, streaming=streaming, **settings)
     except (DatasetGenerationError, ValueError, TypeError, OSError, tarfile.TarError, pa.ArrowException) as error:
         reason = first_line(error.__cause__ or error)
@@ -319,6 +324,21 @@ def read_group(split: str, files: list[Path], builder: str, streaming: bool) -> 
     return with_images(with_lists(without_hpdv2_lists(dataset, where), where), files[0])
 
 
+def cache_of(paths: Iterable[str | Path]) -> str:
+    """
+    A folder in the cache of `datasets` for what is read of these files while they hold what they hold now. By itself, `datasets`
+    goes by their names and times.
+    """
+    folder, paths = Path(config.HF_DATASETS_CACHE) / "trl_diffusion", sorted(map(str, paths))
+    contents = FileIndex(folder / "files.arrow").of(paths)
+    return str(folder / digest_of(list(zip(paths, contents, strict=True))))
+
+
+def cache_of_folder(folder: Path, streaming: bool) -> str | None:
+    """The same for all files of a folder. A stream has no cache."""
+    return None if streaming else cache_of(path for path in folder.rglob("*") if path.is_file())
+
+
 def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".") + "."
 
@@ -328,10 +348,7 @@ def unpacked(path: Path) -> str:
     packing = COMPRESSIONS.get(path.suffix.lower())
     if packing is None or (packing == "gzip" and format_of(path) not in ("parquet", "arrow")):
         return str(path)
-    stat = path.stat()
-    target = (
-        Path(config.HF_DATASETS_CACHE) / "unpacked" / f"{stat.st_ino}-{stat.st_mtime_ns}-{stat.st_size}" / path.stem
-    )
+    target = Path(config.HF_DATASETS_CACHE) / "unpacked" / "-".join(map(str, state_of(path))) / path.stem
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}")

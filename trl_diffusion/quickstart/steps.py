@@ -6,15 +6,12 @@
 import base64
 import io
 import logging
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from ..checksums import DamagedFile, digest_of, read_json, write_json
-from ..revisions import digest_of_file
 
 
 logger = logging.getLogger(__name__)
@@ -41,14 +38,6 @@ class Outcome(NamedTuple):
     images: list[Image.Image]
     seconds: float
     figures: str
-
-
-@cache
-def package_digest() -> str:
-    """A hash of the files of this package: its code, and the pipelines that come with it."""
-    folder = Path(str(resources.files("trl_diffusion")))
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
-    return digest_of({path.relative_to(folder).as_posix(): digest_of_file(path) for path in files})
 
 
 def step_file(output_dir: str | Path, world: str, name: str) -> Path:

@@ -208,8 +208,7 @@ def annotate(
 
     if args.preview is not None:
         page = Path(args.output_dir) / "preview.html"
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(preview(task, dataset.take(args.preview)), encoding="utf-8")
+        write_file(page, preview(task, dataset.take(args.preview)).encode())
         print(f"Open {page}. Nothing else was written.")
         return
     finished = run(

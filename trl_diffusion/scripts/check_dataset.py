@@ -133,7 +133,7 @@ def main(args: CheckDatasetArguments) -> int:
         print(line)
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+        write_file(Path(args.output), json.dumps(report, indent=1, ensure_ascii=False, default=str).encode())
     return 1 if report["faults"] else 0
 
 

@@ -199,8 +199,7 @@ def step_settings(
     """Everything that the result of a step depends on: the flags, the annotations, the code and the models of this package."""
     import torch
 
-    from trl_diffusion.quickstart.steps import package_digest
-    from trl_diffusion.revisions import digest_of_file
+    from trl_diffusion.revisions import digest_of_file, package_digest
 
     arm = experiment.arms.get(name)
     return {
