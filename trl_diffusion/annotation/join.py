@@ -30,7 +30,7 @@ from .joined_columns import image_uids, joined_columns, orientation
 from .joined_rows import join_image, join_pair, joined_features
 from .records import STATUSES, id_text, image_columns, pair_columns, prepare_rows, read_id
 from .run import Row
-from .shards import MANIFEST, PROGRESS, fingerprint_of, read_shard
+from .shards import MANIFEST, PROGRESS, read_shard, rows_and_run
 
 
 logger = logging.getLogger(__name__)
@@ -107,14 +107,16 @@ def read_shards(shards: list[Path], manifest: dict[str, Any], split: str) -> Dat
         `ValueError`: If a shard is not as it was written, or is not of this run, or rows are missing.
     """
     again = "Repeat the command that wrote it: what is damaged is annotated again, and the rest is kept."
-    fingerprint = fingerprint_of(manifest)
     try:
-        num_rows = sum(in_threads(lambda shard: read_shard(shard, fingerprint).num_rows, shards))
+        found = in_threads(lambda shard: rows_and_run(read_shard(shard)), shards)
     except DamagedFile as error:
         raise ValueError(f"{error}. {again}") from error
-    if num_rows < manifest["counts"]["rows"]:
+    num_rows = sum(rows for rows, _ in found)
+    if len({run for _, run in found}) > 1:
+        raise ValueError(f"{shards[0].parent} holds shards of several runs. {again}")
+    if manifest["complete"] and num_rows < manifest["counts"]["rows"]:
         raise ValueError(
-            f"{shards[0].parent} has {num_rows:,} of the {manifest['counts']['rows']:,} rows that its {MANIFEST} counts. {again}"
+            f"{shards[0].parent} has {num_rows:,} rows, and its {MANIFEST} counts {manifest['counts']['rows']:,}. {again}"
         )
     return Dataset.from_parquet([str(shard) for shard in shards], split=split, cache_dir=cache_of(shards))
 

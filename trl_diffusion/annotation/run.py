@@ -26,7 +26,7 @@ from ..batching import CORES, in_threads
 from ..checksums import DamagedFile, read_json, write_json, write_table
 from ..files import hold, write_file
 from .records import INPUTS, STATUSES, Record, check_prompt, encode_row, inputs_of, open_images, to_table
-from .shards import MANIFEST, SHARD, fingerprint_of, manifest_of, read_shard, shard_name
+from .shards import MANIFEST, RUN, SHARD, fingerprint_of, manifest_of, read_shard
 
 
 logger = logging.getLogger(__name__)
@@ -390,7 +390,7 @@ class Run:
                 f"them. The last errors:\n{listed(errors)}"
             )
         index = self.next_index()
-        origin = {INPUTS: json.dumps(inputs), SHARD: shard_name(self.task.fingerprint, index)}
+        origin = {INPUTS: json.dumps(inputs), SHARD: self.path(index).name, RUN: self.task.fingerprint}
         table = table.replace_schema_metadata(table.schema.metadata | origin)
         write_table(self.path(index), table, self.safe)
         self.add(index, [encode_row(row) for row in rows], inputs)

@@ -17,7 +17,7 @@ from ..checksums import DamagedFile, read_table
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-SHARD = "shard"  # in the metadata of a shard: which one of which run it is
+SHARD, RUN = b"shard", b"run"  # in the metadata of a shard: its name, and the fingerprint of its run
 PROGRESS = ("complete", "counts", "versions")  # entries of a manifest that the annotations do not depend on
 
 
@@ -27,32 +27,34 @@ def fingerprint_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(payload.encode()).hexdigest()[:8]
 
 
-def shard_name(fingerprint: str, index: int) -> str:
-    """Which shard of which run a file is."""
-    return f"{fingerprint}-{index:06d}"
-
-
-def read_shard(path: Path, fingerprint: str) -> pa.Table:
+def read_shard(path: Path, fingerprint: str | None = None) -> pa.Table:
     """
     Reads a shard of a run.
 
     Args:
         path (`Path`):
             The file.
-        fingerprint (`str`):
-            The fingerprint of the run, see [`Task`].
+        fingerprint (`str`, *optional*):
+            The fingerprint of the run, see [`annotation.run.Task`]. By default it may be that of any run.
 
     Returns:
-        `pyarrow.Table`: its rows. The metadata name what they were made of.
+        `pyarrow.Table`: its rows. The metadata have what they were made of, and of which run they are.
 
     Raises:
         [`checksums.DamagedFile`]: If it is not as it was written, or is another shard or one of another run.
     """
     table = read_table(path)
-    name = (table.schema.metadata or {}).get(SHARD.encode(), b"").decode()
-    if name != shard_name(fingerprint, int(path.stem.removeprefix("annotations-"))):
-        raise DamagedFile(f"{path} is the shard {name or 'of no run'}")
+    metadata = table.schema.metadata or {}
+    if metadata.get(SHARD, b"").decode() != path.name or metadata.get(RUN, b"").decode() != (
+        fingerprint or rows_and_run(table)[1]
+    ):
+        raise DamagedFile(f"{path} is another shard, or one of another run")
     return table
+
+
+def rows_and_run(table: pa.Table) -> tuple[int, str]:
+    """The number of rows of a shard, and the fingerprint of its run."""
+    return table.num_rows, (table.schema.metadata or {}).get(RUN, b"").decode()
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

@@ -130,7 +130,9 @@ def read_folder(folder: Path, config_name: str | None, streaming: bool) -> dict[
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         return read_saved(folder, streaming)
     if config_name is not None or has_configurations(folder):
-        return load_dataset(str(folder), name=config_name, streaming=streaming, cache_dir=cache_of_folder(folder, streaming))
+        return load_dataset(
+            str(folder), name=config_name, streaming=streaming, cache_dir=cache_of_folder(folder, streaming)
+        )
     files = list(visible_files(folder))
     tables = [path for path in files if format_of(path) not in (None, "webdataset") and path.name not in NOT_DATA]
     metadata = [path for path in tables if path.name.split(".")[0] == "metadata"]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ..checksums import DamagedFile, digest_of, read_json, write_json
+from ..checksums import DamagedFile, read_json, write_json
 
 
 logger = logging.getLogger(__name__)

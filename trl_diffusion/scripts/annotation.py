@@ -205,6 +205,7 @@ def annotate(
     """
     from ..annotation.preview import preview
     from ..annotation.run import run
+    from ..files import write_file
 
     if args.preview is not None:
         page = Path(args.output_dir) / "preview.html"

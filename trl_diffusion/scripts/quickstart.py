@@ -31,8 +31,8 @@ Every model then generates images, and the oracles of the worlds count how good 
 prompt names. If it is stopped, the same command continues: the steps that are done are kept.
 """
 
-import io
 import json
+import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -109,7 +109,7 @@ def main(args: QuickstartArguments) -> None:
 
 def run_quickstart(args: QuickstartArguments) -> None:
     """All steps of both worlds, without those that an earlier run with the same settings has done, and the report."""
-    from trl_diffusion.files import write_file
+    from trl_diffusion.files import save_picture, write_file
     from trl_diffusion.quickstart import cpo, iapo
     from trl_diffusion.quickstart.experiment import annotate, run_arm
     from trl_diffusion.quickstart.steps import STEPS, keep_step, kept_step, step_file
@@ -118,6 +118,8 @@ def run_quickstart(args: QuickstartArguments) -> None:
     folder = Path(args.output_dir)
     for unfinished in [*folder.glob("*.tmp"), *folder.glob(f"{STEPS}/*.tmp")]:
         unfinished.unlink()
+    for unfinished in folder.glob(f"{STEPS}/*/"):
+        shutil.rmtree(unfinished)  # of a trainer
     versions = {package: version(package) for package in PACKAGES}
     experiments = {"scenes": iapo.EXPERIMENT, "paintings": cpo.EXPERIMENT}
     num_rows = {"scenes": args.num_pairs, "paintings": args.num_paintings}
@@ -168,9 +170,7 @@ def run_quickstart(args: QuickstartArguments) -> None:
 
     for world, file in (("scenes", "samples.png"), ("paintings", "paintings.png")):
         images = [outcomes[world, name].images for name in worlds[world]]
-        buffer = io.BytesIO()
-        comparison(experiments[world], images, args.num_samples, args.seed).save(buffer, format="PNG")
-        write_file(folder / file, buffer.getvalue())
+        save_picture(folder / file, comparison(experiments[world], images, args.num_samples, args.seed))
     scores = {world: {name: outcomes[world, name].scores for name in names} for world, names in worlds.items()}
     results = scores["scenes"] | {
         "cpo": scores["paintings"],
