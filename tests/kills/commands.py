@@ -3,7 +3,6 @@
 
 """Small runs as code for `python -c`, which are killed and repeated. Each writes a line to a log for a piece of work that it does."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,9 +83,8 @@ def annotate(output_dir: str, log: str, num_rows: str, streaming: str) -> None:
     run(rows, make_task(columns, NotingVLM(log)), output_dir, run_locally, disable_tqdm=True)
 
 
-def build(builder: str, *flags: str) -> None:
-    """Builds a dataset from annotations, as `python -m datasets_builders.NAME FLAGS`."""
-    from importlib import import_module
+def build(source: str, annotations: str, output_dir: str) -> None:
+    """Builds a dataset from annotated pairs, as `python -m datasets_builders.pickapic_instance`."""
+    from tests.datasets_builders import sources
 
-    sys.argv[1:] = flags
-    import_module(f"datasets_builders.{builder}.__main__")
+    sources.build_pairs(Path(source), Path(annotations), Path(output_dir))

@@ -305,10 +305,10 @@ class Run:
             self.forget(
                 [i for i, ids in self.shards.items() if i * size + len(ids) < min((i + 1) * size, len(dataset))]
             )
-        elif self.complete and not read_again:
-            return Rest(dataset.take(0))
         if isinstance(dataset, Dataset) or read_again:
             self.forget_changed(dataset)
+        if isinstance(dataset, IterableDataset) and self.complete:
+            return Rest(dataset.take(0))
         done = {index * size + place for index, ids in self.shards.items() for place in range(len(ids))}
         if isinstance(dataset, Dataset):
             return Rest(dataset.select([number for number in range(len(dataset)) if number not in done]))

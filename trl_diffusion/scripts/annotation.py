@@ -220,6 +220,7 @@ def annotate(
         max_error_rate=args.max_error_rate,
         retry_errors=args.retry_errors,
         num_rows=num_rows,
+        read_again=Path(args.dataset_name).expanduser().exists() or any(sign in args.dataset_name for sign in "*?{["),
     )
     figures = ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in finished.counts.items())
     print(f"Annotated into {finished.folder}: {figures}.")
