@@ -12,8 +12,9 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from .files import write_file
 from .lora_files import find_lora, read_lora, read_tensors
 
 
@@ -81,8 +82,7 @@ def export_lora(lora: str | Path, output: str | Path) -> Path:
         )
     is_unet = next(iter(read_tensors(path)[0])).startswith("unet.")
     exported = _kohya(weights, alphas, path) if is_unet else _transformer(weights, alphas)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(exported, output, {"format": "pt"})
+    write_file(output, save(exported, {"format": "pt"}))
     return output
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
