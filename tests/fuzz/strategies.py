@@ -99,7 +99,19 @@ SPECIAL_TOKENS = (
     "<think>",
     "{{ 7 * 7 }}{% for x in range(9) %}",
 )
-TERMINAL = ("\x1b[2J\x1b[H", "\x1b]0;title\x07", "\r", "\b\b\b", "\x9b2J", "a\u202eb", "\u2066x", "\u2028", "\x00", "\x7f", "\ud800")
+TERMINAL = (
+    "\x1b[2J\x1b[H",
+    "\x1b]0;title\x07",
+    "\r",
+    "\b\b\b",
+    "\x9b2J",
+    "a\u202eb",
+    "\u2066x",
+    "\u2028",
+    "\x00",
+    "\x7f",
+    "\ud800",
+)
 NASTY_TEXTS = (
     *SPECIAL_TOKENS,
     *TERMINAL,
@@ -145,7 +157,9 @@ anything = st.recursive(
     max_leaves=8,
 )
 json_values = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False), texts),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False), texts
+    ),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
     max_leaves=10,
 )
@@ -269,4 +283,6 @@ def broken_images(draw) -> bytes:
     return bytes(data)
 
 
-image_bytes = st.one_of(st.sampled_from([*IMAGES.values(), *NO_IMAGES.values()]), broken_images(), st.binary(max_size=64))
+image_bytes = st.one_of(
+    st.sampled_from([*IMAGES.values(), *NO_IMAGES.values()]), broken_images(), st.binary(max_size=64)
+)
