@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 
 from ..criteria import Criteria, render_prompt
@@ -31,7 +31,7 @@ from .diffusion_trainer import DiffusionTrainer, Metrics
 from .model_card import Method
 from .noised_batch import NoisedBatch
 from .publishing import criteria_file
-from .sharding import gathered
+from .sharding import whole_lora
 
 
 class AttributeSFTTrainer(DiffusionTrainer):
@@ -184,8 +184,7 @@ class AttributeSFTTrainer(DiffusionTrainer):
                 "`expert` was trained with all its weights. Expert, reference and policy are adapters on one base: train "
                 "the expert with a `peft_config`."
             )
-        weights = gathered(get_peft_model_state_dict(self.policy), is_kept=True)
-        weights = {name: weight.detach().clone() for name, weight in weights.items()}
+        weights = {name: weight.clone() for name, weight in whole_lora(self.policy).items()}
         return weights, self.policy.peft_config["default"], self._description()
 
     def take_adapter(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -22,7 +22,7 @@ from ..files import write_file
 from ..hub import hub_id
 from .lora import LORA_WEIGHTS_NAME, load_lora_into, read_lora
 from .run_record import check_resumed_run, compare_loras, describe_lora, describe_run
-from .sharding import as_whole, cut_as, gathered, plain_class
+from .sharding import as_whole, cut_as, plain_class, whole_lora, whole_weights
 
 
 def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path, writes: bool = True) -> None:
@@ -41,7 +41,7 @@ def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path,
             Whether this process writes them. Of a sharded model, the others take part.
     """
     is_lora = isinstance(model, PeftModel)
-    weights = gathered(get_peft_model_state_dict(model) if is_lora else model.state_dict(), writes)
+    weights = whole_lora(model, is_kept=writes) if is_lora else whole_weights(model, writes)
     if not writes:
         return
     if is_lora:
