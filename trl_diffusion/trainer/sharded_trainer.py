@@ -3,6 +3,7 @@
 
 """Where the Trainer of transformers does otherwise when weights are cut over processes. What it saves is that of any other run."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ class ShardedTrainer(_BaseTrainer):
     A checkpoint has the files of an unsharded run, so that either continues the other; all processes take part in writing it.
     """
 
-    @property
+    @cached_property
     def is_sharding(self) -> bool:
         """Whether the weights of policy and reference are cut over the processes."""
         return is_sharding(self.accelerator)

@@ -191,11 +191,13 @@ def denoiser_of(model: torch.nn.Module) -> torch.nn.Module:
 
 @contextmanager
 def keeping_shards(accelerator: Accelerator) -> Iterator[None]:
-    """While the context lasts, `accelerator.prepare` prepares optimizers and leaves models, which are cut already, as they are."""
+    """While the context lasts, `accelerator.prepare` does not cut the model again, which it would do from the outside."""
 
     def prepare(*objects: Any) -> tuple[Any, ...]:
         return tuple(
-            accelerator.prepare_optimizer(each) if isinstance(each, torch.optim.Optimizer) else each
+            accelerator.prepare_model(each, device_placement=False, evaluation_mode=True)
+            if isinstance(each, torch.nn.Module)
+            else accelerator.prepare_optimizer(each)
             for each in objects
         )
 
