@@ -9,7 +9,6 @@ import os
 import re
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa

@@ -20,6 +20,7 @@ from ..data.formats import each_dataset
 from ..nodes import different, has_nodes, is_shared
 from .fingerprints import NUM_ELEMENTS, tokenizer_fingerprint
 from .run_record import dataset_fingerprint, library_versions, settings_of
+from .sharding import whole
 
 
 # Settings that do not bear on the weights, but on what the processes do together
@@ -186,6 +187,6 @@ def check_weights_alike(model: torch.nn.Module) -> None:
     """
     if not has_nodes():
         return
-    trained = [weight.detach().flatten() for weight in model.parameters() if weight.requires_grad]
+    trained = [whole(weight).detach().flatten() for weight in model.parameters() if weight.requires_grad]
     some = [weight[:: max(1, weight.numel() // NUM_ELEMENTS)].tolist() for weight in trained]
     check_alike({"the weights of the checkpoint": some})

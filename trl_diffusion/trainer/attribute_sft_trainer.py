@@ -27,11 +27,11 @@ from .attributes import (
     describe_expert,
     without_default,
 )
-from .checkpoints import trained_weights
 from .diffusion_trainer import DiffusionTrainer, Metrics
 from .model_card import Method
 from .noised_batch import NoisedBatch
 from .publishing import criteria_file
+from .sharding import whole_lora
 
 
 class AttributeSFTTrainer(DiffusionTrainer):
@@ -184,8 +184,7 @@ class AttributeSFTTrainer(DiffusionTrainer):
                 "`expert` was trained with all its weights. Expert, reference and policy are adapters on one base: train "
                 "the expert with a `peft_config`."
             )
-        weights = trained_weights(self.policy, is_kept=True)
-        weights = {name: weight.detach().clone() for name, weight in weights.items()}
+        weights = {name: weight.clone() for name, weight in whole_lora(self.policy).items()}
         return weights, self.policy.peft_config["default"], self._description()
 
     def take_adapter(self) -> None:

@@ -217,13 +217,21 @@ class HealthCallback(TrainerCallback):
             )
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        ids, losses, paddings = zip(*self.losses, strict=True)
+        recorded = list(self.losses)
         self.losses.clear()
+        self._check(args, state, recorded, self.gradient_norm)
+
+    def check_losses(self, args, state) -> None:
+        """Stops where a loss is not finite: before a backward that makes the step too."""
+        self._check(args, state, self.losses, 0.0)
+
+    def _check(self, args, state, recorded, gradient_norm: torch.Tensor | float) -> None:
+        ids, losses, paddings = zip(*recorded, strict=True)
         losses = [
             x if padding is None else x.masked_fill(padding, 0) for x, padding in zip(losses, paddings, strict=True)
         ]
         losses_are_finite = torch.cat(losses).isfinite()
-        gradient_is_finite = torch.as_tensor(self.gradient_norm).isfinite().to(losses_are_finite.device)
+        gradient_is_finite = torch.as_tensor(gradient_norm).isfinite().to(losses_are_finite.device)
         if torch.stack([losses_are_finite.all(), gradient_is_finite]).all():
             return
         advice = (

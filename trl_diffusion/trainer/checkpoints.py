@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -22,7 +22,7 @@ from ..files import write_file
 from ..hub import hub_id
 from .lora import LORA_WEIGHTS_NAME, load_lora_into, read_lora
 from .run_record import check_resumed_run, compare_loras, describe_lora, describe_run
-from .sharding import as_whole, cut_as, gathered, plain_class
+from .sharding import as_whole, cut_as, plain_class, whole_lora, whole_weights
 
 
 def trained_weights(model: torch.nn.Module, is_kept: bool) -> dict[str, torch.Tensor]:
@@ -38,8 +38,7 @@ def trained_weights(model: torch.nn.Module, is_kept: bool) -> dict[str, torch.Te
     Returns:
         `dict[str, torch.Tensor]`: whole, by name; of a LoRA by the names of peft. Empty where they are not kept.
     """
-    is_lora = isinstance(model, PeftModel)
-    return gathered(get_peft_model_state_dict(model) if is_lora else model.state_dict(), is_kept)
+    return whole_lora(model, is_kept) if isinstance(model, PeftModel) else whole_weights(model, is_kept)
 
 
 def save_weights(

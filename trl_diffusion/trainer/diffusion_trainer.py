@@ -42,6 +42,7 @@ from .samples import Samples
 from .saving import Saver
 from .sharded_trainer import ShardedTrainer
 from .sharding import check_is_sharded, check_sharding, shard
+from .zero import writable
 
 
 logger = get_logger(__name__)
@@ -163,9 +164,9 @@ class DiffusionTrainer(ShardedTrainer):
         if train_dataset is not None and args.precompute and (args.reference_inverts or args.precompute_ref_preds):
             self.precompute_noised()
         if self.is_sharding:  # whatever runs from here on runs in all processes
-            shard(self.policy, self.accelerator)
             if self.reference is not None:
                 self.reference.shard(self.accelerator)
+            shard(self.policy, self.accelerator)
 
     @classmethod
     def default_args(cls, model: str | DiffusionPipeline) -> DiffusionConfig:
@@ -311,6 +312,8 @@ class DiffusionTrainer(ShardedTrainer):
         if self.model.training:
             self.encoder.ahead.advance()
             self.health.losses.append((inputs["id"], losses.detach(), is_padding))
+            if self.is_deepspeed_enabled and self.accelerator.sync_gradients:  # the backward steps
+                self.health.check_losses(self.args, self.state)
         loss = mean_over_rows(losses, is_padding, num_items_in_batch, self.args.world_size)
         return (loss, {"losses": losses}) if return_outputs else loss
 
@@ -411,7 +414,8 @@ class DiffusionTrainer(ShardedTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
         check_checkpoint(Path(resume_from_checkpoint))
-        load_weights(self.backbone, model, resume_from_checkpoint, self.run_record)
+        with writable(model, self.deepspeed):
+            load_weights(self.backbone, model, resume_from_checkpoint, self.run_record)
         check_weights_alike(model)
 
     def _load_best_model(self) -> None:
