@@ -34,7 +34,7 @@ def config(folder, **settings) -> InstanceDPOConfig:
         ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, {}, "would leave weights whole after they were used"),
         ({"FSDP_IGNORED_MODULES": "conv_in"}, {}, "`fsdp_ignored_modules` would leave weights"),
         ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, {}, "does not know the blocks of a denoiser"),
-        ({}, {"fp16": True}, "`fp16=True` does not go with FSDP here. Use `bf16=True`."),
+        ({}, {"mixed_precision": "fp16"}, "float16 does not go with FSDP here. Use `bf16=True`."),
         ({}, {"torch_compile": True}, "`torch_compile=True` does not go with FSDP"),
         ({}, {"channels_last": True}, "`channels_last=True` does not go with FSDP"),
         ({}, {"auto_find_batch_size": True}, "`auto_find_batch_size=True` does not go with FSDP"),

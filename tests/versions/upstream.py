@@ -75,12 +75,15 @@ def recorded() -> dict[str, dict[str, str]]:
 
 def overridden() -> dict[str, type]:
     """The methods of a base class that the trainers or their configuration define again, and that class."""
-    found = {}
-    for own, bases in ((DiffusionTrainer, (_BaseTrainer, Trainer)), (DiffusionConfig, (_BaseConfig,))):
-        for name, member in vars(own).items():
-            if inspect.isfunction(member) and (not name.startswith("__") or name == "__post_init__"):
-                found |= {name: base for base in bases[::-1] if hasattr(base, name)}
-    return found
+    pairs = ((DiffusionTrainer, _BaseTrainer), (DiffusionConfig, _BaseConfig))
+    return {
+        name: base
+        for own, base in pairs
+        for name, member in vars(own).items()
+        if inspect.isfunction(member)
+        and hasattr(base, name)
+        and (not name.startswith("__") or name == "__post_init__")
+    }
 
 
 def signature(function: Callable) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..backbones import Backbone, load_backbone
@@ -21,7 +21,7 @@ from .diffusion_config import DiffusionConfig
 from .fingerprints import base_fingerprint, module_fingerprint, tensors_hash
 from .initial_lora import add_reference_adapter
 from .policy import loading_settings
-from .sharding import gathered, shard
+from .sharding import is_sharding, shard, whole_lora
 
 
 # Largest distance of two predictions that are equal but for rounding, as a share of their size. With TF32 or in half precision,
@@ -92,8 +92,7 @@ class Reference:
         """What the reference's predictions depend on."""
         fingerprint = [module_fingerprint(self.denoiser or self.policy)]
         if self.adapter is not None:
-            own = get_peft_model_state_dict(self.policy, adapter_name=self.adapter)
-            fingerprint.append(tensors_hash(gathered(own, is_kept=True)))
+            fingerprint.append(tensors_hash(whole_lora(self.policy, self.adapter)))
         return fingerprint
 
 
@@ -170,9 +169,9 @@ def make_reference(
     else:
         denoiser = copy.deepcopy(policy)
     denoiser = frozen_denoiser(denoiser, args.half_dtype)
-    return Reference(
-        accelerator.prepare_model(denoiser, evaluation_mode=True), policy, base=base_fingerprint(denoiser)
-    )
+    placement = False if is_sharding(accelerator) else None  # it is cut before it is on the device
+    prepared = accelerator.prepare_model(denoiser, device_placement=placement, evaluation_mode=True)
+    return Reference(prepared, policy, base=base_fingerprint(denoiser))
 
 
 def check_untrained(model_pred: torch.Tensor, ref_pred: torch.Tensor, dtype: torch.dtype) -> None:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-All that is known of weights that are cut over processes (FSDP2): which settings go with it, cutting a model, and reading and writing
-whole weights, in which all processes take part.
+All that is known of weights that are cut over processes: which settings go with it, cutting a model, and reading and writing whole
+weights, in which all processes take part. What is DeepSpeed's alone is in [`trainer.zero`], the rest is FSDP2's.
 """
 
 import os
@@ -21,12 +21,13 @@ from accelerate.utils import (
     str_to_bool,
 )
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..backbones import Backbone
+from . import zero
 from .diffusion_config import DiffusionConfig
 
 
@@ -58,6 +59,9 @@ def check_sharding(args: DiffusionConfig) -> None:
     Raises:
         `ValueError`: If a setting does not go with it.
     """
+    if args.deepspeed_plugin is not None:
+        zero.check_zero(args)
+        _check_settings(args, "DeepSpeed")
     if not asks_for_fsdp(args):
         return
     given = args.fsdp_plugin_args or {}
@@ -90,13 +94,19 @@ def check_sharding(args: DiffusionConfig) -> None:
         raise ValueError(
             "`fsdp_auto_wrap_policy: SIZE_BASED_WRAP` does not know the blocks of a denoiser. Use TRANSFORMER_BASED_WRAP."
         )
-    for name in ("fp16", "torch_compile", "channels_last", "auto_find_batch_size"):
+    _check_settings(args, "FSDP")
+
+
+def _check_settings(args: DiffusionConfig, kind: str) -> None:
+    if args.half_dtype is torch.float16:
+        raise ValueError(f"Mixed precision with float16 does not go with {kind} here. Use `bf16=True`.")
+    for name in ("torch_compile", "channels_last", "auto_find_batch_size"):
         if getattr(args, name):
-            instead = "Use `bf16=True`." if name == "fp16" else "Leave one of the two out."
-            raise ValueError(f"`{name}=True` does not go with FSDP here. {instead}")
+            raise ValueError(f"`{name}=True` does not go with {kind} here. Leave one of the two out.")
     if args.optim not in OPTIMIZERS:
         raise ValueError(
-            f"`optim` is {str(args.optim)!r}, whose state cannot be put together from shards. With FSDP use one of {', '.join(OPTIMIZERS)}."
+            f"`optim` is {str(args.optim)!r}, whose state cannot be put together from shards. With {kind} use one of "
+            f"{', '.join(OPTIMIZERS)}."
         )
 
 
@@ -115,23 +125,26 @@ def check_is_sharded(args: DiffusionConfig, accelerator: Accelerator, backbone: 
     Raises:
         `ValueError`: If it is not, or the model cannot be cut.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed is not supported. Use FSDP: `--accelerate_config fsdp2`.")
+    if args.deepspeed_plugin is not None and not is_sharding(accelerator):
+        raise ValueError(
+            "This run asks for DeepSpeed, and was not launched for it: nothing would be sharded. Launch it with "
+            "`--accelerate_config zero2 --num_processes N`, or leave DeepSpeed out."
+        )
     if asks_for_fsdp(args) and not is_sharding(accelerator):
         _refuse_unsharded(
             "on the CPU" if accelerator.device.type == "cpu" else f"as {accelerator.distributed_type.value}"
         )
     if is_sharding(accelerator) and accelerator.parallelism_config is not None:
         raise ValueError(
-            "`parallelism_config` does not go with FSDP here. Leave it out: all processes share the weights."
+            "`parallelism_config` does not go with sharded training here. Leave it out: all processes share the weights."
         )
     if is_sharding(accelerator) and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        raise ValueError("`--dynamo_backend` does not go with FSDP here. Leave one of the two out.")
+        raise ValueError("`--dynamo_backend` does not go with sharded training here. Leave one of the two out.")
     how = backbone.quantization.get(backbone.denoiser_name)
     if how and is_sharding(accelerator):
         raise ValueError(
             f"`{backbone.denoiser_name}` is held in {how}, and quantised weights cannot be cut over processes. Load the model without "
-            "`quantization_config`, or train without FSDP."
+            "`quantization_config`, or train on several GPUs with `--accelerate_config multi_gpu`."
         )
 
 
@@ -151,12 +164,13 @@ def _is_set(name: str) -> bool:
 
 def is_sharding(accelerator: Accelerator) -> bool:
     """Whether a run cuts the weights of its models over its processes."""
-    return accelerator.distributed_type == DistributedType.FSDP
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def shard(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
     """
-    Cuts a model over the processes, in place: a frozen one, or the policy before its optimizer is made.
+    Cuts a model over the processes, in place: a frozen one, or the policy before its optimizer is made. DeepSpeed cuts the policy itself
+    when the training begins.
 
     The denoiser is what is cut, not the [`~peft.PeftModel`] around it, so that it may be called with and without. Computation is that of
     an unsharded run: weights are gathered in the precision that they are held in, and autocast computes.
@@ -170,6 +184,8 @@ def shard(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
     Returns:
         `torch.nn.Module`: the same model.
     """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return zero.prepare(model, accelerator)
     denoiser, plugin = denoiser_of(model), accelerator.state.fsdp_plugin
     plugin.mixed_precision_policy = None
     if plugin.auto_wrap_policy is None:
@@ -226,11 +242,13 @@ def keeping_shards(accelerator: Accelerator) -> Iterator[None]:
 
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether the weights of a model are cut over processes."""
-    return isinstance(denoiser_of(model), FSDPModule)
+    return isinstance(denoiser_of(model), FSDPModule) or zero.is_cut(model)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that may be cut over processes, which all call this, as a whole."""
+    if zero.is_cut_weight(tensor):
+        return zero.whole(tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -249,10 +267,22 @@ def gathered(tensors: dict[str, Any], is_kept: bool) -> dict[str, Any]:
     """
     kept = {}
     for name, value in tensors.items():
-        full = whole(value) if isinstance(value, torch.Tensor) else value
+        full = whole(value).detach() if isinstance(value, torch.Tensor) else value
         if is_kept:
-            kept[name] = full.cpu() if isinstance(value, DTensor) else full
+            kept[name] = full.cpu() if isinstance(value, DTensor) or zero.is_cut_weight(value) else full
     return kept
+
+
+def whole_weights(model: torch.nn.Module, is_kept: bool = True) -> dict[str, torch.Tensor]:
+    """The state of a model that may be cut over processes, see [`~trainer.sharding.gathered`]."""
+    return gathered(model.state_dict(keep_vars=True), is_kept)
+
+
+def whole_lora(model: PeftModel, adapter_name: str = "default", is_kept: bool = True) -> dict[str, torch.Tensor]:
+    """The weights of a LoRA as peft saves them, of a model that may be cut over processes, see [`~trainer.sharding.gathered`]."""
+    own = {name: weight for name, weight in model.state_dict(keep_vars=True).items() if "lora_" in name}
+    weights = gathered(own, is_kept)
+    return get_peft_model_state_dict(model, weights, adapter_name) if is_kept else {}
 
 
 def cut_as(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
