@@ -38,7 +38,7 @@ def trained_weights(model: torch.nn.Module, is_kept: bool) -> dict[str, torch.Te
     Returns:
         `dict[str, torch.Tensor]`: whole, by name; of a LoRA by the names of peft. Empty where they are not kept.
     """
-    return whole_lora(model, is_kept) if isinstance(model, PeftModel) else whole_weights(model, is_kept)
+    return whole_lora(model, is_kept=is_kept) if isinstance(model, PeftModel) else whole_weights(model, is_kept)
 
 
 def save_weights(
