@@ -97,14 +97,14 @@ def test_scores_that_are_damaged_are_computed_again(world, tmp_path, caplog, dam
     assert files(tmp_path / "out") == files(world / "whole")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[]"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"protocol": {"seed": 1}}'])
 def test_a_manifest_that_is_lost_is_written_again(world, tmp_path, caplog, content):
     """A damaged manifest is written again if its checksum is that of the same settings; otherwise nobody knows the settings."""
     shutil.copytree(world / "whole", tmp_path / "out")
     manifest = tmp_path / "out" / "images" / "first" / "manifest.json"
     manifest.unlink() if content is None else manifest.write_bytes(content)
     evaluate(world, tmp_path / "out", ("first",))
-    assert "manifest.json, which is written again" in caplog.text
+    assert "manifest.json is lost or damaged. It is written again" in caplog.text
     assert files(tmp_path / "out") == files(world / "whole")
     manifest.write_bytes(b"{")
     (manifest.parent / "SHA256SUMS").unlink()
