@@ -15,7 +15,7 @@ from tests import tiny
 from tests.cli.processes import COMMAND, ROOT, run, run_distributed
 
 
-COMMANDS = {"instance_dpo": "instance-dpo", "attribute_sft": "attribute-sft", "complex_po": "complex-po"}
+TRAINERS = {"instance_dpo": "instance-dpo", "attribute_sft": "attribute-sft", "complex_po": "complex-po"}
 KINDS = ("sd", "sd_v", "sdxl", "sd3")  # noise, velocity, two text encoders and the size of the image, flow
 NUM_ROWS = 11  # in steps of 4 rows, the last step of an epoch has 3
 # Momentum has a state to resume, and a difference shows in the weights as large as it is
@@ -171,7 +171,7 @@ class Trainings:
         args = self.arguments(trainer, kind, output_dir=folder, **changed)
         settings = {"cwd": cwd, "env": os.environ | (env or {})}
         if processes == 1:
-            ended = [run(["-c", COMMAND, COMMANDS[trainer], *args], **settings)]
+            ended = [run(["-c", COMMAND, TRAINERS[trainer], *args], **settings)]
         else:
             ended = run_distributed(["-m", f"trl_diffusion.scripts.{trainer}", *args], processes, **settings)
         assert all(process.returncode == 0 for process in ended), "\n".join(process.stderr for process in ended)

@@ -20,6 +20,7 @@ from ..backbones.base import Backbone
 from ..backbones.names import INDEX
 from ..files import write_file
 from ..hub import hub_id
+from .alike import check_weights_alike
 from .fingerprints import base_fingerprint
 from .lora import LORA_WEIGHTS_NAME, load_lora_into, read_lora
 from .run_record import check_resumed_run, compare_loras, describe_lora, describe_run
@@ -36,14 +37,13 @@ def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path)
         model (`torch.nn.Module`):
             The policy, not wrapped.
         folder (`str` or `Path`):
-            Where the files go.
+            Where the files go: an empty folder.
     """
     if isinstance(model, PeftModel):
         backbone.save_lora(folder, get_peft_model_state_dict(model), model.peft_config["default"])
         return
     folder, earlier = Path(folder).resolve(), backbone.saved_in
     is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-    _unlink_shared(folder)
     if is_checkpoint and earlier not in (None, folder) and (earlier / INDEX).exists():
         model.save_pretrained(folder / backbone.denoiser_name)
         for name in json.loads((earlier / INDEX).read_text(encoding="utf-8")).keys() - {backbone.denoiser_name}:
@@ -64,19 +64,11 @@ def _link_folder(source: Path, target: Path) -> None:
         if file.is_dir():
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.unlink(missing_ok=True)
         if file.suffix == ".safetensors":
             with suppress(OSError):
                 os.link(file, copy)
                 continue
         shutil.copyfile(file, copy)
-
-
-def _unlink_shared(folder: Path) -> None:
-    """Takes files that other checkpoints share out of a folder that is written again: to write into them would change those too."""
-    for file in folder.glob("*/*.safetensors"):
-        if file.stat().st_nlink > 1:
-            file.unlink()
 
 
 def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path, record: dict[str, Any]) -> None:
@@ -104,14 +96,17 @@ def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path,
             f"resume {'with' if not is_lora else 'without'} `peft_config`, as it was trained, or name another."
         )
     check_resumed_run(folder, record)
-    if not is_lora:
+    if is_lora:
+        weights, config = read_lora(folder)
+        errors, _ = compare_loras(describe_lora(config), record["lora"])  # a checkpoint of an older version has none
+        if errors:
+            raise ValueError(
+                f"The LoRA of the checkpoint {folder} is another than `peft_config`: {'; '.join(errors)}."
+            )
+        load_lora_into(model, weights, f"The LoRA of the checkpoint {folder}")
+    else:
         model.load_state_dict(type(model).from_pretrained(folder / name).state_dict())
-        return
-    weights, config = read_lora(folder)
-    errors, _ = compare_loras(describe_lora(config), record["lora"])  # a checkpoint of an older version has no record
-    if errors:
-        raise ValueError(f"The LoRA of the checkpoint {folder} is another than `peft_config`: {'; '.join(errors)}.")
-    load_lora_into(model, weights, f"The LoRA of the checkpoint {folder}")
+    check_weights_alike(folder, model)
 
 
 def describe_trainer(trainer: Trainer) -> dict[str, Any]:
@@ -143,16 +138,12 @@ def describe_trainer(trainer: Trainer) -> dict[str, Any]:
 
 
 class BestCheckpointCallback(TrainerCallback):
-    """Keeps the path of the best checkpoint out of the saved state, and finds this checkpoint again when the run is resumed."""
+    """Finds the best checkpoint again when a run is resumed; its path is not in the saved state."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         if state.best_global_step and best.is_dir():
             state.best_model_checkpoint = str(best)
-
-    def on_save(self, args, state, control, **kwargs):
-        if args.should_save:
-            forget_best_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def forget_best_checkpoint(checkpoint: Path) -> None:

@@ -23,7 +23,7 @@ from ..data.caching import TensorCache
 from ..data.collators import ImageCollator
 from ..data.formats import all_datasets, each_dataset, prepare_dataset
 from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
-from .alike import check_checkpoint, check_data_alike, check_models_alike, check_weights_alike
+from .alike import check_data_alike
 from .callbacks import HealthCallback, RunCallback, SampleImagesCallback
 from .checkpoints import BestCheckpointCallback, describe_trainer, load_weights, save_weights
 from .diffusion_config import DiffusionConfig, check_data_settings, check_not_sharded, collator_settings
@@ -39,8 +39,8 @@ from .publishing import Publisher
 from .reference import Reference, check_untrained, make_reference
 from .row_order import seeded, visited_rows
 from .row_randomness import RowRandomness
-from .run_record import write_run_record
 from .samples import Samples
+from .saving import Saver
 
 
 logger = get_logger(__name__)
@@ -103,6 +103,7 @@ class DiffusionTrainer(_BaseTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
         self.args = args = args or self.default_args(model)
+        self.saver = Saver(self, trains=train_dataset is not None)
         self.publisher = Publisher(self)
         train_dataset = each_dataset(train_dataset, "train_dataset", self._prepare_dataset)
         eval_dataset = each_dataset(eval_dataset, "eval_dataset", self._prepare_dataset)
@@ -345,11 +346,11 @@ class DiffusionTrainer(_BaseTrainer):
     def _predict(self, model: torch.nn.Module, noised: NoisedBatch) -> torch.Tensor:
         return self.backbone.predict(model, noised.noisy_latents, noised.timesteps, noised.batch["conditions"])
 
-    def train(self, *args, **kwargs):
-        check_models_alike(self)
-        with training_mode(self.policy, self.denoiser_was_training), closing(self.encoder.ahead):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        training = training_mode(self.policy, self.denoiser_was_training)
+        with self.saver.training(), training, closing(self.encoder.ahead):
             self.model.train()  # as in a step: the first batch is made ready before it
-            return super().train(*args, **kwargs)
+            return self.saver.resume(super().train, resume_from_checkpoint, *args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
         self.health.gradient_norm = super()._get_grad_norm(model, grad_norm)
@@ -386,13 +387,16 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            save_weights(self.backbone, self.policy, output_dir or self.args.output_dir)
+            with self.saver.model_folder(Path(output_dir or self.args.output_dir)) as folder:
+                self.save_files(folder)
+
+    def save_files(self, folder: Path) -> None:
+        """Writes the weights into an empty folder, and what belongs to them."""
+        save_weights(self.backbone, self.policy, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
-        check_checkpoint(Path(resume_from_checkpoint))
         load_weights(self.backbone, model, resume_from_checkpoint, self.run_record)
-        check_weights_alike(model)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -406,12 +410,16 @@ class DiffusionTrainer(_BaseTrainer):
         """What belongs into the record of a run besides: `expert`, `criteria`."""
         return {}
 
+    def _get_output_dir(self, trial) -> str:
+        return str(self.saver.folder or super()._get_output_dir(trial))
+
     def _save_checkpoint(self, model, trial) -> None:
         self.create_model_card()
-        if self.args.should_save:  # first, so that no checkpoint is without it
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            write_run_record(folder, self.run_record)
-        super()._save_checkpoint(model, trial)
+        self.saver.save(Path(self._get_output_dir(trial)), partial(super()._save_checkpoint, model, trial))
+
+    def _finalize_training(self, trial, *args):
+        self.saver.keep_the_best(Path(self._get_output_dir(trial)))
+        return super()._finalize_training(trial, *args)
 
     def further_files(self) -> dict[str, bytes]:
         """What is pushed beside the model and its card, by its path in the repository."""
@@ -421,7 +429,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.hub_model_id = self.publisher.repo_id  # created before anything that takes long
 
     def _push_from_checkpoint(self, folder: str) -> None:
-        self.publisher.push_checkpoint(folder)
+        """Nothing is pushed before it is in its place, see [`trainer.saving.Saver.save`]."""
 
     def _finish_current_push(self) -> None:
         self.publisher.finish()
