@@ -168,7 +168,9 @@ def stopping(command: str, forwards: bool = False) -> Iterator[Stop]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
-        os.write(writing, END)  # to close it is not enough: processes that were forked, such as kept workers, have it too
+        os.write(
+            writing, END
+        )  # to close it is not enough: processes that were forked, such as kept workers, have it too
         watcher.join()
         os.close(writing)
         os.close(reading)
