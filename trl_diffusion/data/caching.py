@@ -230,10 +230,8 @@ class Encoding:
         self.all_keys = keys = keys_of(self.dataset, next(iter(self.features)))
         number, needed = len(keys), np.arange(len(keys)) if self.rows is None else self.rows
         self.keys, self.needed = keys.take(pa.array(needed)), needed
-        for is_first in (
-            True,
-            False,
-        ):  # the first process reads what the others then know, and removes what is damaged
+        # The first process reads what the others then know, and removes what is damaged
+        for is_first in (True, False):
             if (self.process_index == 0) == is_first:
                 self._look()
             self.wait()
@@ -303,7 +301,14 @@ class Encoding:
         self.files.add(self.parts)
         if self.process_index == 0 and self.parts:
             self.files.trust(self.parts)
-        return self.files.dataset(self.files.places(self.found), self.fingerprint)
+        places = self.files.places(self.found)
+        if (lost := int((places < 0).sum())) > 0:
+            raise ValueError(
+                f"{lost:,} rows of {self.name} are in no file of {self.folder} although they were just encoded: the files were removed, "
+                "the processes do not share the folder, or a transform of the dataset makes other rows in each process. Repeat the "
+                "command with a `precompute_dir` that all of them share, and a transform that is not random."
+            )
+        return self.files.dataset(places, self.fingerprint)
 
     def _rows(self, numbers: range | list[int], _: pa.Array) -> list[dict[str, Any]]:
         columns = self.dataset[numbers]
