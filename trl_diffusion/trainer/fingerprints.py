@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 
 from ..backbones.checks import plain_tokenizer
 from ..backbones.quantization import dequantized, quantized_layers
+from .sharding import whole
 
 
 NO_MATTER = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # in configurations
@@ -111,7 +112,8 @@ def module_fingerprint(module: torch.nn.Module) -> str:
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if "lora_" not in name:
             digest.update(repr((name, str(weight.dtype), tuple(weight.shape))).encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            content = whole(weight.detach()).cpu().contiguous()
+            digest.update(content.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

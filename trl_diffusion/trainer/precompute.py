@@ -5,7 +5,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..data.encoded_files import CONTENT, keys_of
 from ..data.formats import each_dataset
 from ..data.hashing import hash_of
 from ..data.row_contents import RowContents
+from ..nodes import sharing
 from .diffusion_config import DiffusionConfig
 from .encoding import BatchEncoder
 from .fingerprints import tokenizer_fingerprint
@@ -361,6 +362,13 @@ class Precomputation:
     def _folder(self) -> Path:
         return Path(self.folder or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion")
 
+    @cached_property
+    def _share(self) -> tuple[int, int]:
+        """The place of this process among those that write into the same folder, and their number: machines may have one each."""
+        process = PartialState().process_index
+        seen = sharing(self._folder)[process]
+        return seen.index(process), len(seen)
+
     def _plan(
         self,
         dataset: Dataset,
@@ -375,6 +383,7 @@ class Precomputation:
         load: Callable | None = None,
     ) -> Encoding:
         state, precision = PartialState(), {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        place, number = self._share
         fingerprint = Hasher.hash((FORMAT_VERSION, precision.get(self.encoder.half_dtype, "no"), depends_on))
         plan = Encoding(
             dataset,
@@ -384,10 +393,10 @@ class Precomputation:
             fingerprint,
             self._folder,
             self.batch_size if is_of_one_size(dataset) else 1,
-            state.process_index,
-            state.num_processes,
+            place,
+            number,
             state.wait_for_everyone,
-            state.print,
+            print if place == 0 else lambda text: None,
             prepare,
             rows,
             more_bytes,
