@@ -26,7 +26,7 @@ from .column_checks import selected
 from .content import clear_unfinished
 from .encoded_files import CONTENT, EncodedFiles, keys_of, mean_length, readable, select
 from .key_index import KeyIndex
-from .row_contents import RowContents
+from .row_contents import RowContents, kept_folder
 
 
 TENSORS = "_tensors"  # column with the tensors of a row, in the safetensors format, and a checksum
@@ -261,7 +261,8 @@ class Encoding:
         """Finds out what the rows are made of, and what is in the folder."""
         self.found = (self.contents or RowContents(self.dataset, ()).of)(self.needed)
         if self.process_index == 0:
-            clear_unfinished(self.folder)
+            for folder in (self.folder, kept_folder()):
+                clear_unfinished(folder)
         prefix = f"{re.sub('[^A-Za-z0-9_]+', '-', self.name)}-{self.fingerprint}"
         self.files = EncodedFiles(self.folder, prefix, self.features, self.say)
 
