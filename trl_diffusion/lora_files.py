@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from .backbones.names import LORA_WEIGHTS_NAME
 from .lora_headers import MAX_NAME, read_header
+from .machine import without_secrets
 
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,9 @@ def find_lora(name_or_path: str | Path, revision: str | None = None) -> Path:
         return Path(hf_hub_download(str(name_or_path), LORA_WEIGHTS_NAME, revision=revision))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
-            f"{name_or_path} is no folder, and the Hub gave no {LORA_WEIGHTS_NAME} of that name: {error}"
+            without_secrets(
+                f"{name_or_path} is no folder, and the Hub gave no {LORA_WEIGHTS_NAME} of that name: {shortened(error)}"
+            )
         ) from error
 
 
@@ -167,7 +170,9 @@ def _read_own(
         )
     prefix = f"{denoiser_name}."
     if not header.get(f"{prefix}target_modules"):
-        raise ValueError(f"The configuration of the LoRA {path} names no `target_modules`. Save it again.")
+        raise ValueError(
+            f"The configuration of the LoRA {path} cannot be used: it names no `target_modules`. Save it again."
+        )
     try:
         config = LoraConfig(**{key.removeprefix(prefix): value for key, value in header.items()})
     except TypeError as error:

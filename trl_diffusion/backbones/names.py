@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+from ..machine import without_secrets
+
 
 ENDINGS = (".safetensors", ".ckpt")
 OTHER_ENDINGS = (".gguf", ".bin", ".pt", ".pth", ".onnx", ".zip", ".json", ".yaml", ".yml", ".txt")
@@ -82,21 +84,22 @@ def find_model(name: str | Path) -> str:
 
 
 def _download(link: str) -> str:
+    shown = without_secrets(link)
     if page := HUB_PAGE.fullmatch(link):
         raise ValueError(f"{link} is the page of a model: pass its Hub id, {page[1]}.")
     parts = LINK.fullmatch(link.split("?")[0])
     if parts is None:
         raise ValueError(
-            f"{link} is no file on the Hub, whose links are like https://huggingface.co/user/model/blob/main/file.safetensors. "
+            f"{shown} is no file on the Hub, whose links are like https://huggingface.co/user/model/blob/main/file.safetensors. "
             "Download it first, and pass the file."
         )
     repo, revision, file = parts.groups()
     if not file.lower().endswith(ENDINGS):
-        raise ValueError(f"{link} is no {' or '.join(ENDINGS)} file.")
+        raise ValueError(f"{shown} is no {' or '.join(ENDINGS)} file.")
     try:
         return hf_hub_download(repo, file, revision=revision)
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(f"{link} cannot be downloaded: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{shown} cannot be downloaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def _check_ending(path: Path) -> None:
