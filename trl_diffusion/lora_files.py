@@ -30,7 +30,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from .backbones.names import LORA_WEIGHTS_NAME
+from .backbones.names import LORA_WEIGHTS_NAME, check_name
 from .lora_headers import MAX_NAME, read_header
 from .machine import without_secrets
 
@@ -63,6 +63,7 @@ def find_lora(name_or_path: str | Path, revision: str | None = None) -> Path:
     Raises:
         `ValueError`: If there is none.
     """
+    check_name(str(name_or_path))
     if Path(name_or_path).is_dir():
         if (Path(name_or_path) / LORA_WEIGHTS_NAME).is_file():
             return Path(name_or_path) / LORA_WEIGHTS_NAME

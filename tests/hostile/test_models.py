@@ -3,6 +3,7 @@
 
 """Whatever is in a model's folder or file: it works or is refused in one line; nothing hangs, no pickle and no code is run."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from safetensors.torch import save_file
 
 from tests import tiny
 from tests.hostile.limits import Outcome, outcome
-from tests.hostile.model_cases import CASES
+from tests.hostile.lora_cases import Bomb
+from tests.hostile.model_cases import CASES, pickled
 from tests.original_layouts import sd_file
 from trl_diffusion.backbones import load_backbone, load_pipeline
 from trl_diffusion.backbones.names import find_model

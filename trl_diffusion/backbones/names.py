@@ -18,6 +18,7 @@ ENDINGS = (".safetensors", ".ckpt")
 OTHER_ENDINGS = (".gguf", ".bin", ".pt", ".pth", ".onnx", ".zip", ".json", ".yaml", ".yml", ".txt")
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 INDEX = "model_index.json"
+MAX_LETTERS = 4_000  # of a path
 LINK = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?#]+)")
 HUB_PAGE = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)/?")
 # Where a pipeline is when the folder above it was named, also in the Hub's cache
@@ -50,6 +51,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_name(name: str) -> str:
+    """Refuses what no system takes as the name of a file, so that nobody could say whether there is one."""
+    if (
+        "\0" in name
+        or len(name) > MAX_LETTERS
+        or any(len(part.encode(errors="replace")) > 255 for part in name.split("/"))
+    ):
+        raise ValueError(
+            f"{name[:80]!r} is too long for a name, or holds characters that none has. Pass a Hub id, a folder or a file."
+        )
+    return name
+
+
 def find_model(name: str | Path) -> str:
     """
     Finds a pipeline or a single file. A file that is linked on the Hub is downloaded.
@@ -68,6 +82,7 @@ def find_model(name: str | Path) -> str:
         raise ValueError("The name of the model is empty: pass a Hub id, a folder or a file.")
     if name.startswith(("http://", "https://")):
         return _download(name)
+    check_name(name)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / INDEX).is_file():
