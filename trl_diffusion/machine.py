@@ -18,7 +18,9 @@ ADDRESS = re.compile(
     r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>`]+|\b(?:localhost|\d{1,3}(?:\.\d{1,3}){3})(?::\d+)?\b(?:/[^\s'\"<>`]*)?"
 )
 TOKEN = re.compile(r"\b(?:hf|api_org|sk|ghp|gho|github_pat|glpat|xox[abp])[_-][A-Za-z0-9_-]{8,}|\bAKIA[A-Z0-9]{12,}")
-IN_ADDRESS = re.compile(r"(?P<user>(?<=://)[^\s/'\"<>`@]+(?=@))|(?P<query>(?<=[?&])[\w.%-]+=[^\s&#'\"<>`]+)")
+IN_ADDRESS = re.compile(
+    r"(?P<user>(?:(?<=://)|(?<=:/)(?!/))[^\s/'\"<>`@]+(?=@))|(?P<query>(?<=[?&])[\w.%-]+=[^\s&#'\"<>`]+)"
+)
 SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
 SHORTEST_SECRET = 8  # characters; shorter values, such as "none" and "1", stand for none
 ROOT = r"(?:~\w*|[A-Za-z]:|\.{1,2})?[/\\]"
@@ -72,8 +74,12 @@ def without_secrets(text: str) -> str:
     forms = {form for value in values for form in (value, quote(value), quote_plus(value))}
     for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, "***")
-    text = IN_ADDRESS.sub(lambda found: "***" if found["user"] else f"{found[0].partition('=')[0]}=***", text)
+    text = IN_ADDRESS.sub(_without_secret, text)
     return TOKEN.sub("***", text)
+
+
+def _without_secret(found: re.Match[str]) -> str:
+    return "***" if found["user"] else f"{found['query'].partition('=')[0]}=***"
 
 
 def public_name(name: str | None) -> str | None:
