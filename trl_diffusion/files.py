@@ -4,11 +4,14 @@
 """Writes files completely or not at all, and keeps a folder for one process."""
 
 import errno
+import io
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import PIL.Image
 from filelock import FileLock, Timeout
 
 
@@ -50,6 +53,16 @@ def write_file(path: Path, content: bytes, safe: str = "What was written before 
         raise ValueError(
             f"{path} cannot be written: {reason}. {safe}. {way_out} and repeat the same command to continue."
         ) from error
+
+
+def save_picture(path: Path, image: PIL.Image.Image) -> None:
+    """Writes an image completely or not at all, in the format that the name of the file says."""
+    endings = PIL.Image.registered_extensions()
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"{path} cannot be written: its name must end in that of a format of images, such as .png.")
+    buffer = io.BytesIO()
+    image.save(buffer, format=endings[path.suffix.lower()])
+    write_file(path, buffer.getvalue())
 
 
 def describe_write_error(error: Exception) -> tuple[str, str] | None:
@@ -99,6 +112,42 @@ def lock_folder(folder: Path, in_use: str, is_shared: bool = False) -> FileLock:
     except Timeout as error:
         raise ValueError(in_use) from error
     return lock
+
+
+def hold(folder: Path, doing: str) -> FileLock:
+    """
+    Makes a folder, and keeps it for this process, see [`lock_folder`].
+
+    Args:
+        folder (`Path`):
+            The folder.
+        doing (`str`):
+            What the process does, such as `"annotating"`, for the message.
+
+    Returns:
+        [`~filelock.FileLock`], acquired.
+
+    Raises:
+        `ValueError`: If another process has the folder, or it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return lock_folder(folder, f"Another process is {doing} into {folder}. Wait for it, or stop it.")
+    except OSError as error:
+        reason, way_out = describe_write_error(error)
+        raise ValueError(
+            f"{folder} cannot be written to: {reason}. {way_out} and repeat the same command to continue."
+        ) from error
+
+
+@contextmanager
+def only_run(folder: Path, doing: str) -> Iterator[None]:
+    """Keeps a folder for this process meanwhile, see [`hold`]."""
+    lock = hold(folder, doing)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sync(*paths: Path) -> None:

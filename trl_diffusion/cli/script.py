@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from ..messages import cut, printable
 from .others import ending_with_others, failure_of_another, tell_others
 from .quiet import quiet
 from .stopping import stopping
@@ -18,6 +19,9 @@ from .stopping import stopping
 
 if TYPE_CHECKING:
     from .parser import CommandParser
+
+
+LONGEST = 10_000  # characters of a mistake
 
 
 def run_script(command: str, find_script: Callable[[], ModuleType], flags: list[str] | None = None) -> int:
@@ -116,8 +120,8 @@ def is_mistake(error: Exception) -> bool:
 
 def describe(error: Exception) -> str:
     """What an error says, in one line and with the reason behind it where that is another error."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(str(error)) or type(error).__name__
     cause = error.__cause__
-    if type(error).__module__.startswith("datasets.") and cause is not None and str(cause) not in text:
-        text = f"{text} {type(cause).__name__}: {' '.join(str(cause).split())}"
-    return text
+    if type(error).__module__.startswith("datasets.") and cause is not None and printable(str(cause)) not in text:
+        text = f"{text} {type(cause).__name__}: {printable(str(cause))}"
+    return cut(text, LONGEST)

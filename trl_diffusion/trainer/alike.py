@@ -16,8 +16,9 @@ from transformers import Trainer, TrainingArguments
 
 from ..data.formats import each_dataset
 from ..nodes import different, has_nodes, is_shared
-from .fingerprints import NUM_ELEMENTS, tokenizer_fingerprint
+from .fingerprints import tensors_hash, tokenizer_fingerprint
 from .run_record import dataset_fingerprint, library_versions, settings_of
+from .sharding import whole
 
 
 # Settings that do not bear on the weights, but on what the processes do together
@@ -156,6 +157,5 @@ def check_weights_alike(folder: Path, model: torch.nn.Module) -> None:
     """
     if not has_nodes():
         return
-    trained = [weight.detach().flatten() for weight in model.parameters() if weight.requires_grad]
-    some = [weight[:: max(1, weight.numel() // NUM_ELEMENTS)].tolist() for weight in trained]
-    check_alike({"`resume_from_checkpoint`": folder.name, "the weights of the checkpoint": some})
+    trained = {name: whole(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+    check_alike({"`resume_from_checkpoint`": folder.name, "the weights of the checkpoint": tensors_hash(trained)})
