@@ -360,7 +360,6 @@ class DiffusionTrainer(ShardedTrainer):
         return self.backbone.predict(model, noised.noisy_latents, noised.timesteps, noised.batch["conditions"])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        check_models_alike(self)
         training = training_mode(self.policy, self.denoiser_was_training)
         with self.saver.training(), training, closing(self.encoder.ahead):
             self.model.train()  # as in a step: the first batch is made ready before it
