@@ -41,7 +41,7 @@ from .row_randomness import RowRandomness
 from .samples import Samples
 from .saving import Saver
 from .saving_trainer import SavingTrainer
-from .sharding import check_is_sharded, check_sharding, shard
+from .sharding import check_is_sharded, check_sharding
 from .zero import writable
 
 
@@ -163,10 +163,7 @@ class DiffusionTrainer(SavingTrainer):
             self.add_callback(SampleImagesCallback(self.sample, self.callback_handler.callbacks, self.is_sharding))
         if train_dataset is not None and args.precompute and (args.reference_inverts or args.precompute_ref_preds):
             self.precompute_noised()
-        if self.is_sharding:  # whatever runs from here on runs in all processes
-            if self.reference is not None:
-                self.reference.shard(self.accelerator)
-            shard(self.policy, self.accelerator)
+        self.cut_models()  # whatever runs from here on runs in all processes
 
     @classmethod
     def default_args(cls, model: str | DiffusionPipeline) -> DiffusionConfig:
@@ -260,9 +257,7 @@ class DiffusionTrainer(SavingTrainer):
 
     def precompute_noised(self) -> None:
         """Noises the precomputed rows of each epoch, and asks the frozen models, which every process has whole until then."""
-        if self.is_sharding:
-            self.policy.to(self.args.device)
-            self.reference.to(self.args.device)
+        self.place_whole_models()
         self.model.train()  # as in a step
         depends_on = noising_settings(self.args, self.encoder), self._frozen_fingerprints()
         self.noised_caches = self.files.by_epoch(self.train_dataset, self._noised_tensors, depends_on)
