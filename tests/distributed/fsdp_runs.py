@@ -14,6 +14,7 @@ does.
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -51,7 +52,7 @@ CASES = {
     "iapo-sd": Case("iapo", "sd", False),
     "iapo-sd-lora": Case("iapo", "sd", True),
     "iapo-sd3": Case("iapo", "sd3", False),
-    "iapo-flux-lora": Case("iapo", "flux", True),
+    "iapo-sd3-lora": Case("iapo", "sd3", True),
     "sft-sdxl": Case("sft", "sdxl", False),
     "sft-sd-lora": Case("sft", "sd", True),
     "sft-flux": Case("sft", "flux", False),
@@ -157,26 +158,48 @@ def train(case: Case, folder: Path, experts: Path, resume_from: Path | None = No
     return {"weights": weights, "logs": trainer.state.log_history, "bytes": counted.counts}
 
 
-def run_cases(mode: str, folder: Path, names: list[str]) -> dict[str, Any]:
-    """Each case from its start, and resumed at its second step, in its own folder and there from `from` another mode."""
+def run_cases(mode: str, folder: Path, names: list[str]) -> dict[Any, Any]:
+    """Each case from its start; where it is sharded, also resumed at its second step."""
     ends = {}
     for name in names:
         case, own = CASES[name], folder / mode / name
         ends[name] = train(case, own, folder)
         if mode == "fsdp":
             ends[name, "resumed"] = train(case, folder / mode / f"{name}-resumed", folder, own / "checkpoint-2")
-            ends[name, "from one"] = train(
-                case, folder / mode / f"{name}-from-one", folder, folder / "one" / name / "checkpoint-2"
-            )
+    return ends
+
+
+# Further settings, by a name, and what they are tried on
+DETAILS = {
+    "best": (CASES["iapo-sd-lora"], {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}),
+    "precomputed": (CASES["iapo-sd"], {"precompute": True, "precompute_ref_preds": True}),
+    "sample model": (CASES["iapo-sd-lora"], {"sample_model": "other"}),
+    "adamw": (
+        CASES["iapo-sd"],
+        {"optim": "adamw_torch_fused", "optim_args": None, "learning_rate": 1e-4, "activation_checkpointing": True},
+    ),
+}
+
+
+def run_details(mode: str, folder: Path) -> dict[str, Any]:
+    """What else a run does: each detail, an evaluation before the training, and where it is sharded, one resumed that was not."""
+    ends = {}
+    for name, (case, settings) in DETAILS.items():
+        settings = {key: str(folder / value) if key == "sample_model" else value for key, value in settings.items()}
+        ends[name] = train(case, folder / mode / name, folder, **settings)
+    if mode == "details":
+        case, settings = DETAILS["adamw"]
+        ends["resumed"] = train(
+            case, folder / mode / "resumed", folder, folder / "one" / "adamw" / "checkpoint-2", **settings
+        )
+    metrics = make_trainer(CASES["iapo-sd"], folder / mode / "evaluated", folder).evaluate()
+    ends["evaluated before"] = {name: value for name, value in metrics.items() if "rewards" in name or "loss" in name}
     return ends
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    mode, folder = sys.argv[1], Path(sys.argv[2])
-    if mode == "fsdp":
-        with FsdpOnCpu():
-            ends = run_cases(mode, folder, sys.argv[3:])
-    else:
-        ends = run_cases(mode, folder, sys.argv[3:])
+    mode, folder, names = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    with nullcontext() if mode in ("one", "ddp") else FsdpOnCpu():
+        ends = run_details(mode, folder) if mode == "details" else run_cases(mode, folder, names)
     torch.save(ends, folder / f"{mode}-{PartialState().process_index}.pt")

@@ -211,18 +211,17 @@ class AttributeSFTTrainer(DiffusionTrainer):
         return {"criteria": attribute_words(self.criteria)}
 
     def _description(self) -> dict[str, Any]:
-        return describe_expert(self.policy, self.criteria, self.args)
+        return describe_expert(self.policy, self.base, self.criteria, self.args)
 
     @property
     def _example_prompt(self) -> str:
         attributes = [(attribute, "positive") for attribute in self.criteria.attributes]
         return render_prompt(super()._example_prompt, attributes, self.args.attribute_separator, maximum=2)[0]
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def save_files(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         self.check_not_taken()
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            (Path(output_dir or self.args.output_dir) / EXPERT_FILE_NAME).write_bytes(self._described())
+        super().save_files(folder, weights)
+        (folder / EXPERT_FILE_NAME).write_bytes(self._described())
 
     def _described(self) -> bytes:
         return (json.dumps(self._description(), indent=2) + "\n").encode()

@@ -3,6 +3,7 @@
 
 """Callbacks of the trainers."""
 
+import io
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.integrations import TensorBoardCallback
 
 from ..cards.facts import EVALUATION_NAME
 from ..data.formats import shortened
+from ..files import write_file
 from ..sampling import NotFiniteError, only_colour
 from ..visualization import image_grid
 from .card_pictures import clear_masks, clear_samples, save_masks, save_samples
@@ -54,7 +56,8 @@ class SampleImagesCallback(TrainerCallback):
         self.base_images = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._sample(args, state)
+        if state.global_step == 0:  # a resumed run draws where the run that was stopped would have
+            self._sample(args, state)
 
     def on_step_end(self, args, state, control, **kwargs):
         # The last step here and not at the end of training, when tensorboard's writer is closed
@@ -99,9 +102,9 @@ class SampleImagesCallback(TrainerCallback):
             column_labels=[Path(args.sample_model).name if args.sample_model else "base", f"step {state.global_step}"],
             row_labels=args.sample_prompts,
         )
-        folder = Path(args.output_dir) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        grid.save(folder / f"step-{state.global_step:06d}.png")
+        content = io.BytesIO()
+        grid.save(content, "PNG")
+        write_file(Path(args.output_dir) / "samples" / f"step-{state.global_step:06d}.png", content.getvalue())
         self._report(grid, args, state)
 
     def _report(self, grid: PIL.Image.Image, args, state):
@@ -178,6 +181,10 @@ class MaskExamplesCallback(TrainerCallback):
             )
 
 
+class NothingToTrainError(ValueError):
+    """A run has no steps, or those that it has are done."""
+
+
 class HealthCallback(TrainerCallback):
     """
     Stops a run that cannot learn: one without a step, or, before the optimizer steps, one whose loss or gradient is not
@@ -204,7 +211,7 @@ class HealthCallback(TrainerCallback):
         self.losses.clear()  # of a run that was stopped within a step
         if state.global_step >= state.max_steps:
             done = f"{state.global_step} of them are done already" if state.global_step else "that is none"
-            raise ValueError(
+            raise NothingToTrainError(
                 f"There is nothing to train: the run has {state.max_steps} optimizer steps, and {done}. Raise `max_steps` or "
                 "`num_train_epochs`, or do not resume."
             )

@@ -25,7 +25,25 @@ from .run_record import check_resumed_run, compare_loras, describe_lora, describ
 from .sharding import as_whole, cut_as, plain_class, whole_lora, whole_weights
 
 
-def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path, writes: bool = True) -> None:
+def trained_weights(model: torch.nn.Module, is_kept: bool) -> dict[str, torch.Tensor]:
+    """
+    The weights of a policy that are saved. Of one that is cut over processes, all of them call this.
+
+    Args:
+        model (`torch.nn.Module`):
+            The policy, not wrapped.
+        is_kept (`bool`):
+            Whether this process wants them.
+
+    Returns:
+        `dict[str, torch.Tensor]`: whole, by name; of a LoRA by the names of peft. Empty where they are not kept.
+    """
+    return whole_lora(model, is_kept=is_kept) if isinstance(model, PeftModel) else whole_weights(model, is_kept)
+
+
+def save_weights(
+    backbone: Backbone, model: torch.nn.Module, folder: str | Path, weights: dict[str, torch.Tensor]
+) -> None:
     """
     Saves a LoRA as `pytorch_lora_weights.safetensors`, or a trained denoiser within its whole pipeline. Of the checkpoints of a run
     the first holds the frozen components, and the others link to its files: each is complete, and the disk holds them once.
@@ -36,15 +54,11 @@ def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path,
         model (`torch.nn.Module`):
             The policy, not wrapped.
         folder (`str` or `Path`):
-            Where the files go.
-        writes (`bool`, *optional*, defaults to `True`):
-            Whether this process writes them. Of a sharded model, the others take part.
+            Where the files go: an empty folder.
+        weights (`dict[str, torch.Tensor]`):
+            See [`trainer.checkpoints.trained_weights`].
     """
-    is_lora = isinstance(model, PeftModel)
-    weights = whole_lora(model, is_kept=writes) if is_lora else whole_weights(model, writes)
-    if not writes:
-        return
-    if is_lora:
+    if isinstance(model, PeftModel):
         backbone.save_lora(folder, weights, model.peft_config["default"])
         return
     with as_whole(model, weights):
@@ -54,7 +68,6 @@ def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path,
 def _save_pipeline(backbone: Backbone, model: torch.nn.Module, folder: str | Path) -> None:
     folder, earlier = Path(folder).resolve(), backbone.saved_in
     is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-    _unlink_shared(folder)
     if is_checkpoint and earlier not in (None, folder) and (earlier / INDEX).exists():
         model.save_pretrained(folder / backbone.denoiser_name)
         for name in json.loads((earlier / INDEX).read_text(encoding="utf-8")).keys() - {backbone.denoiser_name}:
@@ -75,19 +88,11 @@ def _link_folder(source: Path, target: Path) -> None:
         if file.is_dir():
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.unlink(missing_ok=True)
         if file.suffix == ".safetensors":
             with suppress(OSError):
                 os.link(file, copy)
                 continue
         shutil.copyfile(file, copy)
-
-
-def _unlink_shared(folder: Path) -> None:
-    """Takes files that other checkpoints share out of a folder that is written again: to write into them would change those too."""
-    for file in folder.glob("*/*.safetensors"):
-        if file.stat().st_nlink > 1:
-            file.unlink()
 
 
 def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path, record: dict[str, Any]) -> None:
@@ -156,16 +161,12 @@ def describe_trainer(trainer: Trainer) -> dict[str, Any]:
 
 
 class BestCheckpointCallback(TrainerCallback):
-    """Keeps the path of the best checkpoint out of the saved state, and finds this checkpoint again when the run is resumed."""
+    """Finds the best checkpoint again when a run is resumed; its path is not in the saved state."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         if state.best_global_step and best.is_dir():
             state.best_model_checkpoint = str(best)
-
-    def on_save(self, args, state, control, **kwargs):
-        if args.should_save:
-            forget_best_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def forget_best_checkpoint(checkpoint: Path) -> None:

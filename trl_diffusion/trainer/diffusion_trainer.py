@@ -22,8 +22,9 @@ from ..data.caching import TensorCache
 from ..data.collators import ImageCollator
 from ..data.formats import all_datasets, each_dataset, prepare_dataset
 from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
+from .alike import check_checkpoint, check_data_alike, check_models_alike, check_weights_alike
 from .callbacks import HealthCallback, RunCallback, SampleImagesCallback
-from .checkpoints import BestCheckpointCallback, describe_trainer, load_weights, save_weights
+from .checkpoints import BestCheckpointCallback, describe_trainer, load_weights, save_weights, trained_weights
 from .diffusion_config import DiffusionConfig, check_data_settings, collator_settings
 from .encoding import BatchEncoder, with_rows
 from .fingerprints import base_fingerprint
@@ -37,8 +38,8 @@ from .publishing import Publisher
 from .reference import Reference, check_untrained, make_reference
 from .row_order import seeded, visited_rows
 from .row_randomness import RowRandomness
-from .run_record import write_run_record
 from .samples import Samples
+from .saving import Saver
 from .sharded_trainer import ShardedTrainer
 from .sharding import check_is_sharded, check_sharding, shard
 from .zero import writable
@@ -105,11 +106,13 @@ class DiffusionTrainer(ShardedTrainer):
     ):
         self.args = args = args or self.default_args(model)
         check_sharding(args)
+        self.saver = Saver(self, trains=train_dataset is not None)
         self.publisher = Publisher(self)
         train_dataset = each_dataset(train_dataset, "train_dataset", self._prepare_dataset)
         eval_dataset = each_dataset(eval_dataset, "eval_dataset", self._prepare_dataset)
         self.prepared = all_datasets(train_dataset, eval_dataset)
         check_data_settings(args, data_collator, train_dataset)
+        check_data_alike(args, train_dataset, eval_dataset, (*self.columns, "id", "instances"))
 
         self.backbone = make_backbone(model, args, peft_config)
         self.initial_weights, peft_config = read_initial_lora(args, self.backbone, peft_config)
@@ -250,7 +253,8 @@ class DiffusionTrainer(ShardedTrainer):
         return sampler
 
     def _bucket_sampler(self, dataset: Dataset) -> BucketSampler:
-        sizes = training_sizes(dataset, self.data_collator.size, repr(self.data_collator.buckets))
+        collator = self.data_collator
+        sizes = training_sizes(dataset, collator.size, repr(collator.buckets), self.image_columns)
         # The epoch is a function: a run that resumes within an epoch wraps its sampler so that it cannot be set
         return BucketSampler(sizes, self._train_batch_size, self.args.seed, lambda: self._epoch)
 
@@ -355,10 +359,12 @@ class DiffusionTrainer(ShardedTrainer):
     def _predict(self, model: torch.nn.Module, noised: NoisedBatch) -> torch.Tensor:
         return self.backbone.predict(model, noised.noisy_latents, noised.timesteps, noised.batch["conditions"])
 
-    def train(self, *args, **kwargs):
-        with training_mode(self.policy, self.denoiser_was_training), closing(self.encoder.ahead):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        check_models_alike(self)
+        training = training_mode(self.policy, self.denoiser_was_training)
+        with self.saver.training(), training, closing(self.encoder.ahead):
             self.model.train()  # as in a step: the first batch is made ready before it
-            return super().train(*args, **kwargs)
+            return self.saver.resume(super().train, resume_from_checkpoint, *args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
         self.health.gradient_norm = super()._get_grad_norm(model, grad_norm)
@@ -394,13 +400,23 @@ class DiffusionTrainer(ShardedTrainer):
         return self.samples.pipeline(self.policy)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save or self.is_sharding:
-            save_weights(self.backbone, self.policy, output_dir or self.args.output_dir, self.args.should_save)
+        if not self.args.should_save and not self.is_sharding:
+            return
+        weights = trained_weights(self.policy, is_kept=self.args.should_save)
+        if self.args.should_save:
+            with self.saver.model_folder(Path(output_dir or self.args.output_dir)) as folder:
+                self.save_files(folder, weights)
+
+    def save_files(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Writes the weights into an empty folder, and what belongs to them."""
+        save_weights(self.backbone, self.policy, folder, weights)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+        check_checkpoint(Path(resume_from_checkpoint))
         with writable(model, self.deepspeed):
             load_weights(self.backbone, model, resume_from_checkpoint, self.run_record)
+        check_weights_alike(model)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -414,12 +430,16 @@ class DiffusionTrainer(ShardedTrainer):
         """What belongs into the record of a run besides: `expert`, `criteria`."""
         return {}
 
+    def _get_output_dir(self, trial) -> str:
+        return str(self.saver.folder or super()._get_output_dir(trial))
+
     def _save_checkpoint(self, model, trial) -> None:
         self.create_model_card()
-        if self.args.should_save:  # first, so that no checkpoint is without it
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            write_run_record(folder, self.run_record)
-        super()._save_checkpoint(model, trial)
+        self.saver.save(Path(self._get_output_dir(trial)), partial(super()._save_checkpoint, model, trial))
+
+    def _finalize_training(self, trial, *args):
+        self.saver.keep_the_best(Path(self._get_output_dir(trial)))
+        return super()._finalize_training(trial, *args)
 
     def further_files(self) -> dict[str, bytes]:
         """What is pushed beside the model and its card, by its path in the repository."""
@@ -429,7 +449,7 @@ class DiffusionTrainer(ShardedTrainer):
         self.hub_model_id = self.publisher.repo_id  # created before anything that takes long
 
     def _push_from_checkpoint(self, folder: str) -> None:
-        self.publisher.push_checkpoint(folder)
+        """Nothing is pushed before it is in its place, see [`trainer.saving.Saver.save`]."""
 
     def _finish_current_push(self) -> None:
         self.publisher.finish()

@@ -39,7 +39,6 @@ from ..hub import (
     pushing,
 )
 from ..lora_export import export_lora
-from .checkpoints import forget_best_checkpoint
 
 
 logger = get_logger(__name__)
@@ -338,7 +337,6 @@ class Publisher:
             self._note(checkpoint, "the push before it was still running")
             return
         self.trainer.callback_handler.on_push_begin(args, self.trainer.state, self.trainer.control)
-        forget_best_checkpoint(checkpoint)
         message = f"Training in progress, {checkpoint.name.replace('checkpoint-', 'step ')}"
         try:
             places = {checkpoint: self._place(checkpoint)} if keeps else {}

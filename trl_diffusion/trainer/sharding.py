@@ -13,11 +13,17 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin, str_to_bool
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedType,
+    DynamoBackend,
+    FullyShardedDataParallelPlugin,
+    str_to_bool,
+)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel, get_peft_model_state_dict
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..backbones import Backbone
@@ -78,13 +84,23 @@ def check_sharding(args: DiffusionConfig) -> None:
         )
     if type(plugin.cpu_offload) is not OffloadPolicy:
         raise ValueError("`fsdp_offload_params` does not go with these trainers. Set it to `false`.")
+    if not plugin.reshard_after_forward:
+        raise ValueError(
+            "`fsdp_reshard_after_forward: false` would leave weights whole after they were used. Set it to `true`."
+        )
+    if plugin.ignored_modules:
+        raise ValueError("`fsdp_ignored_modules` would leave weights whose gradient no process shares. Leave it out.")
+    if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
+        raise ValueError(
+            "`fsdp_auto_wrap_policy: SIZE_BASED_WRAP` does not know the blocks of a denoiser. Use TRANSFORMER_BASED_WRAP."
+        )
     _check_settings(args, "FSDP")
 
 
 def _check_settings(args: DiffusionConfig, kind: str) -> None:
     if args.half_dtype is torch.float16:
         raise ValueError(f"Mixed precision with float16 does not go with {kind} here. Use `bf16=True`.")
-    for name in ("torch_compile", "channels_last"):
+    for name in ("torch_compile", "channels_last", "auto_find_batch_size"):
         if getattr(args, name):
             raise ValueError(f"`{name}=True` does not go with {kind} here. Leave one of the two out.")
     if args.optim not in OPTIMIZERS:
@@ -118,6 +134,12 @@ def check_is_sharded(args: DiffusionConfig, accelerator: Accelerator, backbone: 
         _refuse_unsharded(
             "on the CPU" if accelerator.device.type == "cpu" else f"as {accelerator.distributed_type.value}"
         )
+    if is_sharding(accelerator) and accelerator.parallelism_config is not None:
+        raise ValueError(
+            "`parallelism_config` does not go with sharded training here. Leave it out: all processes share the weights."
+        )
+    if is_sharding(accelerator) and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError("`--dynamo_backend` does not go with sharded training here. Leave one of the two out.")
     how = backbone.quantization.get(backbone.denoiser_name)
     if how and is_sharding(accelerator):
         raise ValueError(
@@ -171,9 +193,16 @@ def shard(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = blocks(denoiser)
     fsdp2_prepare_model(accelerator, denoiser)
+    # Pipelines and configurations write down what a model's class is called
+    type(denoiser).__name__, type(denoiser).__module__ = (
+        plain_class(denoiser).__name__,
+        plain_class(denoiser).__module__,
+    )
     denoiser.set_reshard_after_forward(True)  # of the outermost too, which is also called without a backward
     # The copies of autocast's cache would be the whole model
     accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+    # The gradient of the whole model would wait in each process for the last micro-batch
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     return model
 
@@ -284,7 +313,7 @@ def _cut_as(own: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def as_whole(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
     """
-    While the context lasts, a cut denoiser saves whole weights, under the name of its own class.
+    While the context lasts, a denoiser that may be cut saves these weights.
 
     Args:
         model (`torch.nn.Module`):
@@ -292,14 +321,11 @@ def as_whole(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterat
         weights (`dict[str, torch.Tensor]`):
             Its state, [`~trainer.sharding.gathered`].
     """
-    sharded_class = type(model)
-    model.__class__ = plain_class(model)
     model.state_dict = lambda: weights
     try:
         yield
     finally:
         del model.state_dict
-        model.__class__ = sharded_class
 
 
 def plain_class(model: torch.nn.Module) -> type[torch.nn.Module]:
