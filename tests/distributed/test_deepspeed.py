@@ -62,6 +62,13 @@ def difference(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]
     return max((weights[name].float() - others[name].float()).abs().max().item() for name in weights)
 
 
+def test_an_evaluation_before_the_training(tmp_path):
+    """With DDP the processes still train together: both end on the same LoRA."""
+    (tmp_path / "criteria.yaml").write_text(tiny.CRITERIA)
+    first, second = ends(tmp_path, "ddp", ("sft-sd-lora",))
+    assert difference(first["sft-sd-lora"]["weights"], second["sft-sd-lora"]["weights"]) == 0
+
+
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
@@ -153,7 +160,7 @@ def test_details(folder):
 )  # fmt: skip
 def test_what_is_refused(tmp_path, settings, config, message):
     """By one line, before a model is loaded."""
-    args = InstanceDPOConfig(str(tmp_path), use_cpu=True, deepspeed=zero_config(3, **config), **settings)
+    args = InstanceDPOConfig(str(tmp_path), use_cpu=True, deepspeed=zero_config(**config), **settings)
     with pytest.raises(ValueError) as error:
         check_sharding(args)
     assert message in str(error.value)

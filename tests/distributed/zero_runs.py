@@ -31,7 +31,7 @@ from trl_diffusion.trainer.sharding import whole_weights
 STEPS = {"max_grad_norm": 0.5, "lr_scheduler_type": "linear", "max_steps": 3}
 
 
-def zero_config(stage: int, **settings) -> dict[str, Any]:
+def zero_config(stage: int = 3, **settings) -> dict[str, Any]:
     """A configuration of DeepSpeed as transformers' documentation has it, which cuts small weights too."""
     sizes = dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size"), "auto")
     zero = {"stage": stage, **sizes, "stage3_param_persistence_threshold": 0, **settings}

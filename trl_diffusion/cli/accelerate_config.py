@@ -108,15 +108,15 @@ def check_is_supported(args: argparse.Namespace, config) -> None:
             f"Sharded training ({sharded[0]}) is not supported: what is saved would not be what diffusers loads. Use "
             "`--accelerate_config fsdp2`, or `multi_gpu`, which copies the model to each GPU."
         )
+    if "FSDP" in sharded:
+        _check_fsdp(args, config)
+    if "DEEPSPEED" in sharded:
+        _check_deepspeed(args, config)
     if sharded and Path(args.training_script).stem == "evaluate_models":
         raise ValueError(
             f"{sharded[0]} is asked for, and an evaluation shards nothing: each process has a whole model. Use "
             "`--accelerate_config multi_gpu`."
         )
-    if "FSDP" in sharded:
-        _check_fsdp(args, config)
-    if "DEEPSPEED" in sharded:
-        _check_deepspeed(args, config)
     machines = args.num_machines or (config.num_machines if config is not None else 1)
     address = args.main_process_ip or (config.main_process_ip if config is not None else None)
     if machines > 1 and address is None:

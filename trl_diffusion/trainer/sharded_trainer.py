@@ -66,12 +66,14 @@ class ShardedTrainer(_BaseTrainer):
         return prepared
 
     def evaluation_loop(self, *args, **kwargs) -> Any:
-        is_deepspeed_enabled = self.is_deepspeed_enabled
+        is_deepspeed_enabled, is_unwrapped = self.is_deepspeed_enabled, self.model_wrapped is self.model
         self.is_deepspeed_enabled &= self.deepspeed is not None  # before a training the weights are whole
         try:
             return super().evaluation_loop(*args, **kwargs)
         finally:
             self.is_deepspeed_enabled = is_deepspeed_enabled
+            if is_unwrapped:  # else a training after it would not wrap the model, and each process would train alone
+                self.model_wrapped, self.model._is_accelerate_prepared = self.model, False
 
     def _get_grad_norm(self, model, grad_norm=None) -> torch.Tensor | float:
         return whole(super()._get_grad_norm(model, grad_norm))

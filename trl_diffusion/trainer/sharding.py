@@ -105,7 +105,7 @@ def _check_settings(args: DiffusionConfig, kind: str) -> None:
             raise ValueError(f"`{name}=True` does not go with {kind} here. Leave one of the two out.")
     if args.optim not in OPTIMIZERS:
         raise ValueError(
-            f"`optim` is {str(args.optim)!r}, whose state cannot be put together from shards. With {kind} use one of "
+            f"`optim` is {args.optim.value!r}, whose state cannot be put together from shards. With {kind} use one of "
             f"{', '.join(OPTIMIZERS)}."
         )
 
