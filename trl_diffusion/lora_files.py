@@ -9,7 +9,6 @@ layer lacks one, or where its strength is not known.
 """
 
 import copy
-import json
 import logging
 import math
 from collections import Counter
@@ -32,11 +31,14 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from .backbones.names import LORA_WEIGHTS_NAME
+from .lora_headers import MAX_NAME, read_header
 
 
 logger = logging.getLogger(__name__)
 
 CONVERTED = "converted"
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+MAX_TENSORS = 50_000  # far more than those of the largest models
 # Names that other libraries, and older versions of diffusers, give to the halves of a LoRA
 OTHER_NAMES = (".alpha", ".lora.down.weight", ".lora.up.weight", "_lora.down.weight", "_lora.up.weight")
 
@@ -61,9 +63,12 @@ def find_lora(name_or_path: str | Path, revision: str | None = None) -> Path:
         `ValueError`: If there is none.
     """
     if Path(name_or_path).is_dir():
-        if (Path(name_or_path) / LORA_WEIGHTS_NAME).exists():
+        if (Path(name_or_path) / LORA_WEIGHTS_NAME).is_file():
             return Path(name_or_path) / LORA_WEIGHTS_NAME
-        raise ValueError(f"The folder {name_or_path} holds no LoRA ({LORA_WEIGHTS_NAME}).")
+        raise ValueError(
+            f"The folder {name_or_path} holds no LoRA ({LORA_WEIGHTS_NAME}). Pickles (.bin, .pt, .ckpt) are not read, because "
+            "they can run code: save it with diffusers."
+        )
     if Path(name_or_path).is_file():
         raise ValueError(f"{name_or_path} is a file: name its folder.")
     try:
@@ -91,13 +96,21 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"The LoRA {path} cannot be read: {error}. Download it again.") from error
+            metadata, keys = file.metadata() or {}, file.keys()
+            if len(keys) > MAX_TENSORS:
+                raise ValueError(
+                    f"The LoRA {path} holds {len(keys):,} tensors, which is none of a known model. Name another."
+                )
+            weights = {key: file.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"The LoRA {path} cannot be read: {shortened(error)}. Download it again.") from error
     if not weights:
         raise ValueError(f"The LoRA {path} holds no weights. Save it again, or name another.")
-    return weights, header
+    if long := next((key for key in weights if len(key) > MAX_NAME or not key.isprintable()), None):
+        raise ValueError(
+            f"The LoRA {path} holds a tensor of the name {long[:80]!r}, which no model has. Name another."
+        )
+    return weights, read_header(metadata.get("lora_adapter_metadata", "{}"), path)
 
 
 def read_lora(
@@ -153,14 +166,16 @@ def _read_own(
             f"`pipeline.save_lora_weights(..., {denoiser_name}_lora_adapter_metadata=config.to_dict())`."
         )
     prefix = f"{denoiser_name}."
+    if not header.get(f"{prefix}target_modules"):
+        raise ValueError(f"The configuration of the LoRA {path} names no `target_modules`. Save it again.")
     try:
         config = LoraConfig(**{key.removeprefix(prefix): value for key, value in header.items()})
     except TypeError as error:
         raise ValueError(
             f"The configuration of the LoRA {path} is of another version of peft: {error}. Update peft."
         ) from error
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"The configuration of the LoRA {path} cannot be used: {error}") from error
+    except (ImportError, ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"The configuration of the LoRA {path} cannot be used: {shortened(error)}") from error
     return {key.removeprefix(prefix): value for key, value in weights.items()}, config
 
 
@@ -208,6 +223,8 @@ def _check_weights(weights: dict[str, torch.Tensor], config: LoraConfig, path: P
     for module, found in halves.items():
         if missing := sorted({"lora_A.weight", "lora_B.weight"} - found):
             raise ValueError(f"The LoRA {path} is not whole: of {module!r} it lacks {missing[0]!r}. Save it again.")
+        if any(weights[f"{module}.{half}"].ndim < 2 for half in ("lora_A.weight", "lora_B.weight")):
+            raise ValueError(f"The LoRA {path} holds no matrices at {module!r}. Save it again.")
         r = (config.rank_pattern or {}).get(get_pattern_key(config.rank_pattern or {}, module), config.r)
         ranks = {weights[f"{module}.lora_A.weight"].shape[0]}
         if not config.use_bdlora:  # whose blocks have a share of the rank each
@@ -222,8 +239,13 @@ def _check_weights(weights: dict[str, torch.Tensor], config: LoraConfig, path: P
 
 def _check_finite(weights: dict[str, torch.Tensor], path: Path) -> None:
     for key, value in weights.items():
-        is_number = value.is_floating_point() or key.endswith(".alpha")
-        if not is_number or not value.isfinite().all():
+        is_alpha, dtype = key.endswith(".alpha"), str(value.dtype).removeprefix("torch.")
+        if (value.is_complex() or value.numel() != 1) if is_alpha else dtype not in FLOATS:
+            raise ValueError(
+                f"The LoRA {path} holds {key!r} as {dtype} of shape {tuple(value.shape)}. Save it as {', '.join(FLOATS)}, and alphas as "
+                "single numbers."
+            )
+        if not value.isfinite().all():
             raise ValueError(
                 f"The LoRA {path} holds numbers that are not finite, in {key!r}: its training had failed. Name an earlier "
                 "checkpoint."

@@ -23,6 +23,7 @@ from ..data.presets import (
     recognise,
     refuse_what_has_no_pairs,
 )
+from ..messages import cut
 from .images import StoredImage
 
 
@@ -435,7 +436,7 @@ def read_pair(row: dict[str, Any], columns: dict[str, str], tie_policy: str = "d
             record.reject("the pair has no label: has_label is false")
             return record
         if label is None:
-            record.reject(f"the pair has no label: {columns['label_0']} is {row[columns['label_0']]}")
+            record.reject(f"the pair has no label: {columns['label_0']} is {cut(str(row[columns['label_0']]), 100)}")
             return record
         names = ("image_1", "image_0") if label == 0 else ("image_0", "image_1")
         record.tie = label == 0.5
@@ -483,7 +484,7 @@ def read_image(
     try:
         image = StoredImage.read(row[columns[name]])
     except (ValueError, OSError) as error:
-        record.fail(f"{columns[name]}: {error}")
+        record.fail(f"{columns[name]}: {cut(str(error))}")
         return None, ""
     column = columns.get(f"{name}_uid")
     return image, str(row[column]) if column else image.uid
@@ -497,4 +498,4 @@ def open_images(record: PairRecord | ImageRecord) -> None:
             try:
                 image.open()
             except ValueError as error:
-                record.fail(f"{name}: {error}")
+                record.fail(f"{name}: {cut(str(error))}")

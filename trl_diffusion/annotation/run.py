@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ..batching import CORES, in_threads
 from ..checksums import DamagedFile, read_json, write_json, write_table
 from ..files import hold, write_file
+from ..safe_names import check_part_of_path
 from .records import INPUTS, STATUSES, Record, check_prompt, encode_row, inputs_of, open_images, to_table
 from .shards import MANIFEST, RUN, SHARD, fingerprint_of, manifest_of, read_shard
 
@@ -237,7 +238,7 @@ class Run:
 
     def __init__(self, task: Task, output_dir: str | Path):
         self.task = task
-        self.folder = Path(output_dir) / f"{task.split}-{task.fingerprint}"
+        self.folder = Path(output_dir) / f"{check_part_of_path(task.split, 'split')}-{task.fingerprint}"
         self.lock = hold(self.folder, "annotating")
         self.saved_state = self.folder / STREAM_STATE
         for path in self.folder.glob("*.tmp"):

@@ -6,7 +6,7 @@
 import json
 import re
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
@@ -20,6 +20,32 @@ LINK = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|res
 HUB_PAGE = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)/?")
 # Where a pipeline is when the folder above it was named, also in the Hub's cache
 BELOW = (f"*/{INDEX}", f"*/*/{INDEX}", f"*/snapshots/*/{INDEX}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Reads a file of settings.
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Returns:
+        `dict[str, Any]`
+
+    Raises:
+        `ValueError`: If it cannot be read, or holds something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, or no file that can be read. Download it again.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} cannot be read: {reason}. Download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no settings by name. Download it again.")
+    return content
 
 
 def find_model(name: str | Path) -> str:
@@ -96,8 +122,9 @@ def _refuse_folder(path: Path) -> NoReturn:
             f"{path} holds a LoRA ({LORA_WEIGHTS_NAME}) and no pipeline: pass the model that it was trained on."
         )
     if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        kind = config.get("_class_name") or ", ".join(config.get("architectures") or ["model"])
+        config = read_json(path / "config.json")
+        kind = config.get("_class_name") or config.get("architectures") or "model"
+        kind = ", ".join(map(str, kind)) if isinstance(kind, list) else str(kind)
         whole = (
             f"pass its pipeline, {path.parent}" if (path.parent / INDEX).is_file() else f"pass a folder with {INDEX}"
         )

@@ -30,6 +30,8 @@ from tqdm.auto import tqdm
 
 from ..batching import batched, in_threads
 from ..files import only_run, write_file
+from ..nodes import is_shared
+from ..safe_names import check_relative_path
 from ..sampling import default_argument, family_of, sample_images
 from .kept_images import keep_sampled_images, read_sums, write_images, write_sums
 from .models import (
@@ -109,7 +111,7 @@ def generate(
 
     Raises:
         `ValueError`: If the folder holds images that were sampled with other settings, another process is sampling
-            into it, the scheduler does not fit the model, the model has a negative LoRA and no unconditional branch, the disk
+            into it, several machines do not see the same one, the scheduler does not fit the model, the model has a negative LoRA and no unconditional branch, the disk
             is full, or a folder of images is incomplete.
     """
     if spec.kind == "images":
@@ -134,6 +136,11 @@ def generate(
         "dtype": str(dtype).removeprefix("torch."),
         "versions": {package: version(package) for package in PACKAGES},
     }
+    if not is_shared(folder):
+        raise ValueError(
+            f"The machines do not see the same {folder}, and the first one scores the images of all. Put `--output_dir` on a disk that "
+            "all of them have, or evaluate on one machine."
+        )
     content = (json.dumps(manifest, indent=2) + "\n").encode()
     check_manifest(folder, manifest, content)
     state.wait_for_everyone()  # no process writes before all have checked
@@ -413,6 +420,7 @@ def images_of_metadata(folder: Path, prompt_set: PromptSet) -> dict[tuple[str, i
             raise ValueError(
                 f"{where} must have `file_name` and either `prompt_id` or `prompt`; it has {', '.join(row)}."
             )
+        check_relative_path(row["file_name"], f"`file_name` in row {number} of {path.name}")
         if not (folder / row["file_name"]).is_file():
             raise ValueError(f"{where} names {row['file_name']}, which does not exist.")
         if "prompt_id" not in row and texts[row["prompt"]] > 1:

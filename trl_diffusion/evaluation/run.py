@@ -89,7 +89,7 @@ def evaluate_models(
         `ValueError`: If two models have the same name, all images of one are of one colour, `references` or a package is missing, or another
             run uses the folder. See also [`evaluation.generate.generate`] and [`evaluation.scores.score_models`].
     """
-    names = [spec.name for spec in specs]
+    names = [spec.name.lower() for spec in specs]  # some systems take letters of both cases for one
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Two models are called {', '.join(twice)}: write NAME=WHERE to give them different names.")
     if corpus_metrics and references is None:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from ..batching import batched, in_threads
 from ..checksums import DamagedFile, read_table, write_table
 from ..metrics.scorer import Scorer
+from ..safe_names import check_part_of_path
 from ..sampling import only_colour
 
 
@@ -242,8 +243,8 @@ def score_metric(
     Like `score_models`, for one metric: returns the scores of all images, and the description of the metric. The
     scorer is loaded here and released on return.
     """
+    path = output_dir / "scores" / f"{check_part_of_path(name, 'metric')}.parquet"
     scorer = load()
-    path = output_dir / "scores" / f"{name}.parquet"
     known = read_cache(path, scorer)
     files = images["image"].to_pylist()
     prompts = images["prompt"].to_pylist() if scorer.needs_prompts else [None] * len(files)

@@ -41,11 +41,18 @@ class SampleImagesCallback(TrainerCallback):
             [`DiffusionTrainer.sample`] does.
         callbacks (`list[~transformers.TrainerCallback]`):
             The trainer's callbacks, among which tensorboard's writer is found.
+        in_all_processes (`bool`, *optional*, defaults to `False`):
+            Whether all processes sample, as they must where the weights are cut over them; the main one alone keeps images.
     """
 
-    def __init__(self, sample: Callable[..., list[PIL.Image.Image]], callbacks: list[TrainerCallback]):
+    def __init__(
+        self,
+        sample: Callable[..., list[PIL.Image.Image]],
+        callbacks: list[TrainerCallback],
+        in_all_processes: bool = False,
+    ):
         self.sample = sample
-        self.callbacks = callbacks
+        self.callbacks, self.in_all_processes = callbacks, in_all_processes
         self.base_images = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -64,15 +71,20 @@ class SampleImagesCallback(TrainerCallback):
 
     def _draw(self, args, state, step: int) -> list[PIL.Image.Image] | None:
         """Samples for the card of a step. `None` in another process than the main one, and where an image is not finite."""
-        if not state.is_world_process_zero:
+        is_main = state.is_world_process_zero
+        if not (is_main or self.in_all_processes):
             return None
         try:
             if self.base_images is None:
                 self.base_images = self.sample(args.sample_prompts, with_reference=True)
             images = self.sample(args.sample_prompts)
         except NotFiniteError as error:
+            if not is_main:
+                return None
             logger.warning(f"There are no samples of step {step}. {error}")
             clear_samples(args.output_dir)
+            return None
+        if not is_main:
             return None
         save_samples(args.output_dir, args.sample_prompts, self.base_images, images, step, args.sample_model)
         return images
@@ -205,13 +217,21 @@ class HealthCallback(TrainerCallback):
             )
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        ids, losses, paddings = zip(*self.losses, strict=True)
+        recorded = list(self.losses)
         self.losses.clear()
+        self._check(args, state, recorded, self.gradient_norm)
+
+    def check_losses(self, args, state) -> None:
+        """Stops where a loss is not finite: before a backward that makes the step too."""
+        self._check(args, state, self.losses, 0.0)
+
+    def _check(self, args, state, recorded, gradient_norm: torch.Tensor | float) -> None:
+        ids, losses, paddings = zip(*recorded, strict=True)
         losses = [
             x if padding is None else x.masked_fill(padding, 0) for x, padding in zip(losses, paddings, strict=True)
         ]
         losses_are_finite = torch.cat(losses).isfinite()
-        gradient_is_finite = torch.as_tensor(self.gradient_norm).isfinite().to(losses_are_finite.device)
+        gradient_is_finite = torch.as_tensor(gradient_norm).isfinite().to(losses_are_finite.device)
         if torch.stack([losses_are_finite.all(), gradient_is_finite]).all():
             return
         advice = (

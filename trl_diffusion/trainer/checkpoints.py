@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -20,12 +20,30 @@ from ..backbones.base import Backbone
 from ..backbones.names import INDEX
 from ..files import write_file
 from ..hub import hub_id
-from .fingerprints import base_fingerprint
 from .lora import LORA_WEIGHTS_NAME, load_lora_into, read_lora
 from .run_record import check_resumed_run, compare_loras, describe_lora, describe_run
+from .sharding import as_whole, cut_as, plain_class, whole_lora, whole_weights
 
 
-def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path) -> None:
+def trained_weights(model: torch.nn.Module, is_kept: bool) -> dict[str, torch.Tensor]:
+    """
+    The weights of a policy that are saved. Of one that is cut over processes, all of them call this.
+
+    Args:
+        model (`torch.nn.Module`):
+            The policy, not wrapped.
+        is_kept (`bool`):
+            Whether this process wants them.
+
+    Returns:
+        `dict[str, torch.Tensor]`: whole, by name; of a LoRA by the names of peft. Empty where they are not kept.
+    """
+    return whole_lora(model, is_kept=is_kept) if isinstance(model, PeftModel) else whole_weights(model, is_kept)
+
+
+def save_weights(
+    backbone: Backbone, model: torch.nn.Module, folder: str | Path, weights: dict[str, torch.Tensor]
+) -> None:
     """
     Saves a LoRA as `pytorch_lora_weights.safetensors`, or a trained denoiser within its whole pipeline. Of the checkpoints of a run
     the first holds the frozen components, and the others link to its files: each is complete, and the disk holds them once.
@@ -37,10 +55,17 @@ def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path)
             The policy, not wrapped.
         folder (`str` or `Path`):
             Where the files go: an empty folder.
+        weights (`dict[str, torch.Tensor]`):
+            See [`trainer.checkpoints.trained_weights`].
     """
     if isinstance(model, PeftModel):
-        backbone.save_lora(folder, get_peft_model_state_dict(model), model.peft_config["default"])
+        backbone.save_lora(folder, weights, model.peft_config["default"])
         return
+    with as_whole(model, weights):
+        _save_pipeline(backbone, model, folder)
+
+
+def _save_pipeline(backbone: Backbone, model: torch.nn.Module, folder: str | Path) -> None:
     folder, earlier = Path(folder).resolve(), backbone.saved_in
     is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
     if is_checkpoint and earlier not in (None, folder) and (earlier / INDEX).exists():
@@ -96,7 +121,8 @@ def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path,
         )
     check_resumed_run(folder, record)
     if not is_lora:
-        model.load_state_dict(type(model).from_pretrained(folder / name).state_dict())
+        saved = plain_class(model).from_pretrained(folder / name).state_dict()
+        model.load_state_dict(cut_as(model.state_dict(), saved))
         return
     weights, config = read_lora(folder)
     errors, _ = compare_loras(describe_lora(config), record["lora"])  # a checkpoint of an older version has no record
@@ -117,6 +143,7 @@ def describe_trainer(trainer: Trainer) -> dict[str, Any]:
         `dict[str, Any]`: what JSON can hold.
     """
     is_known = trainer.reference_is_initial_policy or trainer.reference is None
+    reference_base = None if is_known else trainer.reference.base or trainer.base
     return describe_run(
         trainer.args,
         type(trainer).__name__,
@@ -125,7 +152,7 @@ def describe_trainer(trainer: Trainer) -> dict[str, Any]:
         trainer.policy.peft_config["default"] if isinstance(trainer.policy, PeftModel) else None,
         trainer.rows,
         (*trainer.columns, "id", "instances"),
-        None if is_known else base_fingerprint(trainer.reference.denoiser or trainer.policy),
+        reference_base,
         trainer.backbone.quantization,
         initial_lora=trainer.initial_weights,
         resolved={"resolution": trainer.resolution, **trainer.backbone.settings},
