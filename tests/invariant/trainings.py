@@ -34,8 +34,8 @@ SETTINGS = {
     "disable_tqdm": True,
     "activation_checkpointing": False,
 }
-# What a log says of the machine and of how often it was written
-NOT_COMPARED = ("runtime", "per_second", "total_flos")
+# What a log says of the machine, and the part of the epoch, which transformers counts in micro-batches
+NOT_COMPARED = ("runtime", "per_second", "total_flos", "epoch")
 
 
 @dataclass
