@@ -19,11 +19,18 @@ from .names import INDEX, read_json
 
 LIBRARIES = ("diffusers", "transformers")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-SAFETENSORS = {"use_safetensors": True}  # without it, diffusers and transformers fall back to pickles
 NAME = re.compile(r"[A-Za-z_]\w{0,99}")
 CONFIGS = ("config.json", "scheduler_config.json")
 # Of a setting with one of these words in its name, and of any: the largest whole number
 MANY, MAX_MANY, MAX_SIZE = ("layer", "block", "timesteps", "depth"), 10_000, 10**9
+
+
+def allowing_pickles(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Arguments of `from_pretrained`, changed so that `use_safetensors=False` allows pickles where there are no safetensors, and that
+    without it none is loaded: diffusers and transformers would fall back to them.
+    """
+    return kwargs | {"use_safetensors": None if kwargs.get("use_safetensors") is False else True}
 
 
 def check_index(index: Any, name: str) -> dict[str, Any]:

@@ -11,11 +11,14 @@ from typing import Any, NoReturn
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+from ..machine import without_secrets
+
 
 ENDINGS = (".safetensors", ".ckpt")
 OTHER_ENDINGS = (".gguf", ".bin", ".pt", ".pth", ".onnx", ".zip", ".json", ".yaml", ".yml", ".txt")
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 INDEX = "model_index.json"
+MAX_LETTERS = 4_000  # of a path
 LINK = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?#]+)")
 HUB_PAGE = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)/?")
 # Where a pipeline is when the folder above it was named, also in the Hub's cache
@@ -48,6 +51,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_name(name: str) -> str:
+    """Refuses what no system takes as the name of a file, so that nobody could say whether there is one."""
+    if (
+        "\0" in name
+        or len(name) > MAX_LETTERS
+        or any(len(part.encode(errors="replace")) > 255 for part in name.split("/"))
+    ):
+        raise ValueError(
+            f"{name[:80]!r} is too long for a name, or holds characters that none has. Pass a Hub id, a folder or a file."
+        )
+    return name
+
+
 def find_model(name: str | Path) -> str:
     """
     Finds a pipeline or a single file. A file that is linked on the Hub is downloaded.
@@ -66,6 +82,7 @@ def find_model(name: str | Path) -> str:
         raise ValueError("The name of the model is empty: pass a Hub id, a folder or a file.")
     if name.startswith(("http://", "https://")):
         return _download(name)
+    check_name(name)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / INDEX).is_file():
@@ -82,21 +99,22 @@ def find_model(name: str | Path) -> str:
 
 
 def _download(link: str) -> str:
+    shown = without_secrets(link)
     if page := HUB_PAGE.fullmatch(link):
         raise ValueError(f"{link} is the page of a model: pass its Hub id, {page[1]}.")
     parts = LINK.fullmatch(link.split("?")[0])
     if parts is None:
         raise ValueError(
-            f"{link} is no file on the Hub, whose links are like https://huggingface.co/user/model/blob/main/file.safetensors. "
+            f"{shown} is no file on the Hub, whose links are like https://huggingface.co/user/model/blob/main/file.safetensors. "
             "Download it first, and pass the file."
         )
     repo, revision, file = parts.groups()
     if not file.lower().endswith(ENDINGS):
-        raise ValueError(f"{link} is no {' or '.join(ENDINGS)} file.")
+        raise ValueError(f"{shown} is no {' or '.join(ENDINGS)} file.")
     try:
         return hf_hub_download(repo, file, revision=revision)
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(f"{link} cannot be downloaded: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{shown} cannot be downloaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def _check_ending(path: Path) -> None:
