@@ -16,6 +16,7 @@ from .content import SealedFile
 from .pipelining import CORES, ahead, behind
 
 
+FILE = "_file"  # in an example, the name of the file that it is written to
 ROWS_AT_ONCE = 100  # that are written at once
 
 
@@ -27,7 +28,7 @@ def write_files(
     batch_size: int,
     done: Callable[[int], Any],
     label: str,
-    pack: Callable[[dict[str, Any], str], dict[str, Any]],
+    pack: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
     """
     Writes examples into Arrow files, whole or not at all: reads rows ahead, and writes behind.
@@ -48,7 +49,7 @@ def write_files(
         label (`str`):
             What the files are, see [`data.content.SealedFile`].
         pack (`Callable`):
-            From an example and the name of its file to a row.
+            From an example, with the name of its file as `FILE`, to a row.
     """
     each = -(-batch_size // CORES)  # so that all threads work on one batch, and few rows are handed over one by one
     pieces = (
@@ -93,7 +94,7 @@ class ArrowFile:
         label (`str`):
             What the file is.
         pack (`Callable`):
-            From an example and the name of its file to a row.
+            From an example, with the name of its file as `FILE`, to a row.
 
     Raises:
         `ValueError`: If it cannot be written, for example because the disk is full.
@@ -111,7 +112,7 @@ class ArrowFile:
 
     def write(self, examples: list[dict[str, Any]]) -> None:
         """Writes examples."""
-        self.rows += [self.pack(example, self.path.name) for example in examples]
+        self.rows += [self.pack(example | {FILE: self.path.name}) for example in examples]
         if len(self.rows) >= ROWS_AT_ONCE:
             self.flush()
 

@@ -21,7 +21,7 @@ from datasets.table import InMemoryTable, concat_tables
 from datasets.utils import tqdm
 from safetensors import torch as safetensors
 
-from .arrow_files import ROWS_AT_ONCE, write_files, writing
+from .arrow_files import FILE, ROWS_AT_ONCE, write_files, writing
 from .column_checks import selected
 from .content import clear_unfinished
 from .encoded_files import CONTENT, EncodedFiles, keys_of, mean_length, readable, select
@@ -40,22 +40,21 @@ def is_precomputed(row: dict[str, Any]) -> bool:
     return TENSORS in row
 
 
-def write_example(example: dict[str, Any], file: str = "") -> dict[str, Any]:
+def write_example(example: dict[str, Any]) -> dict[str, Any]:
     """
     Packs the tensors of an example into one column, with a checksum.
 
     Args:
         example (`dict`):
-            Tensors and other values by name.
-        file (`str`, *optional*, defaults to `""`):
-            Name of the file that it is written to, which is named where its tensors are damaged.
+            Tensors and other values by name, and as `FILE` the name of the file that it is written to, which is named where its tensors
+            are damaged.
 
     Returns:
         `dict`: the other values, and the tensors as `bytes`.
     """
     tensors = {name: value.cpu().contiguous() for name, value in example.items() if isinstance(value, torch.Tensor)}
-    content = safetensors.save(tensors, {"file": file})
-    return {name: value for name, value in example.items() if name not in tensors} | {
+    content = safetensors.save(tensors, {"file": example.get(FILE, "")})
+    return {name: value for name, value in example.items() if name not in tensors and name != FILE} | {
         TENSORS: content + xxhash.xxh3_64_digest(content)
     }
 
@@ -268,12 +267,11 @@ class Encoding:
 
     def _expected_size(self, missing: np.ndarray, keys: pa.LargeStringArray) -> int:
         first = self.encode([self.prepare(self.dataset[int(missing[0])])])[0]
-        first = first | {CONTENT: self.found[0].as_py()}
+        first = first | {CONTENT: self.found[0].as_py(), FILE: next(iter(self.parts)).name}
         longer = mean_length(keys.take(pa.array(missing))) - mean_length(keys.slice(int(missing[0]), 1))
         counts = [len(part) for part in self.parts.values()]
         more = longer + self.more_bytes(first, missing)
-        name = next(iter(self.parts)).name
-        return self.files.expected_size(write_example(first, name), counts, ROWS_AT_ONCE, more)
+        return self.files.expected_size(write_example(first), counts, ROWS_AT_ONCE, more)
 
     def run(self) -> Dataset:
         """
