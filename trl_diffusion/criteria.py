@@ -311,7 +311,9 @@ class _Parser:
             self.fail(root, "", f"`{missing[0]}` is missing; a tree has `name`, `levels` and `tree`")
         if unknown := set(entries) - {"name", "levels", "tree"}:
             self.fail(
-                keys[min(unknown)], "", f"`{cut(min(unknown), 100)}` is an unknown key; a tree has `name`, `levels` and `tree`"
+                keys[min(unknown)],
+                "",
+                f"`{cut(min(unknown), 100)}` is an unknown key; a tree has `name`, `levels` and `tree`",
             )
         levels = entries["levels"]
         if not isinstance(levels, yaml.SequenceNode) or not levels.value:
@@ -328,7 +330,9 @@ class _Parser:
         for key, value in entries:
             if key.value in LEAF_KEYS and isinstance(value, yaml.MappingNode):
                 self.fail(
-                    key, where, f"{shown(key.value)} is not a valid id: it is a key of attributes ({', '.join(LEAF_KEYS)})"
+                    key,
+                    where,
+                    f"{shown(key.value)} is not a valid id: it is a key of attributes ({', '.join(LEAF_KEYS)})",
                 )
         if any(key.value in LEAF_KEYS for key, _ in entries):
             yield self.leaf(node, path, entries)

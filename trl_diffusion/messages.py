@@ -50,7 +50,9 @@ def quoted(names: Iterable[Any], maximum: int = 20) -> str:
     """Names between backticks: the first ones, and how many more there are."""
     names = list(names)
     more = len(names) - maximum
-    return ", ".join(f"`{cut(str(name), 100)}`" for name in names[:maximum]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(f"`{cut(str(name), 100)}`" for name in names[:maximum]) + (
+        f" and {more} more" if more > 0 else ""
+    )
 
 
 def shortened(ids: list, maximum: int = 20) -> str:

@@ -30,11 +30,61 @@ tree:
 """
 CONFIG = "output_dir: here\nresolution: 64\ncolumns: {prompt: caption}\nenv: {A: b}\n"
 PIECES = (
-    *("&a ", "*a", "<<: *a", "!!python/object/apply:os.system [ls]", "!!python/name:os.system ''", "!x ", "!!binary aGk="),
-    *("!!int x", "!!bool x", "!!timestamp x", "!!float x", "!!set {a}", "!!omap [a: b]", "? [a]", "? {a: b}", "? ", ": "),
+    *(
+        "&a ",
+        "*a",
+        "<<: *a",
+        "!!python/object/apply:os.system [ls]",
+        "!!python/name:os.system ''",
+        "!x ",
+        "!!binary aGk=",
+    ),
+    *(
+        "!!int x",
+        "!!bool x",
+        "!!timestamp x",
+        "!!float x",
+        "!!set {a}",
+        "!!omap [a: b]",
+        "? [a]",
+        "? {a: b}",
+        "? ",
+        ": ",
+    ),
     *("2001-99-99", "0x_", "1:99:99", ".inf", ".nan", "~", "null", "yes", "012", "1e999", "=", "<<"),
-    *("[", "]", "{", "}", "- ", "|\n ", ">\n ", "'", '"', '"\\e[2J"', '"\\ud800"', '"\\u202e"', "#", "%YAML 9.9\n---\n", "---\n", "...\n"),
-    *("\n", "  ", "\t", ",", "name: x\n", "levels: [a]\n", "tree: *a\n", "light: ", "positive: x\n", "\u2028", "\x85", "\x00", "\x1b"),
+    *(
+        "[",
+        "]",
+        "{",
+        "}",
+        "- ",
+        "|\n ",
+        ">\n ",
+        "'",
+        '"',
+        '"\\e[2J"',
+        '"\\ud800"',
+        '"\\u202e"',
+        "#",
+        "%YAML 9.9\n---\n",
+        "---\n",
+        "...\n",
+    ),
+    *(
+        "\n",
+        "  ",
+        "\t",
+        ",",
+        "name: x\n",
+        "levels: [a]\n",
+        "tree: *a\n",
+        "light: ",
+        "positive: x\n",
+        "\u2028",
+        "\x85",
+        "\x00",
+        "\x1b",
+    ),
 )
 
 
@@ -108,8 +158,14 @@ def test_many_configs(tmp_path_factory, text):
 
 VALUES = [
     *({"columns": value} for value in ([1], {"a": 1}, "x", 5, None, "\ud800", "\x1b[2J")),
-    *({"env": value} for value in ({"a": None}, {"\0": "x"}, {"": "x"}, {"a=b": "c"}, [1], {"x": "\ud800"}, {"x": "a\0b"})),
-    *({"resolution": value} for value in ("x", [1], 2**70, 1e308, float("inf"), float("nan"), {"a": 1}, True, "\x1b", -1.5)),
+    *(
+        {"env": value}
+        for value in ({"a": None}, {"\0": "x"}, {"": "x"}, {"a=b": "c"}, [1], {"x": "\ud800"}, {"x": "a\0b"})
+    ),
+    *(
+        {"resolution": value}
+        for value in ("x", [1], 2**70, 1e308, float("inf"), float("nan"), {"a": 1}, True, "\x1b", -1.5)
+    ),
     *({"dataset_streaming": value} for value in ("x", 5, [1])),
     *({"\x1b[2J": 1}, {"\ud800": 1}, {1: 2}, {None: 3}, {"dataset_name": "\ud800"}, {"dataset_name": 5}, {"": 1}),
 ]
@@ -130,7 +186,10 @@ def laughs(depth: int) -> str:
 
 BOMBS = {
     "billion laughs": (laughs(40), "more than 100,000 values"),
-    "laughs by merges": ("a0: &a0 {k: v}\n" + "\n".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 30)), "more than"),
+    "laughs by merges": (
+        "a0: &a0 {k: v}\n" + "\n".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 30)),
+        "more than",
+    ),
     "a circle": ("&a [*a]", "holds itself"),
     "a circle below": ("name: x\nlevels: [a, b]\ntree: &a {x: {y: *a}}", "holds itself"),
     "deep": ("[" * 3000, "nested too deeply"),
@@ -163,7 +222,10 @@ def test_the_longest_files_take_seconds(tmp_path):
         lawful(lambda text=text: parse_criteria(text, "tree.yaml"), "tree.yaml", seconds=10)
 
 
-@pytest.mark.parametrize("name", ["/dev/zero", "/etc", "/", "a" * 5000, "a\0b", "\ud800", "../../etc/passwd", "painting\n", "", *NASTY_TEXTS])
+@pytest.mark.parametrize(
+    "name",
+    ["/dev/zero", "/etc", "/", "a" * 5000, "a\0b", "\ud800", "../../etc/passwd", "painting\n", "", *NASTY_TEXTS],
+)
 def test_names_that_are_no_tree(tmp_path, monkeypatch, name):
     """Names of devices, folders, and what no name can be."""
     monkeypatch.chdir(tmp_path)
@@ -173,7 +235,11 @@ def test_names_that_are_no_tree(tmp_path, monkeypatch, name):
 def test_only_safe_loaders():
     """Nothing in the package loads YAML with another loader than a safe one."""
     root = Path(__file__).parents[2]
-    for path in [*root.glob("trl_diffusion/**/*.py"), *root.glob("datasets_builders/**/*.py"), *root.glob("examples/**/*.py")]:
+    for path in [
+        *root.glob("trl_diffusion/**/*.py"),
+        *root.glob("datasets_builders/**/*.py"),
+        *root.glob("examples/**/*.py"),
+    ]:
         text = path.read_text(encoding="utf-8")
         for wrong in ("yaml.load(", "yaml.full_load", "yaml.unsafe_load", "yaml.Loader", "UnsafeLoader", "FullLoader"):
             assert wrong not in text, path

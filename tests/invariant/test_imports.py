@@ -137,7 +137,11 @@ def test_mathematics_imports_torch_and_itself_downwards(module):
     """The mathematics needs torch, the standard library, and what comes before it."""
     names = {name.split(".")[0] for name, _ in imports_of(module)} - {"trl_diffusion"}
     # The attribute tree is read from YAML
-    assert names <= {"torch", *(["yaml"] if room(module) in ("yaml_files", "criteria") else []), *sys.stdlib_module_names}
+    assert names <= {
+        "torch",
+        *(["yaml"] if room(module) in ("yaml_files", "criteria") else []),
+        *sys.stdlib_module_names,
+    }
     assert internal_rooms(module) <= set(MATHEMATICS[: MATHEMATICS.index(room(module))])
 
 

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from ..batching import CORES
 from ..files import write_file
+from ..messages import cut
 from .records import STATUSES, Record, check_prompt, encode_row, open_images, to_table
 
 
@@ -389,5 +390,5 @@ class Run:
 
 def listed(errors: list[tuple[str, str]], most: int = 10) -> str:
     """Formats errors, one per line."""
-    lines = [f"  {row_id}: {reason}" for row_id, reason in errors[-most:]]
+    lines = [f"  {cut(row_id, 100)}: {cut(reason, 600)}" for row_id, reason in errors[-most:]]
     return "\n".join(lines + ([f"  and {len(errors) - most} more"] if len(errors) > most else []))

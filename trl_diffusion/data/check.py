@@ -16,6 +16,7 @@ import PIL.Image
 from datasets import Dataset, IterableDataset
 
 from ..criteria import Criteria
+from ..messages import cut, shown
 from .formats import (
     ATTRIBUTE_COLUMNS,
     check_attributes,
@@ -27,7 +28,6 @@ from .formats import (
     row_prompt,
 )
 from .images import image_content, image_errors, open_image
-from ..messages import cut, shown
 from .pictures import is_transparent, orientation, upright_image
 
 

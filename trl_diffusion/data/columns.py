@@ -13,9 +13,17 @@ from datasets import Dataset, Features, Image, IterableDataset, Value
 from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable, Table, concat_tables
 
+from ..messages import cut, quoted, shown
+
 
 Row = dict[str, Any]
 Source = Dataset | IterableDataset
+
+
+def check_names(mapping: dict[str, str]) -> None:
+    """Checks that a mapping of names of columns holds names alone. Raises a `ValueError` if not."""
+    if not all(isinstance(name, str) for pair in mapping.items() for name in pair):
+        raise ValueError(f"`--columns` must map names to names of columns, got {shown(mapping)}.")
 
 
 def with_nested_columns(dataset: Source, names: Iterable[str]) -> Source:
@@ -144,8 +152,10 @@ def type_of(features: Features, path: tuple[str, ...]) -> Any:
     found = features[path[0]]
     for field in path[1:]:
         if not isinstance(found, dict) or field not in found:
-            held = ", ".join(f"`{name}`" for name in found) if isinstance(found, dict) else f"the type {found}"
-            raise ValueError(f"The column `{path[0]}` has no field `{'.'.join(path[1:])}`; it has {held}.")
+            held = quoted(found) if isinstance(found, dict) else f"the type {cut(str(found))}"
+            raise ValueError(
+                f"The column {quoted(path[:1])} has no field {quoted(['.'.join(path[1:])])}; it has {held}."
+            )
         found = found[field]
     return found
 

@@ -16,6 +16,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
 from ..criteria import Criteria
+from ..messages import cut, quoted, shortened, shown
 from .column_checks import (
     ATTRIBUTE_COLUMNS,
     LARGEST_NUMBER,
@@ -34,7 +35,6 @@ from .column_checks import (
 )
 from .columns import numbered
 from .images import open_image
-from ..messages import cut, quoted, shortened, shown
 
 
 logger = logging.getLogger(__name__)
@@ -508,17 +508,20 @@ def check_attributes(row: dict[str, Any], criteria: Criteria) -> tuple[list[str]
     for column in ATTRIBUTE_COLUMNS:
         attributes = row.get(column) if row.get(column) is not None else []
         if not isinstance(attributes, list | tuple):
-            raise ValueError(f"`{column}` of the row with id {shown(row.get('id'))} must be a list of ids, got {shown(attributes)}.")
+            raise ValueError(
+                f"`{column}` of the row with id {shown(row.get('id'))} must be a list of ids, got {shown(attributes)}."
+            )
         try:
             ids.append([criteria.find(attribute).id for attribute in attributes])
         except ValueError as error:
             raise ValueError(f"`{column}` of the row with id {shown(row.get('id'))}: {error}.") from error
         if twice := [attribute for attribute, times in Counter(ids[-1]).items() if times > 1]:
-            raise ValueError(f"`{column}` of the row with id {shown(row.get('id'))} has {quoted(sorted(twice))} twice.")
+            raise ValueError(
+                f"`{column}` of the row with id {shown(row.get('id'))} has {quoted(sorted(twice))} twice."
+            )
     if both := sorted(set(ids[0]) & set(ids[1])):
         raise ValueError(
             f"The row with id {shown(row.get('id'))} has {quoted(both)} as positive and as negative at once. An attribute is in one of "
             "the two columns, or in neither."
         )
     return ids[0], ids[1]
-

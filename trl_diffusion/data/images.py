@@ -26,7 +26,13 @@ REDUCED_SIDES = (
 )
 LONGEST_SIDE = 200  # times the shorter one: models refuse more, and what covers a square has as many pixels more
 LARGEST_FILE = 2**30  # bytes
-BROKEN_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)  # also of encrypted ones
+BROKEN_ARCHIVE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+)  # also of encrypted ones
 ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # what a place in an archive may begin with
 
 
@@ -202,7 +208,9 @@ def open_lazily(content: PIL.Image.Image | bytes) -> PIL.Image.Image:
     """
     image = PIL.Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
     if image.format in ("EPS", "WMF"):
-        raise ValueError(f"this is a drawing ({image.format}), which another program would have to run: convert it to PNG")
+        raise ValueError(
+            f"this is a drawing ({image.format}), which another program would have to run: convert it to PNG"
+        )
     if max(image.size) > LONGEST_SIDE * min(image.size):
         raise ValueError(
             f"the image is {image.width} x {image.height} pixels: models refuse images whose longer side is more "
