@@ -191,7 +191,12 @@ def with_column(dataset: Source, name: str, function: Callable[[list], list]) ->
     if isinstance(dataset, IterableDataset):
         return without_decoding(dataset).map(Replacement(name, function), batched=True, batch_size=100)
     values = function(dataset.with_format(None).select_columns([name])[:][name])
-    array = pa.array(values)  # which is hashed much faster than a list
+    try:
+        array = pa.array(values)  # which is hashed much faster than a list
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"The values of the column {quoted([name])} are of several types: {cut(str(error))}."
+        ) from error
     features, order = Features.from_arrow_schema(pa.schema({name: array.type})), dataset.column_names
     made = beside(dataset.remove_columns(name), {name: for_table(dataset, array)}, features, array)
     return made.select_columns(order)
