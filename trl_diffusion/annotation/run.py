@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ..batching import CORES, in_threads
 from ..checksums import DamagedFile, read_json, write_json, write_table
 from ..files import hold, write_file
+from ..messages import cut
 from ..safe_names import check_part_of_path
 from .records import INPUTS, STATUSES, Record, check_prompt, encode_row, inputs_of, open_images, to_table
 from .shards import MANIFEST, RUN, SHARD, fingerprint_of, manifest_of, read_shard
@@ -447,5 +448,5 @@ class Run:
 
 def listed(errors: list[tuple[str, str]], most: int = 10) -> str:
     """Formats errors, one per line."""
-    lines = [f"  {row_id}: {reason}" for row_id, reason in errors[-most:]]
+    lines = [f"  {cut(row_id, 100)}: {cut(reason, 600)}" for row_id, reason in errors[-most:]]
     return "\n".join(lines + ([f"  and {len(errors) - most} more"] if len(errors) > most else []))

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from ..batching import batched
+from ..messages import cut
 from ..revisions import UNTRUSTED, pinned, resolve_revision
 from .vlm import VLM, GenerationError, Request, cut_off
 
@@ -110,7 +111,7 @@ class TransformersVLM(VLM):
             ArithmeticError,
             OSError,
         ) as error:  # others are mistakes of the code
-            problem = f"{problem}: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            problem = f"{problem}: {type(error).__name__}: {cut(str(error), 400)}"
         else:
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
             texts = processor.batch_decode(tokens, skip_special_tokens=True)
