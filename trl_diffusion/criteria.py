@@ -16,6 +16,7 @@ form is a leaf, called an attribute. Every other node is a group:
           definition: Whether cast shadows lose their edge with distance from the object.
 """
 
+import os
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +28,13 @@ from pathlib import Path
 
 import yaml
 
+from .messages import CONTROL, cut, shown
+from .yaml_files import LARGEST, compose
+
 
 FORMS = ("positive", "negative")
 LEAF_KEYS = (*FORMS, "definition")
+LONGEST_NAME = 200  # characters of a text whose nearest attribute is looked for
 ID = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -100,17 +105,20 @@ class Criteria:
             `ValueError`: If there is no such file or tree, or if the tree is not valid, with file, line and node.
         """
         path = Path(name_or_path)
-        if path.is_file():
+        if os.path.isfile(path):
             try:
-                text = path.read_text(encoding="utf-8")
+                with path.open(encoding="utf-8") as file:
+                    text = file.read(LARGEST + 1)
             except UnicodeDecodeError as error:
                 raise ValueError(f"{name_or_path} is not UTF-8: {error}. Save the file as UTF-8.") from error
-            return parse_criteria(text, str(name_or_path))
+            except OSError as error:
+                raise ValueError(f"{name_or_path} cannot be read: {error.strerror}.") from error
+            return parse_criteria(text, cut(str(name_or_path)))
         shipped = resources.files("trl_diffusion").joinpath("criteria_trees")
         names = sorted(file.name.removesuffix(".yaml") for file in shipped.iterdir() if file.name.endswith(".yaml"))
         if str(name_or_path) not in names:
             raise ValueError(
-                f"There is no file {str(name_or_path)!r}, and no shipped criteria tree of that name; shipped: "
+                f"There is no file {shown(str(name_or_path))}, and no shipped criteria tree of that name; shipped: "
                 f"{', '.join(names)}."
             )
         name = f"{name_or_path}.yaml"
@@ -144,7 +152,7 @@ class Criteria:
         """
         if dimension not in self.dimensions:
             raise ValueError(
-                f"The criteria {self.name!r} have no dimension {dimension!r}; they have {', '.join(self.dimensions)}."
+                f"The criteria {self.name!r} have no dimension {shown(dimension)}; they have {', '.join(self.dimensions)}."
             )
         return tuple(attribute for attribute in self.attributes if attribute.dimension == dimension)
 
@@ -184,14 +192,14 @@ class Criteria:
             return self.attributes[attribute]
         if not isinstance(attribute, str):
             raise ValueError(
-                f"{attribute!r} is no attribute of the criteria {self.name!r}: expected an id, or an index from 0 to {len(self.attributes) - 1} (-1 and "
+                f"{shown(attribute)} is no attribute of the criteria {self.name!r}: expected an id, or an index from 0 to {len(self.attributes) - 1} (-1 and "
                 "`None` are missing labels)"
             )
         names = {name: leaf.id for leaf in self.attributes for name in (leaf.positive, leaf.negative, leaf.id)}
-        nearest = get_close_matches(attribute, names, n=1, cutoff=0)[0]
+        nearest = get_close_matches(attribute[:LONGEST_NAME], names, n=1, cutoff=0)[0]
         form = f" (a column holds its id, not its form {nearest!r})" if nearest != names[nearest] else ""
         raise ValueError(
-            f"{attribute!r} is no attribute of the criteria {self.name!r}; the nearest is {names[nearest]!r}{form}"
+            f"{shown(attribute)} is no attribute of the criteria {self.name!r}; the nearest is {names[nearest]!r}{form}"
         )
 
 
@@ -277,10 +285,10 @@ def parse_criteria(text: str, source: str) -> Criteria:
         `ValueError`: If the tree is not valid, with file, line and node.
     """
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = compose(text)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{source}{line}: this is not YAML: {error.problem}.") from error
+        raise ValueError(f"{source}{line}: this is not YAML: {cut(error.problem)}.") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ValueError(
@@ -303,7 +311,9 @@ class _Parser:
             self.fail(root, "", f"`{missing[0]}` is missing; a tree has `name`, `levels` and `tree`")
         if unknown := set(entries) - {"name", "levels", "tree"}:
             self.fail(
-                keys[min(unknown)], "", f"`{min(unknown)}` is an unknown key; a tree has `name`, `levels` and `tree`"
+                keys[min(unknown)],
+                "",
+                f"`{cut(min(unknown), 100)}` is an unknown key; a tree has `name`, `levels` and `tree`",
             )
         levels = entries["levels"]
         if not isinstance(levels, yaml.SequenceNode) or not levels.value:
@@ -320,7 +330,9 @@ class _Parser:
         for key, value in entries:
             if key.value in LEAF_KEYS and isinstance(value, yaml.MappingNode):
                 self.fail(
-                    key, where, f"{key.value!r} is not a valid id: it is a key of attributes ({', '.join(LEAF_KEYS)})"
+                    key,
+                    where,
+                    f"{shown(key.value)} is not a valid id: it is a key of attributes ({', '.join(LEAF_KEYS)})",
                 )
         if any(key.value in LEAF_KEYS for key, _ in entries):
             yield self.leaf(node, path, entries)
@@ -330,10 +342,10 @@ class _Parser:
         for key, value in entries:
             if not ID.fullmatch(key.value):
                 self.fail(
-                    key, where, f"{key.value!r} is not a valid id: use lower case letters, digits and underscores"
+                    key, where, f"{shown(key.value)} is not a valid id: use lower case letters, digits and underscores"
                 )
             if key.value in self.lines:
-                self.fail(key, where, f"the id {key.value!r} is already used in line {self.lines[key.value]}")
+                self.fail(key, where, f"the id {shown(key.value)} is already used in line {self.lines[key.value]}")
             self.lines[key.value] = key.start_mark.line + 1
             yield from self.walk(value, (*path, key.value))
 
@@ -354,11 +366,11 @@ class _Parser:
             self.fail(
                 keys[min(unknown)],
                 where,
-                f"`{min(unknown)}` is an unknown key; an attribute has {', '.join(LEAF_KEYS)}",
+                f"`{cut(min(unknown), 100)}` is an unknown key; an attribute has {', '.join(LEAF_KEYS)}",
             )
         positive, negative, definition = (self.string(entries[key], f"{where}.{key}") for key in LEAF_KEYS)
         if positive.lower() == negative.lower():
-            self.fail(node, where, f"has two equal forms: {positive!r}")
+            self.fail(node, where, f"has two equal forms: {shown(positive)}")
         return Attribute(path[-1], path[:-1], positive, negative, definition)
 
     def entries(self, node: yaml.Node | None, where: str, what: str) -> list[tuple[yaml.Node, yaml.Node]]:
@@ -371,13 +383,15 @@ class _Parser:
         lines = {}
         for key, _ in node.value:
             if key.value in lines:
-                self.fail(key, where, f"the key {key.value!r} is already used in line {lines[key.value]}")
+                self.fail(key, where, f"the key {shown(key.value)} is already used in line {lines[key.value]}")
             lines[key.value] = key.start_mark.line + 1
         return node.value
 
     def string(self, node: yaml.Node, where: str) -> str:
         if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null") or not node.value.strip():
             self.fail(node, where, "must be a non-empty text")
+        if CONTROL.search(node.value):
+            self.fail(node, where, f"has characters that are not printed: {shown(node.value)}")
         return node.value.strip()
 
     def fail(self, node: yaml.Node | None, where: str, what: str):

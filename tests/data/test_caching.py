@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections import Counter, namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from trl_diffusion.data.caching import (
     stack_padded,
     write_example,
 )
+from trl_diffusion.data.encoded_files import CONTENT
 
 
 FEATURES = Features({"id": Value("string"), "names": List(Value("string"))})
@@ -65,6 +67,11 @@ class Encoder:
 def precompute(folder, encode, dataset=None, fingerprint="abc", batch_size=2, **kwargs) -> Dataset:
     dataset = rows() if dataset is None else dataset
     return precompute_dataset(dataset, encode, FEATURES, "the rows", fingerprint, folder, batch_size, **kwargs)
+
+
+def file(folder: Path, number: int) -> Path:
+    """The file of some rows of the whole dataset."""
+    return next(folder.glob(f"the-rows-abc-{number:05d}-*.arrow"))
 
 
 def contents(dataset: Dataset) -> list[dict]:
@@ -115,7 +122,7 @@ def test_rows_come_out_in_order_each_encoded_once(tmp_path, number):
     """Whatever the number of files, the last of which may hold one row; of the first row the size is told before."""
     encode = Encoder()
     dataset = precompute(tmp_path, encode, rows(number))
-    assert dataset.column_names == ["id", "names", caching.TENSORS]
+    assert dataset.column_names == ["id", "names", CONTENT, caching.TENSORS]
     assert dataset["id"][:] == [f"row-{index}" for index in range(number)]
     examples = [read_example(row) for row in dataset]
     assert [example["tensor"][0].item() for example in examples] == list(range(number))
@@ -172,7 +179,7 @@ def test_an_interrupted_run_goes_on_with_the_file_it_was_at(tmp_path, capsys, fa
 def test_a_file_that_is_lost_is_encoded_again_alone(tmp_path):
     """The others stay."""
     whole = contents(precompute(tmp_path, Encoder()))
-    (tmp_path / "the-rows-abc-00001.arrow").unlink()
+    file(tmp_path, 1).unlink()
     again = Encoder()
     assert contents(precompute(tmp_path, again)) == whole
     assert again.counts == Counter(range(4, 8))
@@ -182,7 +189,7 @@ def test_an_interrupted_run_leaves_no_half_file_behind(tmp_path):
     """What was begun and not finished does not stay on the disk after an exception."""
     with pytest.raises(RuntimeError):
         precompute(tmp_path, Encoder(4))
-    assert [path.name for path in tmp_path.iterdir()] == ["the-rows-abc-00000.arrow"]
+    assert list(tmp_path.iterdir()) == [file(tmp_path, 0)]
 
 
 SCRIPT = """
@@ -217,7 +224,7 @@ def test_a_killed_run_goes_on(tmp_path):
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL, err.read_text()
-    assert [path.name for path in tmp_path.glob("*.arrow")] == ["the-rows-abc-00000.arrow"]
+    assert list(tmp_path.glob("*.arrow")) == [file(tmp_path, 0)]
     seen = []
 
     def encode(rows):
@@ -300,7 +307,7 @@ def test_only_what_is_missing_needs_room(tmp_path, monkeypatch):
     """A run that goes on where another stopped needs the room of the rest alone, and a finished one none."""
     monkeypatch.setattr(caching, "ROWS_PER_FILE", 100)
     precompute(tmp_path, Encoder(size=1000), rows(250), batch_size=50)
-    last = tmp_path / "the-rows-abc-00002.arrow"
+    last = file(tmp_path, 2)
     written = last.stat().st_size
     last.unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 0, int(0.9 * written)))

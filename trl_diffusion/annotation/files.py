@@ -3,12 +3,15 @@
 
 """Annotations as JSON lines, CSV or Parquet, with names instead of the integers of class labels."""
 
+import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, List, Value
+
+from ..files import write_file
 
 
 def save_annotations(annotations: Dataset, path: str | Path) -> None:
@@ -34,18 +37,21 @@ def save_annotations(annotations: Dataset, path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in (".jsonl", ".csv", ".parquet"):
         raise ValueError(f"{path} must end in .jsonl, .csv or .parquet.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     as_text = path.suffix == ".csv"
     named = {name: without_labels(feature) for name, feature in annotations.features.items()}
     if as_text:
         named = {name: Value("string") if isinstance(feature, List) else feature for name, feature in named.items()}
-    rows = annotations.with_format(None).map(Named(annotations.features, as_text), features=Features(named))
+    named_rows = Named(annotations.features, as_text)
+    # A cached result may be of another version of this package
+    rows = annotations.with_format(None).map(named_rows, features=Features(named), load_from_cache_file=False)
+    buffer = io.BytesIO()
     if as_text:
-        rows.to_csv(path)
+        rows.to_csv(buffer)
     elif path.suffix == ".jsonl":
-        rows.to_json(path, force_ascii=False)
+        rows.to_json(buffer, force_ascii=False)
     else:
-        rows.to_parquet(path)
+        rows.to_parquet(buffer)
+    write_file(path, buffer.getvalue())
 
 
 class Named:

@@ -13,16 +13,13 @@ import PIL.Image
 import torch
 
 from ..boxes import denormalize_boxes, orient_boxes
-from ..data.images import image_content, image_errors
+from ..data.images import image_content, image_errors, open_lazily
 from ..data.pictures import orientation, rgb_image, upright_image
 
 
 INVERSE_ORIENTATIONS = {6: 8, 8: 6}  # every other orientation is its own inverse
 BOMB_PIXELS = 89_478_485  # PIL warns above this number
 MOST_PIXELS = 2048 * 2048  # no role sees more pixels, and thousands of images are in memory at once
-LONGEST_SIDE = (
-    200  # largest aspect ratio: Qwen's models refuse more, and Grounding DINO's processor crashes eventually
-)
 PADDING = (127, 127, 127)
 
 
@@ -58,15 +55,16 @@ class StoredImage:
         if isinstance(content, bytes):
             return cls(content)
         buffer, exif = io.BytesIO(), PIL.Image.Exif()
-        if (turn := orientation(content)) != 1:
-            exif[PIL.Image.ExifTags.Base.Orientation] = turn
-        rgb_image(content).save(buffer, format="PNG", exif=exif)  # PNG does not have every mode
+        with image_errors(content):
+            if (turn := orientation(content)) != 1:
+                exif[PIL.Image.ExifTags.Base.Orientation] = turn
+            rgb_image(content).save(buffer, format="PNG", exif=exif)  # PNG does not have every mode
         return cls(buffer.getvalue())
 
     def __getstate__(self) -> dict:
         return {"data": self.data}  # decoded pixels are not sent to another process
 
-    @property
+    @cached_property
     def uid(self) -> str:
         """A hash of the content."""
         return hashlib.sha256(self.data).hexdigest()[:32]
@@ -74,15 +72,10 @@ class StoredImage:
     @cached_property
     def _opened(self) -> tuple[PIL.Image.Image, tuple[int, int], int]:
         with image_errors(self.data):
-            image = PIL.Image.open(io.BytesIO(self.data))
+            image = open_lazily(self.data)
             pixels = image.width * image.height
             if pixels > BOMB_PIXELS:
                 raise ValueError(f"the image claims {pixels:,} pixels; more than {BOMB_PIXELS:,} are refused")
-            if max(image.size) > LONGEST_SIDE * min(image.size):
-                raise ValueError(
-                    f"the image is {image.width} x {image.height} pixels: models refuse images whose longer side is more "
-                    f"than {LONGEST_SIDE} times the shorter one"
-                )
             image.load()
             return limit_pixels(upright_image(image), MOST_PIXELS), image.size, orientation(image)
 

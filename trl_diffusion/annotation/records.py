@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
+from ..checksums import digest_of
 from ..data.columns import column_names, numbered, with_nested_columns
 from ..data.formats import PREFERENCES
 from ..data.presets import (
@@ -22,6 +23,7 @@ from ..data.presets import (
     recognise,
     refuse_what_has_no_pairs,
 )
+from ..messages import cut
 from .images import StoredImage
 
 
@@ -29,6 +31,7 @@ UNWRITABLE = (pa.ArrowException, TypeError, ValueError, OverflowError)  # what A
 ANNOTATIONS = ("instances", "positive_attributes", "negative_attributes")  # only rows that are ok have any
 SCHEMA_VERSION = 1  # increases with every change of the features below or of their meaning
 STATUSES = ("ok", "rejected", "error")
+INPUTS = "inputs"  # of a row that is written: what it was made of, which goes into the metadata of its shard
 
 PAIR_COLUMNS = {"id": "id", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 IMAGE_COLUMNS = {"id": "id", "prompt": "prompt", "image": "image"}
@@ -48,12 +51,15 @@ class Record:
             `"ok"`; `"rejected"` if a rule excludes the row; `"error"` if it could not be annotated.
         reason (`str`, *optional*, defaults to `""`):
             Why the status is not `"ok"`.
+        inputs (`str`, *optional*, defaults to `""`):
+            Hash of all that the roles see of the row, see [`annotation.records.inputs_of`].
     """
 
     id: str
     prompt: str
     status: str = "ok"
     reason: str = ""
+    inputs: str = ""
 
     def reject(self, reason: str) -> None:
         self.status, self.reason = "rejected", reason
@@ -280,6 +286,14 @@ def check_prompt(record: Record) -> None:
     record.prompt = readable(record.prompt)
 
 
+def inputs_of(record: "PairRecord | ImageRecord") -> str:
+    """Hash of all that the roles will see of a row that was read: its texts, and the content of its images."""
+    names = ("id", "prompt", "status", "reason", "tie", "chosen_uid", "rejected_uid", "image_uid")
+    texts = [getattr(record, name, None) for name in names]
+    images = [getattr(record, name, None) for name in ("chosen", "rejected", "image")]
+    return digest_of([texts, [image and image.uid for image in images]])
+
+
 def readable(value: Any) -> str:
     """A value as text that can be written, with question marks instead of single surrogates."""
     return str(value).encode("utf-8", "replace").decode()
@@ -422,7 +436,7 @@ def read_pair(row: dict[str, Any], columns: dict[str, str], tie_policy: str = "d
             record.reject("the pair has no label: has_label is false")
             return record
         if label is None:
-            record.reject(f"the pair has no label: {columns['label_0']} is {row[columns['label_0']]}")
+            record.reject(f"the pair has no label: {columns['label_0']} is {cut(str(row[columns['label_0']]), 100)}")
             return record
         names = ("image_1", "image_0") if label == 0 else ("image_0", "image_1")
         record.tie = label == 0.5
@@ -470,7 +484,7 @@ def read_image(
     try:
         image = StoredImage.read(row[columns[name]])
     except (ValueError, OSError) as error:
-        record.fail(f"{columns[name]}: {error}")
+        record.fail(f"{columns[name]}: {cut(str(error))}")
         return None, ""
     column = columns.get(f"{name}_uid")
     return image, str(row[column]) if column else image.uid
@@ -484,4 +498,4 @@ def open_images(record: PairRecord | ImageRecord) -> None:
             try:
                 image.open()
             except ValueError as error:
-                record.fail(f"{name}: {error}")
+                record.fail(f"{name}: {cut(str(error))}")

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import os
 import sys
 import typing
@@ -17,6 +18,7 @@ from typing import Any
 from trl import TrlParser
 
 from ..machine import without_secrets
+from ..messages import CONTROL
 from .accelerate_config import NAMES
 from .config_file import read_config
 from .help import HelpFormatter, keep_page
@@ -161,7 +163,7 @@ class CommandParser(TrlParser):
     def _set_defaults(self, config: dict[str, Any], path: str) -> list[str]:
         """Makes the values of a file the defaults. Returns its flags for the launcher."""
         environment = config.pop("env", None) or {}
-        if not isinstance(environment, dict):
+        if not isinstance(environment, dict) or not all(map(is_variable, environment.items())):
             raise ValueError(f"`env` in {path} must hold names and values of environment variables.")
         os.environ.update({str(name): str(value) for name, value in environment.items()})
         launcher_flags = []
@@ -197,7 +199,8 @@ class CommandParser(TrlParser):
             raise ValueError(f"{name}: {error.message}.") from None
 
     def _scalar(self, action: argparse.Action, value: Any) -> Any:
-        if action.type in (int, float) and type(value) in (int, float) and action.type(value) == value:
+        is_number = type(value) in (int, float) and math.isfinite(value)
+        if action.type in (int, float) and is_number and action.type(value) == value:
             return value  # as it is written: the card says it so
         # YAML reads `no` as a boolean, and 1e-4 as a string: a flag's text says which it is
         text = {True: "true", False: "no"}[value] if isinstance(value, bool) else str(value)
@@ -228,6 +231,12 @@ class CommandParser(TrlParser):
         known += launcher_options() if self.is_launched else []
         close = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, n=1)
         return f"; did you mean `{prefix}{close[0].lstrip('-')}`?" if close else "."
+
+
+def is_variable(item: tuple[Any, Any]) -> bool:
+    """Whether a name and a value can be those of an environment variable."""
+    name, value = map(str, item)
+    return name != "" and "=" not in name and not CONTROL.search(name + value)
 
 
 def group_of(dtype: type, name: str) -> str:

@@ -13,12 +13,17 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING
 
 from ..machine import without_secrets
+from ..messages import cut, printable
+from .others import ending_with_others, failure_of_another, tell_others
 from .quiet import quiet
 from .stopping import stopping
 
 
 if TYPE_CHECKING:
     from .parser import CommandParser
+
+
+LONGEST = 10_000  # characters of a mistake
 
 
 def run_script(command: str, find_script: Callable[[], ModuleType], flags: list[str] | None = None) -> int:
@@ -39,7 +44,7 @@ def run_script(command: str, find_script: Callable[[], ModuleType], flags: list[
     status, sys.excepthook = 0, say_traceback
     with quiet() as cut, stopping(command) as stop:
         try:
-            with mistakes(command) as made:
+            with mistakes(command) as made, ending_with_others(command):
                 script = find_script()
                 status = script.main(*parser_of(command, script).parse_args_and_config(flags)) or 0
         except BaseException:
@@ -94,12 +99,16 @@ def mistakes(command: str) -> Iterator[list[str]]:
     except BrokenPipeError:
         raise
     except Exception as error:
-        if not is_mistake(error):
+        line = describe(error) if is_mistake(error) else failure_of_another(error)
+        if line is None:
+            tell_others(f"{type(error).__name__}: {describe(error)}")
             raise
-        made.append(describe(error))
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # the first process says the same, and its end ends this one
-        print(f"trl-diffusion {command}: error: {made[0]}", file=sys.stderr, flush=True)
+        made.append(line)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(3)  # the first process of this machine says the same, and its end ends this one
+        print(f"trl-diffusion {command}: error: {line}", file=sys.stderr, flush=True)
+        if is_mistake(error):
+            tell_others(line)
 
 
 def say_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -119,8 +128,8 @@ def is_mistake(error: Exception) -> bool:
 
 def describe(error: Exception) -> str:
     """What an error says, in one line and with the reason behind it where that is another error."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(str(error)) or type(error).__name__
     cause = error.__cause__
-    if type(error).__module__.startswith("datasets.") and cause is not None and str(cause) not in text:
-        text = f"{text} {type(cause).__name__}: {' '.join(str(cause).split())}"
-    return without_secrets(text)
+    if type(error).__module__.startswith("datasets.") and cause is not None and printable(str(cause)) not in text:
+        text = f"{text} {type(cause).__name__}: {printable(str(cause))}"
+    return cut(without_secrets(text), LONGEST)

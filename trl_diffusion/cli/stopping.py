@@ -26,7 +26,7 @@ KEPT = {
     "annotate-attributes": "Finished shards are kept: the same command continues.",
     "evaluate": "Finished images and scores are kept: the same command continues.",
     "show-masks": "The pictures drawn so far are kept.",
-    "quickstart": "Its annotations are kept; the trainings start again with the same command.",
+    "quickstart": "Finished steps are kept: the same command continues.",
     **dict.fromkeys(
         ("instance-dpo", "attribute-sft", "complex-po"), "Nothing was trained yet; the same command starts again."
     ),

@@ -16,6 +16,7 @@ import PIL.Image
 from datasets import Dataset, IterableDataset
 
 from ..criteria import Criteria
+from ..messages import cut, shown
 from .formats import (
     ATTRIBUTE_COLUMNS,
     check_attributes,
@@ -26,7 +27,7 @@ from .formats import (
     row_id,
     row_prompt,
 )
-from .images import image_content, open_image
+from .images import image_content, image_errors, open_image
 from .pictures import is_transparent, orientation, upright_image
 
 
@@ -95,7 +96,7 @@ def check_dataset(
                 batch, pool.map(inspect, [row for _, row in batch]), strict=True
             ):
                 faults += [
-                    {"row": index, "id": row["id"], "column": column, "message": text} for column, text in found
+                    {"row": index, "id": row.get("id"), "column": column, "message": text} for column, text in found
                 ]
                 counts.add(row, content)
     seen = {fault["message"] for fault in faults}
@@ -147,7 +148,7 @@ def inspect_row(
     elif set(ATTRIBUTE_COLUMNS) <= set(columns):
         attempt("attributes", lambda: check_attributes(row, criteria))
         if needs_attributes and content.get("attributes") == ([], []):
-            text = f"The row with id {row['id']!r} has neither positive nor negative attributes. Drop such rows with `dataset.filter`."
+            text = f"The row with id {shown(row.get('id'))} has neither positive nor negative attributes. Drop such rows with `dataset.filter`."
             faults.append(("attributes", text))
     return faults, content
 
@@ -156,16 +157,16 @@ def describe_image(value: Any) -> dict[str, Any]:
     """Decodes an image of a dataset: its `stored` and its upright `size` (width, height), a hash of it, and what it has."""
     content = image_content(value)
     image = open_image(content)
-    shown = upright_image(image)
     data = content if isinstance(content, bytes) else image.mode.encode() + image.tobytes()
-    return {
-        "stored": image.size,
-        "size": shown.size,
-        "hash": hashlib.sha256(data).hexdigest(),
-        "transparent": is_transparent(image),
-        "turned": orientation(image) != 1,
-        "animated": _is_animated(image),
-    }
+    with image_errors(content):
+        return {
+            "stored": image.size,
+            "size": upright_image(image).size,
+            "hash": hashlib.sha256(data).hexdigest(),
+            "transparent": is_transparent(image),
+            "turned": orientation(image) != 1,
+            "animated": _is_animated(image),
+        }
 
 
 def _is_animated(image: PIL.Image.Image) -> bool:
@@ -228,7 +229,7 @@ class Counts:
         self.holds["instances"]["rows without"] += not instances
         for instance in instances if isinstance(instances, list) else ():
             if isinstance(instance, dict):
-                self.labels[instance.get("label")] += 1
+                self.labels[cut(str(instance.get("label")), 100)] += 1
                 try:
                     self.preferences[check_preference(instance.get("preference"))] += 1
                 except ValueError:
@@ -263,7 +264,7 @@ class Counts:
                 "preferences": dict(self.preferences),
                 "conflicts": round(self.preferences["rejected"] / number, 4) if number else 0.0,
                 "ties": round(self.preferences["tie"] / number, 4) if number else 0.0,
-                "labels": {str(label): count for label, count in self.labels.most_common()},
+                "labels": dict(self.labels.most_common()),
             }
         else:
             held["attributes"] = {

@@ -23,8 +23,8 @@ from .formats import (
     row_id,
     row_prompt,
 )
-from .images import image_content, image_size, open_reduced
-from .transforms import prepare_image
+from .images import image_content, image_errors, image_size, open_reduced
+from .transforms import TrainingImage, prepare_image
 
 
 @dataclass
@@ -111,15 +111,21 @@ class ImageCollator:
         column: str,
     ) -> dict[str, Any]:
         image, stored_size = opened
-        prepared = prepare_image(
-            image,
-            torch.tensor(boxes).reshape(-1, 4),
-            size,
-            keyed_generator(self.seed, str(row["id"]), column, "augmentation"),
-            center_crop=self.center_crop,
-            random_flip=self.random_flip,
-            stored_size=stored_size,
-        )
+        generator = keyed_generator(self.seed, str(row["id"]), column, "augmentation")
+
+        def prepare(_: Any) -> TrainingImage:
+            with image_errors(image):
+                return prepare_image(
+                    image,
+                    torch.tensor(boxes).reshape(-1, 4),
+                    size,
+                    generator,
+                    center_crop=self.center_crop,
+                    random_flip=self.random_flip,
+                    stored_size=stored_size,
+                )
+
+        prepared = read_image(row, column, prepare)
         return {
             f"{column}_pixel_values": prepared.pixels,
             f"{column}_original_sizes": torch.tensor(prepared.original_size),

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Value
 
+from ..messages import cut, quoted
+
 
 TEXT = ("string", "large_string", "string_view")
 BINARY = ("binary", "large_binary", "binary_view")
@@ -20,6 +22,8 @@ NUMBERS = (*INTEGERS, "float16", "float32", "float64")
 PREFERENCES = ("chosen", "rejected", "tie")
 ATTRIBUTE_COLUMNS = ("positive_attributes", "negative_attributes")
 UNKNOWN = (None, Value("null"), List(Value("null")))  # no type is known, or every value is null
+LARGEST_NUMBER = float(np.finfo(np.float32).max)  # boxes are computed in float32
+MOST_INSTANCES = 1000  # of a row; masks of more take gigabytes
 BOXES = ("chosen_box", "rejected_box")
 ROWS_AT_ONCE = 50_000
 MOST_PATHS = 10_000  # of more, as many are looked for, at equal distances: each may be a request to a server
@@ -90,7 +94,7 @@ def _instance_faults(feature: Any, name: str) -> Iterator[tuple[str, str]]:
         yield (
             "instances",
             (
-                f"The column `instances` of `{name}` must be a list of instances, got {feature}. See "
+                f"The column `instances` of `{name}` must be a list of instances, got {cut(str(feature))}. See "
                 "`trl_diffusion.instance_pair_features()` for its type."
             ),
         )
@@ -105,7 +109,7 @@ def _instance_faults(feature: Any, name: str) -> Iterator[tuple[str, str]]:
             "instances.preference",
             (
                 f"The labels of `instances.preference` of `{name}` must be `chosen`, `rejected`, `tie` in this order, got "
-                f"{', '.join(f'`{label}`' for label in preference.names)}. Store the names as strings, or cast to "
+                f"{quoted(preference.names)}. Store the names as strings, or cast to "
                 f"`ClassLabel(names={list(PREFERENCES)})`."
             ),
         )
@@ -130,7 +134,7 @@ def _is_value(feature: Any, types: tuple[str, ...]) -> bool:
 
 
 def _mistyped(column: str, name: str, wanted: str, feature: Any) -> str:
-    return f"The column `{column}` of `{name}` must contain {wanted}, got {feature}. "
+    return f"The column `{column}` of `{name}` must contain {wanted}, got {cut(str(feature))}. "
 
 
 def _cast(column: str, dtype: str) -> str:
@@ -277,7 +281,7 @@ def bad_instances(column: pa.Array) -> np.ndarray:
         numbers = numbers.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).reshape(-1, 4)
         x_min, y_min, x_max, y_max = numbers.T
         fine = (-1 <= x_min) & (x_min < x_max) & (-1 <= y_min) & (y_min < y_max)  # not so for NaN
-        fine &= np.isfinite(x_min) & np.isfinite(y_min) & np.isfinite(x_max) & np.isfinite(y_max)
+        fine &= (x_max <= LARGEST_NUMBER) & (y_max <= LARGEST_NUMBER)
         of_four = of_four.to_numpy(zero_copy_only=False)
         bad |= ~of_four
         bad[of_four.nonzero()[0]] |= ~fine
@@ -286,7 +290,7 @@ def bad_instances(column: pa.Array) -> np.ndarray:
     bad |= ~pc.is_in(preference, pa.array(names, preference.type)).to_numpy(zero_copy_only=False)
     rows = np.zeros(len(column), dtype=bool)
     rows[parents[bad]] = True
-    return rows
+    return rows | (pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False) > MOST_INSTANCES)
 
 
 def attribute_codes(column: pa.ChunkedArray) -> tuple[list, np.ndarray, np.ndarray]:

@@ -5,16 +5,22 @@
 
 import logging
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
 from ..criteria import Criteria
+from ..messages import cut, quoted, shortened, shown
 from .column_checks import (
     ATTRIBUTE_COLUMNS,
+    LARGEST_NUMBER,
+    MOST_INSTANCES,
     PREFERENCES,
     UNKNOWN,
     attribute_codes,
@@ -32,6 +38,9 @@ from .images import open_image
 
 
 logger = logging.getLogger(__name__)
+
+SURROGATES = re.compile("[\ud800-\udfff]")
+ID_FITS = 'store ids as strings or integers, or remove the column with `dataset.remove_columns("id")`, and rows are numbered.'
 
 
 def instance_pair_features() -> Features:
@@ -161,8 +170,8 @@ def prepare_dataset(
         raise ValueError(f"`{name}` has no rows.")
     if missing := [column for column in columns if column not in present]:
         raise ValueError(
-            f"`{name}` lacks the column{'s' if len(missing) > 1 else ''} {_quoted(missing)}; it has {_quoted(present)}. "
-            f"The required columns are {_quoted(columns)}: rename columns with `dataset.rename_columns`, or create them as "
+            f"`{name}` lacks the column{'s' if len(missing) > 1 else ''} {quoted(missing)}; it has {quoted(present)}. "
+            f"The required columns are {quoted(columns)}: rename columns with `dataset.rename_columns`, or create them as "
             "described in docs/source/dataset_formats.md."
         )
     for column in image_columns:
@@ -225,7 +234,7 @@ def warn_of_repeated_ids(dataset: Dataset, name: str) -> None:
     if number:
         logger.warning(
             f"The column `id` of `{name}` repeats itself: {number} row{'s have' if number > 1 else ' has'} the id of an earlier row, "
-            f"first {dataset[int(rows[0])]['id']!r} in the rows {shortened(rows.tolist())}. In a step, they have the same noise, crop "
+            f"first {shown(dataset[int(rows[0])]['id'])} in the rows {shortened(rows.tolist())}. In a step, they have the same noise, crop "
             'and flip. If this is not meant, give each row its own id, or remove the column with `dataset.remove_columns("id")`.'
         )
 
@@ -238,33 +247,47 @@ def _where(rows: np.ndarray, name: str) -> str:
 
 def _refuse_bare_numbers(row: dict[str, Any]) -> dict[str, Any]:
     """For streams without types, in which labels cannot have names."""
-    for index, instance in enumerate(row.get("instances") or []):
+    instances = row.get("instances")
+    for index, instance in enumerate(instances if isinstance(instances, list) else []):
         if isinstance(instance, dict) and isinstance(instance.get("preference"), int):
             raise ValueError(
-                f"`instances[{index}].preference` of the row with id {row['id']!r} is a number without a name, "
-                f"{instance['preference']!r}, which could mean anything: store `chosen`, `rejected` or `tie` as strings."
+                f"`instances[{index}].preference` of the row with id {shown(row.get('id'))} is a number without a name, "
+                f"{shown(instance['preference'])}, which could mean anything: store `chosen`, `rejected` or `tie` as strings."
             )
     return row
 
 
 def row_id(row: dict[str, Any]) -> str:
     """The id of a row as a string. Raises a `ValueError` if it is null."""
-    if row["id"] is None:
+    if row.get("id") is None:
         raise ValueError(
             "A row has no `id`. Every row needs its own, or none: without the column, rows are numbered. Remove the column with "
             '`dataset.remove_columns("id")`, or fill it.'
         )
+    if not isinstance(row["id"], str | Integral) or isinstance(row["id"], str) and not is_text(row["id"]):
+        raise ValueError(f"The id {shown(row['id'])} of a row is no text and no integer: {ID_FITS}")
     return str(row["id"])
 
 
 def row_prompt(row: dict[str, Any]) -> str:
     """The prompt of a row. Raises a `ValueError` if it is no string."""
-    if not isinstance(row["prompt"], str):
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str):
         raise ValueError(
-            f"`prompt` of the row with id {row['id']!r} must be a string, got {row['prompt']!r}. Correct it, or remove the row "
+            f"`prompt` of the row with id {shown(row.get('id'))} must be a string, got {shown(prompt)}. Correct it, or remove the row "
             "with `dataset.filter`."
         )
-    return row["prompt"]
+    if not is_text(prompt):
+        raise ValueError(
+            f"`prompt` of the row with id {shown(row.get('id'))} holds single surrogates, which are parts of characters and no text: "
+            f"{shown(prompt)}. Correct it, or remove the row with `dataset.filter`."
+        )
+    return prompt
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written: single surrogates cannot."""
+    return not SURROGATES.search(value)
 
 
 def check_instances(row: dict[str, Any], sizes: dict[str, tuple[float, float]] | None = None) -> list[dict[str, Any]]:
@@ -292,10 +315,16 @@ def instance_faults(row: dict[str, Any], sizes: dict[str, tuple[float, float]]) 
     """All that is wrong with the instances of a row, see [`data.formats.check_instances`]."""
     instances = row.get("instances") or []
     if not isinstance(instances, list | tuple) or not all(isinstance(instance, dict) for instance in instances):
-        yield f"`instances` of the row with id {row['id']!r} must be a list of objects, got {instances}."
+        yield f"`instances` of the row with id {shown(row.get('id'))} must be a list of objects, got {shown(instances)}."
+        return
+    if len(instances) > MOST_INSTANCES:
+        yield (
+            f"`instances` of the row with id {shown(row.get('id'))} are {len(instances):,}; a row has at most {MOST_INSTANCES:,}. Keep those "
+            "that matter."
+        )
         return
     for index, instance in enumerate(instances):
-        of_row = f"of the row with id {row['id']!r}"
+        of_row = f"of the row with id {shown(row.get('id'))}"
         for column, size in sizes.items():
             try:
                 check_box(instance.get(f"{column}_box"), *size)
@@ -326,10 +355,10 @@ def read_image(row: dict[str, Any], column: str, read: Callable | None = None) -
         `ValueError`: If the image cannot be read. The message names the row and the column.
     """
     try:
-        return (read or open_image)(row[column])
+        return (read or open_image)(row.get(column))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The image in column `{column}` of the row with id {row['id']!r} cannot be read: {error}. Replace it, or "
+            f"The image in column `{column}` of the row with id {shown(row.get('id'))} cannot be read: {cut(str(error))}. Replace it, or "
             "remove the row with `dataset.filter`."
         ) from error
 
@@ -353,18 +382,23 @@ def check_box(box: Any, width: int, height: int) -> list[float]:
         `ValueError`: If the box is not four finite numbers, is inverted or empty, or extends beyond the image.
     """
     if not isinstance(box, list | tuple) or len(box) != 4:
-        raise ValueError(f"{box} is not a list of four numbers [x_min, y_min, x_max, y_max]")
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in box):
-        raise ValueError(f"{box} has a coordinate that is not a finite number")
+        raise ValueError(f"{shown(box)} is not a list of four numbers [x_min, y_min, x_max, y_max]")
+    if not all(is_finite(number) for number in box):
+        raise ValueError(f"{shown(box)} has a coordinate that is not a finite number")
     x_min, y_min, x_max, y_max = box
     if x_min >= x_max or y_min >= y_max:
-        raise ValueError(f"{box} is inverted or empty: it must have x_min < x_max and y_min < y_max, in pixels")
+        raise ValueError(f"{shown(box)} is inverted or empty: it must have x_min < x_max and y_min < y_max, in pixels")
     if x_min < -1 or y_min < -1 or x_max > width + 1 or y_max > height + 1:
         raise ValueError(
-            f"{box} reaches outside of its image, which is {width} pixels wide and {height} high: boxes are in pixels of "
+            f"{shown(box)} reaches outside of its image, which is {width} pixels wide and {height} high: boxes are in pixels of "
             "the stored image, not of a resized one"
         )
     return list(box)
+
+
+def is_finite(number: Any) -> bool:
+    """Whether a value is a number that float32 holds, in which boxes are computed."""
+    return isinstance(number, int | float) and abs(number) <= LARGEST_NUMBER  # not so for NaN
 
 
 def check_preference(preference: Any) -> str:
@@ -382,11 +416,11 @@ def check_preference(preference: Any) -> str:
     Raises:
         `ValueError`: If it is neither.
     """
-    if preference in PREFERENCES:
+    if isinstance(preference, str) and preference in PREFERENCES:
         return preference
     if isinstance(preference, int) and not isinstance(preference, bool) and 0 <= preference < len(PREFERENCES):
         return PREFERENCES[preference]
-    raise ValueError(f"{preference!r} is none of {_quoted(PREFERENCES)}")
+    raise ValueError(f"{shown(preference)} is none of {quoted(PREFERENCES)}")
 
 
 def check_attribute_columns(
@@ -472,28 +506,22 @@ def check_attributes(row: dict[str, Any], criteria: Criteria) -> tuple[list[str]
     """
     ids = []
     for column in ATTRIBUTE_COLUMNS:
-        attributes = row[column] if row[column] is not None else []
+        attributes = row.get(column) if row.get(column) is not None else []
         if not isinstance(attributes, list | tuple):
-            raise ValueError(f"`{column}` of the row with id {row['id']!r} must be a list of ids, got {attributes!r}.")
+            raise ValueError(
+                f"`{column}` of the row with id {shown(row.get('id'))} must be a list of ids, got {shown(attributes)}."
+            )
         try:
             ids.append([criteria.find(attribute).id for attribute in attributes])
         except ValueError as error:
-            raise ValueError(f"`{column}` of the row with id {row['id']!r}: {error}.") from error
-        if twice := {attribute for attribute in ids[-1] if ids[-1].count(attribute) > 1}:
-            raise ValueError(f"`{column}` of the row with id {row['id']!r} has {_quoted(sorted(twice))} twice.")
+            raise ValueError(f"`{column}` of the row with id {shown(row.get('id'))}: {error}.") from error
+        if twice := [attribute for attribute, times in Counter(ids[-1]).items() if times > 1]:
+            raise ValueError(
+                f"`{column}` of the row with id {shown(row.get('id'))} has {quoted(sorted(twice))} twice."
+            )
     if both := sorted(set(ids[0]) & set(ids[1])):
         raise ValueError(
-            f"The row with id {row['id']!r} has {_quoted(both)} as positive and as negative at once. An attribute is in one of "
+            f"The row with id {shown(row.get('id'))} has {quoted(both)} as positive and as negative at once. An attribute is in one of "
             "the two columns, or in neither."
         )
     return ids[0], ids[1]
-
-
-def _quoted(names) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def shortened(ids: list, maximum: int = 20) -> str:
-    """Ids for a message: the first ones, and how many more there are."""
-    more = len(ids) - maximum
-    return ", ".join(map(str, ids[:maximum])) + (f" and {more} more" if more > 0 else "")

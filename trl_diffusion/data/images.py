@@ -5,6 +5,10 @@
 
 import io
 import math
+import os
+import stat
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 import PIL.Image
 from datasets.utils.file_utils import xopen
 
+from ..messages import cut, shown
 from .pictures import orientation
 
 
@@ -19,6 +24,16 @@ HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 REDUCED_SIDES = (
     4  # a JPEG is decoded at a fraction of its size only where that leaves so many times the sides asked for
 )
+LONGEST_SIDE = 200  # times the shorter one: models refuse more, and what covers a square has as many pixels more
+LARGEST_FILE = 2**30  # bytes
+BROKEN_ARCHIVE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+)  # also of encrypted ones
+ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # what a place in an archive may begin with
 
 
 def open_image(value: Any) -> PIL.Image.Image:
@@ -39,7 +54,7 @@ def open_image(value: Any) -> PIL.Image.Image:
     """
     content = image_content(value)
     with image_errors(content):
-        image = _open_lazily(content)
+        image = open_lazily(content)
         image.load()
     return image
 
@@ -64,7 +79,7 @@ def open_reduced(value: Any, size: tuple[int, int]) -> tuple[PIL.Image.Image, tu
     """
     content = image_content(value)
     with image_errors(content):
-        image, reduction = _open_lazily(content), None
+        image, reduction = open_lazily(content), None
         stored_size = image.size
         if isinstance(content, bytes):  # an image that was given as one is left as it is
             height, width = size[::-1] if orientation(image) in (5, 6, 7, 8) else size
@@ -91,7 +106,7 @@ def image_size(value: Any) -> tuple[int, int]:
     """
     content = image_content(value)
     with image_errors(content):
-        image = _open_lazily(content)
+        image = open_lazily(content)
     return image.size if orientation(image) in (5, 6, 7, 8) else (image.height, image.width)
 
 
@@ -114,10 +129,42 @@ def image_content(value: Any) -> PIL.Image.Image | bytes:
         value = value.get("bytes") or value.get("path")
     if isinstance(value, PIL.Image.Image | bytes):
         return value
-    if isinstance(value, str):
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"expected an image, its bytes or a path, got {type(value).__name__}")
+    check_place(value)
+    try:
         with xopen(value, "rb") as file:  # a path on disk, in an archive or on the Hub
-            return file.read()
-    raise ValueError(f"expected an image, its bytes or a path, got {type(value).__name__}")
+            content = file.read(LARGEST_FILE + 1)
+    except (*BROKEN_ARCHIVE, KeyError, ImportError) as error:
+        raise ValueError(f"{shown(value)} cannot be read: {error or type(error).__name__}") from error
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"{shown(value)} is larger than {LARGEST_FILE >> 30} GiB, which no image is")
+    return content
+
+
+def check_place(path: str) -> None:
+    """
+    Checks where an image is: in a file on disk, in an archive, or on the Hub. Nothing else is opened: an address may belong to
+    anybody, and a device or a pipe has no end.
+
+    Args:
+        path (`str`):
+            The path.
+
+    Raises:
+        `ValueError`: If it is an address, or no file.
+    """
+    *archives, last = path.split("::")
+    scheme, separator, _ = last.partition("://")
+    for place in archives:
+        if place.partition("://")[0] not in ARCHIVES:
+            raise ValueError(f"{shown(path)} is no place in an archive; it may begin with {', '.join(ARCHIVES)}")
+    if separator and scheme != "hf":
+        raise ValueError(f"{shown(path)} is an address: download the file, and store its path or its bytes")
+    if not separator and stat.S_ISDIR(mode := os.stat(last).st_mode):
+        raise ValueError(f"{shown(path)} is a folder")
+    if not separator and not stat.S_ISREG(mode):
+        raise ValueError(f"{shown(path)} is no file but a device or a pipe")
 
 
 @contextmanager
@@ -142,8 +189,31 @@ def image_errors(content: PIL.Image.Image | bytes) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:  # on broken files, PIL raises whatever its decoders run into
-        raise ValueError(f"the image is broken: {error}") from error
+        raise ValueError(f"the image is broken: {cut(str(error)) or type(error).__name__}") from error
 
 
-def _open_lazily(content: PIL.Image.Image | bytes) -> PIL.Image.Image:
-    return PIL.Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
+def open_lazily(content: PIL.Image.Image | bytes) -> PIL.Image.Image:
+    """
+    Opens an image without decoding it.
+
+    Args:
+        content (`PIL.Image.Image` or `bytes`):
+            The image, as [`data.images.image_content`] returns it.
+
+    Returns:
+        `PIL.Image.Image`
+
+    Raises:
+        `ValueError`: If it is no picture of pixels, or a thread that would become very large where it covers a square.
+    """
+    image = PIL.Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
+    if image.format in ("EPS", "WMF"):
+        raise ValueError(
+            f"this is a drawing ({image.format}), which another program would have to run: convert it to PNG"
+        )
+    if max(image.size) > LONGEST_SIDE * min(image.size):
+        raise ValueError(
+            f"the image is {image.width} x {image.height} pixels: models refuse images whose longer side is more "
+            f"than {LONGEST_SIDE} times the shorter one"
+        )
+    return image

@@ -9,7 +9,6 @@ scores only what is new. A score depends on the bytes of the image and, if the m
 
 import gc
 import hashlib
-import io
 import json
 import logging
 import math
@@ -21,12 +20,11 @@ from typing import Any, NamedTuple
 import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
 from ..batching import batched, in_threads
-from ..files import write_file
+from ..checksums import DamagedFile, read_table, write_table
 from ..metrics.scorer import Scorer
 from ..safe_names import check_part_of_path
 from ..sampling import only_colour
@@ -131,7 +129,7 @@ def score_models(
         gc.collect()  # models contain reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    table = table.replace_schema_metadata({"metrics": json.dumps(metrics)})
+    table = table.replace_schema_metadata({"metrics": json.dumps(metrics), "digests": json.dumps(digests)})
     write_table(output_dir / SCORES, table)
     return table
 
@@ -148,6 +146,14 @@ def metrics_of(table: pa.Table) -> dict[str, dict[str, Any]]:
         `dict[str, dict]`: for each metric, `higher_is_better`, `weights`, and `errors` (reasons by image file).
     """
     return json.loads(table.schema.metadata[b"metrics"])
+
+
+def changed_images(table: pa.Table, output_dir: Path) -> list[str]:
+    """The images of a table of scores, see [`metrics_of`], that are there and are not those that were scored."""
+    files, digests = table["image"].to_pylist(), json.loads(table.schema.metadata[b"digests"])
+    there = [(file, scored) for file, scored in zip(files, digests, strict=True) if (output_dir / file).is_file()]
+    now = in_threads(lambda item: digest(output_dir / item[0]), there)
+    return [file for (file, scored), found in zip(there, now, strict=True) if found != scored]
 
 
 def check_images(images: pa.Table) -> pa.Table:
@@ -294,10 +300,15 @@ def read_cache(path: Path, name: str, weights: dict[str, str]) -> dict[str, Cach
     """Reads the cached scores of an earlier run and of one that was stopped, by image file. Scores of other weights are ignored."""
     known = {}
     for file in [path] * path.exists() + part_files(path):
-        table = pq.read_table(file)
-        earlier = json.loads(table.schema.metadata[b"weights"])
+        try:
+            table = read_table(file)
+            earlier = json.loads(table.schema.metadata[b"weights"])
+            rows = {row["image"]: CachedScore(**row) for row in table.to_pylist()}
+        except (DamagedFile, KeyError, TypeError) as error:
+            logger.warning(f"{error}: its images are scored again.")
+            continue
         if earlier == weights:
-            known |= {row["image"]: CachedScore(**row) for row in table.to_pylist()}
+            known |= rows
         elif file == path:
             logger.warning(
                 "`%s` was computed with the weights %s, but they are now %s: all images are scored again.",
@@ -312,10 +323,3 @@ def write_scores(path: Path, scores: dict[str, CachedScore], weights: dict[str, 
     """Writes scores with the weights that gave them."""
     table = pa.Table.from_pylist([row._asdict() for row in scores.values()], schema=CACHE_SCHEMA)
     write_table(path, table.replace_schema_metadata({"weights": json.dumps(weights)}))
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Writes a Parquet file completely or not at all."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    write_file(path, buffer.getvalue())

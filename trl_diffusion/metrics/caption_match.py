@@ -11,9 +11,9 @@ import PIL.Image
 from pydantic import Field, create_model
 
 from trl_diffusion.annotation.detector import Detector
-from trl_diffusion.annotation.images import LONGEST_SIDE
 from trl_diffusion.annotation.planner import Label, without_repetitions
 from trl_diffusion.annotation.vlm import VLM, PromptTemplate, Request, ask
+from trl_diffusion.data.images import LONGEST_SIDE
 from trl_diffusion.data.pictures import upright_image
 from trl_diffusion.metrics.scorer import ImageMetric, Scorer, ScoringError, qualified_name
 

@@ -116,6 +116,7 @@ def main(args: CheckDatasetArguments) -> int:
     from trl_diffusion import AttributeSFTTrainer, ComplexPOTrainer, Criteria, InstanceDPOTrainer
     from trl_diffusion.data.check import as_text, check_dataset
     from trl_diffusion.data.presets import training_columns
+    from trl_diffusion.files import write_file
     from trl_diffusion.scripts.utils import get_split, load_splits
 
     if args.resolution < 1:
@@ -144,8 +145,7 @@ def main(args: CheckDatasetArguments) -> int:
     for line in as_text(report):
         print(line)
     if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+        write_file(Path(args.output), json.dumps(report, indent=1, ensure_ascii=False, default=str).encode())
     return 1 if report["faults"] else 0
 
 

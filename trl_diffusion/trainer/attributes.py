@@ -19,7 +19,7 @@ from ..criteria import Criteria, render_prompt
 from .attribute_sft_config import AttributeSFTConfig
 from .complex_po_config import ComplexPOConfig
 from .diffusion_config import DiffusionConfig
-from .fingerprints import base_fingerprint, same_base, same_quantized_base
+from .fingerprints import same_base, same_quantized_base
 from .lora import check_lora_config, check_mixes, load_lora_into, read_lora
 
 
@@ -106,7 +106,7 @@ def attribute_words(criteria: Criteria) -> dict[str, list[str]]:
 
 
 def describe_expert(
-    model: torch.nn.Module, criteria: Criteria, args: AttributeSFTConfig | ComplexPOConfig
+    model: torch.nn.Module, base: list[float], criteria: Criteria, args: AttributeSFTConfig | ComplexPOConfig
 ) -> dict[str, Any]:
     """
     Describes the training data of an expert and the form of its prompts. The description is saved with the weights.
@@ -114,6 +114,8 @@ def describe_expert(
     Args:
         model (`torch.nn.Module`):
             The denoiser, whose base is described.
+        base (`list[float]`):
+            [`trainer.fingerprints.base_fingerprint`] of it, before the training.
         criteria ([`Criteria`]):
             The criteria tree.
         args ([`AttributeSFTConfig`] or [`ComplexPOConfig`]):
@@ -128,7 +130,7 @@ def describe_expert(
         "attributes": attribute_words(criteria),
         "attribute_order": args.attribute_order,
         "attribute_separator": args.attribute_separator,
-        "base_fingerprint": base_fingerprint(model),
+        "base_fingerprint": base,
         **({} if quantization is None else {"base_quantization": quantization}),
     }
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from transformers.integrations.deepspeed import is_deepspeed_available, unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils.generic import strtobool
 from trl.trainer.base_config import _BaseConfig
 
 from ..backbones import Backbone
@@ -339,7 +341,14 @@ class DiffusionConfig(_BaseConfig):
             self.activation_checkpointing = True  # as in TRL, under the name that transformers does not warn of
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 4 if torch.cuda.is_available() and not self.use_cpu else 0
+        if (
+            self.deepspeed or strtobool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false"))
+        ) and not is_deepspeed_available():
+            raise ValueError(
+                "This run asks for DeepSpeed, which is not installed. Install it with `pip install 'trl-diffusion[deepspeed]'`."
+            )
         super().__post_init__()
+        unset_hf_deepspeed_config()  # by which transformers would cut models, such as text encoders, where they are loaded
         if forbids_bf16 and self.mixed_precision == "bf16":
             self.mixed_precision = "no"
         self._n_gpu = min(self.n_gpu, 1)  # a process trains on one GPU: `nn.DataParallel` would cut its batches
@@ -497,15 +506,6 @@ def check_data_settings(args: DiffusionConfig, data_collator, train_dataset: Dat
         raise ValueError(
             "`train_dataset` is a stream, whose rows cannot be sorted by size. Load it without `streaming=True`, or train "
             "without `aspect_ratio_buckets`."
-        )
-
-
-def check_not_sharded(is_sharded: bool) -> None:
-    """Raises a `ValueError` for a training whose weights are cut over devices."""
-    if is_sharded:
-        raise ValueError(
-            "Sharded training (FSDP, DeepSpeed) is not supported yet: what is saved would not be what diffusers "
-            "loads. Train on several GPUs with `accelerate launch --multi_gpu`, or a LoRA by `peft_config`."
         )
 
 

@@ -157,7 +157,7 @@ def describe_run(
         "dataset": dataset_fingerprint(dataset, columns) if isinstance(dataset, Dataset) else "stream",
         "num_rows": len(dataset) if isinstance(dataset, Dataset) else "stream",
         **_rows(args, lora),
-        "settings": _settings(args) | _plain(resolved or {}),
+        "settings": settings_of(args) | _plain(resolved or {}),
         "versions": library_versions(),
     }
 
@@ -244,7 +244,8 @@ def _rows(args: TrainingArguments, lora: LoraConfig | None) -> dict[str, int | N
     }
 
 
-def _settings(args: TrainingArguments) -> dict[str, Any]:
+def settings_of(args: TrainingArguments) -> dict[str, Any]:
+    """The settings that bear on the weights of a run, as JSON holds them."""
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
     settings = {name: value for name, value in settings.items() if name not in NO_MATTER}
     if settings.get("data_seed") is None:

@@ -1,0 +1,117 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Checksums inside the files that a later run uses again: of all that the file holds, and for an image also of what it was made of.
+
+A file that was truncated, changed, replaced by another one or written by something else has another checksum, or none.
+"""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .files import write_file
+
+
+CHECKSUM = "checksum"
+
+
+class DamagedFile(ValueError):
+    """A file is not as it was written."""
+
+
+def digest_of(content: Any) -> str:
+    """A checksum of what JSON can hold."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+# ----- tables -----
+
+
+def write_table(path: Path, table: pa.Table, safe: str = "What was written before is safe") -> None:
+    """
+    Writes a Parquet file completely or not at all, with a checksum of its rows and metadata among the latter.
+
+    Args:
+        path (`Path`):
+            The file.
+        table (`pyarrow.Table`):
+            Columns that JSON can hold.
+        safe (`str`, *optional*):
+            See [`files.write_file`].
+    """
+    metadata = table.schema.metadata or {}
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(metadata | {CHECKSUM: _checksum_of(table)}), buffer)
+    write_file(path, buffer.getvalue(), safe)
+
+
+def read_table(path: Path) -> pa.Table:
+    """
+    Reads a Parquet file of [`write_table`].
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Returns:
+        `pyarrow.Table`: the table that was written.
+
+    Raises:
+        [`DamagedFile`]: If it is not as it was written.
+    """
+    try:
+        table = pq.ParquetFile(path, memory_map=False).read()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DamagedFile(f"{path} cannot be read ({' '.join(str(error).split())[:120]})") from error
+    metadata = dict(table.schema.metadata or {})
+    found = metadata.pop(CHECKSUM.encode(), b"").decode()
+    table = table.replace_schema_metadata(metadata or None)
+    if not found:
+        raise DamagedFile(f"{path} has no checksum")
+    if found != _checksum_of(table):
+        raise DamagedFile(f"{path} is not as it was written: its checksum is another one")
+    return table
+
+
+def _checksum_of(table: pa.Table) -> str:
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    return digest_of([table.num_rows, metadata, table.to_pydict()])
+
+
+# ----- JSON -----
+
+
+def write_json(path: Path, content: dict[str, Any], safe: str = "What was written before is safe") -> None:
+    """Writes a JSON file completely or not at all, with its checksum as the last entry."""
+    text = json.dumps(content | {CHECKSUM: digest_of(content)}, indent=2)
+    write_file(path, f"{text}\n".encode(), safe)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Reads a JSON file of [`write_json`].
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Returns:
+        `dict`: the content that was written.
+
+    Raises:
+        [`DamagedFile`]: If it is not as it was written.
+    """
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise DamagedFile(f"{path} cannot be read ({' '.join(str(error).split())[:120]})") from error
+    if content.pop(CHECKSUM, None) != digest_of(content):
+        raise DamagedFile(f"{path} is not as it was written: its checksum is another one")
+    return content
