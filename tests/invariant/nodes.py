@@ -15,7 +15,12 @@ from tests.cli.processes import descendants, start
 LIMIT = 180  # seconds until both must have ended
 
 
-def run_on_nodes(commands: list[list], folder: Path) -> list[subprocess.CompletedProcess]:
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def run_on_nodes(commands: list[list], folder: Path, is_launched: bool = True) -> list[subprocess.CompletedProcess]:
     """
     Runs what `python ARGS` is on each of several machines. One that fails ends no other.
 
@@ -24,18 +29,19 @@ def run_on_nodes(commands: list[list], folder: Path) -> list[subprocess.Complete
             The arguments of Python on each machine. Relative paths are of its own folder.
         folder (`Path`):
             Has a folder `node-N` for each machine.
+        is_launched (`bool`, *optional*, defaults to `True`):
+            Whether the processes are told that they are of several. If not, the commands launch those that are.
 
     Returns:
         `list[subprocess.CompletedProcess]`
     """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     world = {"WORLD_SIZE": len(commands), "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+    world["MASTER_PORT"] = free_port()
     nodes, processes = [folder / f"node-{number}" for number in range(len(commands))], []
     for number, (node, args) in enumerate(zip(nodes, commands, strict=True)):
         node.mkdir(parents=True, exist_ok=True)
-        rank = {**world, "MASTER_PORT": port, "RANK": number, "GROUP_RANK": number, "HF_HOME": node / "home"}
-        env = os.environ | {name: str(value) for name, value in rank.items()}
+        rank = {**world, "RANK": number, "GROUP_RANK": number} if is_launched else {}
+        env = os.environ | {name: str(value) for name, value in (rank | {"HF_HOME": node / "home"}).items()}
         processes.append(start(args, node / "stdout", node / "stderr", node, env))
     end = time.monotonic() + LIMIT
     for process in processes:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.cli.processes import wait_until
+from tests.cli.processes import COMMAND, wait_until
 
-from .nodes import run_on_nodes
+from .nodes import free_port, run_on_nodes
 from .trainings import NUM_ROWS, Run, Trainings, difference
 
 
@@ -156,6 +156,17 @@ def test_what_is_not_alike_is_refused_on_both(trainings, others, tmp_path, flags
 
     lines = refusals(train(trainings, tmp_path, {}, placed(change), **placed(flags)))
     assert all(said in line for line in lines), lines
+
+
+@pytest.mark.slow
+def test_the_launcher_ends_on_both(trainings, tmp_path):
+    """As `two_nodes` is used: what one machine lacks ends `accelerate launch` on both."""
+    machines = ["--accelerate_config", "two_nodes", "--main_process_ip", "127.0.0.1", "--num_processes", 2]
+    machines += ["--main_process_port", free_port(), *trainings.arguments("instance_dpo", "sd", output_dir="out")]
+    command = ["-c", COMMAND, "instance-dpo", *machines]
+    missing = ["--machine_rank", 1, "--dataset_name", tmp_path / "none"]
+    lines = refusals(run_on_nodes([command, [*command, *missing]], tmp_path, is_launched=False))
+    assert all("There is no file or folder" in line for line in lines) and lines[0].startswith("process 1, on another")
 
 
 @pytest.mark.slow

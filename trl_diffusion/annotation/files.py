@@ -3,7 +3,6 @@
 
 """Annotations as JSON lines, CSV or Parquet, with names instead of the integers of class labels."""
 
-import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from ..files import write_file
+from ..files import TEMPORARY, sync
 
 
 def save_annotations(annotations: Dataset, path: str | Path) -> None:
@@ -44,14 +43,19 @@ def save_annotations(annotations: Dataset, path: str | Path) -> None:
     named_rows = Named(annotations.features, as_text)
     # A cached result may be of another version of this package
     rows = annotations.with_format(None).map(named_rows, features=Features(named), load_from_cache_file=False)
-    buffer = io.BytesIO()
-    if as_text:
-        rows.to_csv(buffer)
-    elif path.suffix == ".jsonl":
-        rows.to_json(buffer, force_ascii=False)
-    else:
-        rows.to_parquet(buffer)
-    write_file(path, buffer.getvalue())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        if as_text:
+            rows.to_csv(temporary)
+        elif path.suffix == ".jsonl":
+            rows.to_json(temporary, force_ascii=False)
+        else:
+            rows.to_parquet(temporary)
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Named:

@@ -355,8 +355,8 @@ class Run:
         if changed:
             ids = [row_id for others in changed.values() for row_id in others]
             logger.warning(
-                f"The prompt or an image of {len(ids):,} rows has changed since they were annotated, such as {', '.join(ids[:5])}: "
-                f"their {len(changed):,} shards are annotated again."
+                f"Prompts or images have changed since they were annotated, in {len(ids):,} rows, such as {', '.join(ids[:5])}: the "
+                f"shards of these rows, {len(changed):,} in all, are annotated again."
             )
             self.forget(list(changed))
 

@@ -90,7 +90,7 @@ def run_command(argv: list[str]) -> int:
 
     from .script import run_launched, run_script
 
-    if command in LAUNCHED_COMMANDS:
+    if command in LAUNCHED_COMMANDS and "LOCAL_RANK" not in os.environ:  # that a launcher, such as `torchrun`, has set
         return run_launched(command, lambda: script_of(command), rest)
     return run_script(command, lambda: script_of(command), rest)
 

@@ -22,7 +22,8 @@ PATIENCE = timedelta(seconds=5)  # for the answer of the first machine
 
 def is_on_several_machines() -> bool:
     """Whether a launcher started this process as one of several, some of them on other machines."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < int(os.environ.get("WORLD_SIZE", 1))
+    env = os.environ
+    return "MASTER_ADDR" in env and int(env.get("LOCAL_WORLD_SIZE", 1)) < int(env.get("WORLD_SIZE", 1))
 
 
 def connect():

@@ -325,7 +325,7 @@ def read_group(split: str, files: list[Path], builder: str, streaming: bool) -> 
     return with_images(with_lists(without_hpdv2_lists(dataset, where), where), files[0])
 
 
-def cache_of(files: list[Path], is_read_anew: bool) -> str | None:
+def cache_of(files: list[Path], is_read_anew: bool = False) -> str | None:
     """
     Where `datasets` keeps the rows that it makes of files: for each content of theirs another folder, for `datasets` itself takes a file
     with the time of an earlier one for that one.
@@ -333,7 +333,7 @@ def cache_of(files: list[Path], is_read_anew: bool) -> str | None:
     Args:
         files (`list[Path]`):
             The files.
-        is_read_anew (`bool`):
+        is_read_anew (`bool`, *optional*, defaults to `False`):
             Whether nothing is kept.
 
     Returns:

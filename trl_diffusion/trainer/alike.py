@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import Trainer, TrainingArguments
 
 from ..data.formats import each_dataset
 from ..nodes import different, has_nodes, is_shared
@@ -144,41 +142,13 @@ def check_output_folder(args: TrainingArguments) -> None:
         )
 
 
-def check_checkpoint(folder: Path) -> None:
+def check_weights_alike(folder: Path, model: torch.nn.Module) -> None:
     """
-    Checks that machines which train together resume a checkpoint of the same step.
+    Checks that machines which train together have resumed the same checkpoint.
 
     Args:
         folder (`Path`):
             The checkpoint, as this process calls it.
-
-    Raises:
-        `ValueError`: In all processes, if it is missing on a machine, or is of another step there.
-    """
-    if not has_nodes():
-        return
-    folder = folder.resolve()
-    state = folder / TRAINER_STATE_NAME
-    step = TrainerState.load_from_json(str(state)).global_step if state.exists() else None
-    found = gather_object([(step, str(folder))])
-    for process, (step, name) in enumerate(found):
-        if step is None:
-            raise ValueError(
-                f"The checkpoint {name} is missing, or not whole, on the machine of process {process}: the first machine alone saves. "
-                "Copy it to that machine, put `output_dir` on a disk that all have, or train with `--save_on_each_node`."
-            )
-        if step != found[0][0]:
-            raise ValueError(
-                f"Process {process} resumes step {step} ({name}), and process 0 step {found[0][0]} ({found[0][1]}). Name a checkpoint "
-                "that all machines have with `resume_from_checkpoint`."
-            )
-
-
-def check_weights_alike(model: torch.nn.Module) -> None:
-    """
-    Checks that machines which train together have read the same weights.
-
-    Args:
         model (`torch.nn.Module`):
             The policy, not wrapped.
 
@@ -188,4 +158,4 @@ def check_weights_alike(model: torch.nn.Module) -> None:
     if not has_nodes():
         return
     trained = {name: whole(weight) for name, weight in model.named_parameters() if weight.requires_grad}
-    check_alike({"the weights of the checkpoint": tensors_hash(trained)})
+    check_alike({"`resume_from_checkpoint`": folder.name, "the weights of the checkpoint": tensors_hash(trained)})

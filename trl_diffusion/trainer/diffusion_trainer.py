@@ -22,7 +22,7 @@ from ..data.caching import TensorCache
 from ..data.collators import ImageCollator
 from ..data.formats import all_datasets, each_dataset, prepare_dataset
 from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
-from .alike import check_checkpoint, check_data_alike, check_models_alike, check_weights_alike
+from .alike import check_data_alike, check_weights_alike
 from .callbacks import HealthCallback, RunCallback, SampleImagesCallback
 from .checkpoints import BestCheckpointCallback, describe_trainer, load_weights, save_weights, trained_weights
 from .diffusion_config import DiffusionConfig, check_data_settings, collator_settings
@@ -360,7 +360,6 @@ class DiffusionTrainer(ShardedTrainer):
         return self.backbone.predict(model, noised.noisy_latents, noised.timesteps, noised.batch["conditions"])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        check_models_alike(self)
         training = training_mode(self.policy, self.denoiser_was_training)
         with self.saver.training(), training, closing(self.encoder.ahead):
             self.model.train()  # as in a step: the first batch is made ready before it
@@ -413,10 +412,9 @@ class DiffusionTrainer(ShardedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
-        check_checkpoint(Path(resume_from_checkpoint))
         with writable(model, self.deepspeed):
             load_weights(self.backbone, model, resume_from_checkpoint, self.run_record)
-        check_weights_alike(model)
+        check_weights_alike(Path(resume_from_checkpoint), model)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

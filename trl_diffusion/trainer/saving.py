@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..files import describe_write_error, lock_folder
+from .alike import check_models_alike
 from .callbacks import NothingToTrainError
 from .checkpoint_folders import (
     SAVING,
@@ -36,6 +37,7 @@ from .run_record import write_run_record
 
 logger = get_logger(__name__)
 
+ALL_NEED_IT = "All machines need the whole folder: let them share a disk, copy it to each, or have each save with `--save_on_each_node`"
 SAME_COMMAND = "the same command with `--resume_from_checkpoint true`, in Python `train(resume_from_checkpoint=True)`,"
 
 
@@ -109,6 +111,7 @@ class Saver:
     def training(self) -> Iterator[None]:
         """Keeps the output directory while the context lasts, and clears what killed runs have left there."""
         args, used = self.args, using(self.args.output_dir)
+        check_models_alike(self.trainer)
         on_main_process(args, used.__enter__)
         try:
             self._clear(Path(args.output_dir))
@@ -259,16 +262,19 @@ class Saver:
         return None if chosen is None else str(chosen)
 
     def _newest_whole(self, output_dir: Path) -> Path | None:
-        names = on_main_process(self.args, lambda: [path.name for path in reversed(checkpoints_in(output_dir))])
-        (names,) = gather_object([names])[:1]
+        names = self._names(output_dir)
         self.passed_over, reasons = [], []
+        is_whole_somewhere = False
         for name in names:
             if not (wrong := self._what_is_wrong(output_dir / name)):
                 chosen = f"The training goes on from {output_dir / name}."
                 break
             self.passed_over.append(output_dir / name)
             reasons.append(f"{name}: {wrong}")
+            is_whole_somewhere |= ALL_NEED_IT in wrong
         else:
+            if is_whole_somewhere:
+                raise ValueError(f"The training cannot go on: {'; '.join(reasons)}.")
             name, chosen = (
                 None,
                 f"There is no whole checkpoint in {output_dir}: the training starts from the beginning.",
@@ -278,6 +284,10 @@ class Saver:
         logger.log(30 if reasons or name is None else 20, chosen)
         return None if name is None else output_dir / name
 
+    def _names(self, folder: Path) -> list[str]:
+        """The names of the first process's checkpoints in a folder, the last one first."""
+        return gather_object([[path.name for path in reversed(checkpoints_in(folder))]])[0]
+
     def _what_is_wrong(self, checkpoint: Path) -> str | None:
         """What any process finds wrong: each node looks at its own disk."""
         wrong = what_is_wrong(checkpoint) if self._is_first_of_node else None
@@ -285,12 +295,14 @@ class Saver:
         first = next((number for number, wrong in enumerate(found) if wrong), None)
         if first is None:
             return None
-        elsewhere = f" (process {first}: all nodes need the whole folder, so let them share a disk)" if first else ""
-        return found[first] + elsewhere
+        if first == 0:
+            return found[0]
+        (place,) = gather_object([str(checkpoint.resolve())])[first : first + 1]
+        return f"{found[first]} in {place} on the machine of process {first}. {ALL_NEED_IT}"
 
     def _refusal(self, checkpoint: Path, wrong: str) -> str:
-        others = [path for path in reversed(checkpoints_in(checkpoint.parent)) if path.name != checkpoint.name]
-        whole = next((path for path in others if what_is_wrong(path) is None), None)
+        others = [checkpoint.parent / name for name in self._names(checkpoint.parent) if name != checkpoint.name]
+        whole = next((path for path in others if self._what_is_wrong(path) is None), None)
         way_out = (
             f"Name {whole}, the newest whole one beside it, or let `true` take the newest whole one of the output directory."
             if whole
