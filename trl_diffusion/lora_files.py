@@ -29,7 +29,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from .backbones.names import LORA_WEIGHTS_NAME, check_name
+from .backbones.folder_checks import check_name
+from .backbones.names import LORA_WEIGHTS_NAME
 from .lora_headers import check_finite, read_tensors, shortened
 from .machine import without_secrets
 

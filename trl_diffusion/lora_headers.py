@@ -7,7 +7,6 @@ header with every module's name, and some patterns take for ever.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,8 +28,8 @@ DIGITS = ([(_constants.CATEGORY, _constants.CATEGORY_DIGIT)], [(_constants.RANGE
 
 def _is_number(value: Any) -> bool:
     return (
-        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30 and math.isfinite(value)
-    )
+        isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) >= 1e30
+    )  # or NaN, which those say that use it
 
 
 def _is_rank(value: Any) -> bool:
@@ -60,7 +59,7 @@ def _is_by_name(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or (isinstance(value, dict) and all(map(kind, value.values())))
 
 
-RANKS, NUMBERS, NAMES = "a whole number of at least 1", "a finite number", "a name or a list of short names"
+RANKS, NUMBERS, NAMES = "a whole number of at least 1", "a number", "a name or a list of short names"
 # What each setting that bears on a LoRA must be
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, RANKS),

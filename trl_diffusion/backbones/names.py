@@ -3,65 +3,23 @@
 
 """Finding a model by what its user calls it: a Hub id, a folder, a file, or a link on the Hub."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-from ..machine import without_secrets
+from .folder_checks import INDEX, check_name, read_json
 
 
 ENDINGS = (".safetensors", ".ckpt")
 OTHER_ENDINGS = (".gguf", ".bin", ".pt", ".pth", ".onnx", ".zip", ".json", ".yaml", ".yml", ".txt")
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-INDEX = "model_index.json"
-MAX_LETTERS = 4_000  # of a path
 LINK = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?#]+)")
 HUB_PAGE = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)/?")
 # Where a pipeline is when the folder above it was named, also in the Hub's cache
 BELOW = (f"*/{INDEX}", f"*/*/{INDEX}", f"*/snapshots/*/{INDEX}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """
-    Reads a file of settings.
-
-    Args:
-        path (`Path`):
-            The file.
-
-    Returns:
-        `dict[str, Any]`
-
-    Raises:
-        `ValueError`: If it cannot be read, or holds something else.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, or no file that can be read. Download it again.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path} cannot be read: {reason}. Download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no settings by name. Download it again.")
-    return content
-
-
-def check_name(name: str) -> str:
-    """Refuses what no system takes as the name of a file, so that nobody could say whether there is one."""
-    if (
-        "\0" in name
-        or len(name) > MAX_LETTERS
-        or any(len(part.encode(errors="replace")) > 255 for part in name.split("/"))
-    ):
-        raise ValueError(
-            f"{name[:80]!r} is too long for a name, or holds characters that none has. Pass a Hub id, a folder or a file."
-        )
-    return name
 
 
 def find_model(name: str | Path) -> str:
@@ -99,7 +57,7 @@ def find_model(name: str | Path) -> str:
 
 
 def _download(link: str) -> str:
-    shown = without_secrets(link)
+    shown = re.sub("(?<=//)[^/]*@", "", link.split("?")[0])  # without a password
     if page := HUB_PAGE.fullmatch(link):
         raise ValueError(f"{link} is the page of a model: pass its Hub id, {page[1]}.")
     parts = LINK.fullmatch(link.split("?")[0])

@@ -21,7 +21,7 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 
 from .dtypes import check_components, dtype_of
 from .files import read_checkpoint
-from .folders import allowing_pickles, check_folder
+from .folder_checks import allowing_pickles, check_folder
 from .kinds import kind_of
 from .names import find_model
 from .source import components_left_out, local_folder, read_index

@@ -13,8 +13,7 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 
 from .dtypes import check_components, dtype_of
-from .folders import allowing_pickles, check_folder, read_index
-from .names import read_json
+from .folder_checks import allowing_pickles, check_folder, read_index, read_json
 from .quantization import SETTINGS, check_environment, describe_settings, make_config
 from .vae import load_vae
 from .weights import check_finite_files, load_checked, naming_the_folder
@@ -173,13 +172,13 @@ class PipelineSource:
 
 def local_folder(name: str, kwargs: dict[str, Any]) -> str:
     """
-    Finds the folder of a pipeline, which is downloaded if it is on the Hub, and checks it, see [`backbones.folders.check_folder`].
+    Finds the folder of a pipeline, which is downloaded if it is on the Hub, and checks it, see [`backbones.folder_checks.check_folder`].
 
     Args:
         name (`str`):
             A Hub id, or a folder that holds a pipeline.
         kwargs (`dict`):
-            What is passed to `from_pretrained`, see [`backbones.folders.allowing_pickles`]. Components in it are neither
+            What is passed to `from_pretrained`, see [`backbones.folder_checks.allowing_pickles`]. Components in it are neither
             downloaded nor checked.
 
     Returns:

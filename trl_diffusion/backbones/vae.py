@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn.functional import pixel_unshuffle
 
-from .folders import check_component, pipeline_class, read_index
+from .folder_checks import check_component, pipeline_class, read_index
 from .names import INDEX, find_model
 from .weights import check_loading_info
 

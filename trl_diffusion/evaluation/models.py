@@ -17,8 +17,8 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 
 from .. import backbones
 from ..backbones.dtypes import as_dtype
-from ..backbones.folders import pipeline_class, read_index
-from ..backbones.names import ENDINGS, INDEX, LORA_WEIGHTS_NAME, check_name, find_model
+from ..backbones.folder_checks import check_name, pipeline_class, read_index
+from ..backbones.names import ENDINGS, INDEX, LORA_WEIGHTS_NAME, find_model
 from ..backbones.single_file import family_of_file
 from ..cards.arms import training_record
 from ..cards.facts import FACTS_NAME, read_model_facts

@@ -81,7 +81,7 @@ def prompt_fits(name: str) -> Callable[[str], bool]:
 
     from trl_diffusion.backbones import BACKBONES
     from trl_diffusion.backbones.checks import plain_tokenizer
-    from trl_diffusion.backbones.folders import check_folder, read_index
+    from trl_diffusion.backbones.folder_checks import check_folder, read_index
 
     index = read_index(name, {})
     families = [family for family in BACKBONES if family.pipeline_class.__name__ == index["_class_name"]]

@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel
 
 from ..backbones.base import Backbone
-from ..backbones.names import read_json
+from ..backbones.folder_checks import read_json
 from ..backbones.quantization import describe_quantization
 from ..criteria import Criteria, render_prompt
 from .attribute_sft_config import AttributeSFTConfig
