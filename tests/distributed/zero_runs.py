@@ -28,7 +28,7 @@ from trl_diffusion.trainer.diffusion_trainer import DiffusionTrainer
 from trl_diffusion.trainer.sharding import whole_weights
 
 
-STEPS = {"max_grad_norm": 0.5, "lr_scheduler_type": "linear", "max_steps": 3}
+STEPS = {"activation_checkpointing": True, "max_grad_norm": 0.5, "lr_scheduler_type": "linear", "max_steps": 3}
 
 
 def zero_config(stage: int = 3, **settings) -> dict[str, Any]:
