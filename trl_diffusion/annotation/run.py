@@ -11,6 +11,7 @@ result.
 import hashlib
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 
 from ..batching import CORES
 from ..files import write_file
-from ..messages import cut
+from ..messages import cut, shown
 from .records import STATUSES, Record, check_prompt, encode_row, open_images, to_table
 
 
@@ -73,6 +74,12 @@ class Task:
     split: str
     rows_per_shard: int
     images_per_row: int
+
+    def __post_init__(self):
+        if not re.fullmatch(r"\w[\w.%:+\[\]-]{0,99}", self.split):
+            raise ValueError(
+                f"The split {shown(self.split)} is no name of a split, which a folder of annotations is named after."
+            )
 
     @property
     def fingerprint(self) -> str:
