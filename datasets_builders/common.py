@@ -53,7 +53,6 @@ ANNOTATIONS = "annotations"  # the configuration without images
 SHARD_BYTES = 500_000_000  # size of the rows of a file before compression
 FILES_PER_COMMIT = 25_000  # the Hub's limit: a dataset is one commit
 ROW_GROUP = 100
-BUILT = "built.json"  # in the folder of a build: what it built
 
 
 @dataclass
@@ -626,22 +625,23 @@ def file_states(folder: Path) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def is_ours(folder: Path, work: Path, args: argparse.Namespace) -> bool:
+def is_ours(folder: Path, built: Path, args: argparse.Namespace) -> bool:
     """Whether the same command has built a folder and was killed before its end, such as while it was pushed."""
     try:
-        built = read_json(work / BUILT)
+        found = read_json(built)
     except DamagedFile:  # or missing
         return False
-    return built == {"command": described_command(args), "files": file_states(folder)}
+    return found == {"command": described_command(args), "files": file_states(folder)}
 
 
 @contextmanager
-def ended(work: Path) -> Iterator[None]:
-    """Removes the folder of a build when it ends, in whatever way but a kill."""
+def ended(work: Path, built: Path) -> Iterator[None]:
+    """Removes the traces of a build when it ends, in whatever way but a kill. What was built is known to the last."""
     try:
         yield
     finally:
         shutil.rmtree(work)
+        built.unlink(missing_ok=True)
 
 
 def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace, criteria: str | None = None) -> None:
@@ -670,8 +670,8 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
             "https://huggingface.co/docs/hub/repositories-licenses."
         )
     folder = args.output_dir.absolute()
-    work = folder.with_name(f".{folder.name}-building")
-    if not is_ours(folder, work, args) and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    work, built_file = (folder.with_name(f".{folder.name}-{what}") for what in ("building", "built.json"))
+    if not is_ours(folder, built_file, args) and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{args.output_dir} exists and is not empty. Choose another `--output_dir`.")
     options = {
         "annotations_dir": args.annotations_dir,
@@ -685,7 +685,7 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
     }
     name = args.push_to_hub if "/" in (args.push_to_hub or "") else folder.name
     images = builder_class.DEFAULT_CONFIG_NAME
-    with only_run(work, f"building {folder.name}"), ended(work):
+    with only_run(work, f"building {folder.name}"), ended(work, built_file):
         scratch = work / "scratch"
         for left in [scratch, *Path(tempfile.gettempdir()).glob(f"{scratch_prefix(folder)}*")]:
             shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
@@ -707,8 +707,8 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
             write_file(built / picture.name, picture.data)
         make_card(builders[ANNOTATIONS], described, infos, name, pictures).save(built / "README.md")
         if folder.exists():
-            shutil.rmtree(folder) if is_ours(folder, work, args) else folder.rmdir()
-        write_json(work / BUILT, {"command": described_command(args), "files": file_states(built)})
+            folder.rename(scratch / "earlier")  # empty, or of a run of this command that was killed
+        write_json(built_file, {"command": described_command(args), "files": file_states(built)})
         built.rename(folder)
         for config, info in infos.items():
             for split in info.splits.values():

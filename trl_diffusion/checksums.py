@@ -20,6 +20,8 @@ from .files import write_file
 
 
 CHECKSUM = "checksum"
+MARK = b"checksum of this file: "  # before it
+BLANK = b"0" * 32  # in its place while it is computed
 
 
 class DamagedFile(ValueError):
@@ -36,20 +38,23 @@ def digest_of(content: Any) -> str:
 
 def write_table(path: Path, table: pa.Table, safe: str = "What was written before is safe") -> None:
     """
-    Writes a Parquet file completely or not at all, with a checksum of its rows and metadata among the latter.
+    Writes a Parquet file completely or not at all, with a checksum of all of its bytes in its metadata.
 
     Args:
         path (`Path`):
             The file.
         table (`pyarrow.Table`):
-            Columns that JSON can hold.
+            The table.
         safe (`str`, *optional*):
             See [`files.write_file`].
     """
-    metadata = table.schema.metadata or {}
     buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(metadata | {CHECKSUM: _checksum_of(table)}), buffer)
-    write_file(path, buffer.getvalue(), safe)
+    with pq.ParquetWriter(buffer, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({CHECKSUM: (MARK + BLANK).decode()})
+    content = buffer.getvalue()
+    place = content.rindex(MARK + BLANK) + len(MARK)
+    write_file(path, content[:place] + _hash(content) + content[place + len(BLANK) :], safe)
 
 
 def read_table(path: Path) -> pa.Table:
@@ -67,22 +72,20 @@ def read_table(path: Path) -> pa.Table:
         [`DamagedFile`]: If it is not as it was written.
     """
     try:
-        table = pq.ParquetFile(path, memory_map=False).read()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DamagedFile(f"{path} cannot be read ({' '.join(str(error).split())[:120]})") from error
-    metadata = dict(table.schema.metadata or {})
-    found = metadata.pop(CHECKSUM.encode(), b"").decode()
-    table = table.replace_schema_metadata(metadata or None)
-    if not found:
-        raise DamagedFile(f"{path} has no checksum")
-    if found != _checksum_of(table):
-        raise DamagedFile(f"{path} is not as it was written: its checksum is another one")
-    return table
+        content = path.read_bytes()
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read ({error.strerror})") from error
+    place = content.rfind(MARK) + len(MARK)
+    found = content[place : place + len(BLANK)]
+    if MARK not in content or _hash(content[:place] + BLANK + content[place + len(BLANK) :]) != found:
+        raise DamagedFile(f"{path} is cut off, damaged, or written by something else")
+    table = pq.read_table(pa.BufferReader(content))
+    metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != CHECKSUM.encode()}
+    return table.replace_schema_metadata(metadata)
 
 
-def _checksum_of(table: pa.Table) -> str:
-    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    return digest_of([table.num_rows, metadata, table.to_pydict()])
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).hexdigest().encode()
 
 
 # ----- JSON -----

@@ -74,8 +74,10 @@ def export_lora(lora: str | Path, output: str | Path) -> Path:
     weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
     modules = {key.rpartition(".lora_A")[0] for key in weights if key.endswith(".lora_A.weight")}
     alphas = {module: _alpha(config, module) for module in modules}
-    if not all(alphas.values()):
-        raise ValueError(f"The LoRA {path} has an alpha of 0, with which it changes nothing. Name another.")
+    if not all(alpha and math.isfinite(alpha) for alpha in alphas.values()):
+        raise ValueError(
+            f"The LoRA {path} has an alpha of {min(alphas.values(), key=abs)}, with which it is of no use. Name another."
+        )
     if any(module.startswith("transformer_blocks.") and ".attn1." in module for module in modules):
         raise ValueError(
             f"The LoRA {path} is one of Sana, for which ComfyUI and A1111 have no names. Load it with diffusers."

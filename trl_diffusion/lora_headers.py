@@ -2,19 +2,23 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-The configuration in the header of a LoRA file, which anybody may have written: it is checked before peft or diffusers sees it. They
-match its patterns with every module's name, and some patterns take for ever.
+What a LoRA file holds, which anybody may have written: it is checked before peft or diffusers sees it. They match the patterns in its
+header with every module's name, and some patterns take for ever.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from re import _constants, _parser  # what `re` itself makes of a pattern
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 
+
+MAX_TENSORS = 50_000  # far more than those of the largest models
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 MAX_PATTERN, MAX_NAME = 2_000, 500  # letters
 MAX_WIDE, MAX_DIGITS = 3, 10  # repetitions in a pattern: of anything, and of digits alone, of which names have few
 MAX_CHOICES = 10  # alternatives and parts that may be missing
@@ -24,8 +28,8 @@ DIGITS = ([(_constants.CATEGORY, _constants.CATEGORY_DIGIT)], [(_constants.RANGE
 
 def _is_number(value: Any) -> bool:
     return (
-        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30 and math.isfinite(value)
-    )
+        isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) >= 1e30
+    )  # or NaN, which those say that use it
 
 
 def _is_rank(value: Any) -> bool:
@@ -55,7 +59,7 @@ def _is_by_name(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or (isinstance(value, dict) and all(map(kind, value.values())))
 
 
-RANKS, NUMBERS, NAMES = "a whole number of at least 1", "a finite number", "a name or a list of short names"
+RANKS, NUMBERS, NAMES = "a whole number of at least 1", "a number", "a name or a list of short names"
 # What each setting that bears on a LoRA must be
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, RANKS),
@@ -74,6 +78,56 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 # Names a module, which peft imports
 IMPORTS = ("megatron_config",)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """
+    Reads a LoRA file as it is.
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict[str, Any]]`: the tensors, and the configuration in the file's header, empty where it
+        has none.
+
+    Raises:
+        `ValueError`: If the file cannot be read, or is empty.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, keys = file.metadata() or {}, file.keys()
+            if len(keys) > MAX_TENSORS:
+                raise ValueError(
+                    f"The LoRA {path} holds {len(keys):,} tensors, which is none of a known model. Name another."
+                )
+            weights = {key: file.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"The LoRA {path} cannot be read: {shortened(error)}. Download it again.") from error
+    if not weights:
+        raise ValueError(f"The LoRA {path} holds no weights. Save it again, or name another.")
+    if long := next((key for key in weights if len(key) > MAX_NAME or not key.isprintable()), None):
+        raise ValueError(
+            f"The LoRA {path} holds a tensor of the name {long[:80]!r}, which no model has. Name another."
+        )
+    return weights, read_header(metadata.get("lora_adapter_metadata", "{}"), path)
+
+
+def check_finite(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Refuses tensors that hold no numbers, or some that are not finite."""
+    for key, value in weights.items():
+        is_alpha, dtype = key.endswith(".alpha"), str(value.dtype).removeprefix("torch.")
+        if (value.is_complex() or value.numel() != 1) if is_alpha else dtype not in FLOATS:
+            raise ValueError(
+                f"The LoRA {path} holds {key!r} as {dtype} of shape {tuple(value.shape)}. Save it as {', '.join(FLOATS)}, and alphas as "
+                "single numbers."
+            )
+        if not value.isfinite().all():
+            raise ValueError(
+                f"The LoRA {path} holds numbers that are not finite, in {key!r}: its training had failed. Name an earlier "
+                "checkpoint."
+            )
 
 
 def read_header(text: str, path: Path) -> dict[str, Any]:
@@ -188,6 +242,12 @@ def _branches(body: Any) -> bool:
     """Whether a repeated part repeats or chooses."""
     several = (*REPETITIONS, _constants.BRANCH, _constants.GROUPREF)
     return any(operation in several for operation, _ in _parts(body))
+
+
+def shortened(error: Exception) -> str:
+    """The beginning of an error's text, in one line: those of peft list every tensor."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _short(value: Any) -> str:

@@ -12,6 +12,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 
+# Without it, transformers asks on the terminal whether to run code that a model brings
+UNTRUSTED = {"trust_remote_code": False}
+
+
 def resolve_revision(model_name_or_path: str, revision: str | None = None) -> str:
     """
     Resolves the revision of a model.

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Image
@@ -15,6 +16,7 @@ from tests.annotation.test_run import Asked, contents, make_task, world
 from trl_diffusion import join_annotations, load_annotations
 from trl_diffusion.annotation.records import pair_columns, prepare_rows
 from trl_diffusion.annotation.run import Run, run, run_locally
+from trl_diffusion.checksums import DamagedFile, read_table, write_table
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_a_row_that_changed_is_annotated_again(rows, tmp_path, caplog, change, s
     assert not vlm.prompts
     change(rows, 5)
     annotate(rows, tmp_path / "kept", vlm, streaming)
-    assert "1 rows has changed" not in caplog.text and f"such as {rows[5]['id']}: their 1 shards" in caplog.text
+    assert f"changed since they were annotated, in 1 rows, such as {rows[5]['id']}" in caplog.text
     assert vlm.prompts.total() == 4
     annotate(rows, tmp_path / "fresh", streaming=streaming)
     assert contents(tmp_path / "kept") == contents(tmp_path / "fresh")
@@ -73,7 +75,7 @@ def test_a_row_that_changed_is_annotated_again(rows, tmp_path, caplog, change, s
 
 def flip(path: Path) -> None:
     content = path.read_bytes()
-    place = len(content) // 3
+    place = len(content) // 3  # of the rows
     path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
 
 
@@ -142,3 +144,18 @@ def test_other_images_are_not_joined(rows, tmp_path):
     replace_image(rows, 5)
     with pytest.raises(ValueError, match=f"row with id {rows[5]['id']!r} has other images than were annotated"):
         join()
+
+
+def test_every_bit_of_a_table_counts(tmp_path):
+    """A table with any bit turned, or cut off anywhere, is not read."""
+    path = tmp_path / "table.parquet"
+    write_table(path, pa.table({"id": ["a", "b"], "score": [1.0, None]}))
+    whole = path.read_bytes()
+    assert read_table(path).to_pylist() == [{"id": "a", "score": 1.0}, {"id": "b", "score": None}]
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(DamagedFile, match="table.parquet is cut off, damaged, or written by something else"):
+            read_table(path)
+        path.write_bytes(whole[:place])
+        with pytest.raises(DamagedFile):
+            read_table(path)

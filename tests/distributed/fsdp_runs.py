@@ -174,7 +174,10 @@ DETAILS = {
     "best": (CASES["iapo-sd-lora"], {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}),
     "precomputed": (CASES["iapo-sd"], {"precompute": True, "precompute_ref_preds": True}),
     "sample model": (CASES["iapo-sd-lora"], {"sample_model": "other"}),
-    "adamw": (CASES["iapo-sd"], {"optim": "adamw_torch_fused", "optim_args": None, "learning_rate": 1e-4}),
+    "adamw": (
+        CASES["iapo-sd"],
+        {"optim": "adamw_torch_fused", "optim_args": None, "learning_rate": 1e-4, "activation_checkpointing": True},
+    ),
 }
 
 
@@ -197,6 +200,6 @@ def run_details(mode: str, folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     mode, folder, names = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
-    with nullcontext() if mode == "ddp" else FsdpOnCpu():
+    with nullcontext() if mode in ("one", "ddp") else FsdpOnCpu():
         ends = run_details(mode, folder) if mode == "details" else run_cases(mode, folder, names)
     torch.save(ends, folder / f"{mode}-{PartialState().process_index}.pt")

@@ -3,6 +3,7 @@
 
 """What an evaluation keeps and uses again is what was sampled and scored: its content decides, not its name."""
 
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from tests import tiny
 from tests.evaluation.test_run import Brightness, evaluate
 from tests.kills.killing import contents
 from trl_diffusion.evaluation.push import read_evaluation
+from trl_diffusion.evaluation.scores import IMAGES_SCHEMA, score_models
 from trl_diffusion.files import hold
 
 
@@ -97,14 +99,14 @@ def test_scores_that_are_damaged_are_computed_again(world, tmp_path, caplog, dam
     assert files(tmp_path / "out") == files(world / "whole")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[]"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"protocol": {"seed": 1}}'])
 def test_a_manifest_that_is_lost_is_written_again(world, tmp_path, caplog, content):
     """A damaged manifest is written again if its checksum is that of the same settings; otherwise nobody knows the settings."""
     shutil.copytree(world / "whole", tmp_path / "out")
     manifest = tmp_path / "out" / "images" / "first" / "manifest.json"
     manifest.unlink() if content is None else manifest.write_bytes(content)
     evaluate(world, tmp_path / "out", ("first",))
-    assert "manifest.json, which is written again" in caplog.text
+    assert "manifest.json is lost or damaged. It is written again" in caplog.text
     assert files(tmp_path / "out") == files(world / "whole")
     manifest.write_bytes(b"{")
     (manifest.parent / "SHA256SUMS").unlink()
@@ -183,3 +185,48 @@ def test_a_folder_that_cannot_be_written(world, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(ValueError, match="out cannot be written to: .*repeat the same command"):
         evaluate(world, tmp_path / "out", ("first",))
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 5, 9])
+def test_a_full_disk(world, tmp_path, monkeypatch, after):
+    """Wherever the disk is full, the run ends with one line that says so, and the same command ends with the whole result."""
+    out, fsync, written = tmp_path / "out", os.fsync, []
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            ValueError, match="cannot be written: No space left on device. .* is safe. Free some disk space"
+        ):
+            evaluate(world, out, ("first",))
+    evaluate(world, out, ("first",))
+    assert files(out) == files(world / "whole")
+
+
+def test_scores_of_other_settings_are_not_used(world, tmp_path, caplog):
+    """If a scorer's settings change, its weights being the same, all images are scored again."""
+
+    class Judge(Brightness):
+        """The same score, by a model with settings."""
+
+        limit = 1
+
+        def __init__(self):
+            super().__init__("cpu")
+            self.settings = {"max_new_tokens": Judge.limit}
+
+    shutil.copytree(world / "whole", tmp_path / "out")
+    table = pq.read_table(world / "whole" / "scores.parquet").select(IMAGES_SCHEMA.names)
+    for limit, scored in ((1, 4), (1, 0), (2, 4)):
+        Judge.limit, Brightness.scored = limit, 0
+        score_models(table, {"judge": Judge}, tmp_path / "out", disable_tqdm=True)
+        assert Brightness.scored == scored
+    assert (
+        "`judge` was computed with the settings {'max_new_tokens': 1}, but they are now {'max_new_tokens': 2}"
+        in caplog.text
+    )

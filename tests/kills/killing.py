@@ -182,7 +182,8 @@ def arm(folder: str, number: int | None, log: str | None) -> None:
         if places:
             for place, parent in places:
                 if is_inside(args[place], None if parent is None else args[parent]):
-                    happen(event, args[place])
+                    if event != "os.mkdir" or not os.path.exists(args[place]):  # else it changes nothing
+                        happen(event, args[place])
                     return
         elif event == "open" and isinstance(args[1], str) and set(args[1]) & set(WRITING) and is_inside(args[0]):
             happen("open", args[0])

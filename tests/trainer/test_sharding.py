@@ -31,7 +31,10 @@ def config(folder, **settings) -> InstanceDPOConfig:
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "would leave the text encoders without weights"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "`activation_checkpointing` of the trainer does the same"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "`fsdp_offload_params` does not go with these trainers"),
-        ({}, {"fp16": True}, "`fp16=True` does not go with FSDP here. Use `bf16=True`."),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, {}, "would leave weights whole after they were used"),
+        ({"FSDP_IGNORED_MODULES": "conv_in"}, {}, "`fsdp_ignored_modules` would leave weights"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, {}, "does not know the blocks of a denoiser"),
+        ({}, {"mixed_precision": "fp16"}, "float16 does not go with FSDP here. Use `bf16=True`."),
         ({}, {"torch_compile": True}, "`torch_compile=True` does not go with FSDP"),
         ({}, {"channels_last": True}, "`channels_last=True` does not go with FSDP"),
         ({}, {"auto_find_batch_size": True}, "`auto_find_batch_size=True` does not go with FSDP"),
@@ -49,7 +52,9 @@ def test_what_does_not_go_with_fsdp(tmp_path, monkeypatch, two_processes, enviro
         check_sharding(args)
     assert message in str(error.value) and "\n" not in str(error.value)
     for name in environment:
-        monkeypatch.setenv(name, FSDP2.get(name, "false"))
+        monkeypatch.delenv(name)
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
     check_sharding(config(tmp_path))
 
 
@@ -95,6 +100,7 @@ def test_the_blocks_that_are_gathered_at_a_time(family):
 
 
 SHARDS = """
+import copy
 import torch
 from torch.distributed.fsdp import fully_shard
 from trl_diffusion.trainer.sharding import OPTIMIZERS, cut_as, gathered, load_optimizer_state, whole_optimizer_state
@@ -135,7 +141,7 @@ for kind, make in KINDS.items():
     weights = gathered(sharded.state_dict(), is_kept=True)
     assert gathered(sharded.state_dict(), is_kept=False) == {}
     resumed.load_state_dict(cut_as(resumed.state_dict(), weights))
-    load_optimizer_state(third, state)
+    load_optimizer_state(third, copy.deepcopy(state))  # as from a file
     step(plain, own, 3), step(sharded, other, 3), step(resumed, third, 3)
     ends = [gathered(each.state_dict(), is_kept=True) for each in (plain, sharded, resumed)]
     for name, weight in ends[0].items():

@@ -75,7 +75,8 @@ def recorded() -> dict[str, dict[str, str]]:
 
 def overridden() -> dict[str, type]:
     """The methods of a base class that the trainers or their configuration define again, and that class."""
-    pairs = ((DiffusionTrainer, _BaseTrainer), (DiffusionConfig, _BaseConfig))
+    trainers = [each for each in DiffusionTrainer.__mro__ if each.__module__.startswith("trl_diffusion.")]
+    pairs = (*((each, _BaseTrainer) for each in trainers), (DiffusionConfig, _BaseConfig))
     return {
         name: base
         for own, base in pairs

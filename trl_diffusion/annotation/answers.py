@@ -5,8 +5,11 @@
 
 import json
 import re
+from collections import Counter
 
 from pydantic import BaseModel, ValidationError
+
+from ..messages import cut, shown
 
 
 # Pairs of marks around thoughts: what opens them, and what closes them
@@ -26,15 +29,19 @@ THOUGHTS = (
     ("<unused94>thought", "<unused95>"),
 )
 MARKS = re.compile(
-    "|".join(f"(?P<open{i}>{opening})|(?P<close{i}>{closing})" for i, (opening, closing) in enumerate(THOUGHTS)),
+    r"(?=[<\[◁])(?:"  # which most letters are not
+    + "|".join(f"(?P<open{i}>{opening})|(?P<close{i}>{closing})" for i, (opening, closing) in enumerate(THOUGHTS))
+    + ")",
     re.IGNORECASE,
 )
 FINAL_CHANNEL = re.compile(
-    r"<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?=<\|(?:return|end|start|channel)\|>|\Z)", re.DOTALL
+    r"<\|channel\|>\s*final\b.{0,200}?<\|message\|>(.*?)(?=<\|(?:return|end|start|channel)\|>|\Z)", re.DOTALL
 )
 PLAIN_CHANNELS = re.compile(r"\s*(?:analysis|commentary)(?=[A-Z{])")  # the same without its special tokens
 PLAIN_FINAL = re.compile(r"assistant\s*final(?=\W|[A-Z])")
 LONGER = "(`--vlm_max_new_tokens` allows longer answers)"
+WORD = re.compile(r"\w")
+MOST_OBJECTS = 100  # that are looked at in a text
 OPENING = re.compile(r"\{(?=\s*[\"'}])|\[(?=\s*[\[{])")  # where an object, or a list of objects, starts
 
 
@@ -69,10 +76,9 @@ def read_answer(text: str, schema: type[BaseModel], question: str = "") -> BaseM
     if not objects:
         raise NoAnswer("there is no JSON object in it")
     examples = own_lines(question)
+    untagged = re.sub(r"<[^<>]*>", lambda tag: " " * len(tag[0]), words)
     found = [
-        unwrapped(item, schema)
-        for item, end in objects
-        if item not in examples or not re.search(r"\w", re.sub(r"<[^<>]*>", "", words[end:]))
+        unwrapped(item, schema) for item, end in objects if item not in examples or not WORD.search(untagged, end)
     ]
     if not found:
         raise NoAnswer("it only quotes the example of the question")
@@ -106,18 +112,19 @@ def without_thoughts(text: str) -> str:
         if not finals:
             raise NoAnswer(f"it ends within its thoughts {LONGER}")
         return finals[-1]
-    kept, place, inside = "", 0, None
+    kept, place, inside = [], 0, None
     for mark in MARKS.finditer(text):
         number = mark.lastgroup.removeprefix("open").removeprefix("close")
         if mark.lastgroup.startswith("open") and inside is None:
-            kept, inside = kept + text[place : mark.start()], number
+            kept.append(text[place : mark.start()])
+            inside = number
         elif mark.lastgroup.startswith("close") and inside in (None, number):
             if inside is None:
-                kept = ""
+                kept = []
             inside, place = None, mark.end()
     if inside is not None:
         raise NoAnswer(f"it ends within its thoughts {LONGER}")
-    return kept + text[place:]
+    return "".join((*kept, text[place:]))
 
 
 def find_objects(text: str) -> list[tuple[dict, int]]:
@@ -156,6 +163,8 @@ def find_objects(text: str) -> list[tuple[dict, int]]:
         items = value if isinstance(value, list) else [value]
         if all(isinstance(item, dict) for item in items):
             found += [(item, place) for item in items]
+        if len(found) > MOST_OBJECTS:
+            raise NoAnswer(f"there are more than {MOST_OBJECTS} JSON objects in it")
     return found
 
 
@@ -193,7 +202,7 @@ def only_once(pairs: list[tuple[str, object]]) -> dict:
     item = dict(pairs)
     if len(item) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        raise ValueError(f"the key {shown(Counter(keys).most_common(1)[0][0])} stands twice")
     return item
 
 
@@ -207,4 +216,4 @@ DECODER = json.JSONDecoder(object_pairs_hook=only_once, parse_constant=no_number
 def describe_mistake(mistake: dict) -> str:
     """Formats one error from pydantic on one line."""
     place = ".".join(str(part) for part in mistake["loc"])
-    return " ".join(f"{place}: {mistake['msg']}".removeprefix(": ").split())
+    return cut(f"{place}: {mistake['msg']}".removeprefix(": "))

@@ -3,6 +3,7 @@
 
 """The attribute expert of CPO (arXiv 2601.04300) finds which attributes of the tree an image has."""
 
+from collections import Counter
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -24,8 +25,8 @@ class DimensionAnswer(BaseModel):
 
     @model_validator(mode="after")
     def each_id_once(self):
-        ids = [*self.positive, *self.negative]
-        if twice := sorted({attribute for attribute in ids if ids.count(attribute) > 1}):
+        ids = Counter([*self.positive, *self.negative])
+        if twice := sorted(attribute for attribute, times in ids.items() if times > 1):
             raise ValueError(f"{', '.join(twice)} stand more than once")
         return self
 

@@ -28,6 +28,7 @@ ABOUT_PARAMETERS = re.compile(r"parameter|max_tokens|max_completion_tokens|tempe
 OUT_OF_QUOTA = re.compile(
     r"billing|quota|(?:insufficient|out of|no|low|more) (?:\w+ )?(?:balance|credits?|funds)", re.IGNORECASE
 )
+INSUFFICIENT = re.compile("insufficient_quota")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Failure:
     names_schema: bool = False
 
 
-def read_reply(reply: Reply, max_new_tokens: int) -> str | GenerationError | Failure:
+def read_reply(reply: Reply, max_new_tokens: int, question: str = "") -> str | GenerationError | Failure:
     """
     Reads a reply.
 
@@ -83,6 +84,8 @@ def read_reply(reply: Reply, max_new_tokens: int) -> str | GenerationError | Fai
             The reply.
         max_new_tokens (`int`):
             The largest length of an answer, for the message.
+        question (`str`, *optional*, defaults to `""`):
+            Text of the request, which a server may quote: its words say nothing about the server.
 
     Returns:
         `str | GenerationError | Failure`: the text of the model, or why it gave none, or why there is no completion.
@@ -105,10 +108,10 @@ def read_reply(reply: Reply, max_new_tokens: int) -> str | GenerationError | Fai
     if FILTERED.search(said) and 400 <= status < 500:
         return Failure(GenerationError(f"a content filter of the server refuses the request: {status}{said}"))
     wait = seconds_asked_for(reply.headers.get("retry-after"))
-    if is_out_of_quota(status, said, wait):
+    if is_out_of_quota(status, said, wait, question):
         return Failure(OutOfQuota(f"the server answers {status}, its quota is used up{said}"), status=status)
     again = status in TRY_AGAIN or (status >= 500 and status != HTTPStatus.NOT_IMPLEMENTED)
-    names_schema = status not in NOT_THE_SCHEMA and bool(ABOUT_SCHEMA.search(said))
+    names_schema = status not in NOT_THE_SCHEMA and speaks_of(ABOUT_SCHEMA, said, question)
     hint = ""
     if status in (400, 422) and ABOUT_PARAMETERS.search(said):
         hint = " (`--vlm_request` changes or leaves out parameters)"
@@ -192,15 +195,20 @@ def one_line(text: str) -> str:
     return "".join(letter for letter in line if letter.isprintable())
 
 
-def is_out_of_quota(status: int, said: str, wait: float | None) -> bool:
+def speaks_of(subject: re.Pattern, said: str, question: str) -> bool:
+    """Whether a server's words are about something, unless the request's words are as well and may be quoted."""
+    return bool(subject.search(said)) and not subject.search(question)
+
+
+def is_out_of_quota(status: int, said: str, wait: float | None, question: str) -> bool:
     """Whether a reply means that nothing will be answered before the user pays."""
-    if status == HTTPStatus.PAYMENT_REQUIRED or "insufficient_quota" in said:
+    if status == HTTPStatus.PAYMENT_REQUIRED or speaks_of(INSUFFICIENT, said, question):
         return True
     limits_rate = status == HTTPStatus.TOO_MANY_REQUESTS and wait is not None
     return (
         status in (HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS)
         and not limits_rate
-        and bool(OUT_OF_QUOTA.search(said))
+        and speaks_of(OUT_OF_QUOTA, said, question)
     )
 
 

@@ -3,6 +3,7 @@
 
 """The detector of IAPO (Sun et al., CVPR 2026) locates each instance in both images."""
 
+import math
 from abc import ABC, abstractmethod
 from functools import cached_property
 from itertools import groupby
@@ -13,7 +14,8 @@ import torch
 
 from ..batching import batched
 from ..boxes import normalize_boxes
-from ..revisions import pinned, resolve_revision
+from ..messages import shown
+from ..revisions import UNTRUSTED, pinned, resolve_revision
 from .records import Instance, PairRecord
 
 
@@ -57,13 +59,28 @@ class Detector(ABC):
         places = [(pair, label) for pair in pairs if pair.status == "ok" for label in pair.labels]
         queries = [(image.upright, label) for pair, label in places for image in (pair.chosen, pair.rejected)]
         hits = self.detect(queries)
+        if len(hits) != len(queries):
+            raise ValueError(
+                f"The detector gave {len(hits)} answers to {len(queries)} queries; it must give one to each."
+            )
         for (pair, label), chosen, rejected in zip(places, hits[::2], hits[1::2], strict=True):
             missing = [name for name, hit in (("chosen", chosen), ("rejected", rejected)) if hit is None]
-            if missing:
+            if wrong := [hit for hit in (chosen, rejected) if hit is not None and not is_detection(hit)]:
+                pair.fail(f"detector, {label!r}: {shown(wrong[0])} is no unit box with a score")
+            elif missing:
                 pair.drop(label, f"not detected in the {' and the '.join(missing)} image")
             else:
                 pair.instances.append(Instance(label, chosen.box, rejected.box, chosen.score, rejected.score))
         return pairs
+
+
+def is_detection(hit: Detection) -> bool:
+    """Whether a box has an area within the image, and a score that is a number."""
+    numbers = [*hit.box, hit.score]
+    if len(hit.box) != 4 or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        return False
+    x_min, y_min, x_max, y_max = hit.box
+    return -0.01 <= x_min < x_max <= 1.01 and -0.01 <= y_min < y_max <= 1.01
 
 
 class TransformersDetector(Detector):
@@ -128,14 +145,14 @@ class TransformersDetector(Detector):
     def processor(self):
         from transformers import AutoProcessor
 
-        return AutoProcessor.from_pretrained(self.model_name_or_path, **pinned(self.revision))
+        return AutoProcessor.from_pretrained(self.model_name_or_path, **UNTRUSTED, **pinned(self.revision))
 
     @cached_property
     def model(self):
         from transformers import AutoModelForZeroShotObjectDetection
 
         model = AutoModelForZeroShotObjectDetection.from_pretrained(
-            self.model_name_or_path, dtype=self.dtype, **pinned(self.revision)
+            self.model_name_or_path, dtype=self.dtype, **UNTRUSTED, use_safetensors=True, **pinned(self.revision)
         )
         return model.to(self.device).eval()
 
@@ -181,7 +198,7 @@ def best_hit(result: dict[str, torch.Tensor], image: PIL.Image.Image) -> Detecti
     """
     boxes = normalize_boxes(result["boxes"].cpu(), *image.size).clamp(0, 1)
     scores = result["scores"].cpu()
-    covers = (boxes[:, :2] < boxes[:, 2:]).all(dim=1)
+    covers = (boxes[:, :2] < boxes[:, 2:]).all(dim=1) & scores.isfinite()
     if not covers.any():
         return None
     best = torch.where(covers, scores.float(), -1.0).argmax()

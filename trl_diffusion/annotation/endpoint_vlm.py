@@ -23,7 +23,7 @@ import PIL.Image
 from pydantic import BaseModel
 
 from ..batching import in_threads
-from .completions import LARGEST, Failure, Reply, read_reply
+from .completions import LARGEST, Failure, Reply, one_line, read_reply
 from .vlm import VLM, GenerationError, OutOfQuota, Request
 
 
@@ -134,7 +134,7 @@ class EndpointVLM(VLM):
         """Sends one request, with up to `max_tries` attempts. An attempt that shows that there are no schemas is extra."""
         with_schema, fallback, tries = self.offers_schemas, None, 0
         while True:
-            result = await server.ask(self.payload(request, urls, with_schema), self.max_new_tokens)
+            result = await server.ask(self.payload(request, urls, with_schema), self.max_new_tokens, request.text)
             if not isinstance(result, Failure):
                 self.has_used_schemas |= with_schema
                 # Where requests with a schema are answered, one that failed may have failed for another reason
@@ -209,7 +209,9 @@ class Server:
         }
         self.client = httpx2.AsyncClient(timeout=None, limits=httpx2.Limits(max_connections=None))
 
-    async def ask(self, payload: dict[str, Any], max_new_tokens: int) -> str | GenerationError | Failure:
+    async def ask(
+        self, payload: dict[str, Any], max_new_tokens: int, question: str
+    ) -> str | GenerationError | Failure:
         """Makes one attempt. Whatever the server does, nothing is raised, and no key is in the result."""
         try:
             async with asyncio.timeout(self.timeout):
@@ -218,9 +220,9 @@ class Server:
             within = f"within {self.timeout:g} seconds (`--vlm_timeout` allows more)"
             reply = Failure(GenerationError(f"the server does not answer {within}"), again=True)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            problem = f"the server does not answer: {type(error).__name__} {error}".strip()
+            problem = one_line(f"the server does not answer: {type(error).__name__} {error}")
             reply = Failure(GenerationError(problem), again=True)
-        result = read_reply(reply, max_new_tokens) if isinstance(reply, Reply) else reply
+        result = read_reply(reply, max_new_tokens, question) if isinstance(reply, Reply) else reply
         if isinstance(result, str):
             return self.hidden(result)
         error = result.error if isinstance(result, Failure) else result

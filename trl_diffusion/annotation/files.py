@@ -3,7 +3,6 @@
 
 """Annotations as JSON lines, CSV or Parquet, with names instead of the integers of class labels."""
 
-import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from ..files import write_file
+from ..files import TEMPORARY, sync
+from ..messages import cut, shown
 
 
 def save_annotations(annotations: Dataset, path: str | Path) -> None:
@@ -44,14 +44,19 @@ def save_annotations(annotations: Dataset, path: str | Path) -> None:
     named_rows = Named(annotations.features, as_text)
     # A cached result may be of another version of this package
     rows = annotations.with_format(None).map(named_rows, features=Features(named), load_from_cache_file=False)
-    buffer = io.BytesIO()
-    if as_text:
-        rows.to_csv(buffer)
-    elif path.suffix == ".jsonl":
-        rows.to_json(buffer, force_ascii=False)
-    else:
-        rows.to_parquet(buffer)
-    write_file(path, buffer.getvalue())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        if as_text:
+            rows.to_csv(temporary)
+        elif path.suffix == ".jsonl":
+            rows.to_json(temporary, force_ascii=False)
+        else:
+            rows.to_parquet(temporary)
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Named:
@@ -73,7 +78,7 @@ class Named:
 def with_names(value: Any, feature: Any) -> Any:
     """A value of a column, with names for its class labels."""
     if isinstance(feature, ClassLabel):
-        return feature.int2str(value) if isinstance(value, int) and value >= 0 else value
+        return feature.names[value] if isinstance(value, int) and 0 <= value < len(feature.names) else value
     if isinstance(feature, List) and value is not None:
         return [with_names(item, feature.feature) for item in value]
     if isinstance(feature, dict) and value is not None:
@@ -112,7 +117,7 @@ def name_reader(feature: Any, column: str, names: Iterable[str]) -> Callable[[An
     """
     if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and "string" in feature.dtype):
         raise ValueError(
-            f"`{column}` of the annotations is {feature}, which has no names: what the values mean was lost when they were "
+            f"`{column}` of the annotations is {cut(str(feature))}, which has no names: what the values mean was lost when they were "
             f"written, such as with `Dataset.to_json`. Write annotations with `save_annotations`, which writes names "
             f"({', '.join(names)}); or, if they were written by this version, give the values their names with "
             "`annotations.cast(PAIR_ANNOTATION_FEATURES)` of `trl_diffusion.annotation.records`."
@@ -121,7 +126,7 @@ def name_reader(feature: Any, column: str, names: Iterable[str]) -> Callable[[An
     def read(value: Any) -> str:
         name = with_names(value, feature)
         if name not in names:
-            raise ValueError(f"`{column}` of the annotations is {name!r}, which is none of {', '.join(names)}.")
+            raise ValueError(f"`{column}` of the annotations is {shown(name)}, which is none of {', '.join(names)}.")
         return name
 
     return read

@@ -25,6 +25,7 @@ from ..data.formats import PREFERENCES, shortened
 from ..data.presets import training_columns
 from ..data.sources import cache_of, load_source
 from ..data.tables import with_lists
+from ..messages import cut, shown
 from .files import name_reader, read_bool
 from .joined_columns import image_uids, joined_columns, orientation
 from .joined_rows import join_image, join_pair, joined_features
@@ -158,13 +159,19 @@ def find_runs(folder: str | Path) -> dict[str, Path]:
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
-    """Reads the manifest of a run. A damaged one raises a `ValueError`."""
+    """Reads the manifest of a run. Raises a `ValueError` if it is none."""
+    again = "Repeat the command that wrote it: finished shards are kept."
     try:
-        return dict(json.loads((run / MANIFEST).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{run / MANIFEST} cannot be read. Repeat the command that wrote it: finished shards are kept."
-        ) from error
+        manifest = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{run / MANIFEST} cannot be read: {cut(str(error))}. {again}") from error
+    for path in ("complete", "dataset.split", "counts.rows"):
+        found: Any = manifest
+        for name in path.split("."):
+            if not isinstance(found, dict) or name not in found:
+                raise ValueError(f"{run / MANIFEST} is no manifest of a run: it lacks `{path}`. {again}")
+            found = found[name]
+    return manifest
 
 
 def differences(manifests: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -328,7 +335,7 @@ class Join:
                 others[row_id] = "tie" if tie else "no tie"
             elif row_id in used:
                 raise ValueError(
-                    f"The row with id {row_id!r} is annotated twice: join the annotations of one run at a time."
+                    f"The row with id {shown(row_id)} is annotated twice: join the annotations of one run at a time."
                 )
             else:
                 used[row_id] = number
@@ -387,7 +394,7 @@ class Join:
         if ids and not numbers:
             raise ValueError(
                 f"None of the {len(ids):,} rows of the source has an annotation. The first id of the source is "
-                f"{ids[0]!r}, that of the annotations is {id_text(self.annotations['id'][0])!r}: name the column of the ids with "
+                f"{shown(ids[0])}, that of the annotations is {shown(id_text(self.annotations['id'][0]))}: name the column of the ids with "
                 "`columns`, or pass the dataset and split that were annotated." + zeros_lost(ids, [*used, *others])
             )
         if missing := len(ids) - len(numbers):
@@ -461,7 +468,7 @@ class Join:
         _, others = self.index
         if row_id not in others:
             raise ValueError(
-                f"The row with id {row_id!r} has other images than were annotated: their uids differ from those in the "
+                f"The row with id {shown(row_id)} has other images than were annotated: their uids differ from those in the "
                 "annotation. Use the dataset, and the revision of it, that was annotated."
             )
         self.leave_out(row_id, others[row_id])  # the other row is the used one
@@ -500,7 +507,7 @@ class Join:
         number = self.counts["missing"]
         if why == "missing" and str(number).strip("0") == "1":  # 1, 10, 100 and so on
             logger.warning(
-                f"The row with id {row_id!r} has no annotation and is left out. So far {number:,} rows have none, and "
+                f"The row with id {shown(row_id)} has no annotation and is left out. So far {number:,} rows have none, and "
                 f"{self.counts.total() - number:,} have one."
             )
 

@@ -9,6 +9,7 @@ from typing import Any
 from datasets import ClassLabel, Features, List
 
 from ..data.formats import ATTRIBUTE_COLUMNS, attribute_features, instance_pair_features
+from ..messages import shortened, shown
 from .records import Record, id_text, read_id, read_image
 from .run import Row
 
@@ -34,7 +35,7 @@ def joined_features(annotated: Features) -> Features:
             {**attribute_features(), **{name: attribute_type(annotated[name], name) for name in ATTRIBUTE_COLUMNS}}
         )
     raise ValueError(
-        f"`annotations` has the columns {', '.join(annotated)}, which are not those of annotations. Load them with "
+        f"`annotations` has the columns {shortened(list(annotated))}, which are not those of annotations. Load them with "
         "`load_annotations`, or from the configuration `annotations` of a published dataset."
     )
 
@@ -105,5 +106,5 @@ def read_stored(row: Row, columns: dict[str, str], name: str) -> tuple[str, dict
     record = Record(read_id(row, columns), "")
     image, uid = read_image(record, row, columns, name)
     if image is None:
-        raise ValueError(f"An image of the row with id {record.id!r} cannot be read: {record.reason}.")
+        raise ValueError(f"An image of the row with id {shown(record.id)} cannot be read: {record.reason}.")
     return uid, {"bytes": image.data, "path": None}

@@ -6,20 +6,40 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, StringConstraints
+from pydantic import AfterValidator, BaseModel, StringConstraints, model_validator
 
 from ..batching import in_threads
+from ..messages import CONTROL
 from .records import PairRecord
 from .vlm import VLM, PromptTemplate, Request, ask
 
 
-Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=80)]
+MOST_LABELS = 100  # of an answer
+
+
+def plain_label(label: str) -> str:
+    """A label on one line. Raises a `ValueError` if it holds characters that are not printed."""
+    label = " ".join(label.split())
+    if CONTROL.search(label):
+        raise ValueError("it holds characters that are not printed")
+    return label
+
+
+Label = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=80), AfterValidator(plain_label)
+]
 
 
 class Plan(BaseModel):
     """The planner's answer."""
 
     instances: list[Label]
+
+    @model_validator(mode="after")
+    def not_too_many(self):
+        if len(self.instances) > MOST_LABELS:
+            raise ValueError(f"there are {len(self.instances)} instances, more than {MOST_LABELS}")
+        return self
 
 
 class Planner:

@@ -5,13 +5,14 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from typing import Any
 
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
 from ..checksums import digest_of
-from ..data.columns import column_names, numbered, with_nested_columns
+from ..data.columns import check_names, column_names, numbered, with_nested_columns
 from ..data.formats import PREFERENCES
 from ..data.presets import (
     OPTIONAL_COLUMNS,
@@ -23,7 +24,7 @@ from ..data.presets import (
     recognise,
     refuse_what_has_no_pairs,
 )
-from ..messages import cut
+from ..messages import cut, shortened, shown
 from .images import StoredImage
 
 
@@ -296,7 +297,8 @@ def inputs_of(record: "PairRecord | ImageRecord") -> str:
 
 def readable(value: Any) -> str:
     """A value as text that can be written, with question marks instead of single surrogates."""
-    return str(value).encode("utf-8", "replace").decode()
+    value = value if isinstance(value, str) else shown(value)
+    return value.encode("utf-8", "replace").decode()
 
 
 # ----- reading -----
@@ -327,7 +329,7 @@ def pair_columns(present: list[str], mapping: dict[str, str] | None = None) -> d
         if found := recognise(present, PAIR):
             return _present({"id": "id"} | found[1], present)
         raise ValueError(
-            f"The dataset has the columns {', '.join(present)}: neither `prompt`, `chosen` and `rejected` nor those of "
+            f"The dataset has the columns {shortened(present)}: neither `prompt`, `chosen` and `rejected` nor those of "
             "Pick-a-Pic (`caption`, `jpg_0`, `jpg_1`, `label_0`). Name its columns with `--columns`, such as "
             '`--columns \'{"prompt": "text", "chosen": "winner", "rejected": "loser", "id": "key"}\'`.'
         )
@@ -349,11 +351,11 @@ def _mapped(layout: dict[str, str], mapping: dict[str, str], present: list[str])
     uids = {name: name for name in sorted(OPTIONAL_COLUMNS) if name.removesuffix("_uid") in layout}
     known = uids | layout
     if unknown := set(mapping) - set(known):
-        raise ValueError(f"`--columns` names {', '.join(sorted(unknown))}; it may name {', '.join(known)}.")
+        raise ValueError(f"`--columns` names {shortened(sorted(unknown))}; it may name {', '.join(known)}.")
     named = {name: mapping.get(name, name) for name in known}
     if missing := [column for name, column in named.items() if column not in present and _needed(name, mapping)]:
         raise ValueError(
-            f"The dataset lacks {', '.join(missing)}; it has the columns {', '.join(present)}. Name its columns with "
+            f"The dataset lacks {shortened(missing)}; it has the columns {shortened(present)}. Name its columns with "
             f"`--columns`, a mapping from {', '.join(layout)} to columns of the dataset."
         )
     return _present(named, present)
@@ -392,6 +394,7 @@ def prepare_rows(
         `ValueError`: If there are no rows, a column is missing, or a stream has no ids.
     """
     if mapping:
+        check_names(mapping)
         dataset = with_nested_columns(dataset, mapping.values())
     present = column_names(dataset)
     if not present:
@@ -467,7 +470,9 @@ def read_attribute_image(row: dict[str, Any], columns: dict[str, str]) -> ImageR
 
 def read_id(row: dict[str, Any], columns: dict[str, str]) -> str:
     value = row[columns["id"]]
-    if value is None or value == "" or value != value:  # NaN, where other rows have numbers
+    if (
+        not isinstance(value, str | Integral | float) or value == "" or value != value
+    ):  # NaN, where other rows have numbers
         raise ValueError(f"A row has no `{columns['id']}`: every row needs an id, which links it to its annotation.")
     return id_text(value)
 

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ..batching import CORES, in_threads
 from ..checksums import DamagedFile, read_json, write_json, write_table
 from ..files import hold, write_file
+from ..messages import cut
 from ..safe_names import check_part_of_path
 from .records import INPUTS, STATUSES, Record, check_prompt, encode_row, inputs_of, open_images, to_table
 from .shards import MANIFEST, RUN, SHARD, fingerprint_of, manifest_of, read_shard
@@ -355,8 +356,8 @@ class Run:
         if changed:
             ids = [row_id for others in changed.values() for row_id in others]
             logger.warning(
-                f"The prompt or an image of {len(ids):,} rows has changed since they were annotated, such as {', '.join(ids[:5])}: "
-                f"their {len(changed):,} shards are annotated again."
+                f"Prompts or images have changed since they were annotated, in {len(ids):,} rows, such as {', '.join(ids[:5])}: the "
+                f"shards of these rows, {len(changed):,} in all, are annotated again."
             )
             self.forget(list(changed))
 
@@ -447,5 +448,5 @@ class Run:
 
 def listed(errors: list[tuple[str, str]], most: int = 10) -> str:
     """Formats errors, one per line."""
-    lines = [f"  {row_id}: {reason}" for row_id, reason in errors[-most:]]
+    lines = [f"  {cut(row_id, 100)}: {cut(reason, 600)}" for row_id, reason in errors[-most:]]
     return "\n".join(lines + ([f"  and {len(errors) - most} more"] if len(errors) > most else []))

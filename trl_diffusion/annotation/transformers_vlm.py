@@ -10,7 +10,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from ..batching import batched
-from ..revisions import pinned, resolve_revision
+from ..messages import cut
+from ..revisions import UNTRUSTED, pinned, resolve_revision
 from .vlm import VLM, GenerationError, Request, cut_off
 
 
@@ -69,7 +70,7 @@ class TransformersVLM(VLM):
     @cached_property
     def model(self):
         model = AutoModelForImageTextToText.from_pretrained(
-            self.model_name_or_path, dtype=self.dtype, **pinned(self.revision)
+            self.model_name_or_path, dtype=self.dtype, **UNTRUSTED, use_safetensors=True, **pinned(self.revision)
         )
         return model.to(self.device).eval()
 
@@ -78,7 +79,7 @@ class TransformersVLM(VLM):
         processor_class = PROCESSOR_MAPPING.get(type(self.model.config), AutoProcessor)
         if issubclass(processor_class, ProcessorMixin) and "video_processor" in processor_class.get_attributes():
             processor_class = without_video(processor_class)
-        return processor_class.from_pretrained(self.model_name_or_path, **pinned(self.revision))
+        return processor_class.from_pretrained(self.model_name_or_path, **UNTRUSTED, **pinned(self.revision))
 
     def generate(self, requests: list[Request]) -> list[str | GenerationError]:
         # Batches hold requests of similar length, which reduces padding.
@@ -110,7 +111,7 @@ class TransformersVLM(VLM):
             ArithmeticError,
             OSError,
         ) as error:  # others are mistakes of the code
-            problem = f"{problem}: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            problem = f"{problem}: {type(error).__name__}: {cut(str(error), 400)}"
         else:
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
             texts = processor.batch_decode(tokens, skip_special_tokens=True)

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import jinja2
 import PIL.Image
+from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel
 
+from ..messages import cut
 from .answers import NoAnswer, read_answer, without_thoughts
 
 
@@ -230,8 +232,10 @@ class PromptTemplate:
         """
         try:
             return compiled(self.text).render(values).strip()
-        except jinja2.UndefinedError as error:
-            raise ValueError(f"{self.path}: {error}; the variables of this prompt are {', '.join(values)}.") from error
+        except (jinja2.TemplateError, ArithmeticError, TypeError, ValueError, LookupError) as error:
+            raise ValueError(
+                f"{self.path}: {cut(str(error))}; the variables of this prompt are {', '.join(values)}."
+            ) from error
 
 
 @cache
@@ -241,5 +245,5 @@ def shipped_prompt(name: str) -> str:
 
 @cache  # instead of an attribute of the prompt, because a template does not pickle
 def compiled(text: str) -> jinja2.Template:
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(text)

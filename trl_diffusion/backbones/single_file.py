@@ -21,7 +21,7 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 
 from .dtypes import check_components, dtype_of
 from .files import read_checkpoint
-from .folders import SAFETENSORS, check_folder
+from .folder_checks import allowing_pickles, check_folder
 from .kinds import kind_of
 from .names import find_model
 from .source import components_left_out, local_folder, read_index
@@ -112,13 +112,13 @@ def load_single_file(
     kind = kind_of(checkpoint, name, FAMILIES)
     pipeline_class, parts = FAMILIES[kind], PREFIXES[FAMILIES[kind]]
     config = find_model(config or DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
-    pickles = {"use_safetensors": False} if kwargs.pop("use_safetensors", None) is False else SAFETENSORS
+    pickles = allowing_pickles({"use_safetensors": kwargs.pop("use_safetensors", None)})
     kwargs |= _checked_config(config, pipeline_class, name, kwargs)
     denoiser = "transformer" if pipeline_class in (StableDiffusion3Pipeline, FluxPipeline) else "unet"
     if Path(config).is_dir():  # of which the components that the file may hold are not read
         index, of_file = read_index(config, {}), (denoiser, *parts)
         check_folder(config, {part: index.get(part) for part in of_file}, kwargs, pickles=True)
-        check_folder(config, index, {*kwargs, *of_file}, pickles=pickles != SAFETENSORS)
+        check_folder(config, index, {*kwargs, *of_file}, pickles=not pickles["use_safetensors"])
     _check_guidance(kind, name, config)
     if "v_pred" in checkpoint:
         check_velocity(name, config)
@@ -132,7 +132,7 @@ def load_single_file(
     check_components(dtype, read_index(config, kwargs))
     default = dtypes.get("default", torch.float32)
     if isinstance(kwargs.get("vae"), str | Path):
-        kwargs["vae"] = load_vae(kwargs["vae"], dtype_of("vae", dtype), config, kwargs)
+        kwargs["vae"] = load_vae(kwargs["vae"], dtype_of("vae", dtype), config, kwargs | pickles)
     if missing:
         logger.warning(f"{name} is without {', '.join(f'`{part}`' for part in missing)}; taken from {config}.")
         others = {part: None for part in (denoiser, *parts) if part not in missing}

@@ -13,8 +13,7 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 
 from .dtypes import check_components, dtype_of
-from .folders import SAFETENSORS, check_folder, read_index
-from .names import read_json
+from .folder_checks import allowing_pickles, check_folder, read_index, read_json
 from .quantization import SETTINGS, check_environment, describe_settings, make_config
 from .vae import load_vae
 from .weights import check_finite_files, load_checked, naming_the_folder
@@ -78,7 +77,7 @@ class PipelineSource:
         self.dtype, self.unrounded_dtype = dtype, unrounded_dtype
         self.vae_name = kwargs.pop("vae") if isinstance(kwargs.get("vae"), str | Path) else None
         self.quantization = quantization or {}
-        kwargs = kwargs if kwargs.get("use_safetensors") is not None else kwargs | SAFETENSORS
+        kwargs = allowing_pickles(kwargs)
         self.kwargs = kwargs | components_left_out(name, kwargs)
         check_components(dtype, read_index(name, kwargs))
         # Whatever changes on the Hub meanwhile, all components are of one commit
@@ -173,13 +172,14 @@ class PipelineSource:
 
 def local_folder(name: str, kwargs: dict[str, Any]) -> str:
     """
-    Finds the folder of a pipeline, which is downloaded if it is on the Hub, and checks it, see [`backbones.folders.check_folder`].
+    Finds the folder of a pipeline, which is downloaded if it is on the Hub, and checks it, see [`backbones.folder_checks.check_folder`].
 
     Args:
         name (`str`):
             A Hub id, or a folder that holds a pipeline.
         kwargs (`dict`):
-            What is passed to `from_pretrained`. Components in it are neither downloaded nor checked.
+            What is passed to `from_pretrained`, see [`backbones.folder_checks.allowing_pickles`]. Components in it are neither
+            downloaded nor checked.
 
     Returns:
         `str`: the folder.
@@ -188,7 +188,7 @@ def local_folder(name: str, kwargs: dict[str, Any]) -> str:
         `ValueError`: If the folder asks for more than weights and settings.
     """
     folder = name if Path(name).is_dir() else str(DiffusionPipeline.download(name, **kwargs))
-    check_folder(folder, read_index(folder, {}), kwargs, pickles=kwargs.get("use_safetensors") is False)
+    check_folder(folder, read_index(folder, {}), kwargs, pickles=not kwargs["use_safetensors"])
     return folder
 
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn.functional import pixel_unshuffle
 
-from .folders import SAFETENSORS, check_component, pipeline_class, read_index
+from .folder_checks import check_component, pipeline_class, read_index
 from .names import INDEX, find_model
 from .weights import check_loading_info
 
@@ -73,7 +73,7 @@ def load_vae(name: str | Path, dtype: torch.dtype, config: str, kwargs: dict[str
         `ValueError`: If there is no such VAE, or it is of another class, or its weights do not fit.
     """
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-    how = {"use_safetensors": False} if kwargs.get("use_safetensors") is False else SAFETENSORS
+    how = {"use_safetensors": kwargs.get("use_safetensors", True)}
     vae_class = _vae_class(config, hub)
     path = Path(name).expanduser()
     where = str(path) if path.is_dir() else find_model(name)
@@ -87,7 +87,7 @@ def load_vae(name: str | Path, dtype: torch.dtype, config: str, kwargs: dict[str
             info = {"missing_keys": [key for key, weight in vae.named_parameters() if weight.is_meta]}
         else:
             folder = {"subfolder": "vae"} if _is_pipeline(where, hub) else {}
-            check_component(Path(where, *folder.values()), pickles=how != SAFETENSORS)
+            check_component(Path(where, *folder.values()), pickles=not how["use_safetensors"])
             kind = AutoencoderKL.load_config(where, **folder, **hub).get("_class_name")
             if kind != vae_class.__name__:
                 raise ValueError(

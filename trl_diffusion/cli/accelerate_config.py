@@ -13,7 +13,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parents[1] / "accelerate_configs"
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-SUPPORTED = ("FSDP",)
+SUPPORTED = ("FSDP", "DEEPSPEED")
 
 
 def resolve_accelerate_config(flags: list[str]) -> list[str]:
@@ -110,6 +110,13 @@ def check_is_supported(args: argparse.Namespace, config) -> None:
         )
     if "FSDP" in sharded:
         _check_fsdp(args, config)
+    if "DEEPSPEED" in sharded:
+        _check_deepspeed(args, config)
+    if sharded and Path(args.training_script).stem == "evaluate_models":
+        raise ValueError(
+            f"{sharded[0]} is asked for, and an evaluation shards nothing: each process has a whole model. Use "
+            "`--accelerate_config multi_gpu`."
+        )
     machines = args.num_machines or (config.num_machines if config is not None else 1)
     address = args.main_process_ip or (config.main_process_ip if config is not None else None)
     if machines > 1 and address is None:
@@ -131,7 +138,18 @@ def _check_fsdp(args: argparse.Namespace, config) -> None:
             "FSDP is asked for on the CPU, where nothing would be sharded. Leave it out: `--accelerate_config multi_cpu` starts two "
             "processes there."
         )
-    if Path(args.training_script).stem == "evaluate_models":
+
+
+def _check_deepspeed(args: argparse.Namespace, config) -> None:
+    from transformers.integrations.deepspeed import is_deepspeed_available
+
+    own = (config.deepspeed_config if config is not None else None) or {}
+    file = own.get("deepspeed_config_file", args.deepspeed_config_file)  # which the trainer checks
+    stage = own.get("zero_stage", args.zero_stage) or 2
+    if file is None and str(stage) not in ("2", "3"):
         raise ValueError(
-            "FSDP is asked for, and an evaluation shards nothing: each process has a whole model. Use `--accelerate_config multi_gpu`."
+            f"DeepSpeed's ZeRO-{stage} is not supported: what is saved would not be what diffusers loads. Use `--accelerate_config zero2` "
+            "or `zero3`."
         )
+    if not is_deepspeed_available():
+        raise ValueError("DeepSpeed is not installed. Install it with `pip install 'trl-diffusion[deepspeed]'`.")

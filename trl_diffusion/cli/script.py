@@ -6,11 +6,13 @@
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING
 
+from ..machine import without_secrets
 from ..messages import cut, printable
 from .others import ending_with_others, failure_of_another, tell_others
 from .quiet import quiet
@@ -39,7 +41,7 @@ def run_script(command: str, find_script: Callable[[], ModuleType], flags: list[
     Returns:
         `int`: the exit status: what `main` returns or 0, 2 after a mistake, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    status = 0
+    status, sys.excepthook = 0, say_traceback
     with quiet() as cut, stopping(command) as stop:
         try:
             with mistakes(command) as made, ending_with_others(command):
@@ -109,6 +111,12 @@ def mistakes(command: str) -> Iterator[list[str]]:
             tell_others(line)
 
 
+def say_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python says of an error that nobody expected, without secrets."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(without_secrets(text), end="", file=sys.stderr, flush=True)
+
+
 def is_mistake(error: Exception) -> bool:
     """Whether the message of an error says all: something is wrong with what was given, or missing on this machine."""
     if isinstance(error, ValueError | OSError | ImportError):
@@ -124,4 +132,4 @@ def describe(error: Exception) -> str:
     cause = error.__cause__
     if type(error).__module__.startswith("datasets.") and cause is not None and printable(str(cause)) not in text:
         text = f"{text} {type(cause).__name__}: {printable(str(cause))}"
-    return cut(text, LONGEST)
+    return cut(without_secrets(text), LONGEST)

@@ -7,9 +7,8 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from itertools import chain, islice
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,18 @@ from datasets.table import InMemoryTable, concat_tables
 from datasets.utils import tqdm
 from safetensors import torch as safetensors
 
+from .arrow_files import FILE, ROWS_AT_ONCE, write_files, writing
 from .column_checks import selected
-from .content import SealedFile, clear_unfinished
+from .content import clear_unfinished
 from .encoded_files import CONTENT, EncodedFiles, keys_of, mean_length, readable, select
 from .key_index import KeyIndex
-from .pipelining import CORES, ahead, behind
-from .row_contents import RowContents
+from .row_contents import RowContents, kept_folder
 
 
 TENSORS = "_tensors"  # column with the tensors of a row, in the safetensors format, and a checksum
 CHECKSUM_BYTES = 8
 ABSENT = "_absent"  # in a batch, the ids of its rows that are not encoded
 ROWS_PER_FILE = 1000
-ROWS_AT_ONCE = 100  # that are written at once
 
 
 def is_precomputed(row: dict[str, Any]) -> bool:
@@ -42,22 +40,21 @@ def is_precomputed(row: dict[str, Any]) -> bool:
     return TENSORS in row
 
 
-def write_example(example: dict[str, Any], file: str = "") -> dict[str, Any]:
+def write_example(example: dict[str, Any]) -> dict[str, Any]:
     """
     Packs the tensors of an example into one column, with a checksum.
 
     Args:
         example (`dict`):
-            Tensors and other values by name.
-        file (`str`, *optional*, defaults to `""`):
-            Name of the file that it is written to, which is named where its tensors are damaged.
+            Tensors and other values by name, and as `FILE` the name of the file that it is written to, which is named where its tensors
+            are damaged.
 
     Returns:
         `dict`: the other values, and the tensors as `bytes`.
     """
     tensors = {name: value.cpu().contiguous() for name, value in example.items() if isinstance(value, torch.Tensor)}
-    content = safetensors.save(tensors, {"file": file})
-    return {name: value for name, value in example.items() if name not in tensors} | {
+    content = safetensors.save(tensors, {"file": example.get(FILE, "")})
+    return {name: value for name, value in example.items() if name not in tensors and name != FILE} | {
         TENSORS: content + xxhash.xxh3_64_digest(content)
     }
 
@@ -230,10 +227,8 @@ class Encoding:
         self.all_keys = keys = keys_of(self.dataset, next(iter(self.features)))
         number, needed = len(keys), np.arange(len(keys)) if self.rows is None else self.rows
         self.keys, self.needed = keys.take(pa.array(needed)), needed
-        for is_first in (
-            True,
-            False,
-        ):  # the first process reads what the others then know, and removes what is damaged
+        # The first process reads what the others then know, and removes what is damaged
+        for is_first in (True, False):
             if (self.process_index == 0) == is_first:
                 self._look()
             self.wait()
@@ -265,18 +260,18 @@ class Encoding:
         """Finds out what the rows are made of, and what is in the folder."""
         self.found = (self.contents or RowContents(self.dataset, ()).of)(self.needed)
         if self.process_index == 0:
-            clear_unfinished(self.folder)
+            for folder in (self.folder, kept_folder()):
+                clear_unfinished(folder)
         prefix = f"{re.sub('[^A-Za-z0-9_]+', '-', self.name)}-{self.fingerprint}"
         self.files = EncodedFiles(self.folder, prefix, self.features, self.say)
 
     def _expected_size(self, missing: np.ndarray, keys: pa.LargeStringArray) -> int:
         first = self.encode([self.prepare(self.dataset[int(missing[0])])])[0]
-        first = first | {CONTENT: self.found[0].as_py()}
+        first = first | {CONTENT: self.found[0].as_py(), FILE: next(iter(self.parts)).name}
         longer = mean_length(keys.take(pa.array(missing))) - mean_length(keys.slice(int(missing[0]), 1))
         counts = [len(part) for part in self.parts.values()]
         more = longer + self.more_bytes(first, missing)
-        name = next(iter(self.parts)).name
-        return self.files.expected_size(write_example(first, name), counts, ROWS_AT_ONCE, more)
+        return self.files.expected_size(write_example(first), counts, ROWS_AT_ONCE, more)
 
     def run(self) -> Dataset:
         """
@@ -298,12 +293,20 @@ class Encoding:
 
         number = sum(map(len, parts.values()))
         with tqdm(total=number, desc=f"Precomputing {self.name}", disable=not parts or None) as progress:
-            write_files(parts, self.features, read, encode, self.batch_size, progress.update, self.files.prefix)
+            label, done = self.files.prefix, progress.update
+            write_files(parts, self.features, read, encode, self.batch_size, done, label, write_example)
         self.wait()
         self.files.add(self.parts)
         if self.process_index == 0 and self.parts:
             self.files.trust(self.parts)
-        return self.files.dataset(self.files.places(self.found), self.fingerprint)
+        places = self.files.places(self.found)
+        if (lost := int((places < 0).sum())) > 0:
+            raise ValueError(
+                f"{lost:,} rows of {self.name} are in no file of {self.folder} although they were just encoded: the files were removed, "
+                "the processes do not share the folder, or a transform of the dataset makes other rows in each process. Repeat the "
+                "command with a `precompute_dir` that all of them share, and a transform that is not random."
+            )
+        return self.files.dataset(places, self.fingerprint)
 
     def _rows(self, numbers: range | list[int], _: pa.Array) -> list[dict[str, Any]]:
         columns = self.dataset[numbers]
@@ -327,113 +330,6 @@ def precompute_dataset(
     """The encoded rows of a whole dataset, see [`data.caching.Encoding`] for the arguments."""
     into, processes = (name, fingerprint, folder, batch_size), (process_index, num_processes, wait)
     return Encoding(dataset, encode, features, *into, *processes, say, prepare).run()
-
-
-def write_files(
-    parts: dict[Path, range | list[int]],
-    features: Features,
-    read: Callable[[range | list[int]], list],
-    encode: Callable[[list], list[dict[str, Any]]],
-    batch_size: int,
-    done: Callable[[int], Any],
-    label: str = "",
-) -> None:
-    """
-    Writes examples into Arrow files, whole or not at all: reads rows ahead, and writes behind.
-
-    Args:
-        parts (`dict[Path, range | list[int]]`):
-            The numbers of the rows of each file.
-        features ([`~datasets.Features`]):
-            Columns of the files.
-        read (`Callable`):
-            From the numbers of some rows to what `encode` is given of them, in threads.
-        encode (`Callable`):
-            From what several rows gave to an example for each.
-        batch_size (`int`):
-            Number of rows that are encoded at once.
-        done (`Callable`):
-            Is told how many rows were encoded.
-        label (`str`, *optional*, defaults to `""`):
-            What the files are, see [`data.content.SealedFile`].
-    """
-    each = -(-batch_size // CORES)  # so that all threads work on one batch, and few rows are handed over one by one
-    pieces = (
-        part[start : start + batch_size][first : first + each]
-        for part in parts.values()
-        for start in range(0, len(part), batch_size)
-        for first in range(0, min(batch_size, len(part) - start), each)
-    )
-    read_ahead = ahead(read, pieces, 2 * -(-batch_size // each))
-    with ExitStack() as files, closing(read_ahead), behind(1) as write:
-        rows = chain.from_iterable(read_ahead)
-        for path, part in parts.items():
-            file = files.enter_context(ArrowFile(path, features, label))
-            for start in range(0, len(part), batch_size):
-                batch = list(islice(rows, min(batch_size, len(part) - start)))
-                write(file.write, encode(batch))
-                done(len(batch))
-            write(file.finish)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Says what to do where a file or a folder cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be written: {error.strerror}. What was precomputed before is safe. Free some disk space there, or set "
-            "`precompute_dir` to a folder that can be written, and repeat the command."
-        ) from error
-
-
-class ArrowFile:
-    """
-    A file of examples, which has its name once it is whole, see [`data.content.SealedFile`].
-
-    Args:
-        path (`Path`):
-            The file.
-        features ([`~datasets.Features`]):
-            Its columns.
-        label (`str`, *optional*, defaults to `""`):
-            What the file is.
-
-    Raises:
-        `ValueError`: If it cannot be written, for example because the disk is full.
-    """
-
-    def __init__(self, path: Path, features: Features, label: str = ""):
-        self.path, self.schema, self.label = path, features.arrow_schema, label
-        self.rows: list[dict[str, Any]] = []
-
-    def __enter__(self) -> "ArrowFile":
-        with writing(self.path):
-            self.file = SealedFile(self.path, self.label)
-            self.stream = pa.ipc.new_stream(self.file, self.schema)
-        return self
-
-    def write(self, examples: list[dict[str, Any]]) -> None:
-        """Writes examples, see [`data.caching.write_example`]."""
-        self.rows += [write_example(example, self.path.name) for example in examples]
-        if len(self.rows) >= ROWS_AT_ONCE:
-            self.flush()
-
-    def flush(self) -> None:
-        with writing(self.path):
-            self.stream.write_batch(pa.RecordBatch.from_pylist(self.rows, schema=self.schema))
-        self.rows = []
-
-    def finish(self) -> None:
-        """Gives the file its name."""
-        self.flush()
-        with writing(self.path):
-            self.stream.close()
-            self.file.finish()
-
-    def __exit__(self, *_: Any) -> None:
-        self.file.discard()
 
 
 class TensorCache:

@@ -161,8 +161,24 @@ def bad_rows(dataset: Dataset, column: str, is_bad: Callable[[pa.ChunkedArray], 
     """
     values = dataset.data.column(column)
     parts = (values.slice(start, ROWS_AT_ONCE) for start in range(0, len(values), ROWS_AT_ONCE))
-    bad = np.concatenate([np.asarray(is_bad(part), dtype=bool) for part in parts])
+    bad = np.concatenate([np.asarray(is_bad(without_views(part)), dtype=bool) for part in parts])
     return selected(dataset, bad).nonzero()[0]
+
+
+def without_views(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column whose texts are stored in one piece: Arrow computes little with views."""
+    kind = viewless(column.type)
+    return column if kind == column.type else column.cast(kind)
+
+
+def viewless(kind: pa.DataType) -> pa.DataType:
+    """A type with large texts in place of views."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(viewless(field.type)) for field in kind])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return make(kind.value_field.with_type(viewless(kind.value_type)))
+    return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(kind, kind)
 
 
 def selected(dataset: Dataset, values: np.ndarray) -> np.ndarray:
@@ -249,7 +265,7 @@ def repeated(dataset: Dataset, column: str) -> tuple[int, np.ndarray]:
     Returns:
         `tuple[int, np.ndarray]`: the number of rows that repeat an earlier one, and all rows with the first such value.
     """
-    encoded = dataset.data.column(column).combine_chunks().dictionary_encode()
+    encoded = without_views(dataset.data.column(column)).combine_chunks().dictionary_encode()
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.unify_dictionaries().combine_chunks()
     codes = selected(dataset, encoded.indices.to_numpy(zero_copy_only=False))
@@ -305,7 +321,7 @@ def attribute_codes(column: pa.ChunkedArray) -> tuple[list, np.ndarray, np.ndarr
         `tuple`: the distinct values, and for each value of each list its row and its place among the distinct values.
     """
     rows, items, start = [], [], 0
-    for chunk in column.chunks:
+    for chunk in without_views(column).chunks:
         if not pa.types.is_null(chunk.type):
             items.append(chunk.flatten())
             rows.append(pc.list_parent_indices(chunk).to_numpy() + start)

@@ -13,9 +13,17 @@ from datasets import Dataset, Features, Image, IterableDataset, Value
 from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable, Table, concat_tables
 
+from ..messages import cut, quoted, shown
+
 
 Row = dict[str, Any]
 Source = Dataset | IterableDataset
+
+
+def check_names(mapping: dict[str, str]) -> None:
+    """Checks that a mapping of names of columns holds names alone. Raises a `ValueError` if not."""
+    if not all(isinstance(name, str) for pair in mapping.items() for name in pair):
+        raise ValueError(f"`--columns` must map names to names of columns, got {shown(mapping)}.")
 
 
 def with_nested_columns(dataset: Source, names: Iterable[str]) -> Source:
@@ -144,8 +152,10 @@ def type_of(features: Features, path: tuple[str, ...]) -> Any:
     found = features[path[0]]
     for field in path[1:]:
         if not isinstance(found, dict) or field not in found:
-            held = ", ".join(f"`{name}`" for name in found) if isinstance(found, dict) else f"the type {found}"
-            raise ValueError(f"The column `{path[0]}` has no field `{'.'.join(path[1:])}`; it has {held}.")
+            held = quoted(found) if isinstance(found, dict) else f"the type {cut(str(found))}"
+            raise ValueError(
+                f"The column {quoted(path[:1])} has no field {quoted(['.'.join(path[1:])])}; it has {held}."
+            )
         found = found[field]
     return found
 
@@ -181,7 +191,12 @@ def with_column(dataset: Source, name: str, function: Callable[[list], list]) ->
     if isinstance(dataset, IterableDataset):
         return without_decoding(dataset).map(Replacement(name, function), batched=True, batch_size=100)
     values = function(dataset.with_format(None).select_columns([name])[:][name])
-    array = pa.array(values)  # which is hashed much faster than a list
+    try:
+        array = pa.array(values)  # which is hashed much faster than a list
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"The values of the column {quoted([name])} are of several types: {cut(str(error))}."
+        ) from error
     features, order = Features.from_arrow_schema(pa.schema({name: array.type})), dataset.column_names
     made = beside(dataset.remove_columns(name), {name: for_table(dataset, array)}, features, array)
     return made.select_columns(order)

@@ -268,6 +268,7 @@ def write_sealed(path: Path, table: pa.Table) -> None:
         `OSError`: If the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    clear_unfinished(path.parent, path.name)
     file = SealedFile(path)
     try:
         with pa.ipc.new_stream(file, table.schema) as stream:

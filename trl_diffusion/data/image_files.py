@@ -5,6 +5,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import logging
 import os
@@ -14,12 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, Image
 
+from ..messages import CONTROL, cut, shown
 from .content import state_of
 
 
 logger = logging.getLogger(__name__)
+
+UNWRITABLE = (pa.ArrowException, TypeError, ValueError, OverflowError)  # what Arrow raises at values that do not fit
+LONGEST_TEXT = 2**30
 
 IMAGE_SUFFIXES = {
     ".png",
@@ -93,11 +99,11 @@ def pair_folders(folder: Path) -> tuple[Path, Path, Path] | None:
 
 def names_both_images(folder: Path) -> bool:
     """Whether a metadata file of the folder names the chosen image, and so is the table of the dataset."""
-    for path in folder.glob("metadata.*"):
+    for path in filter(Path.is_file, folder.glob("metadata.*")):
         if path.suffix == ".parquet":
             return True
-        with path.open(encoding="utf-8-sig") as file:
-            line = file.readline()
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            line = file.readline(1 << 16)
         if re.search(r"""(^|[,;\t{ "])chosen(_file_name)?"?\s*[,;\t:\n]""", line):
             return True
     return False
@@ -160,11 +166,32 @@ def images_by_stem(folder: Path) -> dict[str, Path]:
     return found
 
 
-def visible_files(folder: Path) -> Iterator[Path]:
-    """The files in a folder and below, without hidden ones and those of `__MACOSX`."""
-    for path, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        yield from (Path(path) / name for name in sorted(names) if not name.startswith("."))
+def visible_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """
+    The files in a folder and below, without hidden ones and those of `__MACOSX`.
+
+    Args:
+        folder (`Path`):
+            The folder.
+        above (`tuple[str, ...]`, *optional*):
+            The folders that it is in. A link back to one of them is not followed.
+
+    Raises:
+        `ValueError`: If a name is no text.
+    """
+    here = os.path.realpath(folder)
+    if here in above or not os.path.isdir(here):
+        return
+    names = sorted(os.listdir(folder))
+    for name in names:
+        if CONTROL.search(name):
+            raise ValueError(
+                f"The name {shown(name)} in the folder {shown(str(folder))} has characters that are no text: rename it."
+            )
+    yield from (Path(folder) / name for name in names if name[0] != "." and os.path.isfile(os.path.join(folder, name)))
+    for name in names:
+        if not name.startswith((".", "__")) and os.path.isdir(os.path.join(folder, name)):
+            yield from visible_files(Path(folder) / name, (*above, here))
 
 
 def stem_in(path: Path, folder: Path) -> str:
@@ -181,7 +208,12 @@ def first(names: Any, maximum: int = 3) -> str:
 
 def in_order(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Dataset:
     """A dataset of rows with paths of images, with some columns first."""
-    dataset = Dataset.from_list(rows)
+    try:
+        dataset = Dataset.from_list(rows)
+    except UNWRITABLE as error:
+        raise ValueError(
+            f"The captions of {rows[0]['id']} and the other images fit no columns: {cut(str(error))}."
+        ) from error
     images = [name for name in ("chosen", "rejected", "image") if name in columns]
     for name in images:
         dataset = dataset.cast_column(name, Image())
@@ -240,10 +272,10 @@ class Captions:
         for key in (name, *(f"{folder.name}/{name}" for folder in self.image_folders)):
             if key in self.table:
                 return self.table[key]
-        texts = [path.read_text(encoding="utf-8-sig").strip() for path in self.texts.get(name, [])]
+        texts = [read_text(path).strip() for path in self.texts.get(name, [])]
         if len(set(texts)) > 1:
             raise ValueError(
-                f"The captions of {name} in {self.folder} differ: {' and '.join(map(repr, sorted(set(texts))))}. Both images of a "
+                f"The captions of {name} in {self.folder} differ: {' and '.join(map(shown, sorted(set(texts))))}. Both images of a "
                 "pair have one prompt."
             )
         if not texts:
@@ -280,6 +312,10 @@ def read_captions(folder: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{' and '.join(map(str, files))} both hold captions: remove one of them.")
     found: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(caption_rows(files[0]) if files else []):
+        if not isinstance(row, dict) or not all(isinstance(key, str) for key in row):
+            raise ValueError(
+                f"Row {number} of {files[0]}, counted from 0, is no object with the columns of the others."
+            )
         name = next((row.pop(column) for column in NAME_COLUMNS if row.get(column) is not None), None)
         text = next((row.pop(column) for column in CAPTION_COLUMNS if row.get(column) is not None), None)
         if name is None or text is None:
@@ -287,26 +323,47 @@ def read_captions(folder: Path) -> dict[str, dict[str, Any]]:
                 f"Row {number} of {files[0]}, counted from 0, has no "
                 f"{'name (`file_name` or `id`)' if name is None else 'caption (`prompt`, `caption` or `text`)'}."
             )
+        if not isinstance(text, str):
+            raise ValueError(
+                f"The caption in row {number} of {files[0]}, counted from 0, is no text but {shown(text)}."
+            )
         path = Path(str(name).replace("\\", "/"))
         stem = (path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path).as_posix()
         if stem in found:
-            raise ValueError(f"{files[0]} has two captions for {stem}.")
+            raise ValueError(f"{files[0]} has two captions for {cut(stem, 100)}.")
         found[stem] = row | {"prompt": text}
     return found
 
 
 def caption_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of captions. A JSON object maps names to captions."""
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix in (".csv", ".tsv"):
-        return list(csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ","))
+    text = read_text(path)
     try:
+        if path.suffix in (".csv", ".tsv"):
+            lines = io.StringIO(text, newline="")
+            return list(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","))
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [
+                json.loads(line) for line in text.split("\n") if line.strip()
+            ]  # not at other ends of lines within a text
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()}: {cut(str(error))}.") from error
+    if not isinstance(rows, list | dict):
+        raise ValueError(f"{path} must hold a list of rows, or an object of names and captions.")
     return [{"id": name, "prompt": text} for name, text in rows.items()] if isinstance(rows, dict) else rows
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises a `ValueError` if it is not UTF-8, or longer than any file of captions."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            text = file.read(LONGEST_TEXT + 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}. Save the file as UTF-8.") from error
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"{path} has more than {LONGEST_TEXT:,} characters.")
+    return text
 
 
 # ----- single images -----

@@ -11,7 +11,8 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 
-from .columns import Source, column_names, with_nested_columns, without_decoding
+from ..messages import quoted, shortened
+from .columns import Source, check_names, column_names, with_nested_columns, without_decoding
 
 
 logger = logging.getLogger(__name__)
@@ -97,16 +98,16 @@ def recognise(present: list[str], names: tuple[str, ...]) -> tuple[str, dict[str
             name, columns = next(iter(doubtful.items()))
             example = json.dumps({name: columns[0] for name, columns in candidates.items()})
             raise ValueError(
-                f"`{name}` may be any of the columns {', '.join(f'`{column}`' for column in columns)}. Name the columns with "
+                f"`{name}` may be any of the columns {quoted(columns)}. Name the columns with "
                 f"`--columns`, such as `--columns '{example}'`."
             )
         if all(len(columns) == 1 for columns in candidates.values()):
             mapping = {name: columns[0] for name, columns in candidates.items()}
-            changed = [f"`{column}` as `{name}`" for name, column in mapping.items() if name != column]
+            changed = [f"{quoted([column])} as `{name}`" for name, column in mapping.items() if name != column]
             found[f"Read {', '.join(changed)}"] = mapping
     if len(found) > 1:
         raise ValueError(
-            f"The columns {', '.join(f'`{column}`' for column in present)} can be read in several ways: {'; '.join(found)}. Name "
+            f"The columns {quoted(present)} can be read in several ways: {'; '.join(found)}. Name "
             'those to read with `--columns`, such as `--columns \'{"prompt": "caption", "chosen": "winner", "rejected": '
             '"loser"}\'`.'
         )
@@ -180,7 +181,7 @@ def read_label(value: Any) -> float | None:
         value = value.decode("utf-8", errors="replace")
     try:
         label = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return label if label in (0, 0.5, 1) else None
 
@@ -212,6 +213,7 @@ def training_columns(dataset: Source, mapping: dict[str, str] | None = None) -> 
         `ValueError`: If a column is missing or ambiguous, a name is unknown, or no pair has a label.
     """
     if mapping:
+        check_names(mapping)
         dataset = with_nested_columns(dataset, mapping.values())
         present = column_names(dataset)
         check_mapping(mapping, present)
@@ -237,15 +239,14 @@ def kept_columns(present: list[str], mapping: dict[str, str]) -> dict[str, str]:
 def check_mapping(mapping: dict[str, str], present: list[str]) -> None:
     """Checks the names of a mapping."""
     if unknown := [name for name in mapping if name not in MAPPABLE]:
-        raise ValueError(f"`--columns` names {', '.join(unknown)}; it may name {', '.join(MAPPABLE)}.")
+        raise ValueError(f"`--columns` names {shortened(unknown)}; it may name {', '.join(MAPPABLE)}.")
     if missing := [column for column in mapping.values() if column not in present]:
         raise ValueError(
-            f"`--columns` names {', '.join(f'`{column}`' for column in missing)}, which the dataset lacks; it has "
-            f"{', '.join(f'`{column}`' for column in present)}. A field of a column of objects is named with a dot, such as "
-            "`json.caption`."
+            f"`--columns` names {quoted(missing)}, which the dataset lacks; it has {quoted(present)}. A field of a column of "
+            "objects is named with a dot, such as `json.caption`."
         )
     if double := [column for column, times in Counter(mapping.values()).items() if times > 1]:
-        raise ValueError(f"`--columns` names the column `{double[0]}` twice.")
+        raise ValueError(f"`--columns` names the column {quoted(double[:1])} twice.")
     if given := {"image_0", "image_1", "label_0"} & set(mapping):
         if absent := {"image_0", "image_1", "label_0"} - set(mapping):
             raise ValueError(

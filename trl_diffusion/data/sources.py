@@ -3,15 +3,23 @@
 
 """Reads datasets as people have them: files, folders of files and images, pairs in two folders, WebDataset archives, the Hub."""
 
+import csv
 import glob
+import json
 import logging
 import os
 import re
 import tarfile
+import zipfile
+import zlib
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import yaml
 from datasets import (
     Dataset,
     DatasetDict,
@@ -27,6 +35,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.fingerprint import Hasher
 from huggingface_hub import metadata_load
 
+from ..messages import CONTROL, cut, shown
 from .columns import Source, without_decoding
 from .content import FileIndex, state_of
 from .image_files import IMAGE_SUFFIXES, captioned_images, find_pair_folders, pairs_in_folders, visible_files
@@ -57,6 +66,23 @@ NOT_DATA = {
     "manifest.json",
     "config.json",
 }
+UNREADABLE = (  # what `datasets` and Arrow raise at files that are not what their names say
+    *(
+        DatasetGenerationError,
+        ValueError,
+        TypeError,
+        OSError,
+        tarfile.TarError,
+        pa.ArrowException,
+        zlib.error,
+        EOFError,
+    ),
+    *(LookupError, AttributeError, NotImplementedError, RuntimeError, csv.Error),
+)
+LONGEST_ID = 200  # characters of an id of the Hub
+MOST_NAMES = 100_000  # of a pattern
+MOST_TIMES = 200  # as large as it was packed a file may become, if that is more than the next number of bytes
+ALWAYS_UNPACKED = 2**30
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -90,15 +116,17 @@ def load_source(
     Raises:
         `ValueError`: If there is no such dataset, or it cannot be read. The message names the file.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if CONTROL.search(name):
+        raise ValueError(f"There is no file or folder {shown(name)}.")
+    if os.path.isdir(path):
         splits = read_folder(path, config_name, streaming)
-    elif path.is_file():
+    elif os.path.isfile(path):
         splits = read_files({"train": [path]}, streaming)
     elif any(character in name for character in "*?{["):
         splits = read_files({"train": expanded(str(path))}, streaming)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or format_of(path):
-        raise ValueError(f"There is no file or folder {name}.")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or format_of(path) or len(name) > LONGEST_ID:
+        raise ValueError(f"There is no file or folder {cut(name)}.")
     else:
         return read_hub(name, config_name, revision, streaming)
     return (IterableDatasetDict if streaming else DatasetDict)(splits)
@@ -131,7 +159,7 @@ def read_folder(folder: Path, config_name: str | None, streaming: bool) -> dict[
         return read_saved(folder, streaming)
     files = list(visible_files(folder))
     if config_name is not None or has_configurations(folder):
-        return load_dataset(str(folder), name=config_name, streaming=streaming, cache_dir=cache_of(files, streaming))
+        return load_folder(folder, config_name, cache_of(files, streaming), streaming)
     tables = [path for path in files if format_of(path) not in (None, "webdataset") and path.name not in NOT_DATA]
     metadata = [path for path in tables if path.name.split(".")[0] == "metadata"]
     archives = [path for path in files if format_of(path) == "webdataset"]
@@ -143,8 +171,10 @@ def read_folder(folder: Path, config_name: str | None, streaming: bool) -> dict[
         return read_files(by_split(folder, archives), streaming)
     if tables:
         return read_files(by_split(folder, of_one_format(folder, tables)), streaming)
-    if any(path.suffix.lower() == ".zip" for path in files):
-        return load_dataset(str(folder), streaming=streaming, cache_dir=cache_of(files, streaming))
+    if zips := [path for path in files if path.suffix.lower() == ".zip"]:
+        for path in zips:
+            refuse_bomb(path)
+        return load_folder(folder, None, cache_of(files, streaming), streaming)
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if images:
         splits = by_top_folder(folder, images)
@@ -157,11 +187,60 @@ def read_folder(folder: Path, config_name: str | None, streaming: bool) -> dict[
     )
 
 
+def load_folder(folder: Path, config_name: str | None, cache_dir: str | None, streaming: bool) -> Splits:
+    """Loads a folder as `datasets` does, which reads no more than what is in it and runs no script."""
+    try:
+        return load_dataset(str(folder), name=config_name, streaming=streaming, cache_dir=cache_dir)
+    except UNREADABLE as error:
+        raise ValueError(f"The folder {folder} cannot be read: {first_line(error.__cause__ or error)}") from error
+
+
 def read_saved(folder: Path, streaming: bool) -> dict[str, Source]:
     """Reads what `save_to_disk` wrote."""
-    dataset = load_from_disk(str(folder))
+    try:
+        for path in (folder / "dataset_dict.json", *folder.glob("**/state.json")):
+            refuse_places_outside(path)
+        dataset = load_from_disk(str(folder))
+    except UNREADABLE as error:
+        raise ValueError(f"The folder {folder} cannot be read: {first_line(error)}") from error
     splits = dataset if isinstance(dataset, DatasetDict) else {"train": dataset}
     return {split: streamed(rows, streaming) for split, rows in splits.items()}
+
+
+def refuse_places_outside(path: Path) -> None:
+    """Refuses a file of `save_to_disk` that names files or splits outside of its folder."""
+    if not path.exists():
+        return
+    held = json.loads(path.read_text(encoding="utf-8"))
+    files = [*(held.get("_data_files") or []), *(held.get("_indices_data_files") or [])]
+    for name in [*(held.get("splits") or []), *(file["filename"] for file in files)]:
+        if Path(name).name != name:
+            raise ValueError(f"{path} names {shown(name)}, which is not in its folder")
+
+
+def refuse_bomb(path: Path) -> None:
+    """Refuses a zip file that is damaged, or a thousand times larger when it is unpacked."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    if size > most_unpacked(path):
+        raise ValueError(
+            f"{path} cannot be read: it claims {size:,} bytes unpacked, for {path.stat().st_size:,} packed."
+        )
+
+
+def refuse_holes(path: Path) -> None:
+    """Refuses a tar file with a sparse member, which is read into memory with its holes."""
+    with tarfile.open(path, "r:") as archive:
+        if sparse := next((member for member in archive if member.issparse()), None):
+            raise ValueError(f"{shown(sparse.name)} in it is a sparse file of {sparse.size:,} bytes")
+
+
+def most_unpacked(path: Path) -> int:
+    """Bytes that a packed file may become."""
+    return max(MOST_TIMES * path.stat().st_size, ALWAYS_UNPACKED)
 
 
 def streamed(dataset: Dataset, streaming: bool) -> Source:
@@ -171,7 +250,24 @@ def streamed(dataset: Dataset, streaming: bool) -> Source:
 def has_configurations(folder: Path) -> bool:
     """Whether the card in a folder describes the files of the dataset."""
     card = folder / "README.md"
-    return card.exists() and "configs" in (metadata_load(card) or {})
+    if not card.is_file():
+        return False
+    try:
+        configs = (metadata_load(card) or {}).get("configs")
+    except (ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"The head of {card} cannot be read: {first_line(error)}") from error
+    for text in texts_in(configs):
+        if text.startswith(("/", "~")) or "://" in text or ".." in text.split("/"):
+            raise ValueError(f"The head of {card} names {shown(text)}, which is not in its folder.")
+    return configs is not None
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """The texts in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from texts_in(part)
 
 
 def of_one_format(folder: Path, tables: list[Path]) -> list[Path]:
@@ -265,7 +361,10 @@ def expanded(pattern: str) -> list[Path]:
         `ValueError`: If there are none, or a file of a range is missing.
     """
     files = []
-    for name in braces(pattern):
+    names = list(islice(braces(pattern), MOST_NAMES + 1))
+    if len(names) > MOST_NAMES:
+        raise ValueError(f"{cut(pattern)} names more than {MOST_NAMES:,} files.")
+    for name in names:
         found = sorted(glob.glob(name, recursive=True))
         if not found:
             raise ValueError(f"There is no file {name}" + (f", which {pattern} names." if name != pattern else "."))
@@ -273,16 +372,17 @@ def expanded(pattern: str) -> list[Path]:
     return files
 
 
-def braces(pattern: str) -> list[str]:
+def braces(pattern: str) -> Iterator[str]:
     """Expands `{a,b}` and `{000..009}`."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
-        return [pattern]
-    if span := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
-        words = [str(number).zfill(len(span[1])) for number in range(int(span[1]), int(span[2]) + 1)]
-    else:
-        words = match[1].split(",")
-    return [name for word in words for name in braces(pattern[: match.start()] + word + pattern[match.end() :])]
+        yield pattern
+        return
+    words: Iterable[str] = match[1].split(",")
+    if span := re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1]):
+        words = (str(number).zfill(len(span[1])) for number in range(int(span[1]), int(span[2]) + 1))
+    for word in words:
+        yield from braces(pattern[: match.start()] + word + pattern[match.end() :])
 
 
 def read_files(files: dict[str, list[Path]], streaming: bool) -> dict[str, Source]:
@@ -308,13 +408,16 @@ def read_group(split: str, files: list[Path], builder: str, streaming: bool) -> 
     if not any(path.stat().st_size for path in files):
         raise ValueError(f"{names} cannot be read: it is empty.")
     try:
+        for path in files if builder == "webdataset" and not streaming else ():
+            if path.suffix.lower() == ".tar":
+                refuse_holes(path)
         settings = csv_settings(files[0]) if builder == "csv" else {}
         data_files = {split: [glob.escape(unpacked(path)) for path in files]}
         cache_dir = cache_of([unpacked(path) for path in files], streaming)
         dataset = load_dataset(
             builder, data_files=data_files, split=split, streaming=streaming, cache_dir=cache_dir, **settings
         )
-    except (DatasetGenerationError, ValueError, TypeError, OSError, tarfile.TarError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         reason = first_line(error.__cause__ or error)
         if "corresponds to no data" in reason:
             reason = "it has no rows."
@@ -325,7 +428,7 @@ def read_group(split: str, files: list[Path], builder: str, streaming: bool) -> 
     return with_images(with_lists(without_hpdv2_lists(dataset, where), where), files[0])
 
 
-def cache_of(files: list[Path], is_read_anew: bool) -> str | None:
+def cache_of(files: list[Path], is_read_anew: bool = False) -> str | None:
     """
     Where `datasets` keeps the rows that it makes of files: for each content of theirs another folder, for `datasets` itself takes a file
     with the time of an earlier one for that one.
@@ -333,7 +436,7 @@ def cache_of(files: list[Path], is_read_anew: bool) -> str | None:
     Args:
         files (`list[Path]`):
             The files.
-        is_read_anew (`bool`):
+        is_read_anew (`bool`, *optional*, defaults to `False`):
             Whether nothing is kept.
 
     Returns:
@@ -348,7 +451,7 @@ def cache_of(files: list[Path], is_read_anew: bool) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".") + "."
+    return cut((str(error).strip() or type(error).__name__).splitlines()[0]).rstrip(".") + "."
 
 
 def unpacked(path: Path) -> str:
@@ -364,6 +467,8 @@ def unpacked(path: Path) -> str:
         with pa.input_stream(str(path), compression=packing) as packed, partial.open("wb") as file:
             while block := packed.read(1 << 20):
                 file.write(block)
+                if file.tell() > most_unpacked(path):
+                    raise ValueError(f"it is more than {MOST_TIMES} times as large when it is unpacked")
         partial.replace(target)
     return str(target)
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, Value
 
+from ..messages import shortened, shown
 from .columns import Source, column_names, with_column
 from .image_files import IMAGE_SUFFIXES, stamped
 from .presets import FIELDS, refuse_what_has_no_pairs
@@ -59,7 +60,10 @@ def csv_settings(path: Path) -> dict[str, Any]:
         header = file.read(1 << 16).decode("utf-8-sig", errors="replace")
     line = header.split("\n", 1)[0]
     separator = "\t" if ".tsv" in path.suffixes else max(",;\t", key=line.count)
-    names = next(csv.reader([line.rstrip("\r")], delimiter=separator), [])
+    try:
+        names = next(csv.reader([line.rstrip("\r")], delimiter=separator), [])
+    except csv.Error as error:
+        raise ValueError(f"the names of its columns cannot be read: {error}") from error
     return {
         "sep": separator,
         "keep_default_na": False,
@@ -94,7 +98,7 @@ class ReadLists:
         found = read_list(text)
         if not isinstance(found, list):
             raise ValueError(
-                f"`{self.name}` in row {number} of {self.where}, counted from 0, is a text that is no JSON list: {text[:80]!r}. "
+                f"`{self.name}` in row {number} of {self.where}, counted from 0, is a text that is no JSON list: {shown(text)}. "
                 "Write the lists with `json.dumps`, or write JSON lines or Parquet, which hold lists."
             )
         return found
@@ -113,12 +117,12 @@ def read_list(text: str) -> Any:
     """
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         if re.fullmatch(r"\[\s*('[^']*'\s*)*\]", text):  # ['a' 'b'], which Python would read as ['ab']
             return re.findall(r"'([^']*)'", text)
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
 
 
@@ -174,7 +178,7 @@ class FindImages:
         if missing:
             raise ValueError(
                 f"{len(missing):,} of the {len(paths):,} images in the column `{self.column}` of {self.file} are missing: "
-                f"{', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}. Paths are relative to "
+                f"{shortened(missing, 3)}. Paths are relative to "
                 f"{self.file.parent}."
             )
         return found
@@ -195,7 +199,9 @@ class FindImages:
         if folder not in self.listings:
             found = (os.path.normpath(os.path.join(root, folder)) for root in self.roots)
             self.listings[folder] = [
-                (place, frozenset(os.listdir(place))) for place in dict.fromkeys(found) if os.path.isdir(place)
+                (place, frozenset(os.listdir(place)))
+                for place in dict.fromkeys(found)
+                if os.path.isdir(place) and os.access(place, os.R_OK | os.X_OK)
             ]
         return self.listings[folder]
 
@@ -243,7 +249,7 @@ class PathIds:
         self.names = names
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"id": " ".join(os.path.splitext(row[name])[0] for name in self.names if row[name])}
+        return {"id": " ".join(os.path.splitext(str(row[name]))[0] for name in self.names if row[name])}
 
 
 def image_paths(dataset: Source, file: Path) -> Iterator[str]:
@@ -311,9 +317,9 @@ class Unlisted:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         paths, preferences = row[self.paths], row["human_preference"]
-        if len(paths) != 2 or len(preferences) != 2:
+        if not all(isinstance(values, list) and len(values) == 2 for values in (paths, preferences)):
             raise ValueError(
-                f"A row of {self.where} has {len(paths)} images and {len(preferences)} preferences, not 2."
+                f"A row of {self.where} has the images {shown(paths)} and the preferences {shown(preferences)}, not 2 of each."
             )
         label = {(1, 0): 1.0, (0, 1): 0.0}.get(tuple(preferences), 0.5)
         return {"image_0": paths[0], "image_1": paths[1], "label_0": label}

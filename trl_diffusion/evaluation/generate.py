@@ -199,18 +199,18 @@ def check_manifest(folder: Path, manifest: dict[str, Any], content: bytes) -> No
     way_out = "Choose another `output_dir`, or delete that folder to sample all images again."
     if not any(folder.glob("*.png")):
         return
+    found = path.read_bytes() if path.exists() else None
+    if read_sums(folder).get(MANIFEST) == hashlib.sha256(content).hexdigest():
+        if found != content:
+            logger.warning(f"{path} is lost or damaged. It is written again: its checksum is that of these settings.")
+        return
     try:
-        earlier = flat(dict(json.loads(path.read_text(encoding="utf-8")))) if path.exists() else None
-    except (ValueError, TypeError):
+        earlier = flat(json.loads(found)) if found else None
+    except (ValueError, AttributeError):
         earlier = None
     if earlier is None:
-        what = f"a damaged {MANIFEST}" if path.exists() else f"no {MANIFEST}"
-        if read_sums(folder).get(MANIFEST) != hashlib.sha256(content).hexdigest():
-            raise ValueError(f"{folder} holds images but {what}: their sampling settings are unknown. {way_out}")
-        logger.warning(
-            f"{folder} holds images and {what}, which is written again: its checksum is that of these settings."
-        )
-        return
+        what = f"no {MANIFEST}" if found is None else f"a damaged {MANIFEST}"
+        raise ValueError(f"{folder} holds images but {what}: their sampling settings are unknown. {way_out}")
     now = flat(manifest)
     names = [*now, *(name for name in earlier if name not in now)]
     changes = [f"`{x}` {earlier.get(x)!r}, not {now.get(x)!r}" for x in names if earlier.get(x) != now.get(x)]

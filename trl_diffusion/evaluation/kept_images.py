@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 from ..batching import in_threads
-from ..files import write_file
+from ..files import describe_write_error, write_file
 
 
 logger = logging.getLogger(__name__)
@@ -66,9 +66,9 @@ def write_images(files: dict[Path, bytes], process_index: int) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
+        reason, way_out = describe_write_error(error)
         raise ValueError(
-            f"{part} cannot be written: {error.strerror}. What was written before is safe. Free some disk space and repeat the "
-            "same command to continue."
+            f"{part} cannot be written: {reason}. What was written before is safe. {way_out} and repeat the same command to continue."
         ) from error
     in_threads(lambda item: write_file(*item), files.items())
 

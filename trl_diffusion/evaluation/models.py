@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 
 from .. import backbones
 from ..backbones.dtypes import as_dtype
-from ..backbones.folders import pipeline_class, read_index
+from ..backbones.folder_checks import check_name, pipeline_class, read_index
 from ..backbones.names import ENDINGS, INDEX, LORA_WEIGHTS_NAME, find_model
 from ..backbones.single_file import family_of_file
 from ..cards.arms import training_record
@@ -299,7 +299,7 @@ def resolve_dtype(dtype: str, device: torch.device, pipeline_class: type[Diffusi
 
 def kind_and_revision(where: str) -> tuple[str, str]:
     """What a folder, a file or a repository holds, `"pipeline"`, `"lora"` or `"images"`, and its commit or hash."""
-    folder = Path(where)
+    folder = Path(check_name(where))
     if folder.is_file():
         if folder.name == LORA_WEIGHTS_NAME or folder.suffix.lower() not in ENDINGS:
             raise ValueError(f"{where} is a file: pass its folder.")

@@ -20,6 +20,7 @@ from huggingface_hub import HfApi
 
 from ..checksums import read_table
 from ..data.pictures import upright_image
+from ..files import only_run
 from ..hub import check_repository_name, create_repository, list_files, push_files, pushing
 from ..hub_datasets import stale_files
 from ..machine import all_without_places, public_name, without_places
@@ -74,7 +75,7 @@ def push_evaluation(
     table, summary = read_evaluation(output_dir)
     names = image_names(table)
     summary = public_summary(summary, names, output_dir)
-    with TemporaryDirectory(dir=output_dir, prefix=".push-") as scratch:
+    with only_run(output_dir, "writing"), TemporaryDirectory(dir=output_dir, prefix=".push-") as scratch:
         folder = Path(scratch)
         info = write_images(table, names, output_dir, folder / DATA)
         pictures = plots_of(table, summary, output_dir)

@@ -245,7 +245,7 @@ def score_metric(
     """
     path = output_dir / "scores" / f"{check_part_of_path(name, 'metric')}.parquet"
     scorer = load()
-    known = read_cache(path, name, scorer.weights)
+    known = read_cache(path, scorer)
     files = images["image"].to_pylist()
     prompts = images["prompt"].to_pylist() if scorer.needs_prompts else [None] * len(files)
 
@@ -277,9 +277,9 @@ def score_metric(
             progress.update(len(chunk))
             if chunk[-1] != pending[-1]:
                 parts.append(path.with_name(f"{path.name}.part-{next(numbers):06d}"))
-                write_scores(parts[-1], scored, scorer.weights)
+                write_scores(parts[-1], scored, scorer)
     if pending or parts:
-        write_scores(path, known, scorer.weights)
+        write_scores(path, known, scorer)
         for part in parts:
             part.unlink()
     known |= {image: CachedScore(image, "", None, None, reason) for image, reason in left_out.items()}
@@ -296,30 +296,33 @@ def part_files(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.name}.part-*[0-9]"))
 
 
-def read_cache(path: Path, name: str, weights: dict[str, str]) -> dict[str, CachedScore]:
-    """Reads the cached scores of an earlier run and of one that was stopped, by image file. Scores of other weights are ignored."""
+def read_cache(path: Path, scorer: Scorer) -> dict[str, CachedScore]:
+    """
+    Reads the cached scores of an earlier run and of one that was stopped, by image file. Scores of other weights or settings are
+    ignored, and files that are not as they were written.
+    """
     known = {}
     for file in [path] * path.exists() + part_files(path):
         try:
             table = read_table(file)
-            earlier = json.loads(table.schema.metadata[b"weights"])
-            rows = {row["image"]: CachedScore(**row) for row in table.to_pylist()}
-        except (DamagedFile, KeyError, TypeError) as error:
+        except DamagedFile as error:
             logger.warning(f"{error}: its images are scored again.")
             continue
-        if earlier == weights:
-            known |= rows
+        weights, settings = (json.loads(table.schema.metadata[key]) for key in (b"weights", b"settings"))
+        if weights == scorer.weights and settings == json.loads(json.dumps(scorer.settings)):
+            known |= {row["image"]: CachedScore(**row) for row in table.to_pylist()}
         elif file == path:
             logger.warning(
-                "`%s` was computed with the weights %s, but they are now %s: all images are scored again.",
-                name,
-                earlier,
-                weights,
+                f"`{path.stem}` was computed with the weights {weights}, but they are now {scorer.weights}: all images are scored again."
+                if weights != scorer.weights
+                else f"`{path.stem}` was computed with the settings {settings}, but they are now {scorer.settings}: all images are "
+                "scored again."
             )
     return known
 
 
-def write_scores(path: Path, scores: dict[str, CachedScore], weights: dict[str, str]) -> None:
-    """Writes scores with the weights that gave them."""
+def write_scores(path: Path, scores: dict[str, CachedScore], scorer: Scorer) -> None:
+    """Writes scores with the weights and the settings that gave them."""
     table = pa.Table.from_pylist([row._asdict() for row in scores.values()], schema=CACHE_SCHEMA)
-    write_table(path, table.replace_schema_metadata({"weights": json.dumps(weights)}))
+    made_with = {"weights": json.dumps(scorer.weights), "settings": json.dumps(scorer.settings)}
+    write_table(path, table.replace_schema_metadata(made_with))

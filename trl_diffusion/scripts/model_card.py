@@ -106,7 +106,9 @@ class ModelCardArguments:
         default=None, metadata={"help": "Branch to read a model of the Hub from, and to push to."}
     )
     hub_token: str | None = field(
-        default=None, metadata={"help": "A token of the Hub. Defaults to that of `hf auth login` or HF_TOKEN."}
+        default=None,
+        repr=False,
+        metadata={"help": "A token of the Hub. Defaults to that of `hf auth login` or HF_TOKEN."},
     )
 
     def __post_init__(self):

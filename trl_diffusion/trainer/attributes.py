@@ -3,7 +3,6 @@
 
 """Common code of both stages of complex preference optimisation: prompts with attributes, and the expert."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel
 
 from ..backbones.base import Backbone
+from ..backbones.folder_checks import read_json
 from ..backbones.quantization import describe_quantization
 from ..criteria import Criteria, render_prompt
 from .attribute_sft_config import AttributeSFTConfig
@@ -27,6 +27,7 @@ logger = get_logger(__name__)
 
 DEFAULT_PEFT_CONFIG = LoraConfig(r=64, lora_alpha=64)
 EXPERT_FILE_NAME = "attribute_expert.json"
+DESCRIBED = ("criteria", "attribute_order", "attribute_separator")
 
 
 def without_default(peft_config: LoraConfig | None, args: DiffusionConfig) -> LoraConfig | None:
@@ -159,7 +160,21 @@ def read_expert(expert: str | Path) -> tuple[dict, LoraConfig, dict | None]:
             path = Path(hf_hub_download(str(expert), EXPERT_FILE_NAME))
         except (EntryNotFoundError, LocalEntryNotFoundError):
             return weights, config, None
-    return weights, config, json.loads(path.read_text()) if path.exists() else None
+    return weights, config, _read_description(path) if path.exists() else None
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """What an expert says of itself, each part of it of its kind."""
+    described = read_json(path)
+    attributes = described.get("attributes")
+    is_right = isinstance(attributes, dict) and all(isinstance(described.get(key), str) for key in DESCRIBED)
+    is_right = is_right and all(isinstance(words, list) for words in attributes.values())
+    numbers = described.get("base_fingerprint")
+    if not is_right or not (isinstance(numbers, list) and all(isinstance(number, int | float) for number in numbers)):
+        raise ValueError(
+            f"`expert` cannot be read: {path} does not describe an expert. Train it again, or remove the file."
+        )
+    return described
 
 
 def check_expert(described: dict[str, Any] | None, wanted: dict[str, Any]) -> None:

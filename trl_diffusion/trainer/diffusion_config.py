@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 DENSITY_SETTINGS = {"uniform": (), "logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}
 
 
-@dataclass
+@dataclass(repr=False)  # it shows no token
 class DiffusionConfig(_BaseConfig):
     r"""
     Parameters that the trainers of this library share. For those of every trainer see
@@ -315,6 +315,19 @@ class DiffusionConfig(_BaseConfig):
     guidance_scale: float | None = field(
         default=None, metadata={"help": "Guidance of these images. Defaults to the pipeline's."}
     )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as trackers get them, without tokens."""
+        settings = super().to_dict()
+        if isinstance(kwargs := settings["model_init_kwargs"], dict):
+            hidden = {name: f"<{name.upper()}>" for name in ("token", "use_auth_token", "proxies") if kwargs.get(name)}
+            settings["model_init_kwargs"] = kwargs | hidden
+        return settings
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    __repr__ = __str__
 
     def __post_init__(self):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():

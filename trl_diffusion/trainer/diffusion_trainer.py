@@ -24,7 +24,7 @@ from ..data.formats import all_datasets, each_dataset, prepare_dataset
 from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
 from .alike import check_data_alike, check_weights_alike
 from .callbacks import HealthCallback, RunCallback, SampleImagesCallback
-from .checkpoints import BestCheckpointCallback, describe_trainer, load_weights, save_weights, trained_weights
+from .checkpoints import BestCheckpointCallback, describe_trainer, load_weights
 from .diffusion_config import DiffusionConfig, check_data_settings, collator_settings
 from .encoding import BatchEncoder, with_rows
 from .fingerprints import base_fingerprint
@@ -40,15 +40,15 @@ from .row_order import seeded, visited_rows
 from .row_randomness import RowRandomness
 from .samples import Samples
 from .saving import Saver
-from .sharded_trainer import ShardedTrainer
-from .sharding import check_is_sharded, check_sharding, shard
+from .saving_trainer import SavingTrainer
+from .sharding import check_is_sharded, check_sharding
 from .zero import writable
 
 
 logger = get_logger(__name__)
 
 
-class DiffusionTrainer(ShardedTrainer):
+class DiffusionTrainer(SavingTrainer):
     """
     Base class of the trainers of this library: TRL's base trainer, made to work with the models of diffusers.
 
@@ -163,10 +163,7 @@ class DiffusionTrainer(ShardedTrainer):
             self.add_callback(SampleImagesCallback(self.sample, self.callback_handler.callbacks, self.is_sharding))
         if train_dataset is not None and args.precompute and (args.reference_inverts or args.precompute_ref_preds):
             self.precompute_noised()
-        if self.is_sharding:  # whatever runs from here on runs in all processes
-            if self.reference is not None:
-                self.reference.shard(self.accelerator)
-            shard(self.policy, self.accelerator)
+        self.cut_models()  # whatever runs from here on runs in all processes
 
     @classmethod
     def default_args(cls, model: str | DiffusionPipeline) -> DiffusionConfig:
@@ -260,9 +257,7 @@ class DiffusionTrainer(ShardedTrainer):
 
     def precompute_noised(self) -> None:
         """Noises the precomputed rows of each epoch, and asks the frozen models, which every process has whole until then."""
-        if self.is_sharding:
-            self.policy.to(self.args.device)
-            self.reference.to(self.args.device)
+        self.place_whole_models()
         self.model.train()  # as in a step
         depends_on = noising_settings(self.args, self.encoder), self._frozen_fingerprints()
         self.noised_caches = self.files.by_epoch(self.train_dataset, self._noised_tensors, depends_on)
@@ -398,18 +393,6 @@ class DiffusionTrainer(ShardedTrainer):
         """A pipeline that samples with the policy as it is now, such as `trainer.pipeline()("a red bicycle").images[0]`."""
         return self.samples.pipeline(self.policy)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save and not self.is_sharding:
-            return
-        weights = trained_weights(self.policy, is_kept=self.args.should_save)
-        if self.args.should_save:
-            with self.saver.model_folder(Path(output_dir or self.args.output_dir)) as folder:
-                self.save_files(folder, weights)
-
-    def save_files(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        """Writes the weights into an empty folder, and what belongs to them."""
-        save_weights(self.backbone, self.policy, folder, weights)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
         with writable(model, self.deepspeed):
@@ -428,26 +411,12 @@ class DiffusionTrainer(ShardedTrainer):
         """What belongs into the record of a run besides: `expert`, `criteria`."""
         return {}
 
-    def _get_output_dir(self, trial) -> str:
-        return str(self.saver.folder or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model, trial) -> None:
-        self.create_model_card()
-        self.saver.save(Path(self._get_output_dir(trial)), partial(super()._save_checkpoint, model, trial))
-
-    def _finalize_training(self, trial, *args):
-        self.saver.keep_the_best(Path(self._get_output_dir(trial)))
-        return super()._finalize_training(trial, *args)
-
     def further_files(self) -> dict[str, bytes]:
         """What is pushed beside the model and its card, by its path in the repository."""
         return {}
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         self.hub_model_id = self.publisher.repo_id  # created before anything that takes long
-
-    def _push_from_checkpoint(self, folder: str) -> None:
-        """Nothing is pushed before it is in its place, see [`trainer.saving.Saver.save`]."""
 
     def _finish_current_push(self) -> None:
         self.publisher.finish()

@@ -21,6 +21,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from ..data.hashing import update_hash
+from ..data.row_contents import load_image
 from ..files import write_file
 from .fingerprints import same_base, same_quantized_base, tensors_hash
 
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 RUN_RECORD_NAME = "run_record.json"
 NUM_HASHED_IMAGES = 64
-HASH_VERSION = "2:"  # of the hash of rows
+HASH_VERSION = "3:"  # of the hash of rows
 
 # Settings that do not bear on the weights of a run. All others are compared, those that a later version adds included.
 NO_MATTER = {
@@ -213,7 +214,7 @@ def dataset_fingerprint(dataset: Dataset, columns: Iterable[str]) -> str:
         some = dataset.select_columns(images).select(range(0, len(dataset), max(1, len(dataset) // NUM_HASHED_IMAGES)))
         for row in some.with_format("arrow").iter(1):
             for name in images:
-                digest.update((row[name][0].as_py() or {}).get("bytes") or b"")
+                digest.update(load_image(row[name][0].as_py() or {})["bytes"] or b"")
     return HASH_VERSION + digest.hexdigest()
 
 

@@ -175,7 +175,7 @@ class Saver:
         if (
             self._is_first_of_node and written.exists()
         ):  # this node has a disk of its own, and its part of the checkpoint
-            finish_checkpoint(written, place, trainer.backbone.denoiser_name)
+            self._finish(written, place)
         best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         if best.is_dir():
             state.best_model_checkpoint = str(best)

@@ -12,7 +12,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl.trainer.base_trainer import _BaseTrainer
 
 from . import zero
-from .sharding import is_sharding, keeping_shards, load_optimizer_state, whole, whole_optimizer_state
+from .sharding import is_sharding, keeping_shards, load_optimizer_state, shard, whole, whole_optimizer_state
 
 
 class ShardedTrainer(_BaseTrainer):
@@ -26,6 +26,19 @@ class ShardedTrainer(_BaseTrainer):
     def is_sharding(self) -> bool:
         """Whether the weights of policy and reference are cut over the processes."""
         return is_sharding(self.accelerator)
+
+    def place_whole_models(self) -> None:
+        """Moves policy and reference to the device as a whole, to be asked before they are cut."""
+        if self.is_sharding:
+            self.policy.to(self.args.device)
+            self.reference.to(self.args.device)
+
+    def cut_models(self) -> None:
+        """Cuts policy and reference over the processes, see [`trainer.sharding.shard`]."""
+        if self.is_sharding:
+            if self.reference is not None:
+                self.reference.shard(self.accelerator)
+            shard(self.policy, self.accelerator)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -53,12 +66,14 @@ class ShardedTrainer(_BaseTrainer):
         return prepared
 
     def evaluation_loop(self, *args, **kwargs) -> Any:
-        is_deepspeed_enabled = self.is_deepspeed_enabled
+        is_deepspeed_enabled, is_unwrapped = self.is_deepspeed_enabled, self.model_wrapped is self.model
         self.is_deepspeed_enabled &= self.deepspeed is not None  # before a training the weights are whole
         try:
             return super().evaluation_loop(*args, **kwargs)
         finally:
             self.is_deepspeed_enabled = is_deepspeed_enabled
+            if is_unwrapped:  # else a training after it would not wrap the model, and each process would train alone
+                self.model_wrapped, self.model._is_accelerate_prepared = self.model, False
 
     def _get_grad_norm(self, model, grad_norm=None) -> torch.Tensor | float:
         return whole(super()._get_grad_norm(model, grad_norm))

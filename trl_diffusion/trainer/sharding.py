@@ -23,7 +23,7 @@ from accelerate.utils import (
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel, get_peft_model_state_dict
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..backbones import Backbone
@@ -84,6 +84,16 @@ def check_sharding(args: DiffusionConfig) -> None:
         )
     if type(plugin.cpu_offload) is not OffloadPolicy:
         raise ValueError("`fsdp_offload_params` does not go with these trainers. Set it to `false`.")
+    if not plugin.reshard_after_forward:
+        raise ValueError(
+            "`fsdp_reshard_after_forward: false` would leave weights whole after they were used. Set it to `true`."
+        )
+    if plugin.ignored_modules:
+        raise ValueError("`fsdp_ignored_modules` would leave weights whose gradient no process shares. Leave it out.")
+    if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
+        raise ValueError(
+            "`fsdp_auto_wrap_policy: SIZE_BASED_WRAP` does not know the blocks of a denoiser. Use TRANSFORMER_BASED_WRAP."
+        )
     _check_settings(args, "FSDP")
 
 
@@ -95,7 +105,7 @@ def _check_settings(args: DiffusionConfig, kind: str) -> None:
             raise ValueError(f"`{name}=True` does not go with {kind} here. Leave one of the two out.")
     if args.optim not in OPTIMIZERS:
         raise ValueError(
-            f"`optim` is {str(args.optim)!r}, whose state cannot be put together from shards. With {kind} use one of "
+            f"`optim` is {args.optim.value!r}, whose state cannot be put together from shards. With {kind} use one of "
             f"{', '.join(OPTIMIZERS)}."
         )
 
@@ -124,8 +134,12 @@ def check_is_sharded(args: DiffusionConfig, accelerator: Accelerator, backbone: 
         _refuse_unsharded(
             "on the CPU" if accelerator.device.type == "cpu" else f"as {accelerator.distributed_type.value}"
         )
+    if is_sharding(accelerator) and accelerator.parallelism_config is not None:
+        raise ValueError(
+            "`parallelism_config` does not go with sharded training here. Leave it out: all processes share the weights."
+        )
     if is_sharding(accelerator) and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        raise ValueError("`--dynamo_backend` does not go with FSDP here. Leave one of the two out.")
+        raise ValueError("`--dynamo_backend` does not go with sharded training here. Leave one of the two out.")
     how = backbone.quantization.get(backbone.denoiser_name)
     if how and is_sharding(accelerator):
         raise ValueError(

@@ -21,6 +21,11 @@ from .diffusion_config import DiffusionConfig
 
 
 PRECISIONS = ("bf16", "fp16")
+SHARED = {  # settings that the trainer has too, under its names
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+}
 SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 REFUSED = (
     *("optimizer", "scheduler", "amp", "torch_autocast", "data_types", "tensor_parallel", "sequence_parallel_size"),
@@ -60,6 +65,12 @@ def check_zero(args: DiffusionConfig) -> None:
             f"The configuration of DeepSpeed has `{refused[0]}`, which does not go with these trainers. Leave it out: optimizer, schedule "
             "and precision are the trainer's."
         )
+    for name, own in SHARED.items():
+        value, given = getattr(args, own), config.get(name, "auto")
+        if given not in ("auto", value):
+            raise ValueError(
+                f"The configuration of DeepSpeed has `{name}` {given}, and `{own}` of the trainer is {value}. Set the former to `auto`."
+            )
     if args.auto_find_batch_size:
         raise ValueError("`auto_find_batch_size=True` does not go with DeepSpeed. Set `per_device_train_batch_size`.")
 
@@ -78,6 +89,8 @@ def configure(accelerator: Accelerator, args: DiffusionConfig) -> None:
     settings = accelerator.state.deepspeed_plugin.hf_ds_config
     for precision in PRECISIONS:
         settings.config.pop(precision, None)
+    for name in (*SHARED, "train_batch_size"):
+        settings.config.setdefault(name, "auto")
     zero = settings.config["zero_optimization"]
     for name in [name for name in SIZES if zero.get(name) == "auto"]:
         del zero[name]
@@ -179,6 +192,7 @@ def whole_optimizer_state(optimizer: Any, trained: list[list[torch.nn.Parameter]
     from deepspeed.utils import safe_get_full_optimizer_state
 
     inner, state = optimizer.optimizer.optimizer, {}
+    _link(optimizer.optimizer, trained)
     example = next(iter(inner.state.values()), {})  # of one shard, which all have the same entries
     for number, weight in enumerate(sum(trained, [])):
         for name, value in example.items():
@@ -237,21 +251,32 @@ def load_optimizer_state(optimizer: Any, trained: list[list[torch.nn.Parameter]]
         return
     example, group = next(iter(state["state"].values())), inner.param_groups[0]
     on_device = group.get("fused") or group.get("capturable")
-    is_zero_3 = is_cut_weight(weights[0])
-    shards = zero.fp32_partitioned_groups_flat if is_zero_3 else zero.single_partition_of_fp32_groups
-    for shard in shards:
+    for shard in _shards(zero, weights[0]):
         inner.state[shard] = {
             name: (value.to(shard.device, copy=True) if on_device else value.clone())
             if name == "step"
             else torch.zeros_like(shard)
             for name, value in example.items()
         }
-    if not is_zero_3:
-        zero._lazy_init_hp_params_optimizer_state()
+    _link(zero, trained)
     for number, weight in enumerate(weights):
         for name, value in state["state"][number].items():
             if name != "step":
                 _set_state(weight, name, value)
+
+
+def _shards(zero: Any, weight: torch.nn.Parameter) -> list[torch.Tensor]:
+    return zero.fp32_partitioned_groups_flat if is_cut_weight(weight) else zero.single_partition_of_fp32_groups
+
+
+def _link(zero: Any, trained: list[list[torch.nn.Parameter]]) -> None:
+    """With ZeRO-2 tells each weight where its state is. DeepSpeed does so after the first step of the first group, for that alone."""
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    groups = [weights for weights in trained if weights]
+    if not is_cut_weight(groups[0][0]):
+        for weights, shard in zip(groups, zero.single_partition_of_fp32_groups, strict=True):
+            lazy_init_hp_params_optimizer_state(weights, shard, zero.optimizer.state)
 
 
 def _set_state(weight: torch.nn.Parameter, name: str, value: torch.Tensor) -> None:

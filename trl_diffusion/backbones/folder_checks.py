@@ -6,6 +6,7 @@ What a model's folder may ask for, before diffusers and transformers read it: an
 pickle, no file outside, no sizes that no model has.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,16 +15,62 @@ from typing import Any, NoReturn
 import diffusers
 from diffusers import DiffusionPipeline, pipelines
 
-from .names import INDEX, read_json
 
-
+INDEX = "model_index.json"
+MAX_LETTERS = 4_000  # of a path
 LIBRARIES = ("diffusers", "transformers")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-SAFETENSORS = {"use_safetensors": True}  # without it, diffusers and transformers fall back to pickles
 NAME = re.compile(r"[A-Za-z_]\w{0,99}")
 CONFIGS = ("config.json", "scheduler_config.json")
 # Of a setting with one of these words in its name, and of any: the largest whole number
 MANY, MAX_MANY, MAX_SIZE = ("layer", "block", "timesteps", "depth"), 10_000, 10**9
+
+
+def check_name(name: str) -> str:
+    """Refuses what no system takes as the name of a file, so that nobody could say whether there is one."""
+    if (
+        "\0" in name
+        or len(name) > MAX_LETTERS
+        or any(len(part.encode(errors="replace")) > 255 for part in name.split("/"))
+    ):
+        raise ValueError(
+            f"{name[:80]!r} is too long for a name, or holds characters that none has. Pass a Hub id, a folder or a file."
+        )
+    return name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Reads a file of settings.
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Returns:
+        `dict[str, Any]`
+
+    Raises:
+        `ValueError`: If it cannot be read, or holds something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, or no file that can be read. Download it again.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} cannot be read: {reason}. Download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no settings by name. Download it again.")
+    return content
+
+
+def allowing_pickles(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Arguments of `from_pretrained`, changed so that `use_safetensors=False` allows pickles where there are no safetensors, and that
+    without it none is loaded: diffusers and transformers would fall back to them.
+    """
+    return kwargs | {"use_safetensors": None if kwargs.get("use_safetensors") is False else True}
 
 
 def check_index(index: Any, name: str) -> dict[str, Any]:
@@ -84,7 +131,7 @@ def read_index(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         `dict`: the content of `model_index.json`.
 
     Raises:
-        `ValueError`: If there is none, it is no index, or names classes that are not installed, see [`backbones.folders.check_index`].
+        `ValueError`: If there is none, it is no index, or names classes that are not installed, see [`backbones.folder_checks.check_index`].
     """
     location = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
     if Path(name).is_dir():
