@@ -3,7 +3,9 @@
 
 """An evaluation that is killed at any moment ends, by the same command, as one that was not, and repeats no more than the piece at hand."""
 
+import os
 import signal
+import socket
 from collections import Counter
 from pathlib import Path
 
@@ -79,9 +81,9 @@ def test_killed_at_random_moments(world, tmp_path):
 def test_one_of_two_processes_is_killed(world, tmp_path):
     """The other one ends too, and one process then completes what both began."""
     out = tmp_path / "out"
-    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"}
-    import os
-
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         start(
             evaluation(world, out),
