@@ -23,8 +23,8 @@ from trl_diffusion.trainer.sharding import check_sharding
 needs_deepspeed = pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
 CASES = ("iapo-sd", "iapo-sd-bf16", "sft-sd-lora", "cpo-sd-lora")
 STAGES = {"2": CASES[1:], "3": CASES}
-# Sums in another order round differently; in half precision a rounded weight may be the next one
-TOLERANCES = {"iapo-sd-bf16": 1e-4}
+# Of weights that moved by up to a tenth. ZeRO-3 adds up the gradients of the activations in another order, which are rounded to bf16
+TOLERANCES = {("3", "iapo-sd-bf16"): 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_deepspeed_equals_ddp(folder, unsharded, stage):
     first, second = ends(folder, stage, STAGES[stage])
     after = ends(folder, f"after-{stage}", STAGES[stage])[0]
     for name in STAGES[stage]:
-        tolerance, expected = TOLERANCES.get(name, 2e-6), unsharded[name]
+        tolerance, expected = TOLERANCES.get((stage, name), 2e-6), unsharded[name]
         runs = {"start": first[name], "own": first[name, stage], "ddp": first[name, "ddp"], "after": after[name]}
         for label, end in runs.items():
             assert difference(end["weights"], expected["weights"]) <= tolerance, (name, label)
@@ -91,7 +91,7 @@ def test_deepspeed_equals_ddp(folder, unsharded, stage):
             value.dtype == unsharded[name]["weights"][key].dtype for key, value in first[name]["weights"].items()
         )
         for one, other in zip(first[name]["logs"], expected["logs"], strict=True):
-            assert one.keys() == other.keys()
+            assert one.keys() ^ other.keys() <= {"eval_model_preparation_time"}
             for key in one.keys() & {"loss", "grad_norm", "learning_rate", "eval_loss", "rewards/margins"}:
                 torch.testing.assert_close(one[key], other[key], atol=10 * tolerance, rtol=10 * tolerance)
         if stage == "3":
@@ -111,15 +111,17 @@ def test_what_is_saved_is_that_of_any_run(folder, unsharded, stage):
         file = next(
             file
             for file in names[0]
-            if file.endswith("safetensors") and ("unet" in file or "lora" in file) and "ch" not in file
+            if file.endswith("safetensors")
+            and ("unet" in file or "lora" in file)
+            and not file.startswith("checkpoint")
         )
         saved, expected = load_file(own / file), load_file(other / file)
-        assert difference(saved, expected) <= TOLERANCES.get(name, 2e-6)
+        assert difference(saved, expected) <= TOLERANCES.get((stage, name), 2e-6)
         assert {value.dtype for value in saved.values()} == {torch.float32}
         states = [torch.load(each / "checkpoint-2" / "optimizer.pt", weights_only=True) for each in (own, other)]
         assert states[0]["state"].keys() == states[1]["state"].keys()
         for number, entries in states[0]["state"].items():
-            torch.testing.assert_close(entries, states[1]["state"][number], atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(entries, states[1]["state"][number], atol=1e-2, rtol=1e-2)
 
 
 @needs_deepspeed
