@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -39,7 +40,8 @@ from trl_diffusion.annotation.records import STATUSES
 from trl_diffusion.annotation.run import Row
 from trl_diffusion.cards.text import fenced, python_string  # noqa: F401 also used by builders
 from trl_diffusion.cards.text import one_line as cell  # noqa: F401
-from trl_diffusion.files import write_file
+from trl_diffusion.checksums import DamagedFile, digest_of, read_json, write_json
+from trl_diffusion.files import only_run, write_file
 from trl_diffusion.hub import check_repository_name, create_repository, list_files, push_files, pushing
 from trl_diffusion.hub_datasets import stale_files
 from trl_diffusion.machine import without_places
@@ -450,7 +452,7 @@ def push(
     where = {"repo_id": repo_id, "repo_type": "dataset", "revision": revision}
     api, uploaded = HfApi(token=token), []
     if streamed:
-        info, uploaded = push_stream(api, where, streamed)
+        info, uploaded = push_stream(api, where, streamed, scratch_prefix(folder))
         infos = {streamed.config.name: info, **infos}
     pictures = card_pictures(builder, folder, with_images=len(infos) > 1)
     card = str(make_card(builder, described, infos, repo_id, pictures))
@@ -473,8 +475,13 @@ def push(
     return repo_id
 
 
+def scratch_prefix(folder: Path) -> str:
+    """What the names of the temporary folders begin with that the push of a dataset has."""
+    return f"trl-diffusion-{digest_of(str(folder.absolute()))[:16]}-"
+
+
 def push_stream(
-    api: HfApi, where: dict[str, str | None], builder: AnnotatedDatasetBuilder
+    api: HfApi, where: dict[str, str | None], builder: AnnotatedDatasetBuilder, prefix: str
 ) -> tuple[DatasetInfo, list[CommitOperationAdd]]:
     """
     Uploads a configuration whose rows are streamed from the source, without a commit. Only one file at a time is on the disk, and
@@ -488,6 +495,8 @@ def push_stream(
             `repo_id`, `repo_type` and `revision`.
         builder ([`AnnotatedDatasetBuilder`]):
             The builder.
+        prefix (`str`):
+            What the name of the temporary folder begins with.
 
     Returns:
         `tuple[DatasetInfo, list[CommitOperationAdd]]`: columns and splits, and what the commit adds.
@@ -500,8 +509,8 @@ def push_stream(
     additions = []
     for split, rows in builder.rows().items():
         info.splits.add(SplitInfo(split, num_examples=0, num_bytes=0))
-        with tempfile.TemporaryDirectory() as scratch:
-            for number, (file, num_rows, num_bytes) in enumerate(write_files(rows, Path(scratch))):
+        with tempfile.TemporaryDirectory(prefix=prefix) as uploading:
+            for number, (file, num_rows, num_bytes) in enumerate(write_files(rows, Path(uploading))):
                 addition = CommitOperationAdd(f"{name}/{split}-{number:05d}.parquet", file)
                 api.preupload_lfs_files(additions=[addition], **where)
                 if addition.path_or_fileobj:  # not uploaded: the Hub wants a small file together with the commit
@@ -605,6 +614,36 @@ def make_parser(name: str, images: str) -> argparse.ArgumentParser:
     return parser
 
 
+def described_command(args: argparse.Namespace) -> dict[str, str]:
+    """The flags of a command, without the token."""
+    return {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+
+
+def file_states(folder: Path) -> dict[str, list[int]]:
+    """Sizes and times of the files of a folder."""
+    stats = {path.relative_to(folder).as_posix(): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def is_ours(folder: Path, built: Path, args: argparse.Namespace) -> bool:
+    """Whether the same command has built a folder and was killed before its end, such as while it was pushed."""
+    try:
+        found = read_json(built)
+    except DamagedFile:  # or missing
+        return False
+    return found == {"command": described_command(args), "files": file_states(folder)}
+
+
+@contextmanager
+def ended(work: Path, built: Path) -> Iterator[None]:
+    """Removes the traces of a build when it ends, in whatever way but a kill. What was built is known to the last."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(work)
+        built.unlink(missing_ok=True)
+
+
 def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace, criteria: str | None = None) -> None:
     """
     Builds a dataset, and pushes it if requested.
@@ -631,7 +670,8 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
             "https://huggingface.co/docs/hub/repositories-licenses."
         )
     folder = args.output_dir.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    work, built_file = (folder.with_name(f".{folder.name}-{what}") for what in ("building", "built.json"))
+    if not is_ours(folder, built_file, args) and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{args.output_dir} exists and is not empty. Choose another `--output_dir`.")
     options = {
         "annotations_dir": args.annotations_dir,
@@ -645,13 +685,17 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
     }
     name = args.push_to_hub if "/" in (args.push_to_hub or "") else folder.name
     images = builder_class.DEFAULT_CONFIG_NAME
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+    with only_run(work, f"building {folder.name}"), ended(work, built_file):
+        scratch = work / "scratch"
+        for left in [scratch, *Path(tempfile.gettempdir()).glob(f"{scratch_prefix(folder)}*")]:
+            shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+        scratch.mkdir()
         builders = {
-            config: builder_class(config_name=config, cache_dir=scratch, **options) for config in (images, ANNOTATIONS)
+            config: builder_class(config_name=config, cache_dir=str(scratch), **options)
+            for config in (images, ANNOTATIONS)
         }
         described = builders[ANNOTATIONS].describe(builders[ANNOTATIONS].annotations())
-        built = Path(scratch) / "built"
+        built = scratch / "built"
         built.mkdir()
         infos = {ANNOTATIONS: build(builders[ANNOTATIONS], built)}
         if not args.no_images:
@@ -663,7 +707,8 @@ def main(builder_class: type[AnnotatedDatasetBuilder], args: argparse.Namespace,
             write_file(built / picture.name, picture.data)
         make_card(builders[ANNOTATIONS], described, infos, name, pictures).save(built / "README.md")
         if folder.exists():
-            folder.rmdir()
+            folder.rename(scratch / "earlier")  # empty, or of a run of this command that was killed
+        write_json(built_file, {"command": described_command(args), "files": file_states(built)})
         built.rename(folder)
         for config, info in infos.items():
             for split in info.splits.values():

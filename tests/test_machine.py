@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_diffusion.machine import all_without_places, public_name, without_places
+from trl_diffusion.machine import all_without_places, public_name, without_places, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,22 @@ def test_all_texts_of_json_values():
     """Keys and values at every depth; numbers and None stay, tuples become lists."""
     value = {"/data/models/judge": ["/data/x/y", 1, None, {"a": ("~/b/c", 2.5)}], "b": True}
     assert all_without_places(value) == {"judge": ["y", 1, None, {"a": ["c", 2.5]}], "b": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("no http://user:pass@host:8/v1?key=abc&x=%20d here", "no http://***@host:8/v1?key=***&x=*** here"),
+        ("Path made 'https:/user:p%20w@host/x' of it", "Path made 'https:/***@host/x' of it"),
+        ("token hf_abcdefghijkl, sk-abcdefghij and AKIAABCDEFGHIJKLMNOP.", "token ***, *** and ***."),
+        ("mail to a@b.de, hf_x, what? a=b", "mail to a@b.de, hf_x, what? a=b"),
+        ("the variable holds a/secret+value here", "the variable holds *** here"),
+        ("quoted a%2Fsecret%2Bvalue here", "quoted *** here"),
+        ("https://huggingface.co/user/model/blob/main/x", "https://huggingface.co/user/model/blob/main/x"),
+    ],
+)
+def test_secrets_are_hidden(monkeypatch, text, expected):
+    """Tokens, what stands before a host and in a query, and what secret variables hold; nothing else."""
+    monkeypatch.setenv("SOME_SECRET", "a/secret+value")
+    monkeypatch.setenv("SOME_TOKEN", "none")
+    assert without_secrets(text) == expected

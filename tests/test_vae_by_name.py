@@ -79,10 +79,11 @@ def test_names_of_the_hub(folder, monkeypatch):
     module.load_vae(
         "user/vae", torch.float16, str(folder / "base"), {"token": "t", "revision": "r", "variant": "fp16"}
     )
+    loading = {"dtype": torch.float16, "output_loading_info": True, "use_safetensors": True}
     assert asked == [
         ("user/vae", {"token": "t"}),
         ("user/vae", {"subfolder": "vae", "token": "t"}),
-        ("user/vae", {"dtype": torch.float16, "output_loading_info": True, "subfolder": "vae", "token": "t"}),
+        ("user/vae", {"subfolder": "vae", "token": "t", **loading}),
     ]
 
 

@@ -19,6 +19,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from .safe_names import check_relative_path
+
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +300,12 @@ def push_files(
 
     Returns:
         `str`: the address of the commit, a [`~huggingface_hub.CommitInfo`].
+
+    Raises:
+        `ValueError`: If a path leads out of the repository.
     """
+    for name in files:
+        check_relative_path(name, "path in the repository")
     api = HfApi(token=token)
     deleted, added, is_repeated = list(delete), list(uploaded), False
 

@@ -12,8 +12,9 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from .files import write_file
 from .lora_files import find_lora, read_lora, read_tensors
 
 
@@ -73,14 +74,17 @@ def export_lora(lora: str | Path, output: str | Path) -> Path:
     weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
     modules = {key.rpartition(".lora_A")[0] for key in weights if key.endswith(".lora_A.weight")}
     alphas = {module: _alpha(config, module) for module in modules}
+    if not all(alpha and math.isfinite(alpha) for alpha in alphas.values()):
+        raise ValueError(
+            f"The LoRA {path} has an alpha of {min(alphas.values(), key=abs)}, with which it is of no use. Name another."
+        )
     if any(module.startswith("transformer_blocks.") and ".attn1." in module for module in modules):
         raise ValueError(
             f"The LoRA {path} is one of Sana, for which ComfyUI and A1111 have no names. Load it with diffusers."
         )
     is_unet = next(iter(read_tensors(path)[0])).startswith("unet.")
     exported = _kohya(weights, alphas, path) if is_unet else _transformer(weights, alphas)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_file(exported, output, {"format": "pt"})
+    write_file(output, save(exported, {"format": "pt"}))
     return output
 
 

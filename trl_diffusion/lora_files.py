@@ -9,7 +9,6 @@ layer lacks one, or where its strength is not known.
 """
 
 import copy
-import json
 import logging
 import math
 from collections import Counter
@@ -29,9 +28,11 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 
+from .backbones.folder_checks import check_name
 from .backbones.names import LORA_WEIGHTS_NAME
+from .lora_headers import check_finite, read_tensors, shortened
+from .machine import without_secrets
 
 
 logger = logging.getLogger(__name__)
@@ -60,44 +61,24 @@ def find_lora(name_or_path: str | Path, revision: str | None = None) -> Path:
     Raises:
         `ValueError`: If there is none.
     """
+    check_name(str(name_or_path))
     if Path(name_or_path).is_dir():
-        if (Path(name_or_path) / LORA_WEIGHTS_NAME).exists():
+        if (Path(name_or_path) / LORA_WEIGHTS_NAME).is_file():
             return Path(name_or_path) / LORA_WEIGHTS_NAME
-        raise ValueError(f"The folder {name_or_path} holds no LoRA ({LORA_WEIGHTS_NAME}).")
+        raise ValueError(
+            f"The folder {name_or_path} holds no LoRA ({LORA_WEIGHTS_NAME}). Pickles (.bin, .pt, .ckpt) are not read, because "
+            "they can run code: save it with diffusers."
+        )
     if Path(name_or_path).is_file():
         raise ValueError(f"{name_or_path} is a file: name its folder.")
     try:
         return Path(hf_hub_download(str(name_or_path), LORA_WEIGHTS_NAME, revision=revision))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
-            f"{name_or_path} is no folder, and the Hub gave no {LORA_WEIGHTS_NAME} of that name: {error}"
+            without_secrets(
+                f"{name_or_path} is no folder, and the Hub gave no {LORA_WEIGHTS_NAME} of that name: {shortened(error)}"
+            )
         ) from error
-
-
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """
-    Reads a LoRA file as it is.
-
-    Args:
-        path (`Path`):
-            The file.
-
-    Returns:
-        `tuple[dict[str, torch.Tensor], dict[str, Any]]`: the tensors, and the configuration in the file's header, empty where it
-        has none.
-
-    Raises:
-        `ValueError`: If the file cannot be read, or is empty.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"The LoRA {path} cannot be read: {error}. Download it again.") from error
-    if not weights:
-        raise ValueError(f"The LoRA {path} holds no weights. Save it again, or name another.")
-    return weights, header
 
 
 def read_lora(
@@ -153,14 +134,18 @@ def _read_own(
             f"`pipeline.save_lora_weights(..., {denoiser_name}_lora_adapter_metadata=config.to_dict())`."
         )
     prefix = f"{denoiser_name}."
+    if not header.get(f"{prefix}target_modules"):
+        raise ValueError(
+            f"The configuration of the LoRA {path} cannot be used: it names no `target_modules`. Save it again."
+        )
     try:
         config = LoraConfig(**{key.removeprefix(prefix): value for key, value in header.items()})
     except TypeError as error:
         raise ValueError(
             f"The configuration of the LoRA {path} is of another version of peft: {error}. Update peft."
         ) from error
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"The configuration of the LoRA {path} cannot be used: {error}") from error
+    except (ImportError, ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"The configuration of the LoRA {path} cannot be used: {shortened(error)}") from error
     return {key.removeprefix(prefix): value for key, value in weights.items()}, config
 
 
@@ -168,7 +153,7 @@ def _read_converted(
     path: Path, weights: dict[str, torch.Tensor], pipeline: DiffusionPipeline, denoiser_name: str
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """What another library wrote, with the configuration that diffusers gives a denoiser for it."""
-    _check_finite(weights, path)
+    check_finite(weights, path)
     parts, alphas = convert_lora(weights, pipeline, path)
     if parts.keys() != {denoiser_name}:
         _refuse_text_encoders(path, parts)
@@ -204,10 +189,12 @@ def _check_weights(weights: dict[str, torch.Tensor], config: LoraConfig, path: P
                 "it with diffusers, or train it as a plain LoRA."
             )
         halves.setdefault(module, set()).add(half)
-    _check_finite(weights, path)
+    check_finite(weights, path)
     for module, found in halves.items():
         if missing := sorted({"lora_A.weight", "lora_B.weight"} - found):
             raise ValueError(f"The LoRA {path} is not whole: of {module!r} it lacks {missing[0]!r}. Save it again.")
+        if any(weights[f"{module}.{half}"].ndim < 2 for half in ("lora_A.weight", "lora_B.weight")):
+            raise ValueError(f"The LoRA {path} holds no matrices at {module!r}. Save it again.")
         r = (config.rank_pattern or {}).get(get_pattern_key(config.rank_pattern or {}, module), config.r)
         ranks = {weights[f"{module}.lora_A.weight"].shape[0]}
         if not config.use_bdlora:  # whose blocks have a share of the rank each
@@ -217,16 +204,6 @@ def _check_weights(weights: dict[str, torch.Tensor], config: LoraConfig, path: P
                 f"The LoRA {path} has the rank {', '.join(map(str, sorted(ranks)))} at {module!r}, and {r} in its "
                 "configuration, so that its strength is unknown. Save it again with the configuration that it was trained "
                 "with."
-            )
-
-
-def _check_finite(weights: dict[str, torch.Tensor], path: Path) -> None:
-    for key, value in weights.items():
-        is_number = value.is_floating_point() or key.endswith(".alpha")
-        if not is_number or not value.isfinite().all():
-            raise ValueError(
-                f"The LoRA {path} holds numbers that are not finite, in {key!r}: its training had failed. Name an earlier "
-                "checkpoint."
             )
 
 
@@ -331,7 +308,7 @@ def load_lora(pipeline: DiffusionPipeline, path: Path, adapter_name: str) -> Non
             finite, or of another rank.
     """
     weights, header = read_tensors(path)
-    _check_finite(weights, path)
+    check_finite(weights, path)
     parts, alphas = convert_lora(weights, pipeline, path)
     if not header and not any(key.endswith(".alpha") for key in weights):
         logger.warning(
@@ -372,12 +349,6 @@ def _naming_the_file(path: Path, model: DiffusionPipeline | torch.nn.Module) -> 
         raise ValueError(
             f"The LoRA {path} does not fit this `{type(model).__name__}`: {shortened(error)} Name the base that it was trained on."
         ) from error
-
-
-def shortened(error: Exception) -> str:
-    """The beginning of an error's text, in one line: those of peft list every tensor."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _check_arrived(

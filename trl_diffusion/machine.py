@@ -1,14 +1,14 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Takes out of a text what tells of the machine where it was written: paths of files, and addresses of servers."""
+"""Takes out of a text what tells of the machine where it was written: paths of files, addresses of servers, and secrets."""
 
 import os
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, quote_plus, urlsplit
 
 
 PUBLIC_HOSTS = ("huggingface.co", "hf.co", "github.com", "arxiv.org")
@@ -17,6 +17,12 @@ SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}")
 ADDRESS = re.compile(
     r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>`]+|\b(?:localhost|\d{1,3}(?:\.\d{1,3}){3})(?::\d+)?\b(?:/[^\s'\"<>`]*)?"
 )
+TOKEN = re.compile(r"\b(?:hf|api_org|sk|ghp|gho|github_pat|glpat|xox[abp])[_-][A-Za-z0-9_-]{8,}|\bAKIA[A-Z0-9]{12,}")
+IN_ADDRESS = re.compile(
+    r"(?P<user>(?:(?<=://)|(?<=:/)(?!/))[^\s/'\"<>`@]+(?=@))|(?P<query>(?<=[?&])[\w.%-]+=[^\s&#'\"<>`]+)"
+)
+SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
+SHORTEST_SECRET = 8  # characters; shorter values, such as "none" and "1", stand for none
 ROOT = r"(?:~\w*|[A-Za-z]:|\.{1,2})?[/\\]"
 QUOTED = re.compile(rf"(['\"`])({ROOT}[^'\"`\n]+)\1")
 PATH = re.compile(rf"(?<![\w.:/<~\\]){ROOT}(?:[^\s'\"`/\\:,;()<>]+[/\\])+[^\s'\"`/\\:,;()<>]*")
@@ -46,6 +52,34 @@ def without_places(text: str, folders: tuple[str | Path, ...] = ()) -> str:
         parts += [_without_paths(text[end : found.start()]), found[0] if _is_public(found[0]) else AN_ADDRESS]
         end = found.end()
     return "".join([*parts, _without_paths(text[end:])])
+
+
+def without_secrets(text: str) -> str:
+    """
+    Hides tokens, passwords and keys in a text, such as an error about an address that was given.
+
+    Args:
+        text (`str`):
+            The text.
+
+    Returns:
+        `str`: with `***` in place of tokens, of user, password and values of the query in an address, and of what environment variables
+        hold whose names say that it is secret.
+    """
+    values = {
+        value.strip()
+        for name, value in os.environ.items()
+        if SECRET_VARIABLE.search(name) and len(value.strip()) >= SHORTEST_SECRET
+    }
+    forms = {form for value in values for form in (value, quote(value), quote_plus(value))}
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, "***")
+    text = IN_ADDRESS.sub(_without_secret, text)
+    return TOKEN.sub("***", text)
+
+
+def _without_secret(found: re.Match[str]) -> str:
+    return "***" if found["user"] else f"{found['query'].partition('=')[0]}=***"
 
 
 def public_name(name: str | None) -> str | None:

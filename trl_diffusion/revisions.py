@@ -4,10 +4,16 @@
 """Revisions of models and files: the commit on the Hub, or a hash of a folder or file."""
 
 import hashlib
+from functools import cache
+from importlib import resources
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+
+# Without it, transformers asks on the terminal whether to run code that a model brings
+UNTRUSTED = {"trust_remote_code": False}
 
 
 def resolve_revision(model_name_or_path: str, revision: str | None = None) -> str:
@@ -28,12 +34,7 @@ def resolve_revision(model_name_or_path: str, revision: str | None = None) -> st
     """
     folder = Path(model_name_or_path)
     if folder.is_dir():
-        digest = hashlib.sha256()
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            digest.update(str(path.relative_to(folder)).encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return f"sha256:{digest.hexdigest()[:16]}"
+        return _digest_of_files(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
     try:
         config = hf_hub_download(model_name_or_path, "config.json", revision=revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError) as error:
@@ -58,3 +59,20 @@ def digest_of_file(path: Path) -> str:
 def pinned(revision: str) -> dict[str, str]:
     """The keyword arguments of `from_pretrained` for a resolved revision. A folder needs none."""
     return {} if revision.startswith("sha256:") else {"revision": revision}
+
+
+@cache
+def package_digest() -> str:
+    """A hash of the files of this package: its code, and the pipelines that come with it."""
+    folder = Path(str(resources.files("trl_diffusion")))
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return _digest_of_files(folder, files)
+
+
+def _digest_of_files(folder: Path, files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(str(path.relative_to(folder)).encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()[:16]}"

@@ -36,7 +36,6 @@ something.
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from trl_diffusion import AttributeSFTConfig, AttributeSFTTrainer, ComplexPOConfig, ComplexPOTrainer, ModelConfig
@@ -70,13 +69,9 @@ def expert_config(script_args: ExpertArguments, training_args: ComplexPOConfig) 
         learning_rate=script_args.expert_learning_rate,
         attribute_dropout=0.3,
         prompt_dropout=0.1,
+        resume_from_checkpoint=None if training_args.resume_from_checkpoint is None else True,
         **{name: getattr(training_args, name) for name in shared - OWN},
     )
-
-
-def last_checkpoint(folder: str) -> str | None:
-    """The last checkpoint of a training that was stopped; none if it had not begun."""
-    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
 
 
 if __name__ == "__main__":
@@ -103,7 +98,7 @@ if __name__ == "__main__":
             eval_dataset=eval_dataset,
             peft_config=get_peft_config(model_args),
         )
-        expert.train(resume_from_checkpoint=None if resume is None else last_checkpoint(script_args.expert_dir))
+        expert.train(resume_from_checkpoint=expert.args.resume_from_checkpoint)
         expert.save_model()
         expert.create_model_card(dataset_name=script_args.dataset_name)
         if training_args.push_to_hub:
@@ -119,7 +114,7 @@ if __name__ == "__main__":
         eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args, training_args.initial_lora),
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume is True else resume)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     trainer.create_model_card(dataset_name=script_args.dataset_name)
     if training_args.push_to_hub:

@@ -50,7 +50,8 @@ from trl_diffusion.annotation.records import PAIR_ANNOTATION_FEATURES
 from trl_diffusion.data.buckets import TRAINING_SIZE, BucketSampler, training_sizes
 from trl_diffusion.data.caching import TENSORS, Encoding, precompute_dataset, write_example
 from trl_diffusion.data.collators import InstancePairCollator
-from trl_diffusion.data.encoded_files import EncodedFiles
+from trl_diffusion.data.content import SealedFile
+from trl_diffusion.data.encoded_files import CONTENT, EncodedFiles
 from trl_diffusion.data.formats import check_attribute_columns, prepare_dataset
 from trl_diffusion.data.sources import load_source
 from trl_diffusion.trainer import precompute as precomputation
@@ -213,13 +214,17 @@ class Filled(Encoding):
     def run(self) -> Dataset:
         tensors, schema = write_example({"latents": torch.zeros(4)})[TENSORS], self.features.arrow_schema
         known = self.dataset.select_columns([name for name in self.features if name in self.dataset.column_names])
+        contents = dict(zip(self.needed.tolist(), self.found.to_pylist(), strict=True))
         for path, numbers in self.parts.items():
             columns = dict(known.with_format("arrow")[numbers].to_pydict())
             columns.setdefault(TRAINING_SIZE, [[32, 32]] * len(numbers))
             columns[TENSORS] = [tensors] * len(numbers)
+            columns[CONTENT] = [contents[number] for number in numbers]
             table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
-            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            file = SealedFile(path, self.files.prefix)
+            with pa.ipc.new_stream(file, schema) as writer:
                 writer.write_table(table, max_chunksize=100)
+            file.finish()
         self.parts = {}
         self.files = EncodedFiles(self.folder, self.files.prefix, self.features)
         return super().run()

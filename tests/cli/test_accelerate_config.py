@@ -26,10 +26,13 @@ from trl_diffusion.cli.main import LAUNCHED_COMMANDS, main, script_of
 FILES = sorted(FOLDER.iterdir())
 # What each must say: kind, processes, machines, whether on the CPU
 EXPECTED = {
+    "fsdp2": ("FSDP", 8, 1, False),
     "multi_cpu": ("MULTI_CPU", 2, 1, True),
     "multi_gpu": ("MULTI_GPU", 8, 1, False),
     "single_gpu": ("NO", 1, 1, False),
     "two_nodes": ("MULTI_GPU", 16, 2, False),
+    "zero2": ("DEEPSPEED", 8, 1, False),
+    "zero3": ("DEEPSPEED", 8, 1, False),
 }
 ADDRESS = ["--main_process_ip", "127.0.0.1"]
 THEIRS = {path.stem: path for path in importlib.resources.files("trl.accelerate_configs").iterdir()}
@@ -41,6 +44,12 @@ def no_default_config(tmp_path, monkeypatch):
     """Nobody has run `accelerate config` here."""
     for name in ("default_config_file", "default_json_config_file", "default_yaml_config_file"):
         monkeypatch.setattr(config_args, name, str(tmp_path / "default_config.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def deepspeed_is_installed(monkeypatch):
+    """Or so the launcher believes, which only asks."""
+    monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_available", lambda: True)
 
 
 def launched(*flags: str):
@@ -60,10 +69,12 @@ def test_each_loads_and_launches(path):
     config = load_config_from_file(str(path))
     assert isinstance(config, ClusterConfig) and yaml.safe_load(path.read_text()).keys() <= vars(config).keys()
     assert (config.distributed_type.value, config.num_processes, config.num_machines) == EXPECTED[path.stem][:3]
-    assert not (config.fsdp_config or config.deepspeed_config or config.megatron_lm_config or config.dynamo_config)
+    assert not (config.megatron_lm_config or config.dynamo_config)
+    assert bool(config.fsdp_config) == (kind == "FSDP") and bool(config.deepspeed_config) == (kind == "DEEPSPEED")
     args = launched("--accelerate_config", path.stem, *(ADDRESS if num_machines > 1 else []))
     assert (args.num_processes, args.num_machines, args.machine_rank) == (num_processes, num_machines, 0)
-    assert args.multi_gpu == (kind != "NO") and not (args.use_fsdp or args.use_deepspeed)
+    sharded = args.use_fsdp, args.use_deepspeed
+    assert sharded == (kind == "FSDP", kind == "DEEPSPEED") and args.multi_gpu == (kind != "NO" and not any(sharded))
     assert args.mixed_precision == "no" and args.dynamo_backend == "no"
     expected = (["--use_cpu", "true"] if on_cpu else []) + ["--beta", "5"]
     assert args.training_script_args == expected
@@ -98,13 +109,14 @@ def test_how_a_configuration_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--accelerate_config"], "is given without a value: name a file, or one of multi_cpu, multi_gpu, single_gpu, two_nodes"),
-        (["--accelerate_config", "multi-gpus"], "nor one of multi_cpu, multi_gpu, single_gpu, two_nodes"),
+        (["--accelerate_config"], "is given without a value: name a file, or one of fsdp2, multi_cpu, multi_gpu, single_gpu, two_nodes, zero2, zero3"),
+        (["--accelerate_config", "multi-gpus"], "nor one of fsdp2, multi_cpu, multi_gpu, single_gpu, two_nodes, zero2, zero3"),
         (["--accelerate_config", "multi-gpus"], "did you mean `multi_gpu`?"),
         (["--accelerate_config", "two_nodes"], "`--main_process_ip` is missing: with 2 machines"),
         (["--num_machines", "3"], "`--main_process_ip` is missing: with 3 machines"),
-        (["--use_fsdp"], "Sharded training (FSDP) is not supported"),
-        (["--use_deepspeed"], "Sharded training (DEEPSPEED) is not supported"),
+        (["--use_fsdp"], "FSDP version 1 is not supported"),
+        (["--use_fsdp", "--fsdp_version", "2", "--cpu"], "FSDP is asked for on the CPU"),
+        (["--use_deepspeed", "--zero_stage", "1"], "DeepSpeed's ZeRO-1 is not supported"),
         (["--use_megatron_lm"], "Sharded training (MEGATRON_LM) is not supported"),
     ],
 )  # fmt: skip
@@ -123,19 +135,34 @@ def test_sharded_configurations_are_refused_before_a_launch(name, tmp_path, monk
     for command in LAUNCHED_COMMANDS:
         own = flags.get(command, ["--output_dir", str(tmp_path / "out")])
         assert main([command, *own, "--accelerate_config", name]) == 2
-        assert "is not supported: what is saved would not be what diffusers loads" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "is not supported: what is saved would not be what diffusers loads" in error, error
     (tmp_path / "own.yaml").write_bytes(THEIRS[name].read_bytes())
     for flag in ("--accelerate_config", "--config_file"):
-        with pytest.raises(ValueError, match="Sharded training"):
+        with pytest.raises(ValueError, match="is not supported: what is saved would not be"):
             launcher_arguments([flag, str(tmp_path / "own.yaml")], "x.py", [])
     (tmp_path / "default_config.yaml").write_bytes(THEIRS[name].read_bytes())
-    with pytest.raises(ValueError, match="Sharded training"):
+    with pytest.raises(ValueError, match="is not supported: what is saved would not be"):
         launcher_arguments([], "x.py", [])
+
+
+def test_an_evaluation_is_not_sharded(capsys):
+    """Each process would have a whole model, which is said before a launch."""
+    for name in ("fsdp2", "zero3"):
+        assert main(["evaluate", "--models", "x", "--accelerate_config", name]) == 2
+        assert "an evaluation shards nothing" in capsys.readouterr().err
+
+
+def test_deepspeed_that_is_not_installed(monkeypatch, capsys):
+    """Is said before a launch, with the command that installs it."""
+    monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_available", lambda: False)
+    assert main(["instance-dpo", "--output_dir", "x", "--accelerate_config", "zero2"]) == 2
+    assert "pip install 'trl-diffusion[deepspeed]'" in capsys.readouterr().err
 
 
 def test_trl_has_sharded_configurations():
     """The test above does not pass for want of names."""
-    assert {"fsdp1", "zero2"} <= set(SHARDED)
+    assert {"fsdp1", "zero1"} <= set(SHARDED)
 
 
 @pytest.mark.parametrize(

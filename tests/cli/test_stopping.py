@@ -3,11 +3,13 @@
 
 """Every command ends when it is asked to: soon, with one line, with its status, and without leaving a process behind."""
 
+import multiprocessing
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.cli.processes import stopped
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
+from trl_diffusion.cli.stopping import stopping
 from trl_diffusion.quickstart.sampling import shipped
 from trl_diffusion.quickstart.world import preference_dataset
 from trl_diffusion.trainer.callbacks import StopCallback
@@ -235,3 +238,14 @@ def test_a_signal_ends_the_command_wherever_it_arrives(around):
     assert ended.returncode == 130
     assert ended.stderr.strip().splitlines()[-1].startswith("trl-diffusion show-masks: stopped by Ctrl-C.")
     assert around == "a finalizer" or "Traceback" not in ended.stderr  # Python itself prints what a finalizer raises
+
+
+def test_a_process_that_is_kept_does_not_hold_the_end():
+    """Workers of a data loader that are kept were forked while the command ran, and outlive it: it ends all the same, at once."""
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,), daemon=True)
+    with stopping("instance-dpo"):
+        worker.start()
+        end = time.perf_counter()
+    assert time.perf_counter() - end < 10
+    worker.kill()
+    worker.join()

@@ -1,18 +1,22 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import os
+import re
 import shutil
 import signal
 import threading
 import time
 from collections import Counter, namedtuple
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 
 from tests.cli.processes import start, wait_until
-from trl_diffusion.data import caching
+from trl_diffusion.data import caching, content
 from trl_diffusion.data.caching import (
     TensorCache,
     is_precomputed,
@@ -22,6 +26,8 @@ from trl_diffusion.data.caching import (
     stack_padded,
     write_example,
 )
+from trl_diffusion.data.content import SEAL_BYTES
+from trl_diffusion.data.encoded_files import CONTENT
 
 
 FEATURES = Features({"id": Value("string"), "names": List(Value("string"))})
@@ -65,6 +71,11 @@ class Encoder:
 def precompute(folder, encode, dataset=None, fingerprint="abc", batch_size=2, **kwargs) -> Dataset:
     dataset = rows() if dataset is None else dataset
     return precompute_dataset(dataset, encode, FEATURES, "the rows", fingerprint, folder, batch_size, **kwargs)
+
+
+def file(folder: Path, number: int) -> Path:
+    """The file of some rows of the whole dataset."""
+    return next(folder.glob(f"the-rows-abc-{number:05d}-*.arrow"))
 
 
 def contents(dataset: Dataset) -> list[dict]:
@@ -115,7 +126,7 @@ def test_rows_come_out_in_order_each_encoded_once(tmp_path, number):
     """Whatever the number of files, the last of which may hold one row; of the first row the size is told before."""
     encode = Encoder()
     dataset = precompute(tmp_path, encode, rows(number))
-    assert dataset.column_names == ["id", "names", caching.TENSORS]
+    assert dataset.column_names == ["id", "names", CONTENT, caching.TENSORS]
     assert dataset["id"][:] == [f"row-{index}" for index in range(number)]
     examples = [read_example(row) for row in dataset]
     assert [example["tensor"][0].item() for example in examples] == list(range(number))
@@ -172,7 +183,7 @@ def test_an_interrupted_run_goes_on_with_the_file_it_was_at(tmp_path, capsys, fa
 def test_a_file_that_is_lost_is_encoded_again_alone(tmp_path):
     """The others stay."""
     whole = contents(precompute(tmp_path, Encoder()))
-    (tmp_path / "the-rows-abc-00001.arrow").unlink()
+    file(tmp_path, 1).unlink()
     again = Encoder()
     assert contents(precompute(tmp_path, again)) == whole
     assert again.counts == Counter(range(4, 8))
@@ -182,7 +193,7 @@ def test_an_interrupted_run_leaves_no_half_file_behind(tmp_path):
     """What was begun and not finished does not stay on the disk after an exception."""
     with pytest.raises(RuntimeError):
         precompute(tmp_path, Encoder(4))
-    assert [path.name for path in tmp_path.iterdir()] == ["the-rows-abc-00000.arrow"]
+    assert list(tmp_path.iterdir()) == [file(tmp_path, 0)]
 
 
 SCRIPT = """
@@ -190,7 +201,7 @@ import sys, time
 from pathlib import Path
 import torch
 from datasets import Dataset, Features, Value
-from trl_diffusion.data import caching
+from trl_diffusion.data import caching, content
 
 caching.ROWS_PER_FILE = 4
 calls = 0
@@ -217,7 +228,7 @@ def test_a_killed_run_goes_on(tmp_path):
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL, err.read_text()
-    assert [path.name for path in tmp_path.glob("*.arrow")] == ["the-rows-abc-00000.arrow"]
+    assert list(tmp_path.glob("*.arrow")) == [file(tmp_path, 0)]
     seen = []
 
     def encode(rows):
@@ -300,7 +311,7 @@ def test_only_what_is_missing_needs_room(tmp_path, monkeypatch):
     """A run that goes on where another stopped needs the room of the rest alone, and a finished one none."""
     monkeypatch.setattr(caching, "ROWS_PER_FILE", 100)
     precompute(tmp_path, Encoder(size=1000), rows(250), batch_size=50)
-    last = tmp_path / "the-rows-abc-00002.arrow"
+    last = file(tmp_path, 2)
     written = last.stat().st_size
     last.unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 0, int(0.9 * written)))
@@ -372,3 +383,188 @@ def test_a_look_up_stacks_what_was_written(tmp_path):
     batch = read_batch([dataset[int(key)] for key in keys])
     assert batch.pop("key") == keys and batch.keys() == found.keys()
     assert all(torch.equal(batch[name], found[name]) for name in batch)
+
+
+# ---- Damaged files ----
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+DAMAGES = {
+    "a byte of a tensor": lambda whole: flipped(whole, whole.rindex(b"\0\0\xa0\x40")),
+    "a byte of a key": lambda whole: flipped(whole, whole.index(b"row-5") + 4),
+    "a byte of what a row is made of": lambda whole: flipped(whole, re.search(rb"[0-9a-f]{128}", whole).start()),
+    "the schema": lambda whole: flipped(whole, 30),
+    "the checksum": lambda whole: flipped(whole, -1),
+    "cut off by a byte": lambda whole: whole[:-1],
+    "cut off in the middle": lambda whole: whole[: len(whole) // 2],
+    "without its checksum": lambda whole: whole[:-SEAL_BYTES],
+    "empty": lambda whole: b"",
+    "no Arrow file": lambda whole: b"something else" * 100,
+    "longer": lambda whole: whole + b"\0" * 8,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named_and_made_anew(tmp_path, capsys, damage):
+    """Of the same size and with its time set back where possible: what it held is encoded again, nothing else, and the result is the same."""
+    whole = contents(precompute(tmp_path, Encoder()))
+    damaged, before = file(tmp_path, 1), file(tmp_path, 1).stat()
+    damaged.write_bytes(DAMAGES[damage](damaged.read_bytes()))
+    os.utime(damaged, ns=(before.st_atime_ns, before.st_mtime_ns))
+    capsys.readouterr()
+    again = Encoder()
+    assert contents(precompute(tmp_path, again)) == whole
+    assert again.counts == Counter(range(4, 8))
+    said = capsys.readouterr().out
+    assert f"{damaged} is damaged: " in said and "4 of 10 rows are missing" in said
+    assert contents(precompute(tmp_path, Encoder(fail_at=0))) == whole
+    assert " is damaged" not in capsys.readouterr().out
+
+
+def rewritten(path: Path, change) -> None:
+    """An Arrow file with other rows, whole as far as Arrow can tell."""
+    with pa.memory_map(str(path)) as source:
+        table = change(pa.ipc.open_stream(source).read_all())
+    with pa.OSFile(str(path.with_suffix(".new")), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda table: table.slice(1), lambda table: pa.concat_tables([table, table]), lambda table: table.slice(0, 0)],
+)
+def test_a_file_with_other_rows_than_were_written_is_made_anew(tmp_path, capsys, change):
+    """Rows that are missing, or there twice, or all of them."""
+    whole = contents(precompute(tmp_path, Encoder()))
+    rewritten(file(tmp_path, 1), change)
+    again = Encoder()
+    assert contents(precompute(tmp_path, again)) == whole
+    assert again.counts == Counter(range(4, 8)) and "is damaged" in capsys.readouterr().out
+
+
+def test_a_file_of_another_content_under_a_name_of_this_one_is_made_anew(tmp_path, capsys):
+    """Whole, but of other settings; under a name of the same settings its rows are told by what they are made of."""
+    whole = contents(precompute(tmp_path, Encoder()))
+    precompute(tmp_path, Encoder(size=6), fingerprint="abd")
+    shutil.copy(next(tmp_path.glob("the-rows-abd-00001-*")), file(tmp_path, 1))
+    again = Encoder()
+    assert contents(precompute(tmp_path, again)) == whole
+    assert again.counts == Counter(range(4, 8)) and "is damaged" in capsys.readouterr().out
+    shutil.copy(file(tmp_path, 0), file(tmp_path, 1))
+    again = Encoder()
+    assert contents(precompute(tmp_path, again)) == whole
+    assert again.counts == Counter(range(4, 8)) and "is damaged" not in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_read_is_named_and_made_anew(tmp_path, capsys, monkeypatch):
+    """As without permission."""
+    whole = contents(precompute(tmp_path, Encoder()))
+    path = file(tmp_path, 1)
+    os.utime(path, (1e9, 1e9))
+    real = open
+
+    def refusing(name, *args, **kwargs):
+        if str(name) == str(path):
+            raise PermissionError(13, "Permission denied")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(content, "open", refusing, raising=False)
+    again = Encoder()
+    assert contents(precompute(tmp_path, again)) == whole
+    assert again.counts == Counter(range(4, 8))
+    assert f"{path} is damaged: it cannot be read (Permission denied)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("read", ["batch", "example", "look up"])
+def test_a_row_that_is_damaged_while_it_is_used_is_an_error_that_names_its_file(tmp_path, read):
+    """A flipped byte under a training is not trained on, and the next start makes the file anew."""
+    dataset = precompute(tmp_path, encoded)
+    whole, damaged = contents(dataset), file(tmp_path, 1)
+    with damaged.open("r+b") as opened:
+        opened.seek(damaged.read_bytes().rindex(b"\0\0\xa0\x40"))  # 5.0
+        opened.write(b"\1")
+    readers = {
+        "batch": lambda row: read_batch([dataset[0], dataset[row]]),
+        "example": lambda row: read_example(dataset[row]),
+        "look up": lambda row: TensorCache(dataset, "id")[["row-0", f"row-{row}"]],
+    }
+    readers[read](6)
+    with pytest.raises(ValueError, match=f"The file {damaged.name} of precomputed rows was damaged"):
+        readers[read](5)
+    seen = []
+    assert contents(precompute(tmp_path, lambda rows: seen.extend(rows) or encoded(rows))) == whole
+    assert [row["value"] for row in seen[1:]] == [4, 5, 6, 7]
+
+
+def test_rows_that_changed_are_encoded_beside_the_others(tmp_path, capsys):
+    """One value of one row is one row, although the dataset says that it is the same; the earlier rows stay."""
+    first, changed = rows(), rows().to_dict()
+    whole = contents(precompute(tmp_path, Encoder(), first))
+    changed["value"][6] = 77
+    changed = Dataset.from_dict(changed)
+    changed._fingerprint = first._fingerprint
+    again = Encoder()
+    found = precompute(tmp_path, again, changed)
+    assert [read_example(row)["tensor"][0].item() for row in found] == [0, 1, 2, 3, 4, 5, 77, 7, 8, 9]
+    assert again.counts == Counter([77]) and "1 of 10 rows are missing" in capsys.readouterr().out
+    for order in (range(10), [9, 3, 6]):
+        expected = [whole[row] for row in order]
+        assert contents(precompute(tmp_path, Encoder(fail_at=0), first.select(order))) == expected
+
+
+def test_runs_on_two_datasets_at_the_same_time_take_no_file_from_each_other(tmp_path):
+    """Of one content and one name: each has its rows, and nothing of the other is removed."""
+    datasets_ = [rows(10), rows(20).select(range(10, 20))]
+    barrier, found = threading.Barrier(2), {}
+
+    def encode(batch):
+        barrier.wait(30)
+        return Encoder()(batch)
+
+    def work(index):
+        found[index] = precompute(tmp_path, encode, datasets_[index])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for index, dataset in enumerate(datasets_):
+        assert found[index]["id"][:] == dataset["id"][:]
+        precompute(tmp_path, Encoder(fail_at=0), dataset)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(28, "No space left on device"), (30, "Read-only file system"), (13, "Permission denied")]
+)
+def test_what_cannot_be_written_is_one_line_and_what_was_written_stays(tmp_path, monkeypatch, number, reason):
+    """In the middle of a file; the next run goes on."""
+    whole, write = contents(precompute(tmp_path / "whole", Encoder())), content.SealedFile.write
+    calls = []
+
+    def failing(self, part):
+        calls.append(len(part))
+        if len(list((tmp_path / "cut").glob("*.arrow"))) == 1:
+            raise OSError(number, reason)
+        return write(self, part)
+
+    monkeypatch.setattr(content.SealedFile, "write", failing)
+    with pytest.raises(
+        ValueError, match=f"cannot be written: {reason}. What was precomputed before is safe.*`precompute_dir`"
+    ):
+        precompute(tmp_path / "cut", Encoder())
+    assert [path.suffix for path in (tmp_path / "cut").iterdir()] == [".arrow"]
+    monkeypatch.setattr(content.SealedFile, "write", write)
+    again = Encoder()
+    assert contents(precompute(tmp_path / "cut", again)) == whole and again.counts == Counter(range(4, 10))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    """Where a file has its name."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/cache cannot be written: Not a directory"):
+        precompute(tmp_path / "file" / "cache", Encoder())

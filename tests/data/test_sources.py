@@ -505,3 +505,27 @@ def test_a_changed_image_changes_the_fingerprint(tmp_path):
     layouts.write(tmp_path / "rows/images/002_w.png", png(50))
     layouts.write(tmp_path / "folders/w/002.png", png(50))
     assert not set(before) & {load(path)._fingerprint for path in paths}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "jsonl.zst"])
+def test_rows_that_changed_are_read_again(tmp_path, ending):
+    """Other rows in a file of the same name, size and time are not those in the cache of `datasets`."""
+    path = tmp_path / f"rows.{ending}"
+
+    def write(prompt: str) -> None:
+        rows = Dataset.from_list([{"prompt": prompt}])
+        if ending == "csv":
+            rows.to_csv(path)
+        elif ending == "parquet":
+            rows.to_parquet(path)
+        else:
+            with pa.output_stream(str(path), compression="zstd" if ending.endswith("zst") else None) as file:
+                file.write(json.dumps({"prompt": prompt}).encode() + b"\n")
+
+    write("a cat")
+    times = path.stat()
+    assert load_source(str(path))["train"]["prompt"] == ["a cat"]
+    write("a dog")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    assert load_source(str(path))["train"]["prompt"] == ["a dog"]

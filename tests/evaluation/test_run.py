@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.evaluation.loras import save_lora
 from trl_diffusion.evaluation import run
+from trl_diffusion.evaluation.generate import png_of
+from trl_diffusion.evaluation.kept_images import write_images
 from trl_diffusion.evaluation.models import resolve_model
 from trl_diffusion.evaluation.prompts import load_prompts
 from trl_diffusion.evaluation.protocols import load_protocol
@@ -254,7 +256,7 @@ def test_images_of_one_colour_are_no_pictures(folder, tmp_path, monkeypatch, cap
     settings = {"corpus_metrics": ("fid",), "references": folder / "references"}
     evaluate(folder, tmp_path)
     black = tmp_path / "images" / "second" / "00001_0.png"
-    Image.new("RGB", (32, 32)).save(black)
+    write_images({black: png_of(Image.new("RGB", (32, 32)))}, 0)
     summary = evaluate(folder, tmp_path, **settings)
     assert "1 of 6 images of second are of one colour: images/second/00001_0.png. They are not scored." in caplog.text
     others = [path for path in sorted(black.parent.glob("*.png")) if path != black]
@@ -266,8 +268,7 @@ def test_images_of_one_colour_are_no_pictures(folder, tmp_path, monkeypatch, cap
     expected = fid_from_features(Means()(others), Means()(folder / "references"))
     assert summary["scores"]["second"]["fid"]["value"] == pytest.approx(expected)
     assert "00001\\_0.png: all of it is the colour" in (tmp_path / "report.md").read_text()
-    for path in others:
-        Image.new("L", (32, 32), 128).save(path)
+    write_images({path: png_of(Image.new("L", (32, 32), 128)) for path in others}, 0)
     with pytest.raises(ValueError, match="6 of 6 images of second are of one colour: .* There is nothing to score"):
         evaluate(folder, tmp_path, **settings)
 

@@ -28,14 +28,15 @@ TREE = parse_criteria(
     """name: two
 levels: [dimension, attribute]
 tree:
-  light: {%s}
-  line: {%s}
-"""
-    % tuple(
-        ", ".join(
-            f"{kind}_{n}: {{positive: good {kind} {n}, negative: bad {kind} {n}, definition: x}}" for n in range(8)
+  light: {{{}}}
+  line: {{{}}}
+""".format(
+        *tuple(
+            ", ".join(
+                f"{kind}_{n}: {{positive: good {kind} {n}, negative: bad {kind} {n}, definition: x}}" for n in range(8)
+            )
+            for kind in "ab"
         )
-        for kind in "ab"
     ),
     "tree.yaml",
 )

@@ -2,13 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from ..families import FAMILIES
 from .__main__ import difference
 from .arms import ARMS, record
+from .loss_compare import ROOT, compare
 
 
 GOLDEN = json.loads(Path(__file__).with_name("losses.json").read_text(encoding="utf-8"))
@@ -17,6 +21,36 @@ GOLDEN = json.loads(Path(__file__).with_name("losses.json").read_text(encoding="
 def test_every_arm_is_recorded():
     """The file holds what `python -m tests.golden` compares."""
     assert GOLDEN.keys() == ARMS.keys()
+
+
+def test_every_trainer_has_every_kind_of_model():
+    """Three trainers, noise and velocity, SDXL, and each flow transformer."""
+    trained = {(trainer, family) for family, _, trainer, _ in ARMS.values()}
+    assert trained == {
+        (trainer, family) for trainer in ("iapo", "sft", "cpo") for family in ("sd", "sd_v", "sdxl", *FAMILIES)
+    }
+
+
+def test_two_revisions_are_compared_in_what_both_log():
+    """The largest difference, relative above 1; a series that broke off differs without bound; a new metric does not count."""
+    before = {"a": {"loss": [1.0, 2.0], "rewards/accuracies": [1.0]}, "b": {"loss": [1.0]}, "gone": {"loss": [1.0]}}
+    now = {
+        "a": {"loss": [1.0, 2.5], "rewards/accuracies": [0.0], "new": [1.0]},
+        "b": {"loss": []},
+        "added": {"loss": [1.0]},
+    }
+    assert compare(before, now) == {"a": 0.25, "b": float("inf")}
+
+
+@pytest.mark.slow
+def test_a_revision_is_itself():
+    """The same commit twice: two trainings are the same to the last digit, and the checkouts are gone."""
+    command = [sys.executable, "-m", "tests.golden.loss_compare", "HEAD", "HEAD", "--tolerance", "0", "--arms"]
+    ended = subprocess.run([*command, "iapo-sd-lora-random"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "1 arms are the same" in ended.stdout
+    worktrees = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "/files" not in worktrees
 
 
 @pytest.mark.parametrize(

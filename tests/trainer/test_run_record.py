@@ -127,6 +127,17 @@ class TestSameRun:
             ["rows per batch (`per_device_train_batch_size`) were 8 and are 4"],
         )
 
+    def test_processes_matter_with_dropout(self):
+        """Each process draws its own dropout: two that hold the batches of one are another run, and with buckets they are the same."""
+        one, two = config(gradient_accumulation_steps=2), config()
+        with_dropout = {"lora": lora(lora_dropout=0.1)}
+        assert compare_runs(record(one, **with_dropout), record(two, world_size=2, **with_dropout)) == (
+            [],
+            ["processes (of which each draws its own dropout) were 1 and are 2"],
+        )
+        one, two = config(gradient_accumulation_steps=2, aspect_ratio_buckets=True), config(aspect_ratio_buckets=True)
+        assert compare_runs(record(one), record(two, world_size=2)) == ([], [])
+
 
 class TestSettings:
     def test_every_setting_is_classified(self):

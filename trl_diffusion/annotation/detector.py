@@ -14,7 +14,7 @@ import torch
 from ..batching import batched
 from ..boxes import normalize_boxes
 from ..messages import shown
-from ..revisions import pinned, resolve_revision
+from ..revisions import UNTRUSTED, pinned, resolve_revision
 from .records import Instance, PairRecord
 
 
@@ -145,14 +145,14 @@ class TransformersDetector(Detector):
     def processor(self):
         from transformers import AutoProcessor
 
-        return AutoProcessor.from_pretrained(self.model_name_or_path, **pinned(self.revision))
+        return AutoProcessor.from_pretrained(self.model_name_or_path, **UNTRUSTED, **pinned(self.revision))
 
     @cached_property
     def model(self):
         from transformers import AutoModelForZeroShotObjectDetection
 
         model = AutoModelForZeroShotObjectDetection.from_pretrained(
-            self.model_name_or_path, dtype=self.dtype, **pinned(self.revision)
+            self.model_name_or_path, dtype=self.dtype, **UNTRUSTED, use_safetensors=True, **pinned(self.revision)
         )
         return model.to(self.device).eval()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, List, Value
 
+from ..files import TEMPORARY, sync
 from ..messages import cut, shown
 
 
@@ -36,18 +37,26 @@ def save_annotations(annotations: Dataset, path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in (".jsonl", ".csv", ".parquet"):
         raise ValueError(f"{path} must end in .jsonl, .csv or .parquet.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     as_text = path.suffix == ".csv"
     named = {name: without_labels(feature) for name, feature in annotations.features.items()}
     if as_text:
         named = {name: Value("string") if isinstance(feature, List) else feature for name, feature in named.items()}
-    rows = annotations.with_format(None).map(Named(annotations.features, as_text), features=Features(named))
-    if as_text:
-        rows.to_csv(path)
-    elif path.suffix == ".jsonl":
-        rows.to_json(path, force_ascii=False)
-    else:
-        rows.to_parquet(path)
+    named_rows = Named(annotations.features, as_text)
+    # A cached result may be of another version of this package
+    rows = annotations.with_format(None).map(named_rows, features=Features(named), load_from_cache_file=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        if as_text:
+            rows.to_csv(temporary)
+        elif path.suffix == ".jsonl":
+            rows.to_json(temporary, force_ascii=False)
+        else:
+            rows.to_parquet(temporary)
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Named:

@@ -64,7 +64,7 @@ class StoredImage:
     def __getstate__(self) -> dict:
         return {"data": self.data}  # decoded pixels are not sent to another process
 
-    @property
+    @cached_property
     def uid(self) -> str:
         """A hash of the content."""
         return hashlib.sha256(self.data).hexdigest()[:32]

@@ -18,24 +18,25 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset
-from datasets.exceptions import DatasetGenerationError
 
+from ..batching import in_threads
+from ..checksums import DamagedFile
 from ..data.formats import PREFERENCES, shortened
 from ..data.presets import training_columns
-from ..data.sources import first_line, load_source
+from ..data.sources import cache_of, load_source
 from ..data.tables import with_lists
 from ..messages import cut, shown
 from .files import name_reader, read_bool
 from .joined_columns import image_uids, joined_columns, orientation
 from .joined_rows import join_image, join_pair, joined_features
 from .records import STATUSES, id_text, image_columns, pair_columns, prepare_rows, read_id
-from .run import MANIFEST, Row
+from .run import Row
+from .shards import MANIFEST, PROGRESS, read_shard, rows_and_run
 
 
 logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 16
-PROGRESS = ("complete", "counts", "versions")  # entries of a manifest that the annotations do not depend on
 
 
 # ----- loading a run -----
@@ -82,13 +83,43 @@ def load_annotations(folder: str | Path, split: str | None = None, allow_incompl
             f"The run in {run} is not finished, {manifest['counts']['rows']:,} rows are done. Repeat the command that "
             "started it to continue, or pass `allow_incomplete=True` to load the rows that are done."
         )
-    shards = sorted(str(path) for path in run.glob("annotations-*.parquet"))
+    shards = sorted(run.glob("annotations-*.parquet"))
     if not shards:
         raise ValueError(f"The run in {run} has no annotations: its dataset has no rows.")
+    return read_shards(shards, manifest, split)
+
+
+def read_shards(shards: list[Path], manifest: dict[str, Any], split: str) -> Dataset:
+    """
+    Reads the shards of a run.
+
+    Args:
+        shards (`list[Path]`):
+            The files.
+        manifest (`dict`):
+            The manifest of the run.
+        split (`str`):
+            Its split.
+
+    Returns:
+        [`~datasets.Dataset`]: the rows of all of them.
+
+    Raises:
+        `ValueError`: If a shard is not as it was written, or is not of this run, or rows are missing.
+    """
+    again = "Repeat the command that wrote it: what is damaged is annotated again, and the rest is kept."
     try:
-        return Dataset.from_parquet(shards, split=split)
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        raise ValueError(f"The annotations in {run} cannot be read: {first_line(error.__cause__ or error)}") from error
+        found = in_threads(lambda shard: rows_and_run(read_shard(shard)), shards)
+    except DamagedFile as error:
+        raise ValueError(f"{error}. {again}") from error
+    num_rows = sum(rows for rows, _ in found)
+    if len({run for _, run in found}) > 1:
+        raise ValueError(f"{shards[0].parent} holds shards of several runs. {again}")
+    if manifest["complete"] and num_rows < manifest["counts"]["rows"]:
+        raise ValueError(
+            f"{shards[0].parent} has {num_rows:,} rows, and its {MANIFEST} counts {manifest['counts']['rows']:,}. {again}"
+        )
+    return Dataset.from_parquet([str(shard) for shard in shards], split=split, cache_dir=cache_of(shards))
 
 
 def find_runs(folder: str | Path) -> dict[str, Path]:
@@ -129,15 +160,16 @@ def find_runs(folder: str | Path) -> dict[str, Path]:
 
 def read_manifest(run: Path) -> dict[str, Any]:
     """Reads the manifest of a run. Raises a `ValueError` if it is none."""
+    again = "Repeat the command that wrote it: finished shards are kept."
     try:
         manifest = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{run / MANIFEST} cannot be read: {cut(str(error))}.") from error
+        raise ValueError(f"{run / MANIFEST} cannot be read: {cut(str(error))}. {again}") from error
     for path in ("complete", "dataset.split", "counts.rows"):
         found: Any = manifest
         for name in path.split("."):
             if not isinstance(found, dict) or name not in found:
-                raise ValueError(f"{run / MANIFEST} is no manifest of a run: it lacks `{path}`.")
+                raise ValueError(f"{run / MANIFEST} is no manifest of a run: it lacks `{path}`. {again}")
             found = found[name]
     return manifest
 

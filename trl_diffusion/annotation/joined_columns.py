@@ -3,6 +3,7 @@
 
 """Joins a dataset in memory with its annotations by columns: images stay where they are, and no row becomes a Python object."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, Value, concatenate_datasets
+from datasets.fingerprint import Hasher
 
 from ..batching import in_threads
 from ..data.columns import beside, for_table
+from ..data.content import state_of
 from ..data.formats import ATTRIBUTE_COLUMNS, PREFERENCES
+from ..revisions import package_digest
 from .joined_rows import read_stored
 
 
@@ -64,6 +68,7 @@ def image_uids(source: Dataset, columns: dict[str, str], names: tuple[str, ...])
         held = source.select_columns([columns[f"{name}_uid"] for name in names]).with_format("arrow")[:]
         return held.cast(pa.schema([(name, pa.string()) for name in held.column_names])).rename_columns(list(names))
     needed = {name: column for name, column in columns.items() if name == "id" or name.removesuffix("_uid") in names}
+    stored = source.select_columns([columns[name] for name in names])
     uids = source.select_columns(list(needed.values())).map(
         Uids(needed, names),
         batched=True,
@@ -71,8 +76,23 @@ def image_uids(source: Dataset, columns: dict[str, str], names: tuple[str, ...])
         remove_columns=list(needed.values()),
         features=Features({name: Value("string") for name in names}),
         desc="Reading images",
+        # `datasets` finds an earlier result by this: it knows the paths of images, and not whether other files are there now
+        new_fingerprint=Hasher.hash((source._fingerprint, needed, names, file_states(stored), package_digest())),
     )
     return uids.with_format("arrow")[:]
+
+
+def file_states(source: Dataset) -> list[tuple[str, tuple[int, ...] | None]]:
+    """The paths of the images of a dataset that holds no bytes of them, and the states of these files, see [`data.content.state_of`]."""
+    paths: dict[str, None] = {}
+    for name in source.column_names:
+        column = source.data.column(name)
+        if pa.types.is_struct(column.type) and column.type.get_field_index("path") >= 0:
+            is_outside = pc.is_null(pc.struct_field(column, "bytes"))
+            paths |= dict.fromkeys(pc.struct_field(column, "path").filter(is_outside).to_pylist())
+        elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            paths |= dict.fromkeys(column.to_pylist())
+    return [(path, state_of(path) if os.path.exists(path) else None) for path in paths if path]
 
 
 def orientation(stored: pa.Table, chosen: pa.ChunkedArray, rejected: pa.ChunkedArray) -> np.ndarray:
@@ -191,6 +211,7 @@ def joined_columns(
         batched=True,
         batch_size=ROWS_AT_ONCE,
         features=Features({name: features[name] for name in annotated.column_names}),
+        load_from_cache_file=False,  # which may be of another version of this package
         desc="Joining annotations",
     )
     joined = beside(joined, {"id": for_table(joined, pa.array(ids, pa.string()))}, features, "ids")

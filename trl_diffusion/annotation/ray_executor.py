@@ -21,7 +21,7 @@ import pyarrow as pa
 from ..batching import in_threads
 from .detector import Detector
 from .records import Record, open_images
-from .run import Rest, Role, Row, Task
+from .run import Rest, Role, Row, Task, finished_row
 
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class RoleWorker:
         try:
             in_threads(open_images, records)
             self.role(records)
-            return pack([record.to_row() for record in records] if self.last else records, stream_state)
+            return pack([finished_row(record) for record in records] if self.last else records, stream_state)
         except Exception as error:
             return pack(portable(error))
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
+from ..checksums import digest_of
 from ..data.columns import check_names, column_names, numbered, with_nested_columns
 from ..data.formats import PREFERENCES
 from ..data.presets import (
@@ -31,6 +32,7 @@ UNWRITABLE = (pa.ArrowException, TypeError, ValueError, OverflowError)  # what A
 ANNOTATIONS = ("instances", "positive_attributes", "negative_attributes")  # only rows that are ok have any
 SCHEMA_VERSION = 1  # increases with every change of the features below or of their meaning
 STATUSES = ("ok", "rejected", "error")
+INPUTS = "inputs"  # of a row that is written: what it was made of, which goes into the metadata of its shard
 
 PAIR_COLUMNS = {"id": "id", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 IMAGE_COLUMNS = {"id": "id", "prompt": "prompt", "image": "image"}
@@ -50,12 +52,15 @@ class Record:
             `"ok"`; `"rejected"` if a rule excludes the row; `"error"` if it could not be annotated.
         reason (`str`, *optional*, defaults to `""`):
             Why the status is not `"ok"`.
+        inputs (`str`, *optional*, defaults to `""`):
+            Hash of all that the roles see of the row, see [`annotation.records.inputs_of`].
     """
 
     id: str
     prompt: str
     status: str = "ok"
     reason: str = ""
+    inputs: str = ""
 
     def reject(self, reason: str) -> None:
         self.status, self.reason = "rejected", reason
@@ -280,6 +285,14 @@ def check_prompt(record: Record) -> None:
     if problem and record.status == "ok":
         record.fail(problem)
     record.prompt = readable(record.prompt)
+
+
+def inputs_of(record: "PairRecord | ImageRecord") -> str:
+    """Hash of all that the roles will see of a row that was read: its texts, and the content of its images."""
+    names = ("id", "prompt", "status", "reason", "tie", "chosen_uid", "rejected_uid", "image_uid")
+    texts = [getattr(record, name, None) for name in names]
+    images = [getattr(record, name, None) for name in ("chosen", "rejected", "image")]
+    return digest_of([texts, [image and image.uid for image in images]])
 
 
 def readable(value: Any) -> str:

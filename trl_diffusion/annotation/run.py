@@ -8,10 +8,8 @@ all. Its content depends only on the rows and on what the manifest describes, so
 result.
 """
 
-import hashlib
-import io
 import json
-import re
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,18 +19,20 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from ..batching import CORES
-from ..files import write_file
-from ..messages import cut, shown
-from .records import STATUSES, Record, check_prompt, encode_row, open_images, to_table
+from ..batching import CORES, in_threads
+from ..checksums import DamagedFile, read_json, write_json, write_table
+from ..files import hold, write_file
+from ..messages import cut
+from ..safe_names import check_part_of_path
+from .records import INPUTS, STATUSES, Record, check_prompt, encode_row, inputs_of, open_images, to_table
+from .shards import MANIFEST, RUN, SHARD, fingerprint_of, manifest_of, read_shard
 
 
-MANIFEST = "manifest.json"
+logger = logging.getLogger(__name__)
+
 STREAM_STATE = ".stream_state.json"
 PACKAGES = ("trl-diffusion", "transformers", "datasets", "torch", "pillow")
 REPEATED_ID = "the id stands in an earlier row"
@@ -75,23 +75,22 @@ class Task:
     rows_per_shard: int
     images_per_row: int
 
-    def __post_init__(self):
-        if not re.fullmatch(r"\w[\w.%:+\[\]-]{0,99}", self.split):
-            raise ValueError(
-                f"The split {shown(self.split)} is no name of a split, which a folder of annotations is named after."
-            )
-
     @property
     def fingerprint(self) -> str:
         """Hash of everything that the annotations and their shards depend on."""
-        payload = json.dumps({**self.description, "rows_per_shard": self.rows_per_shard}, sort_keys=True)
-        return hashlib.sha256(payload.encode()).hexdigest()[:8]
+        return fingerprint_of(self.description | {"rows_per_shard": self.rows_per_shard})
 
     def read_row(self, row: Row) -> Record:
         """Reads a row. One whose prompt is no text becomes an error before any model is asked about it."""
         record = self.read(row)
         check_prompt(record)
+        record.inputs = inputs_of(record)
         return record
+
+    def inputs_of(self, row: Row) -> tuple[str, str]:
+        """The id of a row, and what its annotation is made of. Its images are not kept in memory."""
+        record = self.read_row(row)
+        return record.id, record.inputs
 
     def open(self, row: Row) -> Record:
         """Reads a row and decodes its images."""
@@ -103,7 +102,12 @@ class Task:
         """Runs all roles on the records."""
         for role in self.roles:
             role(records)
-        return [record.to_row() for record in records]
+        return [finished_row(record) for record in records]
+
+
+def finished_row(record: Record) -> Row:
+    """The row to write of a record, and what it was made of."""
+    return record.to_row() | {INPUTS: record.inputs}
 
 
 @dataclass
@@ -146,6 +150,7 @@ def run(
     retry_errors: bool = False,
     num_rows: int | None = None,
     disable_tqdm: bool = False,
+    read_again: bool = False,
 ) -> "Run":
     """
     Annotates a dataset, or continues an interrupted run.
@@ -167,6 +172,8 @@ def run(
             Number of rows of a stream, for the progress bar.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Whether to hide the progress bar.
+        read_again (`bool`, *optional*, defaults to `False`):
+            Whether to read the finished rows of a stream again, as those of a dataset in memory, to find those that have changed.
 
     Returns:
         [`Run`]: the finished run.
@@ -178,8 +185,8 @@ def run(
     state = Run(task, output_dir)
     try:
         if retry_errors:
-            state.forget(lambda index: bool(state.errors[index]))
-        rest = state.rest(dataset)
+            state.forget([index for index, errors in state.errors.items() if errors])
+        rest = state.rest(dataset, read_again)
         if isinstance(dataset, Dataset):
             num_rows = len(dataset)
         with tqdm(
@@ -232,28 +239,31 @@ class Run:
 
     def __init__(self, task: Task, output_dir: str | Path):
         self.task = task
-        self.folder = Path(output_dir) / f"{task.split}-{task.fingerprint}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"Another process is annotating into {self.folder}. Wait for it, or stop it.") from error
+        self.folder = Path(output_dir) / f"{check_part_of_path(task.split, 'split')}-{task.fingerprint}"
+        self.lock = hold(self.folder, "annotating")
         self.saved_state = self.folder / STREAM_STATE
         for path in self.folder.glob("*.tmp"):
             path.unlink()  # unfinished files of a killed process
         self.read()
 
     def read(self) -> None:
-        """Reads and counts the existing shards."""
+        """Reads and counts the existing shards. Those that are not as they were written are named, and count as missing."""
         self.shards: dict[int, list[str]] = {}  # ids of each shard
+        self.inputs: dict[int, list[str]] = {}  # what its rows were made of
         self.errors: dict[int, list[tuple[str, str]]] = {}  # id and reason of the errors of each shard
         self.counts: Counter[str] = Counter(dict.fromkeys(("rows", *STATUSES), 0))
         self.seen: set[str] = set()
-        manifest = self.folder / MANIFEST
-        self.complete = manifest.exists() and json.loads(manifest.read_text())["complete"]
         for path in sorted(self.folder.glob("annotations-*.parquet")):
-            self.add(int(path.stem.removeprefix("annotations-")), pq.read_table(path).to_pylist())
+            try:
+                table = read_shard(path, self.task.fingerprint)
+            except DamagedFile as error:
+                logger.warning(f"{error}: its rows are annotated again.")
+                continue
+            inputs = json.loads(table.schema.metadata[INPUTS.encode()])
+            self.add(int(path.stem.removeprefix("annotations-")), table.to_pylist(), inputs)
+        # A damaged or missing shard makes a run incomplete that was not
+        manifest = manifest_of(self.folder)
+        self.complete = manifest.get("complete") is True and manifest.get("counts") == dict(self.counts)
 
     def path(self, index: int) -> Path:
         """The file of a shard."""
@@ -263,8 +273,9 @@ class Run:
         """Index of the first missing shard."""
         return next(index for index in count() if index not in self.shards)
 
-    def add(self, index: int, rows: list[Row]) -> None:
+    def add(self, index: int, rows: list[Row], inputs: list[str]) -> None:
         """Adds a shard to the counts."""
+        self.inputs[index] = inputs
         statuses = [STATUSES[row["status"]] for row in rows]
         self.shards[index] = [row["id"] for row in rows]
         self.errors[index] = [(row["id"], row["reason"]) for row, what in zip(rows, statuses) if what == "error"]
@@ -273,44 +284,82 @@ class Run:
         self.counts.update(statuses)
         self.counts.update(self.task.count(rows))
 
-    def rest(self, dataset: Dataset | IterableDataset) -> Rest:
+    def rest(self, dataset: Dataset | IterableDataset, read_again: bool = False) -> Rest:
         """
-        Finds the remaining rows. A stream continues at its saved state, without reading the earlier rows again. A
-        finished stream is not read again.
+        Finds the remaining rows. Shards of rows whose prompt or images have changed since are annotated again. A stream continues
+        at its saved state, without reading the earlier rows again, unless this is asked for. A finished stream is not read again.
 
         Args:
             dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
                 All rows.
+            read_again (`bool`, *optional*, defaults to `False`):
+                Whether to read the finished rows of a stream again.
 
         Returns:
             [`Rest`]
 
         Raises:
-            `ValueError`: If the ids of a dataset in memory are not those in the shards.
+            `ValueError`: If the ids of the dataset are not those in the shards.
         """
         size = self.task.rows_per_shard
         if isinstance(dataset, Dataset):
             # Annotate the last shard again if it is not full and the dataset has grown
-            self.forget(lambda index: index * size + len(self.shards[index]) < min((index + 1) * size, len(dataset)))
-        elif self.complete:
+            self.forget(
+                [i for i, ids in self.shards.items() if i * size + len(ids) < min((i + 1) * size, len(dataset))]
+            )
+        if isinstance(dataset, Dataset) or read_again:
+            self.forget_changed(dataset)
+        if isinstance(dataset, IterableDataset) and self.complete:
             return Rest(dataset.take(0))
         done = {index * size + place for index, ids in self.shards.items() for place in range(len(ids))}
         if isinstance(dataset, Dataset):
-            present = dataset[self.task.description["columns"]["id"]]
-            for index, ids in self.shards.items():
-                if ids != [str(value) for value in present[index * size : index * size + len(ids)]]:
-                    raise ValueError(
-                        f"{self.path(index)} holds annotations of other rows than the dataset now has at this position: "
-                        "the rows or their order have changed. Use another `--output_dir`."
-                    )
             return Rest(dataset.select([number for number in range(len(dataset)) if number not in done]))
         start = 0
-        if self.saved_state.exists():
-            saved = json.loads(self.saved_state.read_text())
-            if saved["shards"] <= self.next_index():
-                start = saved["shards"] * size
-                dataset.load_state_dict(saved["state"])
+        try:
+            saved = read_json(self.saved_state) if self.saved_state.exists() else None
+        except DamagedFile as error:
+            logger.warning(f"{error}: the stream is read from its beginning.")
+            saved = None
+        if saved and saved["shards"] <= self.next_index():
+            start = saved["shards"] * size
+            dataset.load_state_dict(saved["state"])
         return Rest(dataset, start, frozenset(done))
+
+    def forget_changed(self, dataset: Dataset | IterableDataset) -> None:
+        """
+        Reads the rows of all shards, and forgets the shards of which a row is not what was annotated.
+
+        Args:
+            dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+                All rows.
+
+        Raises:
+            `ValueError`: If the ids of the dataset are not those in the shards.
+        """
+        size, changed, stream = self.task.rows_per_shard, {}, iter(dataset)
+        for index in range(max(self.shards, default=-1) + 1):
+            ids = self.shards.get(index)
+            if isinstance(dataset, Dataset):
+                rows = dataset.select(range(index * size, min(index * size + len(ids), len(dataset)))) if ids else []
+            else:
+                rows = list(islice(stream, size))
+            if not ids:
+                continue
+            found = in_threads(self.task.inputs_of, rows)
+            if ids != [row_id for row_id, _ in found]:
+                raise ValueError(
+                    f"{self.path(index)} holds annotations of other rows than the dataset now has at this position: "
+                    "the rows or their order have changed. Use another `--output_dir`."
+                )
+            others = [row_id for (row_id, inputs), known in zip(found, self.inputs[index]) if inputs != known]
+            changed |= {index: others} if others else {}
+        if changed:
+            ids = [row_id for others in changed.values() for row_id in others]
+            logger.warning(
+                f"Prompts or images have changed since they were annotated, in {len(ids):,} rows, such as {', '.join(ids[:5])}: the "
+                f"shards of these rows, {len(changed):,} in all, are annotated again."
+            )
+            self.forget(list(changed))
 
     def write(self, rows: list[Row], stream_state: dict | None, max_error_rate: float) -> None:
         """
@@ -332,6 +381,7 @@ class Run:
             if row["id"] in self.seen:
                 row.update(status="rejected", reason=REPEATED_ID)
             self.seen.add(row["id"])
+        inputs = [row.pop(INPUTS) for row in rows]
         rows, table = to_table(rows, self.task.features.arrow_schema)
         errors = [(row["id"], row["reason"]) for row in rows if row["status"] == "error"]
         num_rows, num_errors = self.counts["rows"] + len(rows), self.counts["error"] + len(errors)
@@ -342,13 +392,12 @@ class Run:
                 f"them. The last errors:\n{listed(errors)}"
             )
         index = self.next_index()
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer)
-        self.write_file(self.path(index), buffer.getvalue())
-        self.add(index, [encode_row(row) for row in rows])
+        origin = {INPUTS: json.dumps(inputs), SHARD: self.path(index).name, RUN: self.task.fingerprint}
+        table = table.replace_schema_metadata(table.schema.metadata | origin)
+        write_table(self.path(index), table, self.safe)
+        self.add(index, [encode_row(row) for row in rows], inputs)
         if stream_state is not None:
-            state = {"shards": index + 1, "state": stream_state}
-            self.write_file(self.saved_state, json.dumps(state).encode())
+            write_json(self.saved_state, {"shards": index + 1, "state": stream_state}, self.safe)
         self.write_manifest(complete=False)
 
     def finish(self, max_error_rate: float) -> None:
@@ -380,14 +429,16 @@ class Run:
             "counts": dict(sorted(self.counts.items())),
             "versions": {package: version(package) for package in PACKAGES},
         }
-        self.write_file(self.folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+        write_file(self.folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode(), self.safe)
 
-    def write_file(self, path: Path, content: bytes) -> None:
-        write_file(path, content, safe=f"{self.counts['rows']} rows are written and safe")
+    @property
+    def safe(self) -> str:
+        """What a failure does not affect."""
+        return f"{self.counts['rows']} rows are written and safe"
 
-    def forget(self, is_wanting: Callable[[int], bool]) -> None:
-        """Deletes the shards for whose index `is_wanting` returns `True`, so that their rows are annotated again."""
-        if wanting := [index for index in self.shards if is_wanting(index)]:
+    def forget(self, wanting: list[int]) -> None:
+        """Deletes shards, so that their rows are annotated again."""
+        if wanting:
             self.write_manifest(complete=False)
             self.saved_state.unlink(missing_ok=True)
             for index in wanting:

@@ -11,7 +11,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from ..batching import batched
 from ..messages import cut
-from ..revisions import pinned, resolve_revision
+from ..revisions import UNTRUSTED, pinned, resolve_revision
 from .vlm import VLM, GenerationError, Request, cut_off
 
 
@@ -70,7 +70,7 @@ class TransformersVLM(VLM):
     @cached_property
     def model(self):
         model = AutoModelForImageTextToText.from_pretrained(
-            self.model_name_or_path, dtype=self.dtype, **pinned(self.revision)
+            self.model_name_or_path, dtype=self.dtype, **UNTRUSTED, use_safetensors=True, **pinned(self.revision)
         )
         return model.to(self.device).eval()
 
@@ -79,7 +79,7 @@ class TransformersVLM(VLM):
         processor_class = PROCESSOR_MAPPING.get(type(self.model.config), AutoProcessor)
         if issubclass(processor_class, ProcessorMixin) and "video_processor" in processor_class.get_attributes():
             processor_class = without_video(processor_class)
-        return processor_class.from_pretrained(self.model_name_or_path, **pinned(self.revision))
+        return processor_class.from_pretrained(self.model_name_or_path, **UNTRUSTED, **pinned(self.revision))
 
     def generate(self, requests: list[Request]) -> list[str | GenerationError]:
         # Batches hold requests of similar length, which reduces padding.

@@ -3,7 +3,6 @@
 
 """Finding a model by what its user calls it: a Hub id, a folder, a file, or a link on the Hub."""
 
-import json
 import re
 from pathlib import Path
 from typing import NoReturn
@@ -11,11 +10,12 @@ from typing import NoReturn
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+from .folder_checks import INDEX, check_name, read_json
+
 
 ENDINGS = (".safetensors", ".ckpt")
 OTHER_ENDINGS = (".gguf", ".bin", ".pt", ".pth", ".onnx", ".zip", ".json", ".yaml", ".yml", ".txt")
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-INDEX = "model_index.json"
 LINK = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?#]+)")
 HUB_PAGE = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)/?")
 # Where a pipeline is when the folder above it was named, also in the Hub's cache
@@ -40,6 +40,7 @@ def find_model(name: str | Path) -> str:
         raise ValueError("The name of the model is empty: pass a Hub id, a folder or a file.")
     if name.startswith(("http://", "https://")):
         return _download(name)
+    check_name(name)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / INDEX).is_file():
@@ -56,21 +57,22 @@ def find_model(name: str | Path) -> str:
 
 
 def _download(link: str) -> str:
+    shown = re.sub("(?<=//)[^/]*@", "", link.split("?")[0])  # without a password
     if page := HUB_PAGE.fullmatch(link):
         raise ValueError(f"{link} is the page of a model: pass its Hub id, {page[1]}.")
     parts = LINK.fullmatch(link.split("?")[0])
     if parts is None:
         raise ValueError(
-            f"{link} is no file on the Hub, whose links are like https://huggingface.co/user/model/blob/main/file.safetensors. "
+            f"{shown} is no file on the Hub, whose links are like https://huggingface.co/user/model/blob/main/file.safetensors. "
             "Download it first, and pass the file."
         )
     repo, revision, file = parts.groups()
     if not file.lower().endswith(ENDINGS):
-        raise ValueError(f"{link} is no {' or '.join(ENDINGS)} file.")
+        raise ValueError(f"{shown} is no {' or '.join(ENDINGS)} file.")
     try:
         return hf_hub_download(repo, file, revision=revision)
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(f"{link} cannot be downloaded: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{shown} cannot be downloaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def _check_ending(path: Path) -> None:
@@ -96,8 +98,9 @@ def _refuse_folder(path: Path) -> NoReturn:
             f"{path} holds a LoRA ({LORA_WEIGHTS_NAME}) and no pipeline: pass the model that it was trained on."
         )
     if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        kind = config.get("_class_name") or ", ".join(config.get("architectures") or ["model"])
+        config = read_json(path / "config.json")
+        kind = config.get("_class_name") or config.get("architectures") or "model"
+        kind = ", ".join(map(str, kind)) if isinstance(kind, list) else str(kind)
         whole = (
             f"pass its pipeline, {path.parent}" if (path.parent / INDEX).is_file() else f"pass a folder with {INDEX}"
         )

@@ -21,11 +21,13 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 
 from .dtypes import check_components, dtype_of
 from .files import read_checkpoint
+from .folder_checks import allowing_pickles, check_folder
 from .kinds import kind_of
 from .names import find_model
-from .source import components_left_out, read_index
+from .source import components_left_out, local_folder, read_index
 from .stable_diffusion_checks import check_velocity
 from .vae import load_vae
+from .weights import load_checked
 
 
 logger = logging.getLogger(__name__)
@@ -110,7 +112,13 @@ def load_single_file(
     kind = kind_of(checkpoint, name, FAMILIES)
     pipeline_class, parts = FAMILIES[kind], PREFIXES[FAMILIES[kind]]
     config = find_model(config or DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
+    pickles = allowing_pickles({"use_safetensors": kwargs.pop("use_safetensors", None)})
     kwargs |= _checked_config(config, pipeline_class, name, kwargs)
+    denoiser = "transformer" if pipeline_class in (StableDiffusion3Pipeline, FluxPipeline) else "unet"
+    if Path(config).is_dir():  # of which the components that the file may hold are not read
+        index, of_file = read_index(config, {}), (denoiser, *parts)
+        check_folder(config, {part: index.get(part) for part in of_file}, kwargs, pickles=True)
+        check_folder(config, index, {*kwargs, *of_file}, pickles=not pickles["use_safetensors"])
     _check_guidance(kind, name, config)
     if "v_pred" in checkpoint:
         check_velocity(name, config)
@@ -124,12 +132,12 @@ def load_single_file(
     check_components(dtype, read_index(config, kwargs))
     default = dtypes.get("default", torch.float32)
     if isinstance(kwargs.get("vae"), str | Path):
-        kwargs["vae"] = load_vae(kwargs["vae"], dtype_of("vae", dtype), config, kwargs)
+        kwargs["vae"] = load_vae(kwargs["vae"], dtype_of("vae", dtype), config, kwargs | pickles)
     if missing:
         logger.warning(f"{name} is without {', '.join(f'`{part}`' for part in missing)}; taken from {config}.")
-        denoiser = "transformer" if pipeline_class in (StableDiffusion3Pipeline, FluxPipeline) else "unet"
         others = {part: None for part in (denoiser, *parts) if part not in missing}
-        donor = DiffusionPipeline.from_pretrained(config, dtype=dtype, **{**kwargs, **others})
+        given = {**kwargs, **others, **pickles}
+        donor = load_checked(local_folder(config, given), dtype, given)
         kwargs |= {part: getattr(donor, part) for part in missing}
     try:
         if "vae" not in kwargs and "vae" in dtypes:  # in its own precision, not rounded to the default before
@@ -137,10 +145,10 @@ def load_single_file(
         pipeline = pipeline_class.from_single_file(name, config=config, dtype=default, **kwargs)
     except NotImplementedError as error:  # what got no weight has no data that could be copied
         raise _is_without(name, pipeline_class, config) from error
-    except ValueError as error:  # of diffusers, with advice that does not help here
+    except Exception as error:  # of diffusers, with advice that does not help here
+        reason = " ".join(str(error).split(". If you")[0].split()) or type(error).__name__
         raise ValueError(
-            f"{name} does not fit {config}, which gives its configuration: {str(error).split('. If you')[0]}. Pass a `config` of the "
-            "same architecture."
+            f"{name} does not fit {config}, which gives its configuration: {reason[:500]}. Pass a `config` of the same architecture."
         ) from error
     modules = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
     if any(parameter.is_meta for module in modules for parameter in module.parameters()):
@@ -181,9 +189,9 @@ def _checked_config(
     """Components that the pipeline of `config` was saved without. Raises a `ValueError` where it is of another family."""
     try:
         class_name = read_index(config, kwargs)["_class_name"]
-    except OSError as error:
+    except ValueError as error:
         raise ValueError(
-            f"{name} needs the configuration of its pipeline, and {config} cannot be had: {str(error).splitlines()[0]} Pass the "
+            f"{name} needs the configuration of its pipeline, and {config} cannot be had: {error} Pass the "
             "folder or the Hub id of a pipeline of the same architecture as `config` in `model_init_kwargs`."
         ) from error
     if class_name != pipeline_class.__name__:

@@ -3,7 +3,6 @@
 
 """Loading the components of a pipeline when they are needed, and in the precision that they are needed in."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,9 +13,10 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 
 from .dtypes import check_components, dtype_of
+from .folder_checks import allowing_pickles, check_folder, read_index, read_json
 from .quantization import SETTINGS, check_environment, describe_settings, make_config
 from .vae import load_vae
-from .weights import check_finite_files, load_checked
+from .weights import check_finite_files, load_checked, naming_the_folder
 
 
 logger = logging.getLogger(__name__)
@@ -77,13 +77,12 @@ class PipelineSource:
         self.dtype, self.unrounded_dtype = dtype, unrounded_dtype
         self.vae_name = kwargs.pop("vae") if isinstance(kwargs.get("vae"), str | Path) else None
         self.quantization = quantization or {}
+        kwargs = allowing_pickles(kwargs)
         self.kwargs = kwargs | components_left_out(name, kwargs)
         check_components(dtype, read_index(name, kwargs))
         # Whatever changes on the Hub meanwhile, all components are of one commit
         not_needed = {} if self.vae_name is None else {"vae": None}
-        self.folder = (
-            name if Path(name).is_dir() else str(DiffusionPipeline.download(name, **self.kwargs, **not_needed))
-        )
+        self.folder = local_folder(name, self.kwargs | not_needed)
         parts = [part for part in read_index(self.folder, {}) if part not in self.kwargs]
         if quantized := [part for part in parts if self.planned_quantization(part)]:
             check_environment(f"A quantised {' and '.join(f'`{part}`' for part in quantized)}")
@@ -98,7 +97,7 @@ class PipelineSource:
         if name in self.quantization:
             return describe_settings(self.quantization[name])
         file = Path(self.folder) / name / "config.json"
-        stored = (json.loads(file.read_text()).get("quantization_config") if file.exists() else None) or {}
+        stored = (read_json(file).get("quantization_config") if file.exists() else None) or {}
         if stored.get("quant_method") != "bitsandbytes":
             return None
         return describe_settings(SETTINGS | stored)
@@ -160,31 +159,37 @@ class PipelineSource:
 
     def empty(self, name: str) -> torch.nn.Module | None:
         """A component of diffusers that still has to get its weights, or `None` where its class is not one of diffusers."""
-        _, class_name = read_index(self.folder, {}).get(name, (None, None))
+        entry = read_index(self.folder, {}).get(name)
+        class_name = entry[1] if isinstance(entry, list) else None
         model_class = getattr(diffusers, class_name or "", None)
         if model_class is None:
             return None
-        with init_empty_weights():
+        with naming_the_folder(self.folder), init_empty_weights():
             module = model_class.from_config(model_class.load_config(self.folder, subfolder=name))
         module.awaits_weights = True  # `backbones.checks` refuses any other without weights
         return module
 
 
-def read_index(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+def local_folder(name: str, kwargs: dict[str, Any]) -> str:
     """
-    Reads which components a pipeline has.
+    Finds the folder of a pipeline, which is downloaded if it is on the Hub, and checks it, see [`backbones.folder_checks.check_folder`].
 
     Args:
         name (`str`):
             A Hub id, or a folder that holds a pipeline.
         kwargs (`dict`):
-            What is passed to `from_pretrained`, such as `revision`.
+            What is passed to `from_pretrained`, see [`backbones.folder_checks.allowing_pickles`]. Components in it are neither
+            downloaded nor checked.
 
     Returns:
-        `dict`: the content of `model_index.json`.
+        `str`: the folder.
+
+    Raises:
+        `ValueError`: If the folder asks for more than weights and settings.
     """
-    location = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-    return DiffusionPipeline.load_config(name, **location)
+    folder = name if Path(name).is_dir() else str(DiffusionPipeline.download(name, **kwargs))
+    check_folder(folder, read_index(folder, {}), kwargs, pickles=not kwargs["use_safetensors"])
+    return folder
 
 
 def components_left_out(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:

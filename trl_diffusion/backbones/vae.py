@@ -7,11 +7,11 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL
 from torch.nn.functional import pixel_unshuffle
 
+from .folder_checks import check_component, pipeline_class, read_index
 from .names import INDEX, find_model
 from .weights import check_loading_info
 
@@ -73,6 +73,7 @@ def load_vae(name: str | Path, dtype: torch.dtype, config: str, kwargs: dict[str
         `ValueError`: If there is no such VAE, or it is of another class, or its weights do not fit.
     """
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    how = {"use_safetensors": kwargs.get("use_safetensors", True)}
     vae_class = _vae_class(config, hub)
     path = Path(name).expanduser()
     where = str(path) if path.is_dir() else find_model(name)
@@ -86,22 +87,32 @@ def load_vae(name: str | Path, dtype: torch.dtype, config: str, kwargs: dict[str
             info = {"missing_keys": [key for key, weight in vae.named_parameters() if weight.is_meta]}
         else:
             folder = {"subfolder": "vae"} if _is_pipeline(where, hub) else {}
+            check_component(Path(where, *folder.values()), pickles=not how["use_safetensors"])
             kind = AutoencoderKL.load_config(where, **folder, **hub).get("_class_name")
             if kind != vae_class.__name__:
                 raise ValueError(
                     f"`vae` is {name}, a `{kind}`. Pass an `{vae_class.__name__}`, as the pipeline has it."
                 )
-            vae, info = vae_class.from_pretrained(where, dtype=dtype, output_loading_info=True, **folder, **hub)
-    except (OSError, NotImplementedError) as error:
-        raise ValueError(f"`vae` is {name}, which cannot be loaded: {str(error).splitlines()[0]}") from error
+            vae, info = vae_class.from_pretrained(where, dtype=dtype, output_loading_info=True, **folder, **how, **hub)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the libraries raise
+        raise ValueError(
+            f"`vae` is {name}, which cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0][:500]}"
+        ) from error
     check_loading_info(info, f"The VAE {name}")
     return vae
 
 
 def _vae_class(pipeline: str, hub: dict[str, Any]) -> type[torch.nn.Module]:
     """The class of VAE that a pipeline of this class has."""
-    pipeline_class = getattr(diffusers, DiffusionPipeline.load_config(pipeline, **hub)["_class_name"], None)
-    return AutoencoderKL if pipeline_class is None else inspect.signature(pipeline_class).parameters["vae"].annotation
+    index = read_index(pipeline, hub)
+    if (family := pipeline_class(index)) is None:
+        return AutoencoderKL
+    parameters = inspect.signature(family).parameters
+    if "vae" not in parameters:
+        raise ValueError(f"{pipeline} is a `{index['_class_name']}`, which has no VAE. Leave `vae` out.")
+    return parameters["vae"].annotation
 
 
 def _is_pipeline(where: str, hub: dict[str, Any]) -> bool:

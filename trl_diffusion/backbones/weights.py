@@ -6,7 +6,8 @@ Whether the weights of a pipeline's folder are those of its models. diffusers an
 which are then random, and of weights that belong to nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +48,28 @@ def load_checked(
     Raises:
         `ValueError`: If it cannot be loaded, or weights do not fit.
     """
-    try:
+    with naming_the_folder(folder):
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **kwargs)
-    except (OSError, RuntimeError, ValueError) as error:  # of diffusers and transformers
-        reason = " ".join(str(error).split(". If you")[0].split())
+    check_files(pipeline, folder, kwargs, pipeline.components.keys() - kwargs.keys())
+    return pipeline
+
+
+@contextmanager
+def naming_the_folder(folder: str) -> Iterator[None]:
+    """Turns whatever diffusers, transformers and tokenizers raise of a folder into an error that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split(". If you")[0].split()) or type(error).__name__
+        reason = reason if len(reason) <= 500 else f"{reason[:500]}..."
         variants = {file.name.split(".")[1] for file in Path(folder).glob("*/*.*.safetensors")}
         hint = (
             f" Its files are of the variant {', '.join(sorted(variants))}: pass it as `variant`." if variants else ""
         )
         raise ValueError(f"The pipeline in {folder} cannot be loaded: {reason.removesuffix('.')}.{hint}") from error
-    check_files(pipeline, folder, kwargs.get("variant"), pipeline.components.keys() - kwargs.keys())
-    return pipeline
 
 
-def check_files(pipeline: DiffusionPipeline, folder: str, variant: str | None, names: Iterable[str]) -> None:
+def check_files(pipeline: DiffusionPipeline, folder: str, kwargs: dict[str, Any], names: Iterable[str]) -> None:
     """
     Refuses components with weights that their files do not have, and files with weights that are not the component's.
 
@@ -69,21 +78,23 @@ def check_files(pipeline: DiffusionPipeline, folder: str, variant: str | None, n
             The loaded pipeline.
         folder (`str`):
             The folder that it was loaded from.
-        variant (`str`, *optional*):
-            The variant of the weight files.
+        kwargs (`dict`):
+            What it was loaded with, such as `variant`.
         names (`Iterable[str]`):
             Names of the components that were loaded from there.
 
     Raises:
         `ValueError`: If some do not fit.
     """
+    settings = {key: kwargs[key] for key in ("variant", "use_safetensors") if key in kwargs}
     for name in names:
         module, path = getattr(pipeline, name), Path(folder) / name
         if not isinstance(module, torch.nn.Module) or not path.is_dir():
             continue
-        if _plain(module.state_dict()) != _names_in_files(path, variant):
+        if _plain(module.state_dict()) != _names_in_files(path, settings.get("variant")):
             # Perhaps only older names, which the library knows: it is asked itself, by loading this component alone
-            _, info = type(module).from_pretrained(path, variant=variant, output_loading_info=True)
+            with naming_the_folder(folder):
+                _, info = type(module).from_pretrained(path, output_loading_info=True, **settings)
             check_loading_info(info, f"`{name}` in {folder}")
 
 

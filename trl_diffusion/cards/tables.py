@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .text import BEGINNING, plain
+
 
 # Significant digits of the largest value of a column: 22.02 for a mean over images, 12.3 for a corpus metric
 SCORE_DIGITS, CORPUS_DIGITS = 4, 3
@@ -87,8 +89,12 @@ def best(values: Sequence[float | None], higher_is_better: bool, places: int) ->
 
 
 def markdown_text(text: str) -> str:
-    """Escapes a text, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(text.split()))
+    """
+    Escapes a text, on one line, as [`cards.text.one_line`] does, but with backslashes: a report is also read as it is, and is no page
+    of the Hub.
+    """
+    text = re.sub(r"([\\`*_{}\[\]<>|#~]|&(?=#?\w+;)|:(?=//)|(?<=\bwww)\.)", r"\\\1", plain(text))
+    return BEGINNING.sub(lambda found: f"{found[1][:-1]}&#{ord(found[1][-1])};", text)
 
 
 def markdown_table(grid: Grid, escape: Callable[[str], str] = markdown_text) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parents[1] / "accelerate_configs"
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+SUPPORTED = ("FSDP", "DEEPSPEED")
 
 
 def resolve_accelerate_config(flags: list[str]) -> list[str]:
@@ -47,7 +48,7 @@ def find_config(name: str) -> str:
     """The file of a configuration: of this package, one's own, or of TRL's."""
     if name in NAMES:
         return str(FOLDER / f"{name}.yaml")
-    theirs = files("trl.accelerate_configs") / f"{name}.yaml"  # for shards, which is then said
+    theirs = files("trl.accelerate_configs") / f"{name}.yaml"  # for other shards, which is then said
     for file in (Path(name), theirs):
         if file.is_file():
             return str(file)
@@ -96,14 +97,25 @@ def check_is_supported(args: argparse.Namespace, config) -> None:
             Its configuration.
 
     Raises:
-        `ValueError`: If the weights would be cut over devices, or nobody knows where the first of several machines is.
+        `ValueError`: If the weights would be cut over devices in a way that is not supported, or are not cut as is asked, or nobody
+            knows where the first of several machines is.
     """
     flags = {"FSDP": args.use_fsdp, "DEEPSPEED": args.use_deepspeed, "MEGATRON_LM": args.use_megatron_lm}
     kind = config.distributed_type if config is not None else None
-    if sharded := [name for name in SHARDED if flags[name] or kind == name]:
+    sharded = [name for name in SHARDED if flags[name] or kind == name]
+    if sharded and sharded[0] not in SUPPORTED:
         raise ValueError(
             f"Sharded training ({sharded[0]}) is not supported: what is saved would not be what diffusers loads. Use "
-            "`--accelerate_config multi_gpu`, which copies the model to each GPU, or train a LoRA with `--use_peft`."
+            "`--accelerate_config fsdp2`, or `multi_gpu`, which copies the model to each GPU."
+        )
+    if "FSDP" in sharded:
+        _check_fsdp(args, config)
+    if "DEEPSPEED" in sharded:
+        _check_deepspeed(args, config)
+    if sharded and Path(args.training_script).stem == "evaluate_models":
+        raise ValueError(
+            f"{sharded[0]} is asked for, and an evaluation shards nothing: each process has a whole model. Use "
+            "`--accelerate_config multi_gpu`."
         )
     machines = args.num_machines or (config.num_machines if config is not None else 1)
     address = args.main_process_ip or (config.main_process_ip if config is not None else None)
@@ -112,3 +124,32 @@ def check_is_supported(args: argparse.Namespace, config) -> None:
             f"`--main_process_ip` is missing: with {machines} machines, give all of them the address of the first, and the others "
             "`--machine_rank` 1 and so on."
         )
+
+
+def _check_fsdp(args: argparse.Namespace, config) -> None:
+    own = (config.fsdp_config if config is not None else None) or {}
+    if str(own.get("fsdp_version", args.fsdp_version)) != "2":
+        raise ValueError(
+            "FSDP version 1 is not supported: what is saved would not be what diffusers loads. Use `--accelerate_config fsdp2`, or set "
+            "`fsdp_version: 2` (`--fsdp_version 2`)."
+        )
+    if args.cpu or (config is not None and config.use_cpu):
+        raise ValueError(
+            "FSDP is asked for on the CPU, where nothing would be sharded. Leave it out: `--accelerate_config multi_cpu` starts two "
+            "processes there."
+        )
+
+
+def _check_deepspeed(args: argparse.Namespace, config) -> None:
+    from transformers.integrations.deepspeed import is_deepspeed_available
+
+    own = (config.deepspeed_config if config is not None else None) or {}
+    file = own.get("deepspeed_config_file", args.deepspeed_config_file)  # which the trainer checks
+    stage = own.get("zero_stage", args.zero_stage) or 2
+    if file is None and str(stage) not in ("2", "3"):
+        raise ValueError(
+            f"DeepSpeed's ZeRO-{stage} is not supported: what is saved would not be what diffusers loads. Use `--accelerate_config zero2` "
+            "or `zero3`."
+        )
+    if not is_deepspeed_available():
+        raise ValueError("DeepSpeed is not installed. Install it with `pip install 'trl-diffusion[deepspeed]'`.")

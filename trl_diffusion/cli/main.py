@@ -11,6 +11,7 @@ from importlib import import_module
 from types import ModuleType
 
 from .. import __version__
+from ..machine import without_secrets
 
 
 # Each command is a script in `trl_diffusion/scripts/` that can also be run alone, see `script_of`.
@@ -89,7 +90,7 @@ def run_command(argv: list[str]) -> int:
 
     from .script import run_launched, run_script
 
-    if command in LAUNCHED_COMMANDS:
+    if command in LAUNCHED_COMMANDS and "LOCAL_RANK" not in os.environ:  # that a launcher, such as `torchrun`, has set
         return run_launched(command, lambda: script_of(command), rest)
     return run_script(command, lambda: script_of(command), rest)
 
@@ -101,5 +102,7 @@ def known_command(argv: list[str], parser: argparse.ArgumentParser) -> tuple[str
     if argv[0] not in COMMANDS:
         close = difflib.get_close_matches(argv[0].replace("_", "-"), COMMANDS, n=1)
         suggestion = f"; did you mean `{close[0]}`?" if close else ""
-        parser.exit(2, f"trl-diffusion: error: `{argv[0]}` is no command{suggestion} (`--help` lists them)\n")
+        parser.exit(
+            2, f"trl-diffusion: error: `{without_secrets(argv[0])}` is no command{suggestion} (`--help` lists them)\n"
+        )
     return argv[0], argv[1:]

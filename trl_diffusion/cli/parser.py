@@ -17,6 +17,7 @@ from typing import Any
 
 from trl import TrlParser
 
+from ..machine import without_secrets
 from ..messages import CONTROL
 from .accelerate_config import NAMES
 from .config_file import read_config
@@ -98,7 +99,7 @@ class CommandParser(TrlParser):
         super()._parse_dataclass_field(self.titled[group_of(self.dtype, field.name)], field)
 
     def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (`--help` lists the flags)\n")
+        self.exit(2, f"{self.prog}: error: {without_secrets(message)} (`--help` lists the flags)\n")
 
     def print_help(self, file=None) -> None:
         super().print_help(file)

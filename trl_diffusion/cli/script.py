@@ -6,12 +6,15 @@
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING
 
+from ..machine import without_secrets
 from ..messages import cut, printable
+from .others import ending_with_others, failure_of_another, tell_others
 from .quiet import quiet
 from .stopping import stopping
 
@@ -38,10 +41,10 @@ def run_script(command: str, find_script: Callable[[], ModuleType], flags: list[
     Returns:
         `int`: the exit status: what `main` returns or 0, 2 after a mistake, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    status = 0
+    status, sys.excepthook = 0, say_traceback
     with quiet() as cut, stopping(command) as stop:
         try:
-            with mistakes(command) as made:
+            with mistakes(command) as made, ending_with_others(command):
                 script = find_script()
                 status = script.main(*parser_of(command, script).parse_args_and_config(flags)) or 0
         except BaseException:
@@ -96,12 +99,22 @@ def mistakes(command: str) -> Iterator[list[str]]:
     except BrokenPipeError:
         raise
     except Exception as error:
-        if not is_mistake(error):
+        line = describe(error) if is_mistake(error) else failure_of_another(error)
+        if line is None:
+            tell_others(f"{type(error).__name__}: {describe(error)}")
             raise
-        made.append(describe(error))
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # the first process says the same, and its end ends this one
-        print(f"trl-diffusion {command}: error: {made[0]}", file=sys.stderr, flush=True)
+        made.append(line)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(3)  # the first process of this machine says the same, and its end ends this one
+        print(f"trl-diffusion {command}: error: {line}", file=sys.stderr, flush=True)
+        if is_mistake(error):
+            tell_others(line)
+
+
+def say_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python says of an error that nobody expected, without secrets."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(without_secrets(text), end="", file=sys.stderr, flush=True)
 
 
 def is_mistake(error: Exception) -> bool:
@@ -119,4 +132,4 @@ def describe(error: Exception) -> str:
     cause = error.__cause__
     if type(error).__module__.startswith("datasets.") and cause is not None and printable(str(cause)) not in text:
         text = f"{text} {type(cause).__name__}: {printable(str(cause))}"
-    return cut(text, LONGEST)
+    return cut(without_secrets(text), LONGEST)

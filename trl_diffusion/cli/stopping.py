@@ -20,13 +20,14 @@ import psutil
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 5.0  # seconds until a command that does not end by itself is ended
 REPEAT = 1.0  # seconds in which a signal that comes again, from the terminal and from a launcher, is the same
+END = b"\0"  # no signal: the command is done
 # What a command leaves behind, said when it is stopped
 KEPT = {
     "annotate-instances": "Finished shards are kept: the same command continues.",
     "annotate-attributes": "Finished shards are kept: the same command continues.",
     "evaluate": "Finished images and scores are kept: the same command continues.",
     "show-masks": "The pictures drawn so far are kept.",
-    "quickstart": "Its annotations are kept; the trainings start again with the same command.",
+    "quickstart": "Finished steps are kept: the same command continues.",
     **dict.fromkeys(
         ("instance-dpo", "attribute-sft", "complex-po"), "Nothing was trained yet; the same command starts again."
     ),
@@ -107,7 +108,7 @@ class Stop:
             if not select.select([pipe], [], [], None if may_last else max(0, first + GRACE - time.monotonic()))[0]:
                 self.end()
             number = os.read(pipe, 1)
-            if not number:
+            if number == END:
                 return
             if number[0] not in SIGNALS:
                 continue
@@ -167,8 +168,11 @@ def stopping(command: str, forwards: bool = False) -> Iterator[Stop]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
-        os.close(writing)
+        os.write(
+            writing, END
+        )  # to close it is not enough: processes that were forked, such as kept workers, have it too
         watcher.join()
+        os.close(writing)
         os.close(reading)
 
 

@@ -4,6 +4,7 @@
 """Aspect ratio buckets (arXiv:2307.01952, section 2.3): images of many shapes, in batches of one shape each."""
 
 import math
+import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -13,11 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, Image, List, Value
 from datasets.fingerprint import Hasher
 
 from .column_checks import selected
 from .pipelining import CORES
+from .row_contents import image_states
 
 
 logger = get_logger(__name__)
@@ -73,9 +75,14 @@ def nearest_bucket(sizes: list[tuple[int, int]], buckets: list[tuple[int, int]])
     return min(buckets, key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - shape))
 
 
-def training_sizes(dataset: Dataset, size: Callable[[dict], tuple[int, int]], fingerprint: str) -> np.ndarray:
+def training_sizes(
+    dataset: Dataset,
+    size: Callable[[dict], tuple[int, int]],
+    fingerprint: str,
+    image_columns: tuple[str, ...] | None = None,
+) -> np.ndarray:
     """
-    The training size of each row. Sizes are read in several processes where there are many rows, and remembered.
+    The training size of each row. Sizes are read in several processes where there are many rows, and remembered until an image changes.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -84,12 +91,17 @@ def training_sizes(dataset: Dataset, size: Callable[[dict], tuple[int, int]], fi
             Returns height and width of a row in pixels.
         fingerprint (`str`):
             Identifies everything that the sizes depend on besides the rows.
+        image_columns (`tuple[str, ...]`, *optional*):
+            The columns of images that the sizes depend on. By default those of the type [`~datasets.Image`].
 
     Returns:
         `np.ndarray` of shape `(N, 2)`: height and width in pixels.
     """
     if TRAINING_SIZE not in dataset.column_names:
         is_custom = dataset.format["type"] == "custom"  # a transform of the user makes the images
+        if image_columns is None:
+            image_columns = tuple(name for name, feature in dataset.features.items() if isinstance(feature, Image))
+        key = "" if is_custom else Hasher.hash((image_states(dataset, image_columns), fingerprint))
         dataset = (dataset if is_custom else dataset.with_format("arrow")).map(
             partial(sizes_of_rows, size=size) if is_custom else partial(sizes_by_headers, size=size),
             batched=True,
@@ -97,7 +109,8 @@ def training_sizes(dataset: Dataset, size: Callable[[dict], tuple[int, int]], fi
             remove_columns=dataset.column_names,
             features=Features({TRAINING_SIZE: List(Value("int64"))}),
             num_proc=CORES if len(dataset) >= ROWS_FOR_PROCESSES and CORES > 1 else None,
-            new_fingerprint=Hasher.hash((dataset._fingerprint, fingerprint)),
+            keep_in_memory=is_custom,  # what a transform makes may change at any time
+            new_fingerprint=uuid.uuid4().hex if is_custom else key,
             desc="Reading the sizes of images",
         )
     sizes = pc.list_flatten(dataset.data.column(TRAINING_SIZE)).to_numpy().reshape(-1, 2)

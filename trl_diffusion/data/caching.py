@@ -5,34 +5,34 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable
-from contextlib import ExitStack, closing
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+import xxhash
 from datasets import Dataset, Features, Value
 from datasets.table import InMemoryTable, concat_tables
 from datasets.utils import tqdm
 from safetensors import torch as safetensors
 
+from .arrow_files import FILE, ROWS_AT_ONCE, write_files, writing
 from .column_checks import selected
-from .encoded_files import EncodedFiles, keys_of, mean_length, readable, select
+from .content import clear_unfinished
+from .encoded_files import CONTENT, EncodedFiles, keys_of, mean_length, readable, select
 from .key_index import KeyIndex
-from .pipelining import CORES, ahead, behind
+from .row_contents import RowContents, kept_folder
 
 
-TENSORS = "_tensors"  # column with the tensors of a row, in the safetensors format
+TENSORS = "_tensors"  # column with the tensors of a row, in the safetensors format, and a checksum
+CHECKSUM_BYTES = 8
 ABSENT = "_absent"  # in a batch, the ids of its rows that are not encoded
 ROWS_PER_FILE = 1000
-ROWS_AT_ONCE = 100  # that are written at once
 
 
 def is_precomputed(row: dict[str, Any]) -> bool:
@@ -42,18 +42,20 @@ def is_precomputed(row: dict[str, Any]) -> bool:
 
 def write_example(example: dict[str, Any]) -> dict[str, Any]:
     """
-    Packs the tensors of an example into one column.
+    Packs the tensors of an example into one column, with a checksum.
 
     Args:
         example (`dict`):
-            Tensors and other values by name.
+            Tensors and other values by name, and as `FILE` the name of the file that it is written to, which is named where its tensors
+            are damaged.
 
     Returns:
         `dict`: the other values, and the tensors as `bytes`.
     """
     tensors = {name: value.cpu().contiguous() for name, value in example.items() if isinstance(value, torch.Tensor)}
-    return {name: value for name, value in example.items() if name not in tensors} | {
-        TENSORS: safetensors.save(tensors)
+    content = safetensors.save(tensors, {"file": example.get(FILE, "")})
+    return {name: value for name, value in example.items() if name not in tensors and name != FILE} | {
+        TENSORS: content + xxhash.xxh3_64_digest(content)
     }
 
 
@@ -68,7 +70,21 @@ def read_example(row: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `dict`: the example.
     """
-    return {name: value for name, value in row.items() if name != TENSORS} | safetensors.load(row[TENSORS])
+    check_tensors(np.frombuffer(row[TENSORS], np.uint8))
+    values = {name: value for name, value in row.items() if name not in (TENSORS, CONTENT)}
+    return values | safetensors.load(row[TENSORS][:-CHECKSUM_BYTES])
+
+
+def check_tensors(content: np.ndarray) -> None:
+    """Raises a `ValueError` for tensors that are not those that [`data.caching.write_example`] packed."""
+    if xxhash.xxh3_64_digest(content[:-CHECKSUM_BYTES]) != content[-CHECKSUM_BYTES:].tobytes():
+        found = re.search(rb'"file":"([^"]+)"', content[:10_000].tobytes())
+        name = f"The file {found[1].decode()}" if found else "A file"
+        raise ValueError(
+            f"{name} of precomputed rows was damaged since the training began: the checksum of a row is another. Repeat the command: "
+            "the file is then removed, and what it held is made anew. If it is not named at the start, the disk or the memory is at "
+            "fault: delete the file."
+        )
 
 
 def read_batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -85,7 +101,7 @@ def read_batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """
     if absent := [row["id"] for row in rows if row[TENSORS] is None]:
         return {"id": [row["id"] for row in rows], ABSENT: absent}
-    values = {name: [row[name] for row in rows] for name in rows[0] if name != TENSORS}
+    values = {name: [row[name] for row in rows] for name in rows[0] if name not in (TENSORS, CONTENT)}
     return values | _stack_rows([np.frombuffer(row[TENSORS], np.uint8) for row in rows])
 
 
@@ -132,9 +148,10 @@ def with_absent(encoded: Dataset, rows: np.ndarray, others: dict[str, pa.Array])
 @dataclasses.dataclass
 class Encoding:
     """
-    Encodes a dataset, or some of its rows, into Arrow files of at most 1000 rows each. What is in a file already is not encoded again,
-    whatever other rows it was encoded with, so an interrupted run continues with the file that was not finished, and a run on more
-    rows adds these. When it is made, it says how much there is to do. The files are distributed among the processes. Rows are read
+    Encodes a dataset, or some of its rows, into Arrow files of at most 1000 rows each. A row is found by what it is made of, not by
+    names: what is in a file already is not encoded again, whatever other rows it was encoded with, so an interrupted run continues with
+    the file that was not finished, and a run on more rows, or on rows of which some have changed, adds these. A file that is damaged is
+    named, and its rows are encoded again. When it is made, it says how much there is to do. The files are distributed among the processes. Rows are read
     ahead and results are written behind, while others are encoded.
 
     Args:
@@ -148,7 +165,7 @@ class Encoding:
         name (`str`):
             Name of the content, for file names and messages.
         fingerprint (`str`):
-            Hash of everything that an example depends on besides its key, and where `rows` is left out of the keys and their order.
+            Hash of everything that an example depends on besides its row.
         folder (`Path`):
             Folder of the files.
         batch_size (`int`):
@@ -170,6 +187,10 @@ class Encoding:
             average, where their tensors differ in size.
         reserved (`int`, *optional*, defaults to `0`):
             How many bytes others will take before.
+        contents (`Callable`, *optional*):
+            From the numbers of rows to hashes of what they are made of. By default [`data.row_contents.RowContents`], without images.
+        load (`Callable`, *optional*):
+            From the numbers of rows and these hashes to the rows. By default those of the dataset.
 
     Attributes:
         size (`int`):
@@ -178,7 +199,7 @@ class Encoding:
             The keys of the rows that are needed, and of all rows of the dataset.
 
     Raises:
-        `ValueError`: If there is not enough space on the disk.
+        `ValueError`: If there is not enough space on the disk, or the folder cannot be written.
     """
 
     dataset: Dataset
@@ -196,19 +217,26 @@ class Encoding:
     rows: np.ndarray | None = None
     more_bytes: Callable[[dict[str, Any], np.ndarray], float] = lambda first, rows: 0.0
     reserved: int = 0
+    contents: Callable[[np.ndarray], pa.Array] | None = None
+    load: Callable[[range | list[int], pa.Array], list[dict[str, Any]]] | None = None
 
     def __post_init__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.features = Features({**self.features, TENSORS: Value("large_binary")})
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.features = Features({**self.features, CONTENT: Value("string"), TENSORS: Value("large_binary")})
         self.all_keys = keys = keys_of(self.dataset, next(iter(self.features)))
         number, needed = len(keys), np.arange(len(keys)) if self.rows is None else self.rows
-        self.keys = keys.take(pa.array(needed))
-        self.files = EncodedFiles(
-            self.folder, f"{re.sub('[^A-Za-z0-9_]+', '-', self.name)}-{self.fingerprint}", self.features
+        self.keys, self.needed = keys.take(pa.array(needed)), needed
+        # The first process reads what the others then know, and removes what is damaged
+        for is_first in (True, False):
+            if (self.process_index == 0) == is_first:
+                self._look()
+            self.wait()
+        is_missing = self.files.places(self.found) < 0
+        missing = needed[is_missing]
+        self.parts = self.files.names_of(
+            missing, self.found.filter(pa.array(is_missing)), number if self.rows is None else None, ROWS_PER_FILE
         )
-        missing = needed[self.files.places(self.keys) < 0]
-        self.wait()
-        self.parts = self.files.names_of(missing, keys, number if self.rows is None else None, ROWS_PER_FILE)
         self.size = self._expected_size(missing, keys) if len(missing) else 0
         free, others = shutil.disk_usage(self.folder).free, ""
         if len(needed) < number:
@@ -228,8 +256,18 @@ class Encoding:
                 "without `precompute`."
             )
 
+    def _look(self) -> None:
+        """Finds out what the rows are made of, and what is in the folder."""
+        self.found = (self.contents or RowContents(self.dataset, ()).of)(self.needed)
+        if self.process_index == 0:
+            for folder in (self.folder, kept_folder()):
+                clear_unfinished(folder)
+        prefix = f"{re.sub('[^A-Za-z0-9_]+', '-', self.name)}-{self.fingerprint}"
+        self.files = EncodedFiles(self.folder, prefix, self.features, self.say)
+
     def _expected_size(self, missing: np.ndarray, keys: pa.LargeStringArray) -> int:
         first = self.encode([self.prepare(self.dataset[int(missing[0])])])[0]
+        first = first | {CONTENT: self.found[0].as_py(), FILE: next(iter(self.parts)).name}
         longer = mean_length(keys.take(pa.array(missing))) - mean_length(keys.slice(int(missing[0]), 1))
         counts = [len(part) for part in self.parts.values()]
         more = longer + self.more_bytes(first, missing)
@@ -244,16 +282,35 @@ class Encoding:
         """
         parts = dict(islice(self.parts.items(), self.process_index, None, self.num_processes))
 
-        def read(numbers: range | list[int]) -> list:
-            columns = self.dataset[numbers]
-            return [self.prepare(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+        def read(numbers: range | list[int]) -> list[tuple[str, Any]]:
+            contents = self.found.take(pa.array(np.searchsorted(self.needed, numbers)))
+            rows = (self.load or self._rows)(numbers, contents)
+            return [(content, self.prepare(row)) for content, row in zip(contents.to_pylist(), rows, strict=True)]
+
+        def encode(rows: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+            examples = self.encode([row for _, row in rows])
+            return [example | {CONTENT: content} for (content, _), example in zip(rows, examples, strict=True)]
 
         number = sum(map(len, parts.values()))
         with tqdm(total=number, desc=f"Precomputing {self.name}", disable=not parts or None) as progress:
-            write_files(parts, self.features, read, self.encode, self.batch_size, progress.update)
+            label, done = self.files.prefix, progress.update
+            write_files(parts, self.features, read, encode, self.batch_size, done, label, write_example)
         self.wait()
         self.files.add(self.parts)
-        return self.files.dataset(self.files.places(self.keys), self.fingerprint)
+        if self.process_index == 0 and self.parts:
+            self.files.trust(self.parts)
+        places = self.files.places(self.found)
+        if (lost := int((places < 0).sum())) > 0:
+            raise ValueError(
+                f"{lost:,} rows of {self.name} are in no file of {self.folder} although they were just encoded: the files were removed, "
+                "the processes do not share the folder, or a transform of the dataset makes other rows in each process. Repeat the "
+                "command with a `precompute_dir` that all of them share, and a transform that is not random."
+            )
+        return self.files.dataset(places, self.fingerprint)
+
+    def _rows(self, numbers: range | list[int], _: pa.Array) -> list[dict[str, Any]]:
+        columns = self.dataset[numbers]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def precompute_dataset(
@@ -273,95 +330,6 @@ def precompute_dataset(
     """The encoded rows of a whole dataset, see [`data.caching.Encoding`] for the arguments."""
     into, processes = (name, fingerprint, folder, batch_size), (process_index, num_processes, wait)
     return Encoding(dataset, encode, features, *into, *processes, say, prepare).run()
-
-
-def write_files(
-    parts: dict[Path, range | list[int]],
-    features: Features,
-    read: Callable[[range | list[int]], list],
-    encode: Callable[[list], list[dict[str, Any]]],
-    batch_size: int,
-    done: Callable[[int], Any],
-) -> None:
-    """
-    Writes examples into Arrow files, whole or not at all: reads rows ahead, and writes behind.
-
-    Args:
-        parts (`dict[Path, range | list[int]]`):
-            The numbers of the rows of each file.
-        features ([`~datasets.Features`]):
-            Columns of the files.
-        read (`Callable`):
-            From the numbers of some rows to what `encode` is given of them, in threads.
-        encode (`Callable`):
-            From what several rows gave to an example for each.
-        batch_size (`int`):
-            Number of rows that are encoded at once.
-        done (`Callable`):
-            Is told how many rows were encoded.
-    """
-    each = -(-batch_size // CORES)  # so that all threads work on one batch, and few rows are handed over one by one
-    pieces = (
-        part[start : start + batch_size][first : first + each]
-        for part in parts.values()
-        for start in range(0, len(part), batch_size)
-        for first in range(0, min(batch_size, len(part) - start), each)
-    )
-    read_ahead = ahead(read, pieces, 2 * -(-batch_size // each))
-    with ExitStack() as files, closing(read_ahead), behind(1) as write:
-        rows = chain.from_iterable(read_ahead)
-        for path, part in parts.items():
-            file = files.enter_context(ArrowFile(path, features))
-            for start in range(0, len(part), batch_size):
-                batch = list(islice(rows, min(batch_size, len(part) - start)))
-                write(file.write, encode(batch))
-                done(len(batch))
-            write(file.finish)
-
-
-class ArrowFile:
-    """
-    A file of examples, which has its name once it is whole.
-
-    Args:
-        path (`Path`):
-            The file.
-        features ([`~datasets.Features`]):
-            Its columns.
-    """
-
-    def __init__(self, path: Path, features: Features):
-        self.path, self.schema = path, features.arrow_schema
-        self.temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        self.rows: list[dict[str, Any]] = []
-
-    def __enter__(self) -> "ArrowFile":
-        self.file = self.temporary.open("wb")
-        self.stream = pa.ipc.new_stream(self.file, self.schema)
-        return self
-
-    def write(self, examples: list[dict[str, Any]]) -> None:
-        """Writes examples, see [`data.caching.write_example`]."""
-        self.rows += map(write_example, examples)
-        if len(self.rows) >= ROWS_AT_ONCE:
-            self.flush()
-
-    def flush(self) -> None:
-        self.stream.write_batch(pa.RecordBatch.from_pylist(self.rows, schema=self.schema))
-        self.rows = []
-
-    def finish(self) -> None:
-        """Gives the file its name."""
-        self.flush()
-        self.stream.close()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.temporary.replace(self.path)
-
-    def __exit__(self, *_: Any) -> None:
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
 
 
 class TensorCache:
@@ -412,11 +380,15 @@ DTYPES = {
 
 def _stack_rows(rows: list[np.ndarray], pin_memory: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of rows in the safetensors format, stacked as [`data.caching.stack_padded`] does."""
-    # 8 bytes with the length of the header, the header, the data
+    for row in rows:
+        check_tensors(row)
+    # 8 bytes with the length of the header, the header, the data, the checksum
     starts = [8 + int.from_bytes(row[:8].tobytes(), "little") for row in rows]
     headers = [json.loads(row[8:start].tobytes()) for row, start in zip(rows, starts, strict=True)]
     stacked = {}
     for name, first in headers[0].items():
+        if name == "__metadata__":
+            continue
         shapes = [header[name]["shape"] for header in headers]
         ends = [[start + end for end in header[name]["data_offsets"]] for start, header in zip(starts, headers)]
         parts = [row[start:end] for row, (start, end) in zip(rows, ends, strict=True)]

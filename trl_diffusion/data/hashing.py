@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pandas.util import hash_array
 
 
 ROWS_AT_ONCE = 10_000
+NULL = np.uint64(0x9E3779B97F4A7C15)  # the hash of null
 
 
 def update_hash(digest: Any, column: pa.ChunkedArray) -> None:
@@ -61,6 +63,52 @@ def _update(digest: Any, values: pa.Array) -> None:
         digest.update(_numbers(values, np.float64))
     elif not pa.types.is_null(kind):
         digest.update(repr(values.to_pylist()).encode())
+
+
+def described(kind: pa.DataType) -> str:
+    """What the values of a type are, whatever widths they have:"""
+    if pa.types.is_struct(kind):
+        return repr({field.name: described(field.type) for field in kind})
+    return f"list of {described(kind.value_type)}" if _is_list(kind) else _family(kind)
+
+
+def value_hashes(values: pa.Array) -> np.ndarray:
+    """
+    A hash of each value.
+
+    Args:
+        values (`pa.Array` of length `N`):
+            Values, as [`data.hashing.update_hash`] takes them.
+
+    Returns:
+        `np.ndarray` of shape `(N,)`: uint64, the same for equal values of types with one description, see [`data.hashing.described`].
+    """
+    kind = values.type
+    if pa.types.is_null(kind):
+        return np.full(len(values), NULL)
+    if pa.types.is_struct(kind):
+        parts = [value_hashes(part) for part in values.flatten()]
+        hashes = sum((hash_array(part + np.uint64(place)) for place, part in enumerate(parts)), np.uint64(len(parts)))
+    elif _is_list(kind):
+        lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy().astype(np.int64)
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        places = (np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)).astype(np.uint64)
+        sums = np.zeros(ends[-1] + 1, np.uint64)
+        np.cumsum(hash_array(value_hashes(values.flatten()) + places), out=sums[1:])
+        hashes = hash_array(sums[ends[1:]] - sums[ends[:-1]] + lengths.astype(np.uint64))
+    elif _is_text(kind) or _is_bytes(kind):
+        hashes = hash_array(np.array(values.to_pylist(), object), categorize=False)
+    elif pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        numbers = pc.fill_null(values, pa.scalar(0).cast(kind)).to_numpy(zero_copy_only=False)
+        hashes = hash_array(numbers.astype(np.uint64 if kind == pa.uint64() else np.int64))
+    elif pa.types.is_floating(kind):
+        numbers = pc.fill_null(values, pa.scalar(0.0).cast(kind)).to_numpy(zero_copy_only=False)
+        hashes = hash_array(numbers.astype(np.float64))
+    else:
+        hashes = hash_array(np.array([repr(value) for value in values.to_pylist()], object))
+    if values.null_count:
+        hashes = np.where(values.is_null().to_numpy(zero_copy_only=False), NULL, hashes)
+    return hashes
 
 
 def _numbers(values: pa.Array, kind: type) -> np.ndarray:

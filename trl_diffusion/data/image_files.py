@@ -19,6 +19,7 @@ import pyarrow as pa
 from datasets import Dataset, Image
 
 from ..messages import CONTROL, cut, shown
+from .content import state_of
 
 
 logger = logging.getLogger(__name__)
@@ -236,8 +237,7 @@ def stamped(dataset: Dataset, paths: list[str]) -> Dataset:
     """
     digest = hashlib.blake2b(dataset._fingerprint.encode(), digest_size=8)
     for path in dict.fromkeys(paths):
-        stat = os.stat(path)
-        digest.update(f"{path}\0{stat.st_mtime_ns}\0{stat.st_size}\0".encode("utf-8", "surrogateescape"))
+        digest.update(f"{path}\0{state_of(path)}\0".encode("utf-8", "surrogateescape"))
     dataset._fingerprint = digest.hexdigest()
     return dataset
 

@@ -32,11 +32,14 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.fingerprint import Hasher
 from huggingface_hub import metadata_load
 
 from ..messages import CONTROL, cut, shown
 from .columns import Source, without_decoding
+from .content import FileIndex, state_of
 from .image_files import IMAGE_SUFFIXES, captioned_images, find_pair_folders, pairs_in_folders, visible_files
+from .row_contents import kept_folder
 from .tables import csv_settings, with_images, with_lists, without_hpdv2_lists
 
 
@@ -154,9 +157,9 @@ def read_folder(folder: Path, config_name: str | None, streaming: bool) -> dict[
     """Reads a folder, by what is in it."""
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         return read_saved(folder, streaming)
-    if config_name is not None or has_configurations(folder):
-        return load_folder(folder, config_name, streaming)
     files = list(visible_files(folder))
+    if config_name is not None or has_configurations(folder):
+        return load_folder(folder, config_name, cache_of(files, streaming), streaming)
     tables = [path for path in files if format_of(path) not in (None, "webdataset") and path.name not in NOT_DATA]
     metadata = [path for path in tables if path.name.split(".")[0] == "metadata"]
     archives = [path for path in files if format_of(path) == "webdataset"]
@@ -171,7 +174,7 @@ def read_folder(folder: Path, config_name: str | None, streaming: bool) -> dict[
     if zips := [path for path in files if path.suffix.lower() == ".zip"]:
         for path in zips:
             refuse_bomb(path)
-        return load_folder(folder, None, streaming)
+        return load_folder(folder, None, cache_of(files, streaming), streaming)
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if images:
         splits = by_top_folder(folder, images)
@@ -184,10 +187,10 @@ def read_folder(folder: Path, config_name: str | None, streaming: bool) -> dict[
     )
 
 
-def load_folder(folder: Path, config_name: str | None, streaming: bool) -> Splits:
+def load_folder(folder: Path, config_name: str | None, cache_dir: str | None, streaming: bool) -> Splits:
     """Loads a folder as `datasets` does, which reads no more than what is in it and runs no script."""
     try:
-        return load_dataset(str(folder), name=config_name, streaming=streaming)
+        return load_dataset(str(folder), name=config_name, streaming=streaming, cache_dir=cache_dir)
     except UNREADABLE as error:
         raise ValueError(f"The folder {folder} cannot be read: {first_line(error.__cause__ or error)}") from error
 
@@ -410,7 +413,10 @@ def read_group(split: str, files: list[Path], builder: str, streaming: bool) -> 
                 refuse_holes(path)
         settings = csv_settings(files[0]) if builder == "csv" else {}
         data_files = {split: [glob.escape(unpacked(path)) for path in files]}
-        dataset = load_dataset(builder, data_files=data_files, split=split, streaming=streaming, **settings)
+        cache_dir = cache_of([unpacked(path) for path in files], streaming)
+        dataset = load_dataset(
+            builder, data_files=data_files, split=split, streaming=streaming, cache_dir=cache_dir, **settings
+        )
     except UNREADABLE as error:
         reason = first_line(error.__cause__ or error)
         if "corresponds to no data" in reason:
@@ -422,6 +428,28 @@ def read_group(split: str, files: list[Path], builder: str, streaming: bool) -> 
     return with_images(with_lists(without_hpdv2_lists(dataset, where), where), files[0])
 
 
+def cache_of(files: list[Path], is_read_anew: bool = False) -> str | None:
+    """
+    Where `datasets` keeps the rows that it makes of files: for each content of theirs another folder, for `datasets` itself takes a file
+    with the time of an earlier one for that one.
+
+    Args:
+        files (`list[Path]`):
+            The files.
+        is_read_anew (`bool`, *optional*, defaults to `False`):
+            Whether nothing is kept.
+
+    Returns:
+        `str` or `None`
+    """
+    if is_read_anew:
+        return None
+    places = sorted(os.path.abspath(path) for path in files)
+    index = kept_folder() / f"files-{Hasher.hash(os.path.commonpath(places))}.arrow"
+    content = Hasher.hash((places, FileIndex(index).of(places)))
+    return str(Path(config.HF_DATASETS_CACHE) / "by_content" / content)
+
+
 def first_line(error: BaseException) -> str:
     return cut((str(error).strip() or type(error).__name__).splitlines()[0]).rstrip(".") + "."
 
@@ -431,10 +459,8 @@ def unpacked(path: Path) -> str:
     packing = COMPRESSIONS.get(path.suffix.lower())
     if packing is None or (packing == "gzip" and format_of(path) not in ("parquet", "arrow")):
         return str(path)
-    stat = path.stat()
-    target = (
-        Path(config.HF_DATASETS_CACHE) / "unpacked" / f"{stat.st_ino}-{stat.st_mtime_ns}-{stat.st_size}" / path.stem
-    )
+    state = "-".join(map(str, state_of(path)))
+    target = Path(config.HF_DATASETS_CACHE) / "unpacked" / state / path.stem
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}")

@@ -9,12 +9,14 @@ images.
 """
 
 import gc
+import hashlib
 import inspect
 import io
 import json
 import logging
 import re
 from collections import Counter
+from contextlib import nullcontext
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -24,12 +26,14 @@ import PIL.Image
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..batching import batched, in_threads
-from ..files import write_file
+from ..files import only_run, write_file
+from ..nodes import is_shared
+from ..safe_names import check_relative_path
 from ..sampling import default_argument, family_of, sample_images
+from .kept_images import keep_sampled_images, read_sums, write_images, write_sums
 from .models import (
     METADATA_FILE,
     ModelSpec,
@@ -107,17 +111,15 @@ def generate(
 
     Raises:
         `ValueError`: If the folder holds images that were sampled with other settings, another process is sampling
-            into it, the scheduler does not fit the model, the model has a negative LoRA and no unconditional branch, the disk
+            into it, several machines do not see the same one, the scheduler does not fit the model, the model has a negative LoRA and no unconditional branch, the disk
             is full, or a folder of images is incomplete.
     """
     if spec.kind == "images":
         return match_images(Path(spec.path), prompt_set, protocol.images_per_prompt)
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    # Without a GPU it must be told so, or each process takes itself for the only one
-    state = PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=PATIENCE)
+    state = process_state(use_cpu)
     folder = Path(output_dir) / "images" / spec.name
-    folder.mkdir(parents=True, exist_ok=True)
     pipeline_class = pipeline_class_of(spec)
     check_branches(spec, pipeline_class, protocol)
     dtype = resolve_dtype(dtype, state.device, pipeline_class)
@@ -134,16 +136,19 @@ def generate(
         "dtype": str(dtype).removeprefix("torch."),
         "versions": {package: version(package) for package in PACKAGES},
     }
-    check_manifest(folder, manifest)
+    if not is_shared(folder):
+        raise ValueError(
+            f"The machines do not see the same {folder}, and the first one scores the images of all. Put `--output_dir` on a disk that "
+            "all of them have, or evaluate on one machine."
+        )
+    content = (json.dumps(manifest, indent=2) + "\n").encode()
+    check_manifest(folder, manifest, content)
     state.wait_for_everyone()  # no process writes before all have checked
-    lock = FileLock(folder / ".lock")
-    if state.is_main_process:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"Another process is sampling into {folder}. Wait for it, or stop it.") from error
-        write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-    try:
+    with only_run(folder, "sampling") if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            write_sums(folder, keep_sampled_images(folder) | {MANIFEST: hashlib.sha256(content).hexdigest()})
+            write_file(folder / MANIFEST, content)
+        state.wait_for_everyone()  # only images that are kept are there
         rows = [
             ImageRow(prompt, index, folder / f"{prompt.id}_{index}.png")
             for prompt in prompt_set.prompts
@@ -164,31 +169,49 @@ def generate(
             if state.device.type == "cuda":
                 torch.cuda.empty_cache()
         state.wait_for_everyone()
-    finally:
-        lock.release()
+        if state.is_main_process:
+            write_sums(folder, read_sums(folder))
     return rows
 
 
-def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def process_state(use_cpu: bool) -> PartialState:
+    """The processes of this run. Without a GPU each must be told so, or it takes itself for the only one."""
+    return PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=PATIENCE)
+
+
+def check_manifest(folder: Path, manifest: dict[str, Any], content: bytes) -> None:
     """
-    Checks that the existing images of a folder were sampled with the same settings.
+    Checks that the existing images of a folder were sampled with the same settings. A manifest that is lost or damaged is one
+    that can be written again, if its checksum is known and is that of these settings.
 
     Args:
         folder (`Path`):
             Folder of a model's images.
         manifest (`dict`):
             Everything that the images depend on.
+        content (`bytes`):
+            The manifest as it is written.
 
     Raises:
-        `ValueError`: If a setting differs.
+        `ValueError`: If a setting differs, or it is unknown whether one does.
     """
     path = folder / MANIFEST
     way_out = "Choose another `output_dir`, or delete that folder to sample all images again."
     if not any(folder.glob("*.png")):
         return
-    if not path.exists():
-        raise ValueError(f"{folder} holds images but no {MANIFEST}: their sampling settings are unknown. {way_out}")
-    earlier, now = flat(json.loads(path.read_text(encoding="utf-8"))), flat(manifest)
+    found = path.read_bytes() if path.exists() else None
+    if read_sums(folder).get(MANIFEST) == hashlib.sha256(content).hexdigest():
+        if found != content:
+            logger.warning(f"{path} is lost or damaged. It is written again: its checksum is that of these settings.")
+        return
+    try:
+        earlier = flat(json.loads(found)) if found else None
+    except (ValueError, AttributeError):
+        earlier = None
+    if earlier is None:
+        what = f"no {MANIFEST}" if found is None else f"a damaged {MANIFEST}"
+        raise ValueError(f"{folder} holds images but {what}: their sampling settings are unknown. {way_out}")
+    now = flat(manifest)
     names = [*now, *(name for name in earlier if name not in now)]
     changes = [f"`{x}` {earlier.get(x)!r}, not {now.get(x)!r}" for x in names if earlier.get(x) != now.get(x)]
     if changes:
@@ -274,7 +297,8 @@ def sample_rows(
                 disable_tqdm=True,
                 **further,
             )
-            in_threads(write_image, zip(batch, images, strict=True))
+            paths = [row.path for row in batch]
+            write_images(dict(zip(paths, in_threads(png_of, images), strict=True)), PartialState().process_index)
             bar.update(len(batch))
 
 
@@ -318,12 +342,11 @@ def check_branches(spec: ModelSpec, pipeline_class: type[DiffusionPipeline], pro
         )
 
 
-def write_image(sample: tuple[ImageRow, PIL.Image.Image]) -> None:
-    """Writes an image completely or not at all, so that every existing file is valid."""
-    row, image = sample
+def png_of(image: PIL.Image.Image) -> bytes:
+    """An image as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    write_file(row.path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 # ----- folders of images -----
@@ -397,6 +420,7 @@ def images_of_metadata(folder: Path, prompt_set: PromptSet) -> dict[tuple[str, i
             raise ValueError(
                 f"{where} must have `file_name` and either `prompt_id` or `prompt`; it has {', '.join(row)}."
             )
+        check_relative_path(row["file_name"], f"`file_name` in row {number} of {path.name}")
         if not (folder / row["file_name"]).is_file():
             raise ValueError(f"{where} names {row['file_name']}, which does not exist.")
         if "prompt_id" not in row and texts[row["prompt"]] > 1:

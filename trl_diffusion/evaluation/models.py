@@ -4,14 +4,12 @@
 """The models to evaluate: pipelines, LoRAs, training checkpoints, and folders of existing images."""
 
 import hashlib
-import json
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, constants, hf_hub_download
@@ -19,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 
 from .. import backbones
 from ..backbones.dtypes import as_dtype
+from ..backbones.folder_checks import check_name, pipeline_class, read_index
 from ..backbones.names import ENDINGS, INDEX, LORA_WEIGHTS_NAME, find_model
 from ..backbones.single_file import family_of_file
 from ..cards.arms import training_record
@@ -26,8 +25,8 @@ from ..cards.facts import FACTS_NAME, read_model_facts
 from ..guidance import negative_preference_guidance
 from ..lora_files import find_lora, load_lora
 from ..revisions import commit_of, digest_of_file, pinned, resolve_revision
+from ..safe_names import SAFE_NAME, WHAT_IT_IS, check_safe_name
 from ..sampling import default_guidance
-from .prompts import SAFE_NAME
 
 
 logger = logging.getLogger(__name__)
@@ -82,6 +81,9 @@ class ModelSpec:
     trained_on: str | None = None
     training: dict[str, Any] | None = field(default=None, compare=False)
 
+    def __post_init__(self):
+        check_safe_name(self.name, "model's name")
+
     def describe(self) -> dict[str, str | None]:
         """What the images depend on. Of folders, only the last part of the path is given, because they may be moved."""
         return {
@@ -123,8 +125,8 @@ def parse_model(text: str) -> tuple[str, str]:
         raise ValueError(f"{text!r} has no model: write NAME=WHERE, with a folder or a Hub id after the '='.")
     if not SAFE_NAME.fullmatch(name):
         raise ValueError(
-            f"{name!r} in {text!r} is not a valid model name, because a folder gets this name. Write NAME=WHERE, with a name "
-            "of at most 200 letters from a to z, digits, '.', '_' and '-' that begins with a letter or digit."
+            f"{name!r} in {text!r} is not a valid model name, because a folder gets this name. Write NAME=WHERE, with a name of "
+            f"{WHAT_IT_IS}."
         )
     return name, where
 
@@ -256,14 +258,13 @@ def pipeline_class_of(spec: ModelSpec) -> type[DiffusionPipeline]:
     source, revision = _source(spec)
     if Path(source).is_file():
         return family_of_file(source)
-    name = DiffusionPipeline.load_config(source, **pinned(revision))["_class_name"]
-    return getattr(diffusers, str(name), DiffusionPipeline)
+    return pipeline_class(read_index(source, pinned(revision))) or DiffusionPipeline
 
 
 def guidance_without(spec: ModelSpec) -> float | None:
     """The guidance scale that a model is sampled with where none is asked for, before its pipeline is loaded."""
     source, revision = _source(spec)
-    config = {} if Path(source).is_file() else DiffusionPipeline.load_config(source, **pinned(revision))
+    config = {} if Path(source).is_file() else read_index(source, pinned(revision))
     return default_guidance(pipeline_class_of(spec), config)
 
 
@@ -298,7 +299,7 @@ def resolve_dtype(dtype: str, device: torch.device, pipeline_class: type[Diffusi
 
 def kind_and_revision(where: str) -> tuple[str, str]:
     """What a folder, a file or a repository holds, `"pipeline"`, `"lora"` or `"images"`, and its commit or hash."""
-    folder = Path(where)
+    folder = Path(check_name(where))
     if folder.is_file():
         if folder.name == LORA_WEIGHTS_NAME or folder.suffix.lower() not in ENDINGS:
             raise ValueError(f"{where} is a file: pass its folder.")
@@ -358,7 +359,7 @@ def _files_on_hub(repo_id: str, names: tuple[str, ...]) -> tuple[dict[str, Path]
 
 def _pipeline_digest(folder: Path) -> str:
     """Hash of the files of the pipeline only: the folder may also contain a training state or samples."""
-    components = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    components = read_index(str(folder), {})
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and path.name in components)
     parts = [digest_of_file(folder / INDEX), *(f"{path.name} {resolve_revision(path)}" for path in folders)]
     return f"sha256:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"

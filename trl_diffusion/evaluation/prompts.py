@@ -21,6 +21,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from ..data.columns import column_names, with_nested_columns, without_decoding
 from ..data.sources import format_of, load_source
 from ..revisions import commit_of
+from ..safe_names import SAFE_NAME, check_safe_name
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,6 @@ BENCHMARKS = {
         prompt_column="caption",
     ),
 }
-SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Row = dict[str, Any]
@@ -94,6 +94,9 @@ class Prompt:
     id: str
     text: str
     group: str | None = None
+
+    def __post_init__(self):
+        check_safe_name(self.id, "prompt's id")
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,17 @@ import pyarrow.parquet as pq
 from datasets import DatasetInfo, Features, Image, SplitDict, SplitInfo, Value
 from huggingface_hub import HfApi
 
+from ..checksums import read_table
 from ..data.pictures import upright_image
+from ..files import only_run
 from ..hub import check_repository_name, create_repository, list_files, push_files, pushing
 from ..hub_datasets import stale_files
 from ..machine import all_without_places, public_name, without_places
 from .dataset_card import DISPUTED, DISTRIBUTIONS_TITLE, SPLIT, WIN_RATES_TITLE, disputed_images, evaluation_card
+from .kept_images import is_changed
 from .plots import DISTRIBUTIONS, WIN_RATES
 from .report import LATEX, REPORT, SUMMARY, write_report
-from .scores import IMAGES_SCHEMA, SCORES, metrics_of
+from .scores import IMAGES_SCHEMA, SCORES, changed_images, metrics_of
 
 
 DATA = "data"
@@ -72,7 +75,7 @@ def push_evaluation(
     table, summary = read_evaluation(output_dir)
     names = image_names(table)
     summary = public_summary(summary, names, output_dir)
-    with TemporaryDirectory(dir=output_dir, prefix=".push-") as scratch:
+    with only_run(output_dir, "writing"), TemporaryDirectory(dir=output_dir, prefix=".push-") as scratch:
         folder = Path(scratch)
         info = write_images(table, names, output_dir, folder / DATA)
         pictures = plots_of(table, summary, output_dir)
@@ -124,14 +127,18 @@ def read_evaluation(output_dir: Path) -> tuple[pa.Table, dict[str, Any]]:
                 f"evaluate`. {again}"
             )
     try:
-        table = pq.read_table(output_dir / SCORES)
+        table = read_table(output_dir / SCORES)
         summary = json.loads((output_dir / SUMMARY).read_text(encoding="utf-8"))
         counted = Counter(table["model"].to_pylist())
+        changed = changed_images(table, output_dir)
         agrees = summary["models"] == counted and metrics_of(table).keys() <= summary["metrics"].keys()
-    except (pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The evaluation in {output_dir} cannot be read: {error} {again}") from error
     if not agrees:
         raise ValueError(f"{SUMMARY} and {SCORES} in {output_dir} are not of the same evaluation. {again}")
+    if changed or is_changed(output_dir / SUMMARY):
+        what = f"{', '.join(changed[:5])}{' and others' if len(changed) > 5 else ''}" if changed else SUMMARY
+        raise ValueError(f"The evaluation in {output_dir} is not as it was written: {what} has changed since. {again}")
     return table, summary
 
 

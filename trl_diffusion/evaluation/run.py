@@ -4,28 +4,30 @@
 """Runs a complete evaluation: samples images with every model for the same prompts and noise, and scores them."""
 
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
-from accelerate import PartialState
 
+from ..files import only_run
 from ..metrics.fid import fid_result
 from ..metrics.inception import InceptionFeatures
 from ..metrics.kid import kid_result
 from ..metrics.scorer import Scorer
-from .gallery import write_gallery
-from .generate import ImageRow, generate
+from .gallery import GALLERY, write_gallery
+from .generate import ImageRow, generate, process_state
+from .kept_images import sum_of, write_sums
 from .models import ModelSpec, guidance_without
 from .plots import save_plots
 from .prompts import PromptSet
 from .protocols import Protocol
-from .report import summarize, write_report
-from .scores import IMAGES_SCHEMA, one_colour, score_models
+from .report import LATEX, REPORT, SUMMARY, summarize, write_report
+from .scores import IMAGES_SCHEMA, SCORES, one_colour, score_models
 
 
 PACKAGES = ("trl-diffusion", "diffusers", "transformers", "torch")
@@ -84,10 +86,10 @@ def evaluate_models(
         sample.
 
     Raises:
-        `ValueError`: If two models have the same name, all images of one are of one colour, or `references` or a package is missing. See also
-            [`evaluation.generate.generate`] and [`evaluation.scores.score_models`].
+        `ValueError`: If two models have the same name, all images of one are of one colour, `references` or a package is missing, or another
+            run uses the folder. See also [`evaluation.generate.generate`] and [`evaluation.scores.score_models`].
     """
-    names = [spec.name for spec in specs]
+    names = [spec.name.lower() for spec in specs]  # some systems take letters of both cases for one
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Two models are called {', '.join(twice)}: write NAME=WHERE to give them different names.")
     if corpus_metrics and references is None:
@@ -96,36 +98,51 @@ def evaluate_models(
         if find_spec(package) is None:  # checked before hours of sampling
             raise ValueError(f'An evaluation needs {package}: run `pip install "trl-diffusion[evaluation]"`.')
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    images = {
-        spec.name: generate(spec, prompt_set, protocol, output_dir, batch_size, dtype, use_cpu, disable_tqdm)
-        for spec in specs
-    }
-    if not PartialState(cpu=use_cpu or not torch.accelerator.is_available()).is_main_process:
-        return None
+    is_main_process = process_state(use_cpu).is_main_process
+    with only_run(output_dir, "evaluating") if is_main_process else nullcontext():
+        if is_main_process:
+            remove_unfinished(output_dir)
+        images = {
+            spec.name: generate(spec, prompt_set, protocol, output_dir, batch_size, dtype, use_cpu, disable_tqdm)
+            for spec in specs
+        }
+        if not is_main_process:
+            return None
 
-    rows = table_of(images, output_dir)
-    flat = one_colour(rows, output_dir)
-    table = score_models(rows, scorers, output_dir, scoring_batch_size, retry_errors, disable_tqdm, flat)
-    settings = {
-        "prompts": {
-            "source": prompt_set.name,
-            "revision": prompt_set.revision,
-            "digest": prompt_set.digest,
-            "number": len(prompt_set.prompts),
-            **({"split": prompt_set.split} if prompt_set.split else {}),
-        },
-        "protocol": protocol.describe(),
-        "models": {spec.name: spec.record() | unset_guidance(spec, protocol) for spec in specs},
-        "versions": {package: version(package) for package in PACKAGES},
-    }
-    images = {
-        model: [row for row in of_model if relative(row, output_dir) not in flat] for model, of_model in images.items()
-    }
-    corpus = compare_with_references(images, corpus_metrics, references, scoring_batch_size, use_cpu, disable_tqdm)
-    summary = summarize(table, settings, corpus)
-    write_report(summary, output_dir, save_plots(table, summary, output_dir), write_gallery(table, output_dir))
-    return summary
+        rows = table_of(images, output_dir)
+        flat = one_colour(rows, output_dir)
+        table = score_models(rows, scorers, output_dir, scoring_batch_size, retry_errors, disable_tqdm, flat)
+        settings = {
+            "prompts": {
+                "source": prompt_set.name,
+                "revision": prompt_set.revision,
+                "digest": prompt_set.digest,
+                "number": len(prompt_set.prompts),
+                **({"split": prompt_set.split} if prompt_set.split else {}),
+            },
+            "protocol": protocol.describe(),
+            "models": {spec.name: spec.record() | unset_guidance(spec, protocol) for spec in specs},
+            "versions": {package: version(package) for package in PACKAGES},
+        }
+        images = {
+            model: [row for row in of_model if relative(row, output_dir) not in flat]
+            for model, of_model in images.items()
+        }
+        corpus = compare_with_references(images, corpus_metrics, references, scoring_batch_size, use_cpu, disable_tqdm)
+        summary = summarize(table, settings, corpus)
+        pictures = save_plots(table, summary, output_dir)
+        write_report(summary, output_dir, pictures, write_gallery(table, output_dir))
+        files = (SCORES, SUMMARY, REPORT, LATEX, GALLERY, *pictures.values())
+        write_sums(output_dir, {name: sum_of(output_dir / name) for name in files})
+        return summary
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Removes what a run that was killed left half done in the folder of an evaluation."""
+    for path in [*output_dir.glob("*.tmp"), *output_dir.glob("scores/*.tmp")]:
+        path.unlink()
+    for folder in output_dir.glob(".push-*"):
+        shutil.rmtree(folder)
 
 
 def unset_guidance(spec: ModelSpec, protocol: Protocol) -> dict[str, float | None]:

@@ -9,7 +9,6 @@ scores only what is new. A score depends on the bytes of the image and, if the m
 
 import gc
 import hashlib
-import io
 import json
 import logging
 import math
@@ -21,13 +20,13 @@ from typing import Any, NamedTuple
 import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
 from ..batching import batched, in_threads
-from ..files import write_file
+from ..checksums import DamagedFile, read_table, write_table
 from ..metrics.scorer import Scorer
+from ..safe_names import check_part_of_path
 from ..sampling import only_colour
 
 
@@ -130,7 +129,7 @@ def score_models(
         gc.collect()  # models contain reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    table = table.replace_schema_metadata({"metrics": json.dumps(metrics)})
+    table = table.replace_schema_metadata({"metrics": json.dumps(metrics), "digests": json.dumps(digests)})
     write_table(output_dir / SCORES, table)
     return table
 
@@ -147,6 +146,14 @@ def metrics_of(table: pa.Table) -> dict[str, dict[str, Any]]:
         `dict[str, dict]`: for each metric, `higher_is_better`, `weights`, and `errors` (reasons by image file).
     """
     return json.loads(table.schema.metadata[b"metrics"])
+
+
+def changed_images(table: pa.Table, output_dir: Path) -> list[str]:
+    """The images of a table of scores, see [`metrics_of`], that are there and are not those that were scored."""
+    files, digests = table["image"].to_pylist(), json.loads(table.schema.metadata[b"digests"])
+    there = [(file, scored) for file, scored in zip(files, digests, strict=True) if (output_dir / file).is_file()]
+    now = in_threads(lambda item: digest(output_dir / item[0]), there)
+    return [file for (file, scored), found in zip(there, now, strict=True) if found != scored]
 
 
 def check_images(images: pa.Table) -> pa.Table:
@@ -236,9 +243,9 @@ def score_metric(
     Like `score_models`, for one metric: returns the scores of all images, and the description of the metric. The
     scorer is loaded here and released on return.
     """
+    path = output_dir / "scores" / f"{check_part_of_path(name, 'metric')}.parquet"
     scorer = load()
-    path = output_dir / "scores" / f"{name}.parquet"
-    known = read_cache(path, name, scorer.weights)
+    known = read_cache(path, scorer)
     files = images["image"].to_pylist()
     prompts = images["prompt"].to_pylist() if scorer.needs_prompts else [None] * len(files)
 
@@ -270,9 +277,9 @@ def score_metric(
             progress.update(len(chunk))
             if chunk[-1] != pending[-1]:
                 parts.append(path.with_name(f"{path.name}.part-{next(numbers):06d}"))
-                write_scores(parts[-1], scored, scorer.weights)
+                write_scores(parts[-1], scored, scorer)
     if pending or parts:
-        write_scores(path, known, scorer.weights)
+        write_scores(path, known, scorer)
         for part in parts:
             part.unlink()
     known |= {image: CachedScore(image, "", None, None, reason) for image, reason in left_out.items()}
@@ -289,32 +296,33 @@ def part_files(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.name}.part-*[0-9]"))
 
 
-def read_cache(path: Path, name: str, weights: dict[str, str]) -> dict[str, CachedScore]:
-    """Reads the cached scores of an earlier run and of one that was stopped, by image file. Scores of other weights are ignored."""
+def read_cache(path: Path, scorer: Scorer) -> dict[str, CachedScore]:
+    """
+    Reads the cached scores of an earlier run and of one that was stopped, by image file. Scores of other weights or settings are
+    ignored, and files that are not as they were written.
+    """
     known = {}
     for file in [path] * path.exists() + part_files(path):
-        table = pq.read_table(file)
-        earlier = json.loads(table.schema.metadata[b"weights"])
-        if earlier == weights:
+        try:
+            table = read_table(file)
+        except DamagedFile as error:
+            logger.warning(f"{error}: its images are scored again.")
+            continue
+        weights, settings = (json.loads(table.schema.metadata[key]) for key in (b"weights", b"settings"))
+        if weights == scorer.weights and settings == json.loads(json.dumps(scorer.settings)):
             known |= {row["image"]: CachedScore(**row) for row in table.to_pylist()}
         elif file == path:
             logger.warning(
-                "`%s` was computed with the weights %s, but they are now %s: all images are scored again.",
-                name,
-                earlier,
-                weights,
+                f"`{path.stem}` was computed with the weights {weights}, but they are now {scorer.weights}: all images are scored again."
+                if weights != scorer.weights
+                else f"`{path.stem}` was computed with the settings {settings}, but they are now {scorer.settings}: all images are "
+                "scored again."
             )
     return known
 
 
-def write_scores(path: Path, scores: dict[str, CachedScore], weights: dict[str, str]) -> None:
-    """Writes scores with the weights that gave them."""
+def write_scores(path: Path, scores: dict[str, CachedScore], scorer: Scorer) -> None:
+    """Writes scores with the weights and the settings that gave them."""
     table = pa.Table.from_pylist([row._asdict() for row in scores.values()], schema=CACHE_SCHEMA)
-    write_table(path, table.replace_schema_metadata({"weights": json.dumps(weights)}))
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Writes a Parquet file completely or not at all."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    write_file(path, buffer.getvalue())
+    made_with = {"weights": json.dumps(scorer.weights), "settings": json.dumps(scorer.settings)}
+    write_table(path, table.replace_schema_metadata(made_with))

@@ -36,6 +36,8 @@ class VLMThings:
     Attributes:
         weights (`dict[str, str]`):
             The model with its revision, and the prompt with its hash.
+        settings (`dict[str, Any]`):
+            The settings of the model.
     """
 
     def __init__(self, vlm: VLM, prompt_path: str | Path | None = None, max_things: int = 8):
@@ -45,6 +47,7 @@ class VLMThings:
         # The limit is part of the schema, so that a server that supports schemas enforces it
         self.schema = create_model("Things", things=(Annotated[list[Label], Field(max_length=max_things)], ...))
         described = vlm.describe()
+        self.settings = {"model": described, "max_things": max_things}
         self.weights = {
             described["model"]: described["revision"],
             "prompt of the things": f"sha256:{self.prompt.describe()['sha256']}",
@@ -96,6 +99,7 @@ class CaptionMatchScorer(Scorer):
         self.things = things
         self.named: dict[str, Things] = {}  # by prompt
         described = detector.describe()
+        self.settings = {"detector": described, "things": getattr(things, "settings", {})}
         self.weights = {described["model"]: described["revision"]}
         if "threshold" in described:
             self.weights["threshold of the detector"] = str(described["threshold"])

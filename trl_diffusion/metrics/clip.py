@@ -61,6 +61,7 @@ def load_clip(model_name_or_path: str) -> tuple[CLIPModel, str]:
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # mismatches are reported, and refused below
             output_loading_info=True,
+            use_safetensors=True,
             **pinned(revision),
         )
     misfits = sorted(

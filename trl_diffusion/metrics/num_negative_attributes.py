@@ -44,7 +44,7 @@ class NumNegativeAttributesScorer(Scorer):
             )
         self.expert = expert
         if isinstance(expert, AttributeExpert):
-            described = expert.describe()
+            self.settings = described = expert.describe()
             self.weights = {
                 described["model"]["model"]: described["model"]["revision"],
                 "prompt of the expert": f"sha256:{described['prompt']['sha256']}",

@@ -80,6 +80,8 @@ class Scorer(ABC):
             Whether the score depends on the image's prompt.
         weights (`dict[str, str]`):
             Ids of the weights that the score depends on, with their revisions.
+        settings (`dict[str, Any]`):
+            What else it depends on. Scores of other settings are not used again.
 
     Args:
         device (`str`, *optional*):
@@ -93,6 +95,7 @@ class Scorer(ABC):
     def __init__(self, device: str | None = None):
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.weights: dict[str, str] = {}
+        self.settings: dict[str, Any] = {}
 
     def prepare(self, image: PIL.Image.Image) -> Any:
         """Converts an image to an input of the model. Runs in threads while the model processes the previous batch."""

@@ -4,6 +4,7 @@
 """What both experiments of the quickstart do: annotate a world's data, train the base in several ways, compare the results."""
 
 import io
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -22,6 +23,7 @@ from ..annotation.run import Task, run, run_locally
 from ..trainer.diffusion_trainer import DiffusionTrainer
 from .models import MODELS
 from .sampling import generate, load_pipeline
+from .steps import Outcome, step_file
 from .world import evaluation_prompts
 
 
@@ -136,7 +138,7 @@ def run_arm(
     num_samples: int,
     seed: int,
     output_dir: str,
-) -> tuple[dict[str, float], list[Image.Image], float, str]:
+) -> Outcome:
     """
     Trains the base as an arm says, generates images with it, and scores them, in one thread.
 
@@ -158,10 +160,10 @@ def run_arm(
         seed (`int`):
             Seed of the data, of the training and of the images.
         output_dir (`str`):
-            Output directory of the trainer.
+            Folder of the quickstart.
 
     Returns:
-        `tuple`: the scores of all images, the first eight images, the seconds that it took, and the figures in words.
+        [`quickstart.steps.Outcome`]: with the first eight images.
     """
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -169,16 +171,18 @@ def run_arm(
     if name in experiment.arms:
         arm = experiment.arms[name]
         folder = str(Path(annotations) / TRAINING)
-        settings = {"output_dir": output_dir, "seed": seed, "max_steps": max_steps}
+        trainer_dir = step_file(output_dir, experiment.name, name).with_suffix("")  # one for each trainer that runs
+        settings = {"output_dir": str(trainer_dir), "seed": seed, "max_steps": max_steps}
         settings |= {"precompute": True, "precompute_dir": folder}  # once for all arms
         rows = load_from_disk(folder).select(range(num_rows))
         with redirect_stdout(io.StringIO()):  # what is precomputed is said by every arm
             arm.train(pipeline, rows, settings | arm.settings)
+        shutil.rmtree(trainer_dir, ignore_errors=True)  # nothing is saved
     prompts = evaluation_prompts(num_samples, seed, experiment.sample_scene)
     images = generate(pipeline, prompts, seed)
     scores = experiment.score(images, prompts)
     figures = ", ".join(f"{heading} {scores[key]:{form}}" for key, (heading, form) in experiment.figures.items())
-    return scores, images[:8], time.perf_counter() - start, figures
+    return Outcome(scores, images[:8], time.perf_counter() - start, figures)
 
 
 def results_table(experiment: Experiment, results: dict[str, dict[str, float]]) -> str:

@@ -205,11 +205,11 @@ def annotate(
     """
     from ..annotation.preview import preview
     from ..annotation.run import run
+    from ..files import write_file
 
     if args.preview is not None:
         page = Path(args.output_dir) / "preview.html"
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(preview(task, dataset.take(args.preview)), encoding="utf-8")
+        write_file(page, preview(task, dataset.take(args.preview)).encode())
         print(f"Open {page}. Nothing else was written.")
         return
     finished = run(
@@ -220,6 +220,7 @@ def annotate(
         max_error_rate=args.max_error_rate,
         retry_errors=args.retry_errors,
         num_rows=num_rows,
+        read_again=Path(args.dataset_name).expanduser().exists() or any(sign in args.dataset_name for sign in "*?{["),
     )
     figures = ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in finished.counts.items())
     print(f"Annotated into {finished.folder}: {figures}.")

@@ -20,6 +20,7 @@ trl-diffusion check-dataset --dataset_name user/painting-attributes --trainer co
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from trl_diffusion.cli.parser import CommandParser
 from trl_diffusion.scripts.dataset_arguments import DatasetArguments
@@ -80,16 +81,27 @@ def prompt_fits(name: str) -> Callable[[str], bool]:
 
     from trl_diffusion.backbones import BACKBONES
     from trl_diffusion.backbones.checks import plain_tokenizer
-    from trl_diffusion.backbones.source import read_index
+    from trl_diffusion.backbones.folder_checks import check_folder, read_index
 
     index = read_index(name, {})
     families = [family for family in BACKBONES if family.pipeline_class.__name__ == index["_class_name"]]
     if not families:
         raise ValueError(f"`--model_name_or_path` is a `{index['_class_name']}`, a family that is not supported.")
-    classes = {part: names[1] for part, names in index.items() if part.startswith("tokenizer") and names[1]}
-    loaded = {
-        part: getattr(transformers, kind).from_pretrained(name, subfolder=part) for part, kind in classes.items()
+    classes = {
+        part: names[1]
+        for part, names in index.items()
+        if part.startswith("tokenizer") and isinstance(names, list) and names[1]
     }
+    if Path(name).is_dir():
+        check_folder(name, {part: index[part] for part in classes})
+    loaded = {}
+    for part, kind in classes.items():
+        try:
+            loaded[part] = getattr(transformers, kind).from_pretrained(name, subfolder=part, trust_remote_code=False)
+        except Exception as error:  # whatever a damaged file makes the tokenizers raise
+            raise ValueError(
+                f"The `{part}` of {name} cannot be loaded: {' '.join(str(error).split())[:500]}"
+            ) from error
     limits = {part: plain_tokenizer(tokenizer).model_max_length for part, tokenizer in loaded.items()}
     # The others read what CLIP does not
     if others := [part for part, kind in classes.items() if not kind.startswith("CLIP")]:
@@ -104,6 +116,7 @@ def main(args: CheckDatasetArguments) -> int:
     from trl_diffusion import AttributeSFTTrainer, ComplexPOTrainer, Criteria, InstanceDPOTrainer
     from trl_diffusion.data.check import as_text, check_dataset
     from trl_diffusion.data.presets import training_columns
+    from trl_diffusion.files import write_file
     from trl_diffusion.scripts.utils import get_split, load_splits
 
     if args.resolution < 1:
@@ -132,8 +145,7 @@ def main(args: CheckDatasetArguments) -> int:
     for line in as_text(report):
         print(line)
     if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+        write_file(Path(args.output), json.dumps(report, indent=1, ensure_ascii=False, default=str).encode())
     return 1 if report["faults"] else 0
 
 

@@ -206,7 +206,9 @@ class EvaluateArguments:
         default=None, metadata={"help": "Branch to push to. It is created if there is none."}
     )
     hub_token: str | None = field(
-        default=None, metadata={"help": "Token for the push. Defaults to that of `hf auth login` or HF_TOKEN."}
+        default=None,
+        repr=False,
+        metadata={"help": "Token for the push. Defaults to that of `hf auth login` or HF_TOKEN."},
     )
 
     def __post_init__(self):

@@ -24,7 +24,6 @@ import logging
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from shutil import copyfile
 from typing import TYPE_CHECKING, Any
 
 from trl_diffusion.cli.parser import CommandParser
@@ -107,7 +106,9 @@ class ModelCardArguments:
         default=None, metadata={"help": "Branch to read a model of the Hub from, and to push to."}
     )
     hub_token: str | None = field(
-        default=None, metadata={"help": "A token of the Hub. Defaults to that of `hf auth login` or HF_TOKEN."}
+        default=None,
+        repr=False,
+        metadata={"help": "A token of the Hub. Defaults to that of `hf auth login` or HF_TOKEN."},
     )
 
     def __post_init__(self):
@@ -295,6 +296,7 @@ def new_evaluation(args: ModelCardArguments, place: Place, facts: "ModelFacts") 
     """
     from trl_diffusion.cards.arms import training_record
     from trl_diffusion.evaluation.card import evaluation_facts
+    from trl_diffusion.evaluation.kept_images import is_changed
 
     path = Path(args.evaluation).expanduser() / SUMMARY
     if not path.is_file():
@@ -304,6 +306,11 @@ def new_evaluation(args: ModelCardArguments, place: Place, facts: "ModelFacts") 
         records = {name: summary["settings"].get("models", {}).get(name, {}) for name in summary["models"]}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"The {SUMMARY} of {args.evaluation} is not one of `trl-diffusion evaluate`.") from error
+    if is_changed(path):
+        raise ValueError(
+            f"The {SUMMARY} of {args.evaluation} has changed since it was written: repeat the command that wrote it. Images and scores "
+            "that are there are kept."
+        )
     name = args.model_name_in_evaluation or name_of(place, facts, records)
     if name in records and has_other_weights(place, records[name].get("revision")):
         message = f"{name!r} of the evaluation was sampled with other weights than {place.name} holds now"
@@ -406,8 +413,7 @@ def write_card(
     folder.mkdir(parents=True, exist_ok=True)
     for name, file in files.items():
         if file != folder / name:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            copyfile(file, folder / name)
+            write_file(folder / name, file.read_bytes())
     if FACTS_NAME in changed or is_of_hub or args.output_dir is not None:
         write_facts(facts, folder / FACTS_NAME)
     if evaluation:

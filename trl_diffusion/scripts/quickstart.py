@@ -28,17 +28,19 @@ The second half is CPO, on tiny paintings with four qualities, each of them posi
 for the qualities teaches a model that is prompted without these words. The qualities are found in the same way.
 
 Every model then generates images, and the oracles of the worlds count how good they are and whether they show what the
-prompt names.
+prompt names. If it is stopped, the same command continues: the steps that are done are kept.
 """
 
 import json
+import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl_diffusion.cli.parser import CommandParser
 from trl_diffusion.cli.quiet import hold_back
@@ -99,12 +101,26 @@ PACKAGES = ("trl-diffusion", "trl", "transformers", "diffusers", "peft", "torch"
 
 
 def main(args: QuickstartArguments) -> None:
+    from trl_diffusion.files import only_run
+
+    with only_run(Path(args.output_dir), "writing"):
+        run_quickstart(args)
+
+
+def run_quickstart(args: QuickstartArguments) -> None:
+    """All steps of both worlds, without those that an earlier run with the same settings has done, and the report."""
+    from trl_diffusion.files import save_picture, write_file
     from trl_diffusion.quickstart import cpo, iapo
     from trl_diffusion.quickstart.experiment import annotate, run_arm
+    from trl_diffusion.quickstart.steps import STEPS, keep_step, kept_step, step_file
 
     start = time.perf_counter()
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in [*folder.glob("*.tmp"), *folder.glob(f"{STEPS}/*.tmp")]:
+        unfinished.unlink()
+    for unfinished in folder.glob(f"{STEPS}/*/"):
+        shutil.rmtree(unfinished)  # of a trainer
+    versions = {package: version(package) for package in PACKAGES}
     experiments = {"scenes": iapo.EXPERIMENT, "paintings": cpo.EXPERIMENT}
     num_rows = {"scenes": args.num_pairs, "paintings": args.num_paintings}
     worlds = {world: ("base", *experiment.arms) for world, experiment in experiments.items()}
@@ -118,9 +134,16 @@ def main(args: QuickstartArguments) -> None:
                 for world, experiment in experiments.items()
             }
         sizes = (args.max_steps, args.num_samples, args.seed, args.output_dir)
-        annotations, runs = {}, {}
+        annotations, runs, outcomes = {}, {}, {}
+
+        def settings_of(world: str, name: str) -> dict[str, Any]:
+            return step_settings(args, experiments[world], name, annotations[world][0], num_rows[world], versions)
 
         def submit(world: str, name: str) -> None:
+            if kept := kept_step(step_file(folder, world, name), settings_of(world, name)):
+                outcomes[world, name] = kept
+                progress.done(title(experiments[world], name), kept.figures + " (of an earlier run)", kept.seconds)
+                return
             rows = annotations[world][0], num_rows[world]
             runs[pool.submit(run_arm, experiments[world], args.model, name, *rows, *sizes)] = world, name
 
@@ -132,33 +155,66 @@ def main(args: QuickstartArguments) -> None:
                 submit(world, name)
         for world in worlds:  # the shortest last, so that neither process waits long for the other
             submit(world, "base")
-        outcomes = {}
         for run in as_completed(runs):
             world, name = runs[run]
-            scores, images, seconds, figures = run.result()
-            outcomes[world, name] = scores, images
-            progress.done(title(experiments[world], name), figures, seconds)
+            outcomes[world, name] = outcome = run.result()
+            keep_step(step_file(folder, world, name), settings_of(world, name), outcome)
+            progress.done(title(experiments[world], name), outcome.figures, outcome.seconds)
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "A process of the quickstart ended before its step was done, such as because the memory is full. Finished steps are "
+            "kept: repeat the same command to continue."
+        ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
     for world, file in (("scenes", "samples.png"), ("paintings", "paintings.png")):
-        images = [outcomes[world, name][1] for name in worlds[world]]
-        comparison(experiments[world], images, args.num_samples, args.seed).save(folder / file)
-    scores = {world: {name: outcomes[world, name][0] for name in names} for world, names in worlds.items()}
+        images = [outcomes[world, name].images for name in worlds[world]]
+        save_picture(folder / file, comparison(experiments[world], images, args.num_samples, args.seed))
+    scores = {world: {name: outcomes[world, name].scores for name in names} for world, names in worlds.items()}
     results = scores["scenes"] | {
         "cpo": scores["paintings"],
         "annotations": {world: counts for world, (_, counts) in annotations.items()},
         "model": args.model,
         "seed": args.seed,
         "seconds": round(time.perf_counter() - start, 1),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": versions,
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (folder / "report.md").write_text(report(results, args.max_steps))
+    write_file(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_file(folder / "report.md", report(results, args.max_steps).encode())
     print(
         f"Done in {results['seconds']:.0f} seconds: look at {folder / 'report.md'}, {folder / 'samples.png'} and "
         f"{folder / 'paintings.png'}."
     )
+
+
+def step_settings(
+    args: QuickstartArguments,
+    experiment: "Experiment",
+    name: str,
+    annotations: str,
+    num_rows: int,
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    """Everything that the result of a step depends on: the flags, the annotations, the code and the models of this package."""
+    import torch
+
+    from trl_diffusion.revisions import digest_of_file, package_digest
+
+    arm = experiment.arms.get(name)
+    return {
+        "model": args.model,
+        "arm": name,
+        "settings": arm.settings if arm else {},
+        "annotations": [digest_of_file(shard) for shard in sorted(Path(annotations).glob("*.parquet"))],
+        "num_rows": num_rows,
+        "max_steps": args.max_steps,
+        "num_samples": args.num_samples,
+        "seed": args.seed,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "package": package_digest(),
+        "versions": versions,
+    }
 
 
 class Progress:
@@ -207,13 +263,21 @@ def title(experiment: "Experiment", name: str) -> str:
 
 
 def prepare_worker() -> None:
-    """In each process: its parent ends it, and it shows nothing of its own."""
+    """In each process: its parent ends it, also by being killed, and it shows nothing of its own."""
+    import os
     import signal
+    from multiprocessing import parent_process
+    from threading import Thread
 
     from datasets import disable_progress_bars
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    def end_with_parent() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     hold_back()

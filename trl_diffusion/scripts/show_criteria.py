@@ -22,6 +22,7 @@ from pathlib import Path
 from trl_diffusion.cli.parser import CommandParser
 from trl_diffusion.criteria import Criteria
 from trl_diffusion.criteria_picture import criteria_picture
+from trl_diffusion.files import save_picture
 
 
 @dataclass
@@ -57,8 +58,7 @@ def main(args: ShowCriteriaArguments) -> None:
         criteria = Criteria(criteria.name, criteria.levels, criteria.select(args.dimension))
     print(tree_text(criteria))
     if args.output is not None:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        criteria_picture(criteria).save(args.output)
+        save_picture(Path(args.output), criteria_picture(criteria))
         print(f"Drew the tree to {args.output}.")
 
 

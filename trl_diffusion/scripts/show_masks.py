@@ -65,6 +65,7 @@ def main(args: ShowMasksArguments) -> None:
 
     from trl_diffusion.data.collators import InstancePairCollator
     from trl_diffusion.data.formats import prepare_dataset
+    from trl_diffusion.files import save_picture
     from trl_diffusion.scripts.utils import get_datasets
     from trl_diffusion.visualization import image_grid, instance_pictures
 
@@ -76,13 +77,12 @@ def main(args: ShowMasksArguments) -> None:
     )
     collate = InstancePairCollator(args.resolution, args.center_crop, args.random_flip, args.seed)
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
 
     for index, row in enumerate(dataset.take(args.num_rows)):
         batch = collate([row])
         pictures = instance_pictures(batch, row, args.vae_scale_factor, args.w_neg, args.mask_overlap)
         grid = image_grid([pictures], ["chosen", "rejected"], [f"{batch['id'][0]}: {row['prompt']}"], size=512)
-        grid.save(folder / f"{index:04d}.png")
+        save_picture(folder / f"{index:04d}.png", grid)
     print(
         f"Drew {index + 1} rows to {folder}. Dark cells weigh less, and the label is reversed in red cells. A box is green if "
         "it agrees with the label, orange if it contradicts it, and grey for a tie."

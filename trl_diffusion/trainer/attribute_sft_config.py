@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from .diffusion_config import DiffusionConfig
 
 
-@dataclass
+@dataclass(repr=False)  # it shows no token
 class AttributeSFTConfig(DiffusionConfig):
     r"""
     Configuration class for [`AttributeSFTTrainer`].

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 
 from ..criteria import Criteria, render_prompt
@@ -31,6 +31,7 @@ from .diffusion_trainer import DiffusionTrainer, Metrics
 from .model_card import Method
 from .noised_batch import NoisedBatch
 from .publishing import criteria_file
+from .sharding import whole_lora
 
 
 class AttributeSFTTrainer(DiffusionTrainer):
@@ -183,13 +184,18 @@ class AttributeSFTTrainer(DiffusionTrainer):
                 "`expert` was trained with all its weights. Expert, reference and policy are adapters on one base: train "
                 "the expert with a `peft_config`."
             )
-        weights = {name: weight.detach().clone() for name, weight in get_peft_model_state_dict(self.policy).items()}
+        weights = {name: weight.clone() for name, weight in whole_lora(self.policy).items()}
         return weights, self.policy.peft_config["default"], self._description()
 
     def take_adapter(self) -> None:
         """
         Takes the LoRA out of the pipeline, which is then the base that it was before. This trainer cannot be used afterwards.
         """
+        if self.is_sharding:
+            raise ValueError(
+                "The pipeline of `expert` is cut over the processes, and cannot be trained again. Save the expert, and train from its "
+                "folder in another run."
+            )
         self.policy.unload()
         self.is_taken = True
 
@@ -205,18 +211,17 @@ class AttributeSFTTrainer(DiffusionTrainer):
         return {"criteria": attribute_words(self.criteria)}
 
     def _description(self) -> dict[str, Any]:
-        return describe_expert(self.policy, self.criteria, self.args)
+        return describe_expert(self.policy, self.base, self.criteria, self.args)
 
     @property
     def _example_prompt(self) -> str:
         attributes = [(attribute, "positive") for attribute in self.criteria.attributes]
         return render_prompt(super()._example_prompt, attributes, self.args.attribute_separator, maximum=2)[0]
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def save_files(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         self.check_not_taken()
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            (Path(output_dir or self.args.output_dir) / EXPERT_FILE_NAME).write_bytes(self._described())
+        super().save_files(folder, weights)
+        (folder / EXPERT_FILE_NAME).write_bytes(self._described())
 
     def _described(self) -> bytes:
         return (json.dumps(self._description(), indent=2) + "\n").encode()

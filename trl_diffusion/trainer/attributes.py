@@ -3,7 +3,6 @@
 
 """Common code of both stages of complex preference optimisation: prompts with attributes, and the expert."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel
 
 from ..backbones.base import Backbone
+from ..backbones.folder_checks import read_json
 from ..backbones.quantization import describe_quantization
 from ..criteria import Criteria, render_prompt
 from .attribute_sft_config import AttributeSFTConfig
 from .complex_po_config import ComplexPOConfig
 from .diffusion_config import DiffusionConfig
-from .fingerprints import base_fingerprint, same_base, same_quantized_base
+from .fingerprints import same_base, same_quantized_base
 from .lora import check_lora_config, check_mixes, load_lora_into, read_lora
 
 
@@ -27,6 +27,7 @@ logger = get_logger(__name__)
 
 DEFAULT_PEFT_CONFIG = LoraConfig(r=64, lora_alpha=64)
 EXPERT_FILE_NAME = "attribute_expert.json"
+DESCRIBED = ("criteria", "attribute_order", "attribute_separator")
 
 
 def without_default(peft_config: LoraConfig | None, args: DiffusionConfig) -> LoraConfig | None:
@@ -105,7 +106,7 @@ def attribute_words(criteria: Criteria) -> dict[str, list[str]]:
 
 
 def describe_expert(
-    model: torch.nn.Module, criteria: Criteria, args: AttributeSFTConfig | ComplexPOConfig
+    model: torch.nn.Module, base: list[float], criteria: Criteria, args: AttributeSFTConfig | ComplexPOConfig
 ) -> dict[str, Any]:
     """
     Describes the training data of an expert and the form of its prompts. The description is saved with the weights.
@@ -113,6 +114,8 @@ def describe_expert(
     Args:
         model (`torch.nn.Module`):
             The denoiser, whose base is described.
+        base (`list[float]`):
+            [`trainer.fingerprints.base_fingerprint`] of it, before the training.
         criteria ([`Criteria`]):
             The criteria tree.
         args ([`AttributeSFTConfig`] or [`ComplexPOConfig`]):
@@ -127,7 +130,7 @@ def describe_expert(
         "attributes": attribute_words(criteria),
         "attribute_order": args.attribute_order,
         "attribute_separator": args.attribute_separator,
-        "base_fingerprint": base_fingerprint(model),
+        "base_fingerprint": base,
         **({} if quantization is None else {"base_quantization": quantization}),
     }
 
@@ -157,7 +160,21 @@ def read_expert(expert: str | Path) -> tuple[dict, LoraConfig, dict | None]:
             path = Path(hf_hub_download(str(expert), EXPERT_FILE_NAME))
         except (EntryNotFoundError, LocalEntryNotFoundError):
             return weights, config, None
-    return weights, config, json.loads(path.read_text()) if path.exists() else None
+    return weights, config, _read_description(path) if path.exists() else None
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """What an expert says of itself, each part of it of its kind."""
+    described = read_json(path)
+    attributes = described.get("attributes")
+    is_right = isinstance(attributes, dict) and all(isinstance(described.get(key), str) for key in DESCRIBED)
+    is_right = is_right and all(isinstance(words, list) for words in attributes.values())
+    numbers = described.get("base_fingerprint")
+    if not is_right or not (isinstance(numbers, list) and all(isinstance(number, int | float) for number in numbers)):
+        raise ValueError(
+            f"`expert` cannot be read: {path} does not describe an expert. Train it again, or remove the file."
+        )
+    return described
 
 
 def check_expert(described: dict[str, Any] | None, wanted: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 
 """Callbacks of the trainers."""
 
+import io
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.integrations import TensorBoardCallback
 
 from ..cards.facts import EVALUATION_NAME
 from ..data.formats import shortened
+from ..files import write_file
 from ..sampling import NotFiniteError, only_colour
 from ..visualization import image_grid
 from .card_pictures import clear_masks, clear_samples, save_masks, save_samples
@@ -39,15 +41,23 @@ class SampleImagesCallback(TrainerCallback):
             [`DiffusionTrainer.sample`] does.
         callbacks (`list[~transformers.TrainerCallback]`):
             The trainer's callbacks, among which tensorboard's writer is found.
+        in_all_processes (`bool`, *optional*, defaults to `False`):
+            Whether all processes sample, as they must where the weights are cut over them; the main one alone keeps images.
     """
 
-    def __init__(self, sample: Callable[..., list[PIL.Image.Image]], callbacks: list[TrainerCallback]):
+    def __init__(
+        self,
+        sample: Callable[..., list[PIL.Image.Image]],
+        callbacks: list[TrainerCallback],
+        in_all_processes: bool = False,
+    ):
         self.sample = sample
-        self.callbacks = callbacks
+        self.callbacks, self.in_all_processes = callbacks, in_all_processes
         self.base_images = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._sample(args, state)
+        if state.global_step == 0:  # a resumed run draws where the run that was stopped would have
+            self._sample(args, state)
 
     def on_step_end(self, args, state, control, **kwargs):
         # The last step here and not at the end of training, when tensorboard's writer is closed
@@ -61,15 +71,20 @@ class SampleImagesCallback(TrainerCallback):
 
     def _draw(self, args, state, step: int) -> list[PIL.Image.Image] | None:
         """Samples for the card of a step. `None` in another process than the main one, and where an image is not finite."""
-        if not state.is_world_process_zero:
+        is_main = state.is_world_process_zero
+        if not (is_main or self.in_all_processes):
             return None
         try:
             if self.base_images is None:
                 self.base_images = self.sample(args.sample_prompts, with_reference=True)
             images = self.sample(args.sample_prompts)
         except NotFiniteError as error:
+            if not is_main:
+                return None
             logger.warning(f"There are no samples of step {step}. {error}")
             clear_samples(args.output_dir)
+            return None
+        if not is_main:
             return None
         save_samples(args.output_dir, args.sample_prompts, self.base_images, images, step, args.sample_model)
         return images
@@ -87,9 +102,9 @@ class SampleImagesCallback(TrainerCallback):
             column_labels=[Path(args.sample_model).name if args.sample_model else "base", f"step {state.global_step}"],
             row_labels=args.sample_prompts,
         )
-        folder = Path(args.output_dir) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        grid.save(folder / f"step-{state.global_step:06d}.png")
+        content = io.BytesIO()
+        grid.save(content, "PNG")
+        write_file(Path(args.output_dir) / "samples" / f"step-{state.global_step:06d}.png", content.getvalue())
         self._report(grid, args, state)
 
     def _report(self, grid: PIL.Image.Image, args, state):
@@ -166,6 +181,10 @@ class MaskExamplesCallback(TrainerCallback):
             )
 
 
+class NothingToTrainError(ValueError):
+    """A run has no steps, or those that it has are done."""
+
+
 class HealthCallback(TrainerCallback):
     """
     Stops a run that cannot learn: one without a step, or, before the optimizer steps, one whose loss or gradient is not
@@ -192,19 +211,27 @@ class HealthCallback(TrainerCallback):
         self.losses.clear()  # of a run that was stopped within a step
         if state.global_step >= state.max_steps:
             done = f"{state.global_step} of them are done already" if state.global_step else "that is none"
-            raise ValueError(
+            raise NothingToTrainError(
                 f"There is nothing to train: the run has {state.max_steps} optimizer steps, and {done}. Raise `max_steps` or "
                 "`num_train_epochs`, or do not resume."
             )
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        ids, losses, paddings = zip(*self.losses, strict=True)
+        recorded = list(self.losses)
         self.losses.clear()
+        self._check(args, state, recorded, self.gradient_norm)
+
+    def check_losses(self, args, state) -> None:
+        """Stops where a loss is not finite: before a backward that makes the step too."""
+        self._check(args, state, self.losses, 0.0)
+
+    def _check(self, args, state, recorded, gradient_norm: torch.Tensor | float) -> None:
+        ids, losses, paddings = zip(*recorded, strict=True)
         losses = [
             x if padding is None else x.masked_fill(padding, 0) for x, padding in zip(losses, paddings, strict=True)
         ]
         losses_are_finite = torch.cat(losses).isfinite()
-        gradient_is_finite = torch.as_tensor(self.gradient_norm).isfinite().to(losses_are_finite.device)
+        gradient_is_finite = torch.as_tensor(gradient_norm).isfinite().to(losses_are_finite.device)
         if torch.stack([losses_are_finite.all(), gradient_is_finite]).all():
             return
         advice = (

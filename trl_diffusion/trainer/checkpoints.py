@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -20,12 +20,30 @@ from ..backbones.base import Backbone
 from ..backbones.names import INDEX
 from ..files import write_file
 from ..hub import hub_id
-from .fingerprints import base_fingerprint
 from .lora import LORA_WEIGHTS_NAME, load_lora_into, read_lora
 from .run_record import check_resumed_run, compare_loras, describe_lora, describe_run
+from .sharding import as_whole, cut_as, plain_class, whole_lora, whole_weights
 
 
-def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path) -> None:
+def trained_weights(model: torch.nn.Module, is_kept: bool) -> dict[str, torch.Tensor]:
+    """
+    The weights of a policy that are saved. Of one that is cut over processes, all of them call this.
+
+    Args:
+        model (`torch.nn.Module`):
+            The policy, not wrapped.
+        is_kept (`bool`):
+            Whether this process wants them.
+
+    Returns:
+        `dict[str, torch.Tensor]`: whole, by name; of a LoRA by the names of peft. Empty where they are not kept.
+    """
+    return whole_lora(model, is_kept=is_kept) if isinstance(model, PeftModel) else whole_weights(model, is_kept)
+
+
+def save_weights(
+    backbone: Backbone, model: torch.nn.Module, folder: str | Path, weights: dict[str, torch.Tensor]
+) -> None:
     """
     Saves a LoRA as `pytorch_lora_weights.safetensors`, or a trained denoiser within its whole pipeline. Of the checkpoints of a run
     the first holds the frozen components, and the others link to its files: each is complete, and the disk holds them once.
@@ -36,14 +54,20 @@ def save_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path)
         model (`torch.nn.Module`):
             The policy, not wrapped.
         folder (`str` or `Path`):
-            Where the files go.
+            Where the files go: an empty folder.
+        weights (`dict[str, torch.Tensor]`):
+            See [`trainer.checkpoints.trained_weights`].
     """
     if isinstance(model, PeftModel):
-        backbone.save_lora(folder, get_peft_model_state_dict(model), model.peft_config["default"])
+        backbone.save_lora(folder, weights, model.peft_config["default"])
         return
+    with as_whole(model, weights):
+        _save_pipeline(backbone, model, folder)
+
+
+def _save_pipeline(backbone: Backbone, model: torch.nn.Module, folder: str | Path) -> None:
     folder, earlier = Path(folder).resolve(), backbone.saved_in
     is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-    _unlink_shared(folder)
     if is_checkpoint and earlier not in (None, folder) and (earlier / INDEX).exists():
         model.save_pretrained(folder / backbone.denoiser_name)
         for name in json.loads((earlier / INDEX).read_text(encoding="utf-8")).keys() - {backbone.denoiser_name}:
@@ -64,19 +88,11 @@ def _link_folder(source: Path, target: Path) -> None:
         if file.is_dir():
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.unlink(missing_ok=True)
         if file.suffix == ".safetensors":
             with suppress(OSError):
                 os.link(file, copy)
                 continue
         shutil.copyfile(file, copy)
-
-
-def _unlink_shared(folder: Path) -> None:
-    """Takes files that other checkpoints share out of a folder that is written again: to write into them would change those too."""
-    for file in folder.glob("*/*.safetensors"):
-        if file.stat().st_nlink > 1:
-            file.unlink()
 
 
 def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path, record: dict[str, Any]) -> None:
@@ -105,7 +121,8 @@ def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path,
         )
     check_resumed_run(folder, record)
     if not is_lora:
-        model.load_state_dict(type(model).from_pretrained(folder / name).state_dict())
+        saved = plain_class(model).from_pretrained(folder / name).state_dict()
+        model.load_state_dict(cut_as(model.state_dict(), saved))
         return
     weights, config = read_lora(folder)
     errors, _ = compare_loras(describe_lora(config), record["lora"])  # a checkpoint of an older version has no record
@@ -126,6 +143,7 @@ def describe_trainer(trainer: Trainer) -> dict[str, Any]:
         `dict[str, Any]`: what JSON can hold.
     """
     is_known = trainer.reference_is_initial_policy or trainer.reference is None
+    reference_base = None if is_known else trainer.reference.base or trainer.base
     return describe_run(
         trainer.args,
         type(trainer).__name__,
@@ -134,7 +152,7 @@ def describe_trainer(trainer: Trainer) -> dict[str, Any]:
         trainer.policy.peft_config["default"] if isinstance(trainer.policy, PeftModel) else None,
         trainer.rows,
         (*trainer.columns, "id", "instances"),
-        None if is_known else base_fingerprint(trainer.reference.denoiser or trainer.policy),
+        reference_base,
         trainer.backbone.quantization,
         initial_lora=trainer.initial_weights,
         resolved={"resolution": trainer.resolution, **trainer.backbone.settings},
@@ -143,16 +161,12 @@ def describe_trainer(trainer: Trainer) -> dict[str, Any]:
 
 
 class BestCheckpointCallback(TrainerCallback):
-    """Keeps the path of the best checkpoint out of the saved state, and finds this checkpoint again when the run is resumed."""
+    """Finds the best checkpoint again when a run is resumed; its path is not in the saved state."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         if state.best_global_step and best.is_dir():
             state.best_model_checkpoint = str(best)
-
-    def on_save(self, args, state, control, **kwargs):
-        if args.should_save:
-            forget_best_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def forget_best_checkpoint(checkpoint: Path) -> None:

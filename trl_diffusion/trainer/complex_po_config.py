@@ -7,7 +7,7 @@ from .attribute_sft_config import check_attribute_prompts
 from .diffusion_config import DiffusionConfig, check_choice
 
 
-@dataclass
+@dataclass(repr=False)  # it shows no token
 class ComplexPOConfig(DiffusionConfig):
     r"""
     Configuration class for [`ComplexPOTrainer`].

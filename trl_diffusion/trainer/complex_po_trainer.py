@@ -138,7 +138,7 @@ class ComplexPOTrainer(DiffusionTrainer):
 
     def finish_init(self) -> None:
         weights, config, description = self.expert
-        check_expert(description, describe_expert(self.policy, self.criteria, self.args))
+        check_expert(description, describe_expert(self.policy, self.base, self.criteria, self.args))
         add_expert(self.policy, weights, config)
         self.mixer = AdapterMixer(self.policy)
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from transformers.integrations.deepspeed import is_deepspeed_available, unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils.generic import strtobool
 from trl.trainer.base_config import _BaseConfig
 
 from ..backbones import Backbone
@@ -25,7 +27,7 @@ logger = get_logger(__name__)
 DENSITY_SETTINGS = {"uniform": (), "logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}
 
 
-@dataclass
+@dataclass(repr=False)  # it shows no token
 class DiffusionConfig(_BaseConfig):
     r"""
     Parameters that the trainers of this library share. For those of every trainer see
@@ -314,6 +316,19 @@ class DiffusionConfig(_BaseConfig):
         default=None, metadata={"help": "Guidance of these images. Defaults to the pipeline's."}
     )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as trackers get them, without tokens."""
+        settings = super().to_dict()
+        if isinstance(kwargs := settings["model_init_kwargs"], dict):
+            hidden = {name: f"<{name.upper()}>" for name in ("token", "use_auth_token", "proxies") if kwargs.get(name)}
+            settings["model_init_kwargs"] = kwargs | hidden
+        return settings
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    __repr__ = __str__
+
     def __post_init__(self):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else each of the processes would train alone
@@ -326,7 +341,14 @@ class DiffusionConfig(_BaseConfig):
             self.activation_checkpointing = True  # as in TRL, under the name that transformers does not warn of
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 4 if torch.cuda.is_available() and not self.use_cpu else 0
+        if (
+            self.deepspeed or strtobool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false"))
+        ) and not is_deepspeed_available():
+            raise ValueError(
+                "This run asks for DeepSpeed, which is not installed. Install it with `pip install 'trl-diffusion[deepspeed]'`."
+            )
         super().__post_init__()
+        unset_hf_deepspeed_config()  # by which transformers would cut models, such as text encoders, where they are loaded
         if forbids_bf16 and self.mixed_precision == "bf16":
             self.mixed_precision = "no"
         self._n_gpu = min(self.n_gpu, 1)  # a process trains on one GPU: `nn.DataParallel` would cut its batches
@@ -484,15 +506,6 @@ def check_data_settings(args: DiffusionConfig, data_collator, train_dataset: Dat
         raise ValueError(
             "`train_dataset` is a stream, whose rows cannot be sorted by size. Load it without `streaming=True`, or train "
             "without `aspect_ratio_buckets`."
-        )
-
-
-def check_not_sharded(is_sharded: bool) -> None:
-    """Raises a `ValueError` for a training whose weights are cut over devices."""
-    if is_sharded:
-        raise ValueError(
-            "Sharded training (FSDP, DeepSpeed) is not supported yet: what is saved would not be what diffusers "
-            "loads. Train on several GPUs with `accelerate launch --multi_gpu`, or a LoRA by `peft_config`."
         )
 
 

@@ -16,16 +16,16 @@ from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from transformers import TrainerCallback
-from trl.trainer.base_trainer import _BaseTrainer
 
 from ..data.buckets import BucketSampler, training_sizes
 from ..data.caching import TensorCache
 from ..data.collators import ImageCollator
 from ..data.formats import all_datasets, each_dataset, prepare_dataset
 from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
+from .alike import check_data_alike, check_weights_alike
 from .callbacks import HealthCallback, RunCallback, SampleImagesCallback
-from .checkpoints import BestCheckpointCallback, describe_trainer, load_weights, save_weights
-from .diffusion_config import DiffusionConfig, check_data_settings, check_not_sharded, collator_settings
+from .checkpoints import BestCheckpointCallback, describe_trainer, load_weights
+from .diffusion_config import DiffusionConfig, check_data_settings, collator_settings
 from .encoding import BatchEncoder, with_rows
 from .fingerprints import base_fingerprint
 from .initial_lora import read_initial_lora
@@ -38,14 +38,17 @@ from .publishing import Publisher
 from .reference import Reference, check_untrained, make_reference
 from .row_order import seeded, visited_rows
 from .row_randomness import RowRandomness
-from .run_record import write_run_record
 from .samples import Samples
+from .saving import Saver
+from .saving_trainer import SavingTrainer
+from .sharding import check_is_sharded, check_sharding
+from .zero import writable
 
 
 logger = get_logger(__name__)
 
 
-class DiffusionTrainer(_BaseTrainer):
+class DiffusionTrainer(SavingTrainer):
     """
     Base class of the trainers of this library: TRL's base trainer, made to work with the models of diffusers.
 
@@ -102,11 +105,14 @@ class DiffusionTrainer(_BaseTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
         self.args = args = args or self.default_args(model)
+        check_sharding(args)
+        self.saver = Saver(self, trains=train_dataset is not None)
         self.publisher = Publisher(self)
         train_dataset = each_dataset(train_dataset, "train_dataset", self._prepare_dataset)
         eval_dataset = each_dataset(eval_dataset, "eval_dataset", self._prepare_dataset)
         self.prepared = all_datasets(train_dataset, eval_dataset)
         check_data_settings(args, data_collator, train_dataset)
+        check_data_alike(args, train_dataset, eval_dataset, (*self.columns, "id", "instances"))
 
         self.backbone = make_backbone(model, args, peft_config)
         self.initial_weights, peft_config = read_initial_lora(args, self.backbone, peft_config)
@@ -137,7 +143,7 @@ class DiffusionTrainer(_BaseTrainer):
             callbacks=[*(callbacks or []), BestCheckpointCallback, RunCallback],
             optimizers=optimizers,
         )
-        check_not_sharded(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        check_is_sharded(args, self.accelerator, self.backbone)
         if args.channels_last:
             self.policy.to(memory_format=torch.channels_last)
         self.base = base_fingerprint(self.policy)  # as it is before the training
@@ -154,9 +160,10 @@ class DiffusionTrainer(_BaseTrainer):
         self.health = HealthCallback(self.accelerator.scaler)
         self.add_callback(self.health)
         if args.sample_prompts:
-            self.add_callback(SampleImagesCallback(self.sample, self.callback_handler.callbacks))
+            self.add_callback(SampleImagesCallback(self.sample, self.callback_handler.callbacks, self.is_sharding))
         if train_dataset is not None and args.precompute and (args.reference_inverts or args.precompute_ref_preds):
             self.precompute_noised()
+        self.cut_models()  # whatever runs from here on runs in all processes
 
     @classmethod
     def default_args(cls, model: str | DiffusionPipeline) -> DiffusionConfig:
@@ -243,12 +250,14 @@ class DiffusionTrainer(_BaseTrainer):
         return sampler
 
     def _bucket_sampler(self, dataset: Dataset) -> BucketSampler:
-        sizes = training_sizes(dataset, self.data_collator.size, repr(self.data_collator.buckets))
+        collator = self.data_collator
+        sizes = training_sizes(dataset, collator.size, repr(collator.buckets), self.image_columns)
         # The epoch is a function: a run that resumes within an epoch wraps its sampler so that it cannot be set
         return BucketSampler(sizes, self._train_batch_size, self.args.seed, lambda: self._epoch)
 
     def precompute_noised(self) -> None:
-        """Noises the precomputed rows of each epoch, and asks the frozen models."""
+        """Noises the precomputed rows of each epoch, and asks the frozen models, which every process has whole until then."""
+        self.place_whole_models()
         self.model.train()  # as in a step
         depends_on = noising_settings(self.args, self.encoder), self._frozen_fingerprints()
         self.noised_caches = self.files.by_epoch(self.train_dataset, self._noised_tensors, depends_on)
@@ -298,6 +307,8 @@ class DiffusionTrainer(_BaseTrainer):
         if self.model.training:
             self.encoder.ahead.advance()
             self.health.losses.append((inputs["id"], losses.detach(), is_padding))
+            if self.is_deepspeed_enabled and self.accelerator.sync_gradients:  # the backward steps
+                self.health.check_losses(self.args, self.state)
         loss = mean_over_rows(losses, is_padding, num_items_in_batch, self.args.world_size)
         return (loss, {"losses": losses}) if return_outputs else loss
 
@@ -343,10 +354,11 @@ class DiffusionTrainer(_BaseTrainer):
     def _predict(self, model: torch.nn.Module, noised: NoisedBatch) -> torch.Tensor:
         return self.backbone.predict(model, noised.noisy_latents, noised.timesteps, noised.batch["conditions"])
 
-    def train(self, *args, **kwargs):
-        with training_mode(self.policy, self.denoiser_was_training), closing(self.encoder.ahead):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        training = training_mode(self.policy, self.denoiser_was_training)
+        with self.saver.training(), training, closing(self.encoder.ahead):
             self.model.train()  # as in a step: the first batch is made ready before it
-            return super().train(*args, **kwargs)
+            return self.saver.resume(super().train, resume_from_checkpoint, *args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
         self.health.gradient_norm = super()._get_grad_norm(model, grad_norm)
@@ -381,13 +393,11 @@ class DiffusionTrainer(_BaseTrainer):
         """A pipeline that samples with the policy as it is now, such as `trainer.pipeline()("a red bicycle").images[0]`."""
         return self.samples.pipeline(self.policy)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            save_weights(self.backbone, self.policy, output_dir or self.args.output_dir)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
-        load_weights(self.backbone, model, resume_from_checkpoint, self.run_record)
+        with writable(model, self.deepspeed):
+            load_weights(self.backbone, model, resume_from_checkpoint, self.run_record)
+        check_weights_alike(Path(resume_from_checkpoint), model)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -401,22 +411,12 @@ class DiffusionTrainer(_BaseTrainer):
         """What belongs into the record of a run besides: `expert`, `criteria`."""
         return {}
 
-    def _save_checkpoint(self, model, trial) -> None:
-        self.create_model_card()
-        if self.args.should_save:  # first, so that no checkpoint is without it
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            write_run_record(folder, self.run_record)
-        super()._save_checkpoint(model, trial)
-
     def further_files(self) -> dict[str, bytes]:
         """What is pushed beside the model and its card, by its path in the repository."""
         return {}
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         self.hub_model_id = self.publisher.repo_id  # created before anything that takes long
-
-    def _push_from_checkpoint(self, folder: str) -> None:
-        self.publisher.push_checkpoint(folder)
 
     def _finish_current_push(self) -> None:
         self.publisher.finish()

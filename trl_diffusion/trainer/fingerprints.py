@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 
 import torch
+import xxhash
 from accelerate.utils import extract_model_from_parallel
 from datasets.fingerprint import Hasher
 from peft import PeftModel
@@ -15,10 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 
 from ..backbones.checks import plain_tokenizer
 from ..backbones.quantization import dequantized, quantized_layers
+from .sharding import whole
 
 
 NO_MATTER = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # in configurations
-NUM_WEIGHTS, NUM_ELEMENTS = 64, 16
+NUM_WEIGHTS = 64
 
 
 def base_fingerprint(denoiser: torch.nn.Module) -> list[float]:
@@ -89,8 +91,8 @@ def same_quantized_base(before: Iterable[float], now: Iterable[float]) -> bool:
 
 def module_fingerprint(module: torch.nn.Module) -> str:
     """
-    A hash by which models are told apart: of their configuration, of the names, types and shapes of their tensors, and of some
-    of their elements. Adapters of peft do not count, nor does where the model was loaded from.
+    A hash by which models are told apart: of their configuration, of the names, types, shapes and all elements of their tensors, and of
+    the tiles of a VAE that encodes in tiles. Adapters of peft do not count, nor does where the model was loaded from.
 
     Args:
         module (`torch.nn.Module`):
@@ -103,12 +105,15 @@ def module_fingerprint(module: torch.nn.Module) -> str:
     config = module.get_base_model().config if isinstance(module, PeftModel) else module.config
     config = config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config)
     config = {name: value for name, value in config.items() if not name.startswith("_") and name not in NO_MATTER}
-    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
+    if vars(module).get("use_tiling"):
+        config["tiling"] = {name: value for name, value in vars(module).items() if name.startswith("tile_")}
+    digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in module.state_dict().items():
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if "lora_" not in name:
-            some = weight.detach().flatten()[:: max(1, weight.numel() // NUM_ELEMENTS)]
-            digest.update(repr((name, str(weight.dtype), tuple(weight.shape), some.tolist())).encode())
+            digest.update(repr((name, str(weight.dtype), tuple(weight.shape))).encode())
+            content = whole(weight.detach()).cpu().contiguous()
+            digest.update(content.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

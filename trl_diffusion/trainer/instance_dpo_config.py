@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from .diffusion_config import DiffusionConfig, check_choice
 
 
-@dataclass
+@dataclass(repr=False)  # it shows no token
 class InstanceDPOConfig(DiffusionConfig):
     r"""
     Configuration class for the [`InstanceDPOTrainer`].

@@ -15,6 +15,7 @@ from peft.utils.other import get_pattern_key
 
 from ..backbones.base import Backbone
 from ..lora_files import LORA_WEIGHTS_NAME, base_modules, find_lora, read_lora, targeted_modules  # noqa: F401
+from .sharding import cut_as
 
 
 # Fields of a `LoraConfig` that may have any value that `check_lora_config` finds right
@@ -414,8 +415,9 @@ def load_lora_into(
     Raises:
         `ValueError`: If the weights are not those of the adapter by name and shape. Nothing is changed then.
     """
-    check_fits(get_peft_model_state_dict(model, adapter_name=adapter_name), weights, name)
-    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    check_fits(own, weights, name)
+    set_peft_model_state_dict(model, cut_as(own, weights), adapter_name=adapter_name)
 
 
 def check_fits(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], name: str) -> None:

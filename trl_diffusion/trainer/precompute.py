@@ -5,7 +5,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,11 @@ from ..data.buckets import TRAINING_SIZE, training_sizes
 from ..data.caching import Encoding, TensorCache, with_absent
 from ..data.collators import ImageCollator
 from ..data.column_checks import repeated
+from ..data.encoded_files import CONTENT, keys_of
 from ..data.formats import each_dataset
 from ..data.hashing import hash_of
+from ..data.row_contents import RowContents
+from ..nodes import sharing
 from .diffusion_config import DiffusionConfig
 from .encoding import BatchEncoder
 from .fingerprints import tokenizer_fingerprint
@@ -31,7 +34,7 @@ from .prompt_list import PromptsOf, kept_prompts, list_prompts, mean_tokens, tex
 from .row_order import union
 
 
-FORMAT_VERSION = 3  # of the files; another one is another file
+FORMAT_VERSION = 4  # of the files; another one is another file
 NUM_SIZED_IMAGES = 256  # by which the space of images of many shapes is told
 NUM_SIZED_PROMPTS = 2000  # the same of prompts of many lengths
 
@@ -160,7 +163,7 @@ class Precomputation:
         if collator.buckets is None:
             sizes = np.full((len(dataset), 2), collator.resolution)
         else:
-            sizes = training_sizes(dataset, collator.size, repr(collator.buckets))
+            sizes = training_sizes(dataset, collator.size, repr(collator.buckets), collator.image_columns)
         sizes = pa.array(sizes.reshape(-1), pa.int32())
         return pa.FixedSizeListArray.from_arrays(sizes, 2).cast(pa.list_(pa.int32()))
 
@@ -215,6 +218,7 @@ class Precomputation:
                 first[latents].nbytes for latents in first if "_latents_" in latents
             )
 
+        contents = RowContents(dataset, collator.image_columns)
         in_half = [] if self.dtype == torch.float32 else [str(self.dtype)]
         features = {"id": Value("string"), "prompt": Value("string"), TRAINING_SIZE: List(Value("int32"))}
         return self._plan(
@@ -222,10 +226,12 @@ class Precomputation:
             encode,
             features | collator.text_features,
             f"images of {name}",
-            (dataset._fingerprint, preparation, self.encoder.fingerprint("vae"), *in_half),
+            (preparation, self.encoder.fingerprint("vae"), *in_half),
             rows,
             more_bytes,
+            contents.of,
             collator.prepare,
+            contents.load,
         )
 
     def prompts(self, prompts_of: PromptsOf, settings: Any = None) -> Encoding:
@@ -260,7 +266,7 @@ class Precomputation:
         if settings is None:
             prompts = list_prompts(texts, *given)
         else:
-            rows = [(plan.dataset._fingerprint, hash_of(pa.chunked_array([plan.keys]))) for plan in self.plans]
+            rows = [hash_of(pa.chunked_array([plan.found])) for plan in self.plans]
             key = Hasher.hash((rows, settings, tokenizer_fingerprints(backbone), backbone.max_sequence_length))
             prompts = kept_prompts(self._folder / f"list-of-prompts-{key}.arrow", texts, *given)
 
@@ -271,7 +277,8 @@ class Precomputation:
 
         rows, numbers = Dataset(pa.table({"prompt": prompts.cast(pa.string())})), np.arange(len(prompts))
         features = Features({"prompt": Value("string")})
-        return self._plan(rows, encode, features, "prompts", text_fingerprint(self.encoder), numbers, more_bytes)
+        contents, fingerprint = RowContents(rows, ()), text_fingerprint(self.encoder)
+        return self._plan(rows, encode, features, "prompts", fingerprint, numbers, more_bytes, contents.of)
 
     def by_id(
         self,
@@ -312,8 +319,19 @@ class Precomputation:
             tensors = sum(value.nbytes for value in first.values() if isinstance(value, torch.Tensor))
             return (areas.mean() / areas[0] - 1) * tensors
 
-        features, dependencies = {"id": Value("string")}, (dataset._fingerprint, depends_on)
-        return self._plan(dataset, encode_rows, features, name, dependencies, rows, more_bytes)
+        # What the rows were made of, and, as the fingerprint of what was encoded, how
+        contents, dependencies = keys_of(dataset, CONTENT).cast(pa.string()), (dataset._fingerprint, depends_on)
+        features = {"id": Value("string")}
+        return self._plan(
+            dataset,
+            encode_rows,
+            features,
+            name,
+            dependencies,
+            rows,
+            more_bytes,
+            lambda some: contents.take(pa.array(some)),
+        )
 
     def by_epoch(
         self,
@@ -344,6 +362,13 @@ class Precomputation:
     def _folder(self) -> Path:
         return Path(self.folder or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion")
 
+    @cached_property
+    def _share(self) -> tuple[int, int]:
+        """The place of this process among those that write into the same folder, and their number: machines may have one each."""
+        process = PartialState().process_index
+        seen = sharing(self._folder)[process]
+        return seen.index(process), len(seen)
+
     def _plan(
         self,
         dataset: Dataset,
@@ -353,9 +378,12 @@ class Precomputation:
         depends_on: Any,
         rows: np.ndarray | None,
         more_bytes: Callable[[dict[str, Any], np.ndarray], float],
+        contents: Callable[[np.ndarray], pa.Array],
         prepare: Callable = dict,
+        load: Callable | None = None,
     ) -> Encoding:
         state, precision = PartialState(), {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        place, number = self._share
         fingerprint = Hasher.hash((FORMAT_VERSION, precision.get(self.encoder.half_dtype, "no"), depends_on))
         plan = Encoding(
             dataset,
@@ -365,14 +393,16 @@ class Precomputation:
             fingerprint,
             self._folder,
             self.batch_size if is_of_one_size(dataset) else 1,
-            state.process_index,
-            state.num_processes,
+            place,
+            number,
             state.wait_for_everyone,
-            state.print,
+            print if place == 0 else lambda text: None,
             prepare,
             rows,
             more_bytes,
             sum(plan.size for plan in self.plans),
+            contents,
+            load,
         )
         self.plans.append(plan)
         return plan

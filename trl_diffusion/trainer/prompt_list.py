@@ -3,7 +3,6 @@
 
 """Every prompt that a training may ask for, each once: of a million rows in Arrow, and kept where they take long to make."""
 
-import uuid
 from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from accelerate.logging import get_logger
 from datasets import Dataset
-from datasets.table import MemoryMappedTable
 
 from ..backbones.base import Backbone
+from ..data.content import damage_of, read_sealed
+from ..data.row_contents import write_kept
+
+
+logger = get_logger(__name__)
 
 
 PromptsOf = Callable[[dict[str, Any]], list[str | None]]
@@ -93,8 +97,11 @@ def kept_prompts(path: Path, datasets: list[Dataset], columns: list[str], prompt
     Returns:
         `pa.ChunkedArray`
     """
-    if path.exists():
-        prompts = MemoryMappedTable.from_file(str(path)).column("prompt")
+    kept = read_sealed(path)
+    if kept is None and path.exists():
+        logger.warning(f"{path} is damaged: {damage_of(path)}. The prompts are listed anew.")
+    if kept is not None:
+        prompts = kept["prompt"]
         rows = (
             row
             for dataset in datasets
@@ -105,12 +112,7 @@ def kept_prompts(path: Path, datasets: list[Dataset], columns: list[str], prompt
         if all(_holds(prompts, prompt) for row in rows for prompt in prompts_of(row)):
             return prompts
     prompts = list_prompts(datasets, columns, prompts_of)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    table = pa.table({"prompt": prompts})
-    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
-        stream.write_table(table)
-    temporary.replace(path)
+    write_kept(path, pa.table({"prompt": prompts}))
     return prompts
 
 

@@ -39,7 +39,6 @@ from ..hub import (
     pushing,
 )
 from ..lora_export import export_lora
-from .checkpoints import forget_best_checkpoint
 
 
 logger = get_logger(__name__)
@@ -303,7 +302,8 @@ class Publisher:
         trainer.callback_handler.on_push_begin(self.args, trainer.state, trainer.control)
 
         def push() -> str | Future:
-            trainer.save_model(_internal_call=True)  # before anything that may fail
+            if not trainer.is_sharding:
+                trainer.save_model(_internal_call=True)  # before anything that may fail
             with pushing(self._where_it_is(), token):
                 self.open(token, private, revision)
                 trainer.create_model_card(**card)
@@ -316,6 +316,8 @@ class Publisher:
                 self.running = self.executor.submit(self._said, job, output_dir)
                 return self.running
 
+        if trainer.is_sharding:
+            trainer.save_model(_internal_call=True)  # in which all processes take part
         return on_main_process(self.args, push)
 
     def push_checkpoint(self, folder: str | Path) -> None:
@@ -335,7 +337,6 @@ class Publisher:
             self._note(checkpoint, "the push before it was still running")
             return
         self.trainer.callback_handler.on_push_begin(args, self.trainer.state, self.trainer.control)
-        forget_best_checkpoint(checkpoint)
         message = f"Training in progress, {checkpoint.name.replace('checkpoint-', 'step ')}"
         try:
             places = {checkpoint: self._place(checkpoint)} if keeps else {}

@@ -11,16 +11,17 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..backbones import Backbone, load_backbone
 from ..backbones.quantization import compute_as_autocast
 from .adapters import adapter_layers, with_adapter
 from .diffusion_config import DiffusionConfig
-from .fingerprints import module_fingerprint, tensors_hash
+from .fingerprints import base_fingerprint, module_fingerprint, tensors_hash
 from .initial_lora import add_reference_adapter
 from .policy import loading_settings
+from .sharding import is_sharding, shard, whole_lora
 
 
 # Largest distance of two predictions that are equal but for rounding, as a share of their size. With TF32 or in half precision,
@@ -39,10 +40,18 @@ class Reference:
             The policy's denoiser, not wrapped.
         adapter (`str`, *optional*):
             The policy's adapter that is the reference's, which costs the memory of a LoRA; left out, the reference has none.
+        base (`list[float]`, *optional*):
+            [`trainer.fingerprints.base_fingerprint`] of the denoiser.
     """
 
-    def __init__(self, denoiser: torch.nn.Module | None, policy: torch.nn.Module, adapter: str | None = None):
-        self.denoiser = denoiser
+    def __init__(
+        self,
+        denoiser: torch.nn.Module | None,
+        policy: torch.nn.Module,
+        adapter: str | None = None,
+        base: list[float] | None = None,
+    ):
+        self.denoiser, self.base = denoiser, base
         self.policy, self.adapter = policy, adapter
         self.adapter_layers = adapter_layers(policy)
 
@@ -68,11 +77,22 @@ class Reference:
             with with_adapter(self.adapter_layers, self.adapter):
                 yield policy
 
+    def to(self, device: torch.device) -> None:
+        """Moves the reference's own denoiser to a device."""
+        if self.denoiser is not None:
+            self.denoiser.to(device)
+
+    def shard(self, accelerator: Accelerator) -> None:
+        """Cuts the reference's own denoiser over the processes, see [`trainer.sharding.shard`]."""
+        if self.denoiser is not None:
+            shard(self.denoiser, accelerator)
+            accelerator._models.remove(self.denoiser)  # which is no model whose gradient is clipped
+
     def fingerprint(self) -> list[str]:
         """What the reference's predictions depend on."""
         fingerprint = [module_fingerprint(self.denoiser or self.policy)]
         if self.adapter is not None:
-            fingerprint.append(tensors_hash(get_peft_model_state_dict(self.policy, adapter_name=self.adapter)))
+            fingerprint.append(tensors_hash(whole_lora(self.policy, self.adapter)))
         return fingerprint
 
 
@@ -149,7 +169,9 @@ def make_reference(
     else:
         denoiser = copy.deepcopy(policy)
     denoiser = frozen_denoiser(denoiser, args.half_dtype)
-    return Reference(accelerator.prepare_model(denoiser, evaluation_mode=True), policy)
+    placement = False if is_sharding(accelerator) else None  # it is cut before it is on the device
+    prepared = accelerator.prepare_model(denoiser, device_placement=placement, evaluation_mode=True)
+    return Reference(prepared, policy, base=base_fingerprint(denoiser))
 
 
 def check_untrained(model_pred: torch.Tensor, ref_pred: torch.Tensor, dtype: torch.dtype) -> None:

@@ -21,6 +21,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from ..data.hashing import update_hash
+from ..data.row_contents import load_image
 from ..files import write_file
 from .fingerprints import same_base, same_quantized_base, tensors_hash
 
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 RUN_RECORD_NAME = "run_record.json"
 NUM_HASHED_IMAGES = 64
-HASH_VERSION = "2:"  # of the hash of rows
+HASH_VERSION = "3:"  # of the hash of rows
 
 # Settings that do not bear on the weights of a run. All others are compared, those that a later version adds included.
 NO_MATTER = {
@@ -157,7 +158,7 @@ def describe_run(
         "dataset": dataset_fingerprint(dataset, columns) if isinstance(dataset, Dataset) else "stream",
         "num_rows": len(dataset) if isinstance(dataset, Dataset) else "stream",
         **_rows(args, lora),
-        "settings": _settings(args) | _plain(resolved or {}),
+        "settings": settings_of(args) | _plain(resolved or {}),
         "versions": library_versions(),
     }
 
@@ -213,7 +214,7 @@ def dataset_fingerprint(dataset: Dataset, columns: Iterable[str]) -> str:
         some = dataset.select_columns(images).select(range(0, len(dataset), max(1, len(dataset) // NUM_HASHED_IMAGES)))
         for row in some.with_format("arrow").iter(1):
             for name in images:
-                digest.update((row[name][0].as_py() or {}).get("bytes") or b"")
+                digest.update(load_image(row[name][0].as_py() or {})["bytes"] or b"")
     return HASH_VERSION + digest.hexdigest()
 
 
@@ -237,14 +238,17 @@ def _rows(args: TrainingArguments, lora: LoraConfig | None) -> dict[str, int | N
     split = getattr(getattr(args, "accelerator_config", None), "split_batches", False)
     per_forward = args.train_batch_size // (args.world_size if split else 1)
     # Noise is keyed by row, so that only rows per step matter; but a bucket gives whole batches, and dropout is drawn for them
-    matters = getattr(args, "aspect_ratio_buckets", False) or (lora is not None and lora.lora_dropout > 0)
+    has_dropout = lora is not None and lora.lora_dropout > 0
+    matters = getattr(args, "aspect_ratio_buckets", False) or has_dropout
     return {
         "rows_per_step": per_forward * args.world_size * args.gradient_accumulation_steps,
         "rows_per_forward": per_forward if matters else None,
+        "processes": args.world_size if has_dropout else None,  # each draws its own
     }
 
 
-def _settings(args: TrainingArguments) -> dict[str, Any]:
+def settings_of(args: TrainingArguments) -> dict[str, Any]:
+    """The settings that bear on the weights of a run, as JSON holds them."""
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
     settings = {name: value for name, value in settings.items() if name not in NO_MATTER}
     if settings.get("data_seed") is None:
@@ -361,10 +365,11 @@ def compare_runs(before: dict[str, Any], now: dict[str, Any]) -> tuple[list[str]
     for name, what in (
         ("rows_per_step", "rows per optimizer step (batch size x accumulation x processes)"),
         ("rows_per_forward", "rows per batch (`per_device_train_batch_size`)"),
+        ("processes", "processes (of which each draws its own dropout)"),
         ("num_rows", "rows of `train_dataset`"),
     ):
         was, is_ = before.get(name), now.get(name)
-        if was != is_ and (name != "rows_per_forward" or None not in (was, is_)):
+        if was != is_ and (name in ("rows_per_step", "num_rows") or None not in (was, is_)):
             changes.append(f"{what} were {was} and are {is_}")
     if before.get("num_rows") == now.get("num_rows") and not _same_rows(before.get("dataset"), now.get("dataset")):
         changes.append("`train_dataset` has other rows, or the same in another order")

@@ -18,7 +18,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
 from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel
 
 from ..backbones.base import Backbone, in_float32
 from ..backbones.names import find_model
@@ -29,6 +29,7 @@ from .diffusion_config import DiffusionConfig
 from .fingerprints import NO_MATTER
 from .lora import with_target_modules
 from .reference import Reference
+from .sharding import is_sharded, whole_lora
 
 
 logger = get_logger(__name__)
@@ -210,7 +211,7 @@ class SampleModel:
         pipeline = self.source.load_pipeline(**{name: getattr(self.backbone.pipeline, name) for name in self.shared})
         if adapter is not None:
             with TemporaryDirectory() as folder:
-                weights = get_peft_model_state_dict(policy, adapter_name=adapter)
+                weights = whole_lora(policy, adapter)
                 self.backbone.save_lora(folder, weights, policy.peft_config[adapter])
                 load_lora(pipeline, find_lora(folder), adapter)
         pipeline.to(self.backbone.device)
@@ -234,7 +235,7 @@ class SampleModel:
         Yields:
             [`~diffusers.DiffusionPipeline`]
         """
-        with frozen_on_cpu(policy), self.encoders():
+        with nullcontext() if is_sharded(policy) else frozen_on_cpu(policy), self.encoders():
             pipeline = self.load(policy, adapter)
             try:
                 with in_float32(pipeline.vae):
