@@ -47,7 +47,8 @@ def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float) ->
     for first, second in zip(one["logs"], other["logs"], strict=True):
         for name in first.keys():
             if not name.endswith(NOT_COMPARED):
-                assert first[name] == pytest.approx(second[name], abs=1e-5, rel=1e-4), name
+                expected = pytest.approx(second[name], abs=max(tolerance, 1e-5), rel=max(5 * tolerance, 1e-4))
+                assert first[name] == expected, name
 
 
 def files_of(folder: Path) -> set[str]:

@@ -154,7 +154,8 @@ def any_rows(rows: list) -> None:
     lawful(lambda: InstancePairCollator(8)(rows))
     lawful(lambda: AttributeCollator(8, criteria=PAINTING)(rows))
     for columns, images, criteria in ((PAIR, PAIR[1:], None), (("prompt", "image"), ("image",), PAINTING)):
-        stream = IterableDataset.from_generator(lambda: iter([dict.fromkeys(["id", *columns]), *rows]))
+        first = dict.fromkeys(["id", *columns])
+        stream = IterableDataset.from_generator(lambda: iter([first, *rows]))  # noqa: B023
         printable(lawful(lambda: check_dataset(stream, columns, images, 8, criteria, True)))  # noqa: B023
 
 

@@ -150,11 +150,8 @@ def through_every_door(columns: dict[str, pa.Array]) -> None:
         lawful(lambda: check_attribute_columns(images, "train_dataset", PAINTING, True))
         lawful(lambda: AttributeCollator(8, criteria=PAINTING)(list(images)))
     for wanted, criteria in ((PAIR, None), (SINGLE, PAINTING)):
-        report = lawful(
-            lambda: check_dataset(
-                dataset, wanted, tuple({"chosen", "rejected", "image"} & set(wanted)), 8, criteria, True
-            )
-        )  # noqa: B023
+        pictures = tuple({"chosen", "rejected", "image"} & set(wanted))
+        report = lawful(lambda: check_dataset(dataset, wanted, pictures, 8, criteria, True))  # noqa: B023
         assert not any(CONTROL.search(line) for line in (as_text(report) if isinstance(report, dict) else ()))
     lawful(lambda: training_columns(dataset))
     for find in (pair_columns, image_columns):

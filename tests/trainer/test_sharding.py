@@ -4,6 +4,7 @@
 """What is refused of sharded trainings; what they compute is in `tests/distributed/test_fsdp.py`."""
 
 import pytest
+from transformers.training_args import OptimizerNames
 
 from tests import tiny
 from tests.cli.processes import run_distributed
@@ -38,7 +39,11 @@ def config(folder, **settings) -> InstanceDPOConfig:
         ({}, {"torch_compile": True}, "`torch_compile=True` does not go with FSDP"),
         ({}, {"channels_last": True}, "`channels_last=True` does not go with FSDP"),
         ({}, {"auto_find_batch_size": True}, "`auto_find_batch_size=True` does not go with FSDP"),
-        ({}, {"optim": "adafactor"}, "`optim` is 'adafactor', whose state cannot be put together from shards"),
+        (
+            {},
+            {"optim": OptimizerNames.ADAFACTOR},
+            "`optim` is 'adafactor', whose state cannot be put together from shards",
+        ),
     ],
 )
 def test_what_does_not_go_with_fsdp(tmp_path, monkeypatch, two_processes, environment, settings, message):

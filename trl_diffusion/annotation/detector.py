@@ -3,7 +3,6 @@
 
 """The detector of IAPO (Sun et al., CVPR 2026) locates each instance in both images."""
 
-import math
 from abc import ABC, abstractmethod
 from functools import cached_property
 from itertools import groupby
@@ -76,10 +75,11 @@ class Detector(ABC):
 
 def is_detection(hit: Detection) -> bool:
     """Whether a box has an area within the image, and a score that is a number."""
-    numbers = [*hit.box, hit.score]
-    if len(hit.box) != 4 or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+    if len(hit.box) != 4 or not all(isinstance(number, int | float) for number in [*hit.box, hit.score]):
         return False
     x_min, y_min, x_max, y_max = hit.box
+    if not abs(hit.score) < 1e9:  # nor if it is NaN
+        return False
     return -0.01 <= x_min < x_max <= 1.01 and -0.01 <= y_min < y_max <= 1.01
 
 

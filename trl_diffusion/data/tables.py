@@ -319,7 +319,12 @@ class Unlisted:
         paths, preferences = row[self.paths], row["human_preference"]
         if not all(isinstance(values, list) and len(values) == 2 for values in (paths, preferences)):
             raise ValueError(
-                f"A row of {self.where} has the images {shown(paths)} and the preferences {shown(preferences)}, not 2 of each."
+                f"A row of {self.where} has {how_many(paths)} images and {how_many(preferences)} preferences, not 2."
             )
         label = {(1, 0): 1.0, (0, 1): 0.0}.get(tuple(preferences), 0.5)
         return {"image_0": paths[0], "image_1": paths[1], "label_0": label}
+
+
+def how_many(values: Any) -> int:
+    """How many values a list has; none where there is no list."""
+    return len(values) if isinstance(values, list) else 0

@@ -239,7 +239,7 @@ def _what_is_wrong(checkpoint: Path) -> str | None:
         return f"it holds the model alone, and no {OPTIMIZER_NAME}, as `save_only_model` saves it"
     if not has_optimizer or not (checkpoint / SCHEDULER_NAME).is_file() and not any(checkpoint.glob("global_step*")):
         return f"{SCHEDULER_NAME if has_optimizer else OPTIMIZER_NAME} is missing"
-    if wrong := _missing_rng(checkpoint):
+    if wrong := _missing_rng(checkpoint, is_listed):
         return wrong
     for path in sorted(path for path in checkpoint.iterdir() if path.is_file()):
         if wrong := _unreadable(path, is_listed):
@@ -247,10 +247,13 @@ def _what_is_wrong(checkpoint: Path) -> str | None:
     return None if is_listed else _unreadable_weights(checkpoint)
 
 
-def _missing_rng(checkpoint: Path) -> str | None:
+def _missing_rng(checkpoint: Path, is_listed: bool) -> str | None:
+    """What is missing of the generators' states; a machine with a disk of its own lists those of its processes alone."""
     found = [match[1] for path in checkpoint.iterdir() if (match := RNG_FILE.fullmatch(path.name))]
     if not found:
         return "rng_state.pth is missing"
+    if is_listed:
+        return None
     numbers = {int(number) for number in found if number is not None}
     missing = sorted(set(range(max(numbers, default=0))) - numbers) if numbers else []
     return f"rng_state_{missing[0]}.pth is missing" if missing else None

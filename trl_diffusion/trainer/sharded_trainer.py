@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -41,6 +42,8 @@ class ShardedTrainer(_BaseTrainer):
             shard(self.policy, self.accelerator)
 
     def create_accelerator_and_postprocess(self) -> None:
+        if self.args.deepspeed_plugin is not None:
+            AcceleratorState._reset_state()  # that of an accelerator before takes no plugin, see [`trainer.row_order`]
         super().create_accelerator_and_postprocess()
         if self.is_deepspeed_enabled:
             zero.configure(self.accelerator, self.args)

@@ -94,6 +94,9 @@ def configure(accelerator: Accelerator, args: DiffusionConfig) -> None:
     zero = settings.config["zero_optimization"]
     for name in [name for name in SIZES if zero.get(name) == "auto"]:
         del zero[name]
+    # Its own linear layer, which it puts in place of PyTorch's in all models, keeps no weights for the backward, and adds the bias after
+    # rounding. With activation checkpointing nothing is kept anyway
+    zero.setdefault("memory_efficient_linear", not (args.activation_checkpointing or args.gradient_checkpointing))
     settings.trainer_config_process(args)
     unset_hf_deepspeed_config()
     accelerator.native_amp = args.half_dtype is not None
