@@ -16,6 +16,7 @@ import pytest
 
 from tests import tiny
 from tests.cli import processes
+from trl_diffusion import AttributeSFTConfig, ComplexPOConfig, InstanceDPOConfig
 
 
 # Each can be told from the others in a message of a failure
@@ -125,3 +126,18 @@ def test_no_secret_is_printed_or_written(folders, tmp_path, name):
     assert not found, found
     assert result.returncode == status, result.stderr[-2000:]
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("config", [InstanceDPOConfig, AttributeSFTConfig, ComplexPOConfig])
+def test_settings_show_no_token(tmp_path, config):
+    """Printed, or given to a tracker."""
+    args = config(
+        output_dir=str(tmp_path),
+        hub_token=FLAG,
+        model_init_kwargs={"token": FLAG, "variant": "fp16"},
+        report_to="none",
+        use_cpu=True,
+    )
+    for text in (str(args), repr(args), args.to_json_string(), json.dumps(args.to_sanitized_dict(), default=str)):
+        assert FLAG not in text and "fp16" in text
+    assert args.hub_token == args.model_init_kwargs["token"] == FLAG
