@@ -258,6 +258,14 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def test_a_run_that_is_done_ends_as_it_would_have(folder):
+    """Killed after its last checkpoint was saved, before older ones were deleted: they are, and nothing is trained."""
+    trainer = make_trainer(folder, save_total_limit=1, resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+    assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-3"]
+
+
 # ----- what killed runs leave -----
 
 

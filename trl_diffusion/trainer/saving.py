@@ -182,7 +182,11 @@ class Saver:
         if args.push_to_hub:
             trainer.publisher.push_checkpoint(place)
         if args.should_save:
-            rotate(output_dir, state.global_step, args.save_total_limit, state.best_global_step, self.passed_over)
+            self._rotate(output_dir)
+
+    def _rotate(self, output_dir: Path) -> None:
+        state = self.trainer.state
+        rotate(output_dir, state.global_step, self.args.save_total_limit, state.best_global_step, self.passed_over)
 
     def _finish(self, written: Path, place: Path) -> None:
         forget_best_checkpoint(written)
@@ -224,6 +228,9 @@ class Saver:
             ):
                 raise
         logger.info(f"All {trainer.state.global_step} steps are done.")
+        output_dir = Path(self.args.output_dir)
+        on_main_process(self.args, lambda: self._rotate(output_dir))  # perhaps it was killed before
+        on_main_process(self.args, lambda: self.keep_the_best(output_dir))
         if self.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
         trainer.control = trainer.callback_handler.on_train_end(self.args, trainer.state, trainer.control)
