@@ -61,7 +61,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(sdist, tmp_path):
     assert names == {name for name in files_of(sdist) if name.startswith("trl_diffusion/")}
     assert {name for name in names if "/accelerate_configs/" in name} == {
         f"trl_diffusion/accelerate_configs/{name}.yaml"
-        for name in ("fsdp2", "multi_cpu", "multi_gpu", "single_gpu", "two_nodes")
+        for name in ("fsdp2", "multi_cpu", "multi_gpu", "single_gpu", "two_nodes", "zero2", "zero3")
     }
 
 

@@ -18,7 +18,6 @@ from ..data.formats import each_dataset
 from ..nodes import different, has_nodes, is_shared
 from .fingerprints import tensors_hash, tokenizer_fingerprint
 from .run_record import dataset_fingerprint, library_versions, settings_of
-from .sharding import whole
 
 
 # Settings that do not bear on the weights, but on what the processes do together
@@ -142,20 +141,18 @@ def check_output_folder(args: TrainingArguments) -> None:
         )
 
 
-def check_weights_alike(folder: Path, model: torch.nn.Module) -> None:
+def check_weights_alike(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     """
-    Checks that machines which train together have resumed the same checkpoint.
+    Checks that machines which train together resume the same checkpoint.
 
     Args:
         folder (`Path`):
             The checkpoint, as this process calls it.
-        model (`torch.nn.Module`):
-            The policy, not wrapped.
+        weights (`dict[str, torch.Tensor]`):
+            What this process has read there.
 
     Raises:
-        `ValueError`: In all processes, if they have not.
+        `ValueError`: In all processes, if they do not.
     """
-    if not has_nodes():
-        return
-    trained = {name: whole(weight) for name, weight in model.named_parameters() if weight.requires_grad}
-    check_alike({"`resume_from_checkpoint`": folder.name, "the weights of the checkpoint": tensors_hash(trained)})
+    if has_nodes():
+        check_alike({"`resume_from_checkpoint`": folder.name, "the weights of the checkpoint": tensors_hash(weights)})

@@ -20,6 +20,7 @@ from ..backbones.base import Backbone
 from ..backbones.names import INDEX
 from ..files import write_file
 from ..hub import hub_id
+from .alike import check_weights_alike
 from .lora import LORA_WEIGHTS_NAME, load_lora_into, read_lora
 from .run_record import check_resumed_run, compare_loras, describe_lora, describe_run
 from .sharding import as_whole, cut_as, plain_class, whole_lora, whole_weights
@@ -121,13 +122,15 @@ def load_weights(backbone: Backbone, model: torch.nn.Module, folder: str | Path,
         )
     check_resumed_run(folder, record)
     if not is_lora:
-        saved = plain_class(model).from_pretrained(folder / name).state_dict()
+        saved = plain_class(model).from_pretrained(folder / name, use_safetensors=True).state_dict()
+        check_weights_alike(folder, saved)
         model.load_state_dict(cut_as(model.state_dict(), saved))
         return
     weights, config = read_lora(folder)
     errors, _ = compare_loras(describe_lora(config), record["lora"])  # a checkpoint of an older version has no record
     if errors:
         raise ValueError(f"The LoRA of the checkpoint {folder} is another than `peft_config`: {'; '.join(errors)}.")
+    check_weights_alike(folder, weights)
     load_lora_into(model, weights, f"The LoRA of the checkpoint {folder}")
 
 

@@ -22,7 +22,7 @@ from ..data.caching import TensorCache
 from ..data.collators import ImageCollator
 from ..data.formats import all_datasets, each_dataset, prepare_dataset
 from ..data.padding import IS_PADDING, PaddingCollator, as_padding, count_rows, mean_over_rows, pad_for_processes
-from .alike import check_data_alike, check_weights_alike
+from .alike import check_data_alike
 from .callbacks import HealthCallback, RunCallback, SampleImagesCallback
 from .checkpoints import BestCheckpointCallback, describe_trainer, load_weights
 from .diffusion_config import DiffusionConfig, check_data_settings, collator_settings
@@ -397,7 +397,6 @@ class DiffusionTrainer(SavingTrainer):
         model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
         with writable(model, self.deepspeed):
             load_weights(self.backbone, model, resume_from_checkpoint, self.run_record)
-        check_weights_alike(Path(resume_from_checkpoint), model)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
