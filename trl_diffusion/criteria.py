@@ -285,7 +285,7 @@ def parse_criteria(text: str, source: str) -> Criteria:
         `ValueError`: If the tree is not valid, with file, line and node.
     """
     try:
-        root = compose(text)
+        root = compose(text, circles=True)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{source}{line}: this is not YAML: {cut(error.problem)}.") from error

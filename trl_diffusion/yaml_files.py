@@ -13,13 +13,15 @@ MOST_NODES = 100_000  # with what aliases repeat
 PLAIN = ("null", "bool", "int", "float", "str", "timestamp")
 
 
-def compose(text: str) -> yaml.Node | None:
+def compose(text: str, circles: bool = False) -> yaml.Node | None:
     """
     Parses YAML without making values of it.
 
     Args:
         text (`str`):
             The YAML.
+        circles (`bool`, *optional*, defaults to `False`):
+            Whether the caller finds nodes within themselves, and says more of them.
 
     Returns:
         `yaml.Node` or `None`: the root; `None` of an empty file.
@@ -33,15 +35,17 @@ def compose(text: str) -> yaml.Node | None:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None:
-            count_nodes(root, {})
+            count_nodes(root, {}, circles)
     except RecursionError as error:
         raise yaml.MarkedYAMLError(problem="it is nested too deeply") from error
     return root
 
 
-def count_nodes(node: yaml.Node, known: dict[int, int | None]) -> int:
+def count_nodes(node: yaml.Node, known: dict[int, int | None], circles: bool) -> int:
     """The number of nodes in a node and below, each as often as aliases repeat it. `known` are the numbers of earlier nodes."""
     if id(node) in known:
+        if known[id(node)] is None and circles:
+            return 0
         if known[id(node)] is None:
             raise yaml.MarkedYAMLError(problem="it holds itself, by an alias", problem_mark=node.start_mark)
         return known[id(node)]
@@ -51,7 +55,7 @@ def count_nodes(node: yaml.Node, known: dict[int, int | None]) -> int:
         below = node.value
     elif isinstance(node, yaml.MappingNode):
         below = [part for pair in node.value for part in pair]
-    number = known[id(node)] = 1 + sum(count_nodes(part, known) for part in below)
+    number = known[id(node)] = 1 + sum(count_nodes(part, known, circles) for part in below)
     if number > MOST_NODES:
         raise yaml.MarkedYAMLError(problem=f"it has more than {MOST_NODES:,} values", problem_mark=node.start_mark)
     return number
