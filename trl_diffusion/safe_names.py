@@ -6,6 +6,8 @@
 import re
 from pathlib import PurePosixPath
 
+from .messages import shown
+
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 MAX_BYTES = 255  # of a file's name, on most systems
@@ -31,7 +33,7 @@ def check_safe_name(name: str, what: str) -> str:
         `ValueError`: If it has other characters, or too many.
     """
     if not isinstance(name, str) or not SAFE_NAME.fullmatch(name):
-        raise ValueError(f"The {what} {_short(name)} cannot be part of a file's name. Choose a name of {WHAT_IT_IS}.")
+        raise ValueError(f"The {what} {shown(name)} cannot be part of a file's name. Choose a name of {WHAT_IT_IS}.")
     return name
 
 
@@ -60,7 +62,7 @@ def check_part_of_path(name: str, what: str) -> str:
         or re.match("[A-Za-z]:", name)
     ):
         raise ValueError(
-            f"The {what} {_short(name)} is part of a path, and would lead to another folder. Choose another name."
+            f"The {what} {shown(name)} is part of a path, and would lead to another folder. Choose another name."
         )
     return name
 
@@ -68,12 +70,7 @@ def check_part_of_path(name: str, what: str) -> str:
 def check_relative_path(path: str, what: str) -> str:
     """The same for each part of a path that is below a folder, with `/` between them."""
     if not isinstance(path, str) or PurePosixPath(path).is_absolute() or "//" in path:
-        raise ValueError(f"The {what} {_short(path)} leads out of its folder. Name a path below it.")
+        raise ValueError(f"The {what} {shown(path)} leads out of its folder. Name a path below it.")
     for part in path.split("/"):
         check_part_of_path(part, what)
     return path
-
-
-def _short(name: object) -> str:
-    text = repr(name)
-    return text if len(text) <= 120 else f"{text[:120]}..."

@@ -3,6 +3,7 @@
 
 """Sampling settings of a comparison: those of a paper, with unknown ones marked, or the user's own."""
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 import diffusers
 import yaml
+
+from ..messages import cut, shown
+from ..yaml_files import compose, construct
 
 
 @dataclass(frozen=True)
@@ -68,21 +72,26 @@ class Protocol:
             if value is None and name in ("height", "width", "max_sequence_length"):
                 continue
             if type(value) is not int or value < 1:
-                raise ValueError(f"`{name}` of the protocol must be a whole number of at least 1, got {value!r}.")
+                raise ValueError(f"`{name}` of the protocol must be a whole number of at least 1, got {shown(value)}.")
         if type(self.seed) is not int:
-            raise ValueError(f"`seed` of the protocol must be a whole number, got {self.seed!r}.")
+            raise ValueError(f"`seed` of the protocol must be a whole number, got {shown(self.seed)}.")
         for name in ("guidance_scale", "true_cfg_scale"):
             value = getattr(self, name)
-            if value is not None and type(value) not in (int, float):
-                raise ValueError(f"`{name}` of the protocol must be a number, got {value!r}.")
+            if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
+                raise ValueError(f"`{name}` of the protocol must be a number, got {shown(value)}.")
         if self.scheduler is not None and not is_scheduler(self.scheduler):
             raise ValueError(
                 "`scheduler` of the protocol must be a scheduler of diffusers, such as 'DDIMScheduler', got "
-                f"{self.scheduler!r}."
+                f"{shown(self.scheduler)}."
             )
-        if strange := set(self.unknown) - set(SETTINGS):
+        for name in ("name", "source"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"`{name}` of the protocol must be a text, got {shown(getattr(self, name))}.")
+        if not isinstance(self.unknown, tuple | list):
+            raise ValueError(f"`unknown` of the protocol must be a list of settings, got {shown(self.unknown)}.")
+        if strange := [name for name in self.unknown if name not in SETTINGS]:
             raise ValueError(
-                f"`unknown` of the protocol lists {', '.join(sorted(map(str, strange)))}; the settings are "
+                f"`unknown` of the protocol lists {', '.join(cut(str(name), 100) for name in strange[:5])}; the settings are "
                 f"{', '.join(SETTINGS)}."
             )
 
@@ -177,18 +186,19 @@ def read_protocol(name_or_path: str | Path) -> Protocol:
                 f"There is no protocol {str(name_or_path)!r}. Choose one of {', '.join(shipped)}, or a YAML file."
             )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = construct(compose(path.read_text(encoding="utf-8")), yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The protocol {path} is not valid YAML: {error}") from error
+        raise ValueError(f"The protocol {path} is not valid YAML: {cut(str(error))}") from error
     if not isinstance(content, dict):
         raise ValueError(f"The protocol {path} must be a mapping of settings, such as `seed: 0`.")
     known = [field.name for field in fields(Protocol)]
-    if strange := [str(key) for key in content if key not in known]:
+    if strange := [cut(str(key), 100) for key in content if key not in known]:
         raise ValueError(
             f"The protocol {path} has the unknown key {', '.join(strange)}; the keys are {', '.join(known)}."
         )
     settings: dict[str, Any] = {"name": Path(path.name).stem} | content
-    settings["unknown"] = tuple(settings.get("unknown") or ())
+    unknown = settings.get("unknown") or ()
+    settings["unknown"] = tuple(unknown) if isinstance(unknown, list) else unknown
     try:
         return Protocol(**settings)
     except ValueError as error:
