@@ -5,7 +5,6 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "trl-diffusion[evaluation,quantization,trackio]",
-#     "transformers",
 #     "trl",
 # ]
 # ///

@@ -6,6 +6,7 @@ What a model's folder may ask for, before diffusers and transformers read it: an
 pickle, no file outside, no sizes that no model has.
 """
 
+import inspect
 import json
 import re
 import sys
@@ -97,12 +98,13 @@ def check_index(index: Any, name: str) -> dict[str, Any]:
     for setting in ("_diffusers_version", "_name_or_path"):
         if not isinstance(index.get(setting), str | None):
             raise ValueError(f"{name} has {str(index[setting])[:100]} as `{setting}`. Download it again.")
+    settings = settings_of(class_name)
     for component, entry in index.items():
         if component.startswith("_") or not isinstance(entry, list):
             continue
         if not NAME.fullmatch(component):
             raise ValueError(f"{name} has the component {component[:100]!r}, which is no name. Download it again.")
-        if entry == [None, None]:
+        if entry == [None, None] or component in settings and all(isinstance(part, int) for part in entry):
             continue
         if len(entry) != 2 or not all(isinstance(part, str) for part in entry):
             raise ValueError(
@@ -115,6 +117,13 @@ def check_index(index: Any, name: str) -> dict[str, Any]:
         if library in sys.modules and not isinstance(vars(sys.modules[library]).get(kind, type), type):
             raise ValueError(f"{name} has {entry} as `{component}`, which is no class. Download it again.")
     return index
+
+
+def settings_of(class_name: str) -> set[str]:
+    """What a pipeline of diffusers may be given besides its components, such as the numbers of layers."""
+    kind = getattr(diffusers, class_name, None)
+    parameters = inspect.signature(kind).parameters.values() if isinstance(kind, type) else ()
+    return {parameter.name for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def read_index(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:

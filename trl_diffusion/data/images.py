@@ -36,7 +36,7 @@ BROKEN_ARCHIVE = (
 ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")  # what a place in an archive may begin with
 
 
-def open_image(value: Any) -> PIL.Image.Image:
+def open_image(value: Any, any_shape: bool = False) -> PIL.Image.Image:
     """
     Opens an image of a dataset, without applying its EXIF orientation.
 
@@ -44,6 +44,8 @@ def open_image(value: Any) -> PIL.Image.Image:
         value (`PIL.Image.Image`, `bytes`, `str` or `dict`):
             An image, its encoded bytes, a path, or a value of an undecoded [`~datasets.Image`] column: a dictionary with
             `bytes` or `path`.
+        any_shape (`bool`, *optional*, defaults to `False`):
+            Whether the longer side may be more than 200 times the shorter one.
 
     Returns:
         `PIL.Image.Image`: the image, loaded.
@@ -55,6 +57,8 @@ def open_image(value: Any) -> PIL.Image.Image:
     content = image_content(value)
     with image_errors(content):
         image = open_lazily(content)
+        if not any_shape:
+            check_shape(image)
         image.load()
     return image
 
@@ -80,6 +84,7 @@ def open_reduced(value: Any, size: tuple[int, int]) -> tuple[PIL.Image.Image, tu
     content = image_content(value)
     with image_errors(content):
         image, reduction = open_lazily(content), None
+        check_shape(image)
         stored_size = image.size
         if isinstance(content, bytes):  # an image that was given as one is left as it is
             height, width = size[::-1] if orientation(image) in (5, 6, 7, 8) else size
@@ -107,6 +112,7 @@ def image_size(value: Any) -> tuple[int, int]:
     content = image_content(value)
     with image_errors(content):
         image = open_lazily(content)
+        check_shape(image)
     return image.size if orientation(image) in (5, 6, 7, 8) else (image.height, image.width)
 
 
@@ -204,16 +210,20 @@ def open_lazily(content: PIL.Image.Image | bytes) -> PIL.Image.Image:
         `PIL.Image.Image`
 
     Raises:
-        `ValueError`: If it is no picture of pixels, or a thread that would become very large where it covers a square.
+        `ValueError`: If it is no picture of pixels.
     """
     image = PIL.Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
     if image.format in ("EPS", "WMF"):
         raise ValueError(
             f"this is a drawing ({image.format}), which another program would have to run: convert it to PNG"
         )
+    return image
+
+
+def check_shape(image: PIL.Image.Image) -> None:
+    """Raises a `ValueError` for a thread, which would become very large where it covers a square."""
     if max(image.size) > LONGEST_SIDE * min(image.size):
         raise ValueError(
             f"the image is {image.width} x {image.height} pixels: models refuse images whose longer side is more "
             f"than {LONGEST_SIDE} times the shorter one"
         )
-    return image

@@ -234,7 +234,7 @@ def open_image(image: ImageLike) -> PIL.Image.Image:
         `ValueError`: If it cannot be read.
     """
     try:
-        return upright_image(read_image(str(image) if isinstance(image, Path) else image))
+        return upright_image(read_image(str(image) if isinstance(image, Path) else image, any_shape=True))
     except (OSError, ValueError) as error:
         raise ValueError(f"{_name(image) or 'A stored image'} cannot be read as an image: {error}.") from error
 

@@ -8,6 +8,7 @@
 #     "datasets",
 #     "diffusers",
 #     "pillow",
+#     "torch",
 #     "transformers",
 # ]
 # ///

@@ -143,7 +143,7 @@ class SampleModel:
         location = {key: value for key, value in (args.model_init_kwargs or {}).items() if key in LOCATION}
         try:
             index = read_index(path, location)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"`sample_model` {self.name} cannot be read: {str(error).splitlines()[0]}") from error
         if index["_class_name"] != backbone.pipeline_class.__name__:
             self._refuse(f"it is a `{index['_class_name']}`, and a `{backbone.pipeline_class.__name__}` is trained")
