@@ -13,7 +13,7 @@ import PIL.Image
 import torch
 
 from ..boxes import denormalize_boxes, orient_boxes
-from ..data.images import image_content, image_errors, open_lazily
+from ..data.images import check_shape, image_content, image_errors, open_lazily
 from ..data.pictures import orientation, rgb_image, upright_image
 
 
@@ -73,6 +73,7 @@ class StoredImage:
     def _opened(self) -> tuple[PIL.Image.Image, tuple[int, int], int]:
         with image_errors(self.data):
             image = open_lazily(self.data)
+            check_shape(image)
             pixels = image.width * image.height
             if pixels > BOMB_PIXELS:
                 raise ValueError(f"the image claims {pixels:,} pixels; more than {BOMB_PIXELS:,} are refused")

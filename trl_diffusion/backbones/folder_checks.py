@@ -180,8 +180,8 @@ def check_folder(folder: str | Path, index: dict[str, Any], without: Any = (), p
         `ValueError`: If a component needs code, pickles, other folders or sizes that no model has.
     """
     for component, entry in index.items():
-        is_loaded = isinstance(entry, list) and entry != [None, None] and component not in without
-        if is_loaded and not component.startswith("_"):
+        is_component = isinstance(entry, list) and all(isinstance(part, str) for part in entry) and len(entry) == 2
+        if is_component and component not in without and not component.startswith("_"):
             check_component(Path(folder) / component, pickles, is_auto=entry[1].startswith("Auto"))
 
 
