@@ -126,11 +126,17 @@ def test_killed_at_random_moments(folders, tmp_path, name, number):
     finish(training(folders, name, tmp_path / "undisturbed"))
     seconds = time.perf_counter() - start
     args, killed = training(folders, name, tmp_path / "killed"), 0
-    for moment in times(number, 0.2 * seconds, 1.1 * seconds):
-        killed += kill_after(args, moment)
-        check_whole(tmp_path / "killed")
+    for moment in times(4 * number, 0.1 * seconds, 0.9 * seconds):
+        if kill_after(args, moment):
+            killed += 1
+            check_whole(tmp_path / "killed")
+        else:  # it was done before: another one begins
+            check_same(tmp_path / "killed", tmp_path / "undisturbed")
+            shutil.rmtree(tmp_path / "killed")
+        if killed == number:
+            break
     finish(args)
-    assert killed >= number // 3
+    assert killed == number
     check_same(tmp_path / "killed", tmp_path / "undisturbed")
 
 

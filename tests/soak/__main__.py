@@ -138,7 +138,10 @@ def run(arm: str, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.soak")
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--arm", choices=list(ARMS), help="Train this one alone, and print its result as JSON.")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="Which arms.")
+    parser.add_argument(
+        "--arm", choices=list(ARMS), help="Train this one in this process, and print its result as JSON."
+    )
     parser.add_argument("--output", type=Path, help="JSON file of the results.")
     args = parser.parse_args()
     if args.arm:
@@ -146,7 +149,7 @@ def main() -> None:
         return
     results = []
     print("| arm | steps | memory | growth | files | threads | tensors | throughput |\n|" + " --- |" * 8)
-    for arm in ARMS:
+    for arm in args.arms:
         results.append(result := run(arm, args.steps))
         more = " | ".join(f"{result[f'more_{name}']:+.0f}" for name in ("files", "threads", "tensors"))
         size = f"{result['memory_mib']:.0f} MiB | {result['memory_growth']:+.2%}"

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..backbones.base import Backbone
+from ..backbones.checks import plain_tokenizer
 from ..backbones.names import INDEX
 from ..files import write_file
 from ..hub import hub_id
@@ -76,10 +77,19 @@ def _save_pipeline(backbone: Backbone, model: torch.nn.Module, folder: str | Pat
         shutil.copyfile(earlier / INDEX, folder / INDEX)
     else:
         with backbone.complete() as pipeline:
+            for name in backbone.tokenizer_names:
+                _forget_last_call(plain_tokenizer(getattr(pipeline, name)))
             pipeline.save_pretrained(folder)
     _forget_paths(folder)
     if is_checkpoint:
         backbone.saved_in = folder
+
+
+def _forget_last_call(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Takes out how the last texts were cut and padded, which a tokenizer would save, and each call sets."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
 
 
 def _link_folder(source: Path, target: Path) -> None:

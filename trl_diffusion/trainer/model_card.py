@@ -300,9 +300,10 @@ def _other_model(trainer: _BaseTrainer) -> tuple[str | None, str | None]:
 
 
 def _last_logs(logs: list[dict[str, Any]]) -> dict[str, float]:
-    """The last log of the training itself, without what is not finite."""
+    """The last log of the training itself, without what is not finite: the loss, then by name, as a checkpoint has another order."""
     last = next((log for log in reversed(logs) if "loss" in log), {})
-    return {name: float(value) for name, value in last.items() if math.isfinite(value)}
+    ordered = sorted(last.items(), key=lambda item: (item[0] != "loss", item[0]))
+    return {name: float(value) for name, value in ordered if math.isfinite(value)}
 
 
 def _in_json(value: Any) -> Any:
