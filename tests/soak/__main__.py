@@ -9,7 +9,7 @@ python -m tests.soak --steps 5000 --output docs/source/benchmarks/soak.json
 ```
 
 Each arm is a process of its own. After each hundredth of the steps it notes its memory, open files, threads, living tensors, and the
-steps of a second. What is said is how each changed from the end of the first fifth, the warm-up, to the end of the training.
+steps of a second of CPU time. What is said is how each changed from the end of the first fifth, the warm-up, to the end of the training.
 """
 
 import argparse
@@ -57,12 +57,12 @@ class Notes(TrainerCallback):
         self.process, self.entries, self.start = psutil.Process(), [], 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+        self.start = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every:
             return
-        seconds = time.perf_counter() - self.start
+        seconds = time.process_time() - self.start
         gc.collect()
         entry = {
             "memory": self.process.memory_info().rss,
@@ -72,7 +72,7 @@ class Notes(TrainerCallback):
             "steps_per_second": self.every / seconds,
         }
         self.entries.append(entry)
-        self.start = time.perf_counter()
+        self.start = time.process_time()
 
 
 def make_trainer(name: str, folder: Path, steps: int, is_busy: bool):
