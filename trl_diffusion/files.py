@@ -4,6 +4,7 @@
 """Writes files completely or not at all, and keeps a folder for one process."""
 
 import errno
+import hashlib
 import io
 import os
 import re
@@ -148,6 +149,12 @@ def only_run(folder: Path, doing: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(*paths: Path) -> None:

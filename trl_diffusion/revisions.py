@@ -11,6 +11,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from .files import sha256_of
+
 
 # Without it, transformers asks on the terminal whether to run code that a model brings
 UNTRUSTED = {"trust_remote_code": False}
@@ -52,8 +54,7 @@ def commit_of(path: Path, filename: str) -> str:
 
 def digest_of_file(path: Path) -> str:
     """The hash `"sha256:..."` of a file, which serves as its revision."""
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    return f"sha256:{sha256_of(path)[:16]}"
 
 
 def pinned(revision: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 from ..batching import in_threads
-from ..files import describe_write_error, write_file
+from ..files import describe_write_error, sha256_of, write_file
 
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def keep_sampled_images(folder: Path) -> dict[str, str]:
         path.unlink()
     sums = read_sums(folder)
     paths = sorted(folder.glob("*.png"))
-    is_kept = in_threads(lambda path: sum_of(path) == sums.get(path.name), paths)
+    is_kept = in_threads(lambda path: sha256_of(path) == sums.get(path.name), paths)
     changed = [path for path, kept in zip(paths, is_kept, strict=True) if not kept]
     for path in changed:
         path.unlink()
@@ -102,12 +102,7 @@ def keep_sampled_images(folder: Path) -> dict[str, str]:
     return {path.name: sums[path.name] for path, kept in zip(paths, is_kept, strict=True) if kept}
 
 
-def sum_of(path: Path) -> str:
-    """The checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def is_changed(path: Path) -> bool:
     """Whether `SHA256SUMS` beside a file says that the file held something else."""
-    return read_sums(path.parent).get(path.name, sum_of(path)) != sum_of(path)
+    sums = read_sums(path.parent)
+    return path.name in sums and sums[path.name] != sha256_of(path)

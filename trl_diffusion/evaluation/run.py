@@ -14,14 +14,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..files import only_run
+from ..files import only_run, sha256_of
 from ..metrics.fid import fid_result
 from ..metrics.inception import InceptionFeatures
 from ..metrics.kid import kid_result
 from ..metrics.scorer import Scorer
 from .gallery import GALLERY, write_gallery
 from .generate import ImageRow, generate, process_state
-from .kept_images import sum_of, write_sums
+from .kept_images import write_sums
 from .models import ModelSpec, guidance_without
 from .plots import save_plots
 from .prompts import PromptSet
@@ -133,7 +133,7 @@ def evaluate_models(
         pictures = save_plots(table, summary, output_dir)
         write_report(summary, output_dir, pictures, write_gallery(table, output_dir))
         files = (SCORES, SUMMARY, REPORT, LATEX, GALLERY, *pictures.values())
-        write_sums(output_dir, {name: sum_of(output_dir / name) for name in files})
+        write_sums(output_dir, {name: sha256_of(output_dir / name) for name in files})
         return summary
 
 

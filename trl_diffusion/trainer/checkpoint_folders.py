@@ -8,7 +8,6 @@ All that is being written, replaced or deleted lies in the folder `.saving` of t
 of it. What a killed run has left there is put back or deleted by [`clear_left_overs`].
 """
 
-import hashlib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..backbones.names import INDEX
 from ..cards.facts import EVALUATION_NAME, FACTS_NAME, PICTURES, RECIPE_NAME
-from ..files import TEMPORARY, describe_write_error, sync, write_file
+from ..files import TEMPORARY, describe_write_error, sha256_of, sync, write_file
 
 
 SAVING = ".saving"
@@ -190,7 +189,7 @@ def write_list(folder: Path, denoiser_name: str) -> None:
     entries: dict[str, dict[str, Any]] = {"needed": {}, "frozen": {}}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        entry = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+        entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         entries["frozen" if name.split("/")[0] in frozen else "needed"][name] = entry
     write_file(folder / LIST_NAME, (json.dumps(entries, indent=2) + "\n").encode())
 
@@ -313,13 +312,8 @@ def _difference(checkpoint: Path, name: str, entry: dict[str, Any]) -> str | Non
     if (size := path.stat().st_size) != entry["bytes"]:
         return f"{name} has {size} bytes in place of {entry['bytes']}"
     return (
-        None if _checksum(path) == entry["sha256"] else f"{name} is damaged: its bytes are not those that were saved"
+        None if sha256_of(path) == entry["sha256"] else f"{name} is damaged: its bytes are not those that were saved"
     )
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _components(folder: Path) -> set[str]:
