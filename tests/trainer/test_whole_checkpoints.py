@@ -21,7 +21,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tests import tiny
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
-from trl_diffusion.files import lock_folder
+from trl_diffusion.files import lock_folder, sha256_of
+from trl_diffusion.trainer import checkpoint_folders
 from trl_diffusion.trainer.checkpoint_folders import (
     LIST_NAME,
     SAVING,
@@ -196,6 +197,29 @@ def test_frozen_components_do_not_hinder(trained, tmp_path, caplog):
     assert "unet/diffusion_pytorch_model.safetensors is damaged" in what_is_wrong(folder / "checkpoint-3")
 
 
+def test_a_shared_file_is_read_once(trained, monkeypatch, tmp_path):
+    """The list of a checkpoint takes the checksums of files that it shares from the one before; it is the list of all of them anew."""
+    folder = trained[False]
+    hashed = []
+    monkeypatch.setattr(checkpoint_folders, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    second, expected = folder / "checkpoint-2", json.loads((folder / "checkpoint-2" / LIST_NAME).read_text())
+    kept = tmp_path / LIST_NAME
+    shutil.copyfile(second / LIST_NAME, kept)
+    (second / LIST_NAME).unlink()
+    try:
+        checkpoint_folders.write_list(second, "unet", folder / "checkpoint-1")
+        assert json.loads((second / LIST_NAME).read_text()) == expected
+        shared = {second / name for name in expected["frozen"] if name.endswith(".safetensors")}
+        assert len(shared) == 2 and not shared & set(hashed)
+        assert {second / name for name in expected["needed"]} <= set(hashed)
+        hashed.clear()
+        (second / LIST_NAME).unlink()
+        checkpoint_folders.write_list(second, "unet")
+        assert json.loads((second / LIST_NAME).read_text()) == expected and shared <= set(hashed)
+    finally:
+        shutil.copyfile(kept, second / LIST_NAME)
+
+
 # ----- which ones stay -----
 
 
@@ -287,7 +311,8 @@ def test_left_overs_are_cleared(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from trl_diffusion.files import lock_folder
+from trl_diffusion.files import lock_folder, sha256_of
+from trl_diffusion.trainer import checkpoint_folders
 lock = lock_folder(Path(sys.argv[1]), "in use")
 print("held", flush=True)
 time.sleep(600)

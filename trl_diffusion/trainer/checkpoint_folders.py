@@ -145,7 +145,7 @@ def finish_checkpoint(written: Path, place: Path, denoiser_name: str) -> None:
         denoiser_name (`str`):
             The folder of the denoiser, where all of its weights are trained.
     """
-    write_list(written, denoiser_name)
+    write_list(written, denoiser_name, next(reversed(checkpoints_in(place.parent)), None))
     sync(*written.rglob("*"), written)
     put_in_place(written, place)
     sync(place.parent)
@@ -183,13 +183,25 @@ def rotate(output_dir: Path, step: int, limit: int | None, best_step: int | None
 # ----- whether one is whole -----
 
 
-def write_list(folder: Path, denoiser_name: str) -> None:
-    """Lists the files of a checkpoint with their sizes and checksums: those that a training is resumed from, and the frozen ones."""
+def write_list(folder: Path, denoiser_name: str, earlier: Path | None = None) -> None:
+    """
+    Lists the files of a checkpoint with their sizes and checksums: those that a training is resumed from, and the frozen ones.
+
+    Args:
+        folder (`Path`):
+            The folder of the checkpoint.
+        denoiser_name (`str`):
+            The folder of the denoiser, where all of its weights are trained.
+        earlier (`Path`, *optional*):
+            An earlier checkpoint, whose list tells of the files that both share by a link.
+    """
     frozen = _components(folder) - {denoiser_name}
+    known = _frozen_files(earlier) if earlier else {}
     entries: dict[str, dict[str, Any]] = {"needed": {}, "frozen": {}}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        entry = known.get(name) if name in known and _is_one_file(path, earlier / name) else None
+        entry = entry or {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         entries["frozen" if name.split("/")[0] in frozen else "needed"][name] = entry
     write_file(folder / LIST_NAME, (json.dumps(entries, indent=2) + "\n").encode())
 
@@ -214,8 +226,7 @@ def what_is_wrong(checkpoint: Path) -> str | None:
 
 def spoiled_components(checkpoint: Path) -> list[str]:
     """What is wrong with the frozen components of a checkpoint, which no training is resumed from."""
-    listed = _read_json(checkpoint / LIST_NAME) if (checkpoint / LIST_NAME).exists() else {}
-    found = (_difference(checkpoint, name, entry) for name, entry in listed.get("frozen", {}).items())
+    found = (_difference(checkpoint, name, entry) for name, entry in _frozen_files(checkpoint).items())
     return [wrong for wrong in found if wrong]
 
 
@@ -314,6 +325,18 @@ def _difference(checkpoint: Path, name: str, entry: dict[str, Any]) -> str | Non
     return (
         None if sha256_of(path) == entry["sha256"] else f"{name} is damaged: its bytes are not those that were saved"
     )
+
+
+def _frozen_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """The frozen files that a checkpoint lists; none where its list is missing or damaged."""
+    try:
+        return dict(_read_json(checkpoint / LIST_NAME)["frozen"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def _is_one_file(path: Path, other: Path) -> bool:
+    return other.is_file() and path.samefile(other)
 
 
 def _components(folder: Path) -> set[str]:
