@@ -31,8 +31,9 @@ from peft.utils.other import get_pattern_key
 
 from .backbones.folder_checks import check_name
 from .backbones.names import LORA_WEIGHTS_NAME
-from .lora_headers import check_finite, read_tensors, shortened
+from .lora_headers import check_finite, read_tensors
 from .machine import without_secrets
+from .messages import cut
 
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def find_lora(name_or_path: str | Path, revision: str | None = None) -> Path:
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
             without_secrets(
-                f"{name_or_path} is no folder, and the Hub gave no {LORA_WEIGHTS_NAME} of that name: {shortened(error)}"
+                f"{name_or_path} is no folder, and the Hub gave no {LORA_WEIGHTS_NAME} of that name: {cut(str(error), 200)}"
             )
         ) from error
 
@@ -145,7 +146,7 @@ def _read_own(
             f"The configuration of the LoRA {path} is of another version of peft: {error}. Update peft."
         ) from error
     except (ImportError, ValueError, LookupError, AttributeError) as error:
-        raise ValueError(f"The configuration of the LoRA {path} cannot be used: {shortened(error)}") from error
+        raise ValueError(f"The configuration of the LoRA {path} cannot be used: {cut(str(error), 200)}") from error
     return {key.removeprefix(prefix): value for key, value in weights.items()}, config
 
 
@@ -250,7 +251,7 @@ def convert_lora(
         )
     except Exception as error:  # the converters raise whatever comes where a name is another than they think
         raise ValueError(
-            f"The LoRA {path} has names that diffusers does not convert for a `{type(pipeline).__name__}`: {shortened(error)}"
+            f"The LoRA {path} has names that diffusers does not convert for a `{type(pipeline).__name__}`: {cut(str(error), 200)}"
         ) from error
     tensors = [key for key in weights if not key.endswith(".alpha")]
     if (lost := sum(_num_parts(key, pipeline) for key in tensors) - len(converted)) > 0:
@@ -347,7 +348,7 @@ def _naming_the_file(path: Path, model: DiffusionPipeline | torch.nn.Module) -> 
         yield
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"The LoRA {path} does not fit this `{type(model).__name__}`: {shortened(error)} Name the base that it was trained on."
+            f"The LoRA {path} does not fit this `{type(model).__name__}`: {cut(str(error), 200)} Name the base that it was trained on."
         ) from error
 
 

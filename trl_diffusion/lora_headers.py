@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .messages import cut, shown
+
 
 MAX_TENSORS = 50_000  # far more than those of the largest models
 FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -104,7 +106,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
                 )
             weights = {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"The LoRA {path} cannot be read: {shortened(error)}. Download it again.") from error
+        raise ValueError(f"The LoRA {path} cannot be read: {cut(str(error), 200)}. Download it again.") from error
     if not weights:
         raise ValueError(f"The LoRA {path} holds no weights. Save it again, or name another.")
     if long := next((key for key in weights if len(key) > MAX_NAME or not key.isprintable()), None):
@@ -160,17 +162,17 @@ def read_header(text: str, path: Path) -> dict[str, Any]:
         is_right, kind = KINDS.get(setting, (lambda _: True, ""))
         if not is_right(value):
             raise ValueError(
-                f"The LoRA {path} has `{setting}={_short(value)}` in its header, which must be {kind}. Save it again."
+                f"The LoRA {path} has `{setting}={shown(value)}` in its header, which must be {kind}. Save it again."
             )
         if setting in IMPORTS and value:
             raise ValueError(
-                f"The LoRA {path} has `{setting}={_short(value)}` in its header, for which code is imported by its name. Train a "
+                f"The LoRA {path} has `{setting}={shown(value)}` in its header, for which code is imported by its name. Train a "
                 "plain LoRA."
             )
         for pattern in _patterns(setting, value):
             if problem := _problem(pattern):
                 raise ValueError(
-                    f"The LoRA {path} has the pattern {_short(pattern)} as `{setting}` in its header, which {problem}. Save it again "
+                    f"The LoRA {path} has the pattern {shown(pattern)} as `{setting}` in its header, which {problem}. Save it again "
                     "with the names of its modules."
                 )
     return header
@@ -242,14 +244,3 @@ def _branches(body: Any) -> bool:
     """Whether a repeated part repeats or chooses."""
     several = (*REPETITIONS, _constants.BRANCH, _constants.GROUPREF)
     return any(operation in several for operation, _ in _parts(body))
-
-
-def shortened(error: Exception) -> str:
-    """The beginning of an error's text, in one line: those of peft list every tensor."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**50 else "a number of more than 50 digits"
-    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -44,10 +44,8 @@ def read_shard(path: Path, fingerprint: str | None = None) -> pa.Table:
         [`checksums.DamagedFile`]: If it is not as it was written, or is another shard or one of another run.
     """
     table = read_table(path)
-    metadata = table.schema.metadata or {}
-    if metadata.get(SHARD, b"").decode() != path.name or metadata.get(RUN, b"").decode() != (
-        fingerprint or rows_and_run(table)[1]
-    ):
+    shard, (_, run) = (table.schema.metadata or {}).get(SHARD, b"").decode(), rows_and_run(table)
+    if shard != path.name or fingerprint not in (None, run):
         raise DamagedFile(f"{path} is another shard, or one of another run")
     return table
 

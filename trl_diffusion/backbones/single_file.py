@@ -27,7 +27,7 @@ from .names import find_model
 from .source import components_left_out, local_folder, read_index
 from .stable_diffusion_checks import check_velocity
 from .vae import load_vae
-from .weights import load_checked
+from .weights import load_checked, reason_of
 
 
 logger = logging.getLogger(__name__)
@@ -146,9 +146,8 @@ def load_single_file(
     except NotImplementedError as error:  # what got no weight has no data that could be copied
         raise _is_without(name, pipeline_class, config) from error
     except Exception as error:  # of diffusers, with advice that does not help here
-        reason = " ".join(str(error).split(". If you")[0].split()) or type(error).__name__
         raise ValueError(
-            f"{name} does not fit {config}, which gives its configuration: {reason[:500]}. Pass a `config` of the same architecture."
+            f"{name} does not fit {config}, which gives its configuration: {reason_of(error)}. Pass a `config` of the same architecture."
         ) from error
     modules = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
     if any(parameter.is_meta for module in modules for parameter in module.parameters()):

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
+from ..messages import cut
 from .quantization import quantized_layers
 
 
@@ -60,13 +61,18 @@ def naming_the_folder(folder: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split(". If you")[0].split()) or type(error).__name__
-        reason = reason if len(reason) <= 500 else f"{reason[:500]}..."
         variants = {file.name.split(".")[1] for file in Path(folder).glob("*/*.*.safetensors")}
         hint = (
             f" Its files are of the variant {', '.join(sorted(variants))}: pass it as `variant`." if variants else ""
         )
-        raise ValueError(f"The pipeline in {folder} cannot be loaded: {reason.removesuffix('.')}.{hint}") from error
+        raise ValueError(
+            f"The pipeline in {folder} cannot be loaded: {reason_of(error).removesuffix('.')}.{hint}"
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why diffusers could not load something, on one line, without its advice, which does not help here."""
+    return cut(str(error).split(". If you")[0], 500) or type(error).__name__
 
 
 def check_files(pipeline: DiffusionPipeline, folder: str, kwargs: dict[str, Any], names: Iterable[str]) -> None:

@@ -26,7 +26,7 @@ from .column_checks import selected
 from .content import clear_unfinished
 from .encoded_files import CONTENT, EncodedFiles, keys_of, mean_length, readable, select
 from .key_index import KeyIndex
-from .row_contents import RowContents, kept_folder
+from .row_contents import RowContents, kept_folder, rows_at
 
 
 TENSORS = "_tensors"  # column with the tensors of a row, in the safetensors format, and a checksum
@@ -284,7 +284,7 @@ class Encoding:
 
         def read(numbers: range | list[int]) -> list[tuple[str, Any]]:
             contents = self.found.take(pa.array(np.searchsorted(self.needed, numbers)))
-            rows = (self.load or self._rows)(numbers, contents)
+            rows = self.load(numbers, contents) if self.load else rows_at(self.dataset, numbers)
             return [(content, self.prepare(row)) for content, row in zip(contents.to_pylist(), rows, strict=True)]
 
         def encode(rows: list[tuple[str, Any]]) -> list[dict[str, Any]]:
@@ -307,10 +307,6 @@ class Encoding:
                 "command with a `precompute_dir` that all of them share, and a transform that is not random."
             )
         return self.files.dataset(places, self.fingerprint)
-
-    def _rows(self, numbers: range | list[int], _: pa.Array) -> list[dict[str, Any]]:
-        columns = self.dataset[numbers]
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def precompute_dataset(

@@ -66,7 +66,7 @@ def _update(digest: Any, values: pa.Array) -> None:
 
 
 def described(kind: pa.DataType) -> str:
-    """What the values of a type are, whatever widths they have:"""
+    """What the values of a type are, whatever widths they have."""
     if pa.types.is_struct(kind):
         return repr({field.name: described(field.type) for field in kind})
     return f"list of {described(kind.value_type)}" if _is_list(kind) else _family(kind)

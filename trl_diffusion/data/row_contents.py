@@ -97,8 +97,7 @@ class RowContents:
         Raises:
             `ValueError`: If a row has another hash by now. Those that a transform of the user makes are not compared.
         """
-        columns = self.dataset[numbers]
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        rows = rows_at(self.dataset, numbers)
         if self.dataset.format["type"] == "custom":
             return rows
         table = self.dataset.with_format("arrow")[numbers]
@@ -159,6 +158,12 @@ class RowContents:
         if paths:
             digests[list(paths)] = path_digests(list(paths.values()))
         return digests
+
+
+def rows_at(dataset: Dataset, numbers: range | list[int]) -> list[dict[str, Any]]:
+    """Some rows of a dataset, by their numbers."""
+    columns = dataset[numbers]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 # ----- the parts of a table -----

@@ -123,7 +123,7 @@ def load_source(
         splits = read_folder(path, config_name, streaming)
     elif os.path.isfile(path):
         splits = read_files({"train": [path]}, streaming)
-    elif any(character in name for character in "*?{["):
+    elif is_pattern(name):
         splits = read_files({"train": expanded(str(path))}, streaming)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or format_of(path) or len(name) > LONGEST_ID:
         raise ValueError(f"There is no file or folder {cut(name)}.")
@@ -241,6 +241,11 @@ def refuse_holes(path: Path) -> None:
 def most_unpacked(path: Path) -> int:
     """Bytes that a packed file may become."""
     return max(MOST_TIMES * path.stat().st_size, ALWAYS_UNPACKED)
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for several files."""
+    return any(character in name for character in "*?{[")
 
 
 def streamed(dataset: Dataset, streaming: bool) -> Source:
@@ -412,8 +417,8 @@ def read_group(split: str, files: list[Path], builder: str, streaming: bool) -> 
             if path.suffix.lower() == ".tar":
                 refuse_holes(path)
         settings = csv_settings(files[0]) if builder == "csv" else {}
-        data_files = {split: [glob.escape(unpacked(path)) for path in files]}
-        cache_dir = cache_of([unpacked(path) for path in files], streaming)
+        places = [unpacked(path) for path in files]
+        data_files, cache_dir = {split: list(map(glob.escape, places))}, cache_of(places, streaming)
         dataset = load_dataset(
             builder, data_files=data_files, split=split, streaming=streaming, cache_dir=cache_dir, **settings
         )
@@ -428,13 +433,13 @@ def read_group(split: str, files: list[Path], builder: str, streaming: bool) -> 
     return with_images(with_lists(without_hpdv2_lists(dataset, where), where), files[0])
 
 
-def cache_of(files: list[Path], is_read_anew: bool = False) -> str | None:
+def cache_of(files: list[str | Path], is_read_anew: bool = False) -> str | None:
     """
     Where `datasets` keeps the rows that it makes of files: for each content of theirs another folder, for `datasets` itself takes a file
     with the time of an earlier one for that one.
 
     Args:
-        files (`list[Path]`):
+        files (`list[str | Path]`):
             The files.
         is_read_anew (`bool`, *optional*, defaults to `False`):
             Whether nothing is kept.

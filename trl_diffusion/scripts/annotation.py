@@ -205,6 +205,7 @@ def annotate(
     """
     from ..annotation.preview import preview
     from ..annotation.run import run
+    from ..data.sources import is_pattern
     from ..files import write_file
 
     if args.preview is not None:
@@ -220,7 +221,7 @@ def annotate(
         max_error_rate=args.max_error_rate,
         retry_errors=args.retry_errors,
         num_rows=num_rows,
-        read_again=Path(args.dataset_name).expanduser().exists() or any(sign in args.dataset_name for sign in "*?{["),
+        read_again=Path(args.dataset_name).expanduser().exists() or is_pattern(args.dataset_name),
     )
     figures = ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in finished.counts.items())
     print(f"Annotated into {finished.folder}: {figures}.")

@@ -82,6 +82,7 @@ def prompt_fits(name: str) -> Callable[[str], bool]:
     from trl_diffusion.backbones import BACKBONES
     from trl_diffusion.backbones.checks import plain_tokenizer
     from trl_diffusion.backbones.folder_checks import check_folder, read_index
+    from trl_diffusion.revisions import UNTRUSTED
 
     index = read_index(name, {})
     families = [family for family in BACKBONES if family.pipeline_class.__name__ == index["_class_name"]]
@@ -97,7 +98,7 @@ def prompt_fits(name: str) -> Callable[[str], bool]:
     loaded = {}
     for part, kind in classes.items():
         try:
-            loaded[part] = getattr(transformers, kind).from_pretrained(name, subfolder=part, trust_remote_code=False)
+            loaded[part] = getattr(transformers, kind).from_pretrained(name, subfolder=part, **UNTRUSTED)
         except Exception as error:  # whatever a damaged file makes the tokenizers raise
             raise ValueError(
                 f"The `{part}` of {name} cannot be loaded: {' '.join(str(error).split())[:500]}"
