@@ -6,6 +6,7 @@
 import os
 import signal
 import socket
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -70,12 +71,22 @@ def test_killed_at_every_change(world, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(world, tmp_path):
-    """Ten kills of the same evaluation, one after the other."""
-    out = tmp_path / "out"
-    killed = sum(kill_after(evaluation(world, out), seconds) for seconds in times(10, 0.1, 2.0))
-    finish(evaluation(world, out))
-    assert killed > 2
-    check(world, out, killed)
+    """Ten kills of evaluations, one after the other; each that ends in spite of them is checked, and another one begins."""
+    start = time.monotonic()
+    finish(evaluation(world, tmp_path / "timed"))
+    taken = time.monotonic() - start
+    total = killed = number = 0
+    for seconds in times(40, 0.1 * taken, 0.9 * taken):
+        if total == 10:
+            break
+        if kill_after(evaluation(world, tmp_path / f"out-{number}"), seconds):
+            total, killed = total + 1, killed + 1
+        else:
+            check(world, tmp_path / f"out-{number}", killed)
+            killed, number = 0, number + 1
+    assert total == 10
+    finish(evaluation(world, tmp_path / f"out-{number}"))
+    check(world, tmp_path / f"out-{number}", killed)
 
 
 def test_one_of_two_processes_is_killed(world, tmp_path):
