@@ -55,6 +55,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "source"
 # The log holds commands of past commits, which need not run today.
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "log.md")
+README = "../../README.md"
 COLUMNS = ("prompt", "chosen", "rejected")
 CONFIGS = (InstanceDPOConfig, AttributeSFTConfig, ComplexPOConfig)
 
@@ -189,6 +190,14 @@ def run(page: str) -> dict:
         line = read(page)[: block.start(1)].count("\n")
         exec(compile("\n" * line + block[1], DOCS / page, "exec"), scope)
     return scope
+
+
+def test_python_of_the_readme(tiny_hub):
+    """The README trains a LoRA, draws with it and pushes it, then both stages of CPO."""
+    scope = run(README)
+    assert Image.open("eagle.png").size == (32, 32) and tiny_hub == ["sd15-iapo"]
+    assert Path("painting-expert", "attribute_expert.json").exists()
+    assert type(scope["trainer"]) is ComplexPOTrainer and scope["trainer"].state.global_step == 1
 
 
 def test_python_of_quickstart(tiny_hub):
@@ -476,7 +485,7 @@ def command_lines() -> list[tuple[str, str]]:
     """The lines of the bash blocks, continued lines joined."""
     return [
         (page, line)
-        for page in PAGES
+        for page in [README, *PAGES]
         for block in blocks(page, "bash")
         for line in block.replace("\\\n", " ").splitlines()
     ]
@@ -583,13 +592,13 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [README, "../../CONTRIBUTING.md", "log.md", *PAGES])
 def test_links(page):
     """Every relative link leads to a file of the repository, and its anchor to a heading there."""
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if not target.startswith("https://"):
             name, _, anchor = target.partition("#")
-            path = (DOCS / name).resolve() if name else DOCS / page
+            path = ((DOCS / page).parent / name).resolve() if name else DOCS / page
             assert path.exists() and path.is_relative_to(ROOT), target
             assert not anchor or anchor in anchors(path), target
 
