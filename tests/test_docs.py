@@ -632,6 +632,22 @@ def test_every_public_name_is_documented():
     assert sorted(names) == sorted(set(trl_diffusion.__all__) - {"DiffusionTrainer", "ModelConfig"})
 
 
+def test_paper_index():
+    """Each paper that the package cites by its number is on the page, with a link; the settings that it names exist."""
+    sources = [path for kind in ("py", "yaml") for path in (ROOT / "trl_diffusion").rglob(f"*.{kind}")]
+    cited = {
+        number for path in sources for number in re.findall(r"\b\d{4}\.\d{5}\b", path.read_text(encoding="utf-8"))
+    }
+    page = read("paper_index.md")
+    linked = re.findall(r"\[([\d.]+)\]\(https://huggingface\.co/papers/([\d.]+)\)", page)
+    assert all(shown == number for shown, number in linked) and len(linked) == len(set(linked))
+    idea = "2311.12092"  # concept sliders, which no code follows
+    assert {number for _, number in linked} == cited | {idea}
+    settings = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
+    assert set(re.findall(r"`(\w+)=", page)) <= settings
+    assert set(re.findall(r"protocols? `(\w+)`", page)) | {"iapo_sdxl"} == set(shipped_protocols())
+
+
 # ---- Messages ----
 
 
