@@ -4,7 +4,7 @@
 """
 What the documentation of a public name must hold. The laws:
 
-- Every public name, every public method of the trainers' base and every field of a configuration is documented.
+- Every public name, every field of a configuration, and the methods of each trainer that users call are documented.
 - Every argument has an entry with its type; no entry is about something else; what has a default is *optional*, and a default
   that is named is the true one.
 - What is returned has a type. A `ValueError` that a function raises is listed.
@@ -20,10 +20,14 @@ import re
 import textwrap
 from typing import Any
 
+import torch
+import transformers
+
 import trl_diffusion
 from docs.docstrings import autodocs, described, find, sections
 
 
+TRAINER_METHODS = ("train", "evaluate", "save_model", "push_to_hub")
 # From the name of an argument to the words of which its entry holds one. `cell` and `grid` count latents.
 UNITS = {
     r"(height|width|resolution|crop_size|max_pixels)$": r"pixel|cell|grid",
@@ -32,7 +36,7 @@ UNITS = {
     r"(.*_steps|steps)$": r"[Ss]tep",
     r"(.*batch_size)$": r"image|request|row|prompt|pair",
     r"rows_per_shard$": r"[Rr]ow",
-    r"(.*_dir|.*_path|path|folder)$": r"[Ff]older|[Ff]ile|path|[Hh]ub",
+    r"(.*_dir|.*_path|folder)$": r"[Ff]older|[Ff]ile|path|[Hh]ub",
 }
 SOURCE = re.compile(r"arXiv|https?://|\(ours\)|\bours\b|CVPR|IAPO|InPO")
 # A line of a docstring that is set apart and says what something is equal to
@@ -52,10 +56,12 @@ def page_faults(pages: dict[str, str]) -> list[str]:
     """
     documented = {name for text in pages.values() for name, _ in autodocs(text)}
     members = {f"{name}.{member}" for text in pages.values() for name, found in autodocs(text) for member in found}
-    base = trl_diffusion.DiffusionTrainer
-    methods = [f"DiffusionTrainer.{name}" for name, value in public(base) if inspect.isfunction(value) and value.__doc__]
-    faults = [f"no page documents `{name}`: add an [[autodoc]] of it." for name in trl_diffusion.__all__ if name not in documented]
-    return faults + [f"no page documents `{name}`: list it below its class." for name in methods if name not in members]
+    trainers = [name for name in documented if name.endswith("Trainer") and name != "DiffusionTrainer"]
+    methods = [f"{trainer}.{method}" for trainer in trainers for method in TRAINER_METHODS]
+    return [
+        f"no page documents `{name}`: add an [[autodoc]] of it, or list it below its class."
+        for name in sorted({*trl_diffusion.__all__, *methods} - documented - members)
+    ]
 
 
 def documented_objects(pages: dict[str, str]) -> list[str]:
@@ -80,10 +86,6 @@ def is_own(documented: Any) -> bool:
     """Whether the docstring was written for this object, and not inherited."""
     module = inspect.getmodule(documented)
     return bool(documented.__doc__) and module is not None and module.__name__.startswith("trl_diffusion")
-
-
-def public(owner: type) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in vars(owner).items() if not name.startswith("_")]
 
 
 def object_faults(name: str) -> list[str]:
@@ -115,7 +117,7 @@ def parameters_of(documented: Any) -> dict[str, inspect.Parameter]:
     parameters = {
         name: parameter
         for name, parameter in inspect.signature(documented).parameters.items()
-        if name not in ("self", "cls")
+        if name not in ("self", "cls") and not name.startswith("_")
     }
     if dataclasses.is_dataclass(documented) and documented.__name__.endswith("Config"):
         return {name: parameter for name, parameter in parameters.items() if name in inspect.get_annotations(documented)}
@@ -124,26 +126,39 @@ def parameters_of(documented: Any) -> dict[str, inspect.Parameter]:
 
 def argument_faults(documented: Any, docstring: str) -> list[str]:
     """Arguments without an entry, a type, a shape or the true default, and entries without an argument."""
-    parameters, own = parameters_of(documented), described(documented)
-    inherited = {}
-    for base in inspect.getmro(documented)[1:] if inspect.isclass(documented) else ():
-        if f"[`{base.__name__}`]" in docstring:
-            inherited |= described(base)
-    faults = [f"`{name}` has no entry" for name in parameters if name not in own and name not in inherited]
-    known = {*parameters, *(inspect.get_annotations(documented) if inspect.isclass(documented) else ())}
+    parameters, own, elsewhere = parameters_of(documented), described(documented), described_elsewhere(documented, docstring)
+    faults = [f"`{name}` has no entry" for name in parameters if name not in own and name not in elsewhere]
     for name, (kind, _) in own.items():
-        parameter = parameters.get(name)
-        if name not in known and not (inspect.isclass(documented) and hasattr(documented, name)) and not inspect.isclass(documented):
-            faults.append(f"`{name}` is no argument")
-        if parameter is None or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        if name not in parameters:
+            if not inspect.isclass(documented):  # that of a class may be an attribute
+                faults.append(f"`{name}` is no argument")
+            continue
+        parameter = parameters[name]
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if "`" not in kind:
             faults.append(f"`{name}` has no type")
-        if "Tensor" in str(parameter.annotation) and "Callable" not in str(parameter.annotation) and "shape" not in kind:
-            if "dict" not in str(parameter.annotation):
-                faults.append(f"`{name}` is a tensor without a shape")
+        if parameter.annotation is torch.Tensor and "of shape `(" not in kind:
+            faults.append(f"`{name}` is a tensor without a shape")
         faults += default_faults(name, parameter, kind)
     return faults
+
+
+def described_elsewhere(documented: Any, docstring: str) -> set[str]:
+    """
+    The arguments for which a docstring refers to another: a base class that it names, transformers' method of the same name, or
+    what the note of a configuration says of the fields that it inherits.
+    """
+    names = set()
+    if not inspect.isclass(documented):
+        method = getattr(transformers.Trainer, documented.__name__, None)
+        return set(inspect.signature(method).parameters) if f"As [`~transformers.Trainer.{documented.__name__}`]" in docstring else names
+    for base in inspect.getmro(documented)[1:]:
+        if f"[`{base.__name__}`]" in docstring:
+            names |= set(described(base))
+    if dataclasses.is_dataclass(documented):
+        names |= {field.name for field in dataclasses.fields(documented) if f"`{field.name}`" in docstring.partition("[!NOTE]")[2]}
+    return names
 
 
 def default_faults(name: str, parameter: inspect.Parameter, kind: str) -> list[str]:
@@ -176,7 +191,7 @@ def return_faults(documented: Any, docstring: str) -> list[str]:
         return ["it has no Returns"]
     if "`" not in found[0]:
         return ["its result has no type"]
-    if "Tensor" in str(annotation) and "shape" not in found[0]:
+    if "torch.Tensor" in str(annotation) and "dict" not in str(annotation) and "shape `(" not in found[0]:
         return ["its result is a tensor without a shape"]
     return []
 
@@ -208,5 +223,5 @@ def raises_value_error(documented: Any) -> bool:
 
 def is_score(documented: Any) -> bool:
     """Whether it is one of the metrics, or what FID and KID are made of."""
-    module = inspect.getmodule(documented).__name__
-    return inspect.isclass(documented) and module.startswith("trl_diffusion.metrics.") and documented.__name__ != "Scorer"
+    is_metric = inspect.getmodule(documented).__name__.startswith("trl_diffusion.metrics.")
+    return is_metric and bool(re.search(r"\wScorer$|Features$|_result$", documented.__name__))

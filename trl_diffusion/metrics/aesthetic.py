@@ -48,7 +48,7 @@ class AestheticScorer(Scorer):
     LAION-Aesthetics V2 predicts how people would rate the look of an image from 1 to 10, from its normalized CLIP
     embedding. Higher is better. The score does not depend on the prompt.
 
-    The weights are those of `sac+logos+ava1-l14-linearMSE`.
+    The weights are those of `sac+logos+ava1-l14-linearMSE` (https://github.com/christophschuhmann/improved-aesthetic-predictor).
 
     Args:
         weights_path (`str` or `Path`, *optional*):

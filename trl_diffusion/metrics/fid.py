@@ -57,7 +57,7 @@ def fid_result(
     features: torch.Tensor, reference_features: torch.Tensor, extractor: InceptionFeatures
 ) -> dict[str, Any]:
     """
-    Computes FID from features, which can be shared with KID or between sets of images.
+    Computes FID (arXiv:1706.08500) from features, which can be shared with KID or between sets of images.
 
     Args:
         features (`torch.Tensor` of shape `(N, 2048)`):

@@ -55,7 +55,7 @@ def clean_prompt(prompt: str) -> str:
 
 class HPSv2Scorer(CosineScorer):
     """
-    HPS v2: 100 times the cosine similarity of image and prompt in a CLIP ViT-H/14 that was fine-tuned on human
+    HPS v2 (arXiv:2306.09341): 100 times the cosine similarity of image and prompt in a CLIP ViT-H/14 that was fine-tuned on human
     preferences. Higher is better.
 
     Papers and the benchmark of the `hpsv2` package also report it times 100; `hpsv2.score` returns the cosine itself.

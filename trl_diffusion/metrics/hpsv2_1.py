@@ -9,7 +9,7 @@ from trl_diffusion.metrics.scorer import ImageMetric
 
 class HPSv2_1Scorer(HPSv2Scorer):
     """
-    HPS v2.1: like [`HPSv2Scorer`], with weights that its authors trained on better data. Higher is better.
+    HPS v2.1 (https://github.com/tgxs002/HPSv2): like [`HPSv2Scorer`], with weights that its authors trained on better data. Higher is better.
 
     It is not comparable with HPS v2: the two scores differ by more than models do.
 

@@ -78,7 +78,7 @@ def kid_result(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    Computes KID from features, which can be shared with FID or between sets of images.
+    Computes KID (arXiv:1801.01401) from features, which can be shared with FID or between sets of images.
 
     Args:
         features (`torch.Tensor` of shape `(N, 2048)`):

@@ -423,7 +423,18 @@ class DiffusionTrainer(SavingTrainer):
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **card
     ):
-        """As [`~transformers.Trainer.push_to_hub`], of listed files only; `card` is that of [`~DiffusionTrainer.create_model_card`]."""
+        """
+        As [`~transformers.Trainer.push_to_hub`], of listed files only, see the page "Pushing to the Hub".
+
+        Args:
+            private (`bool`, *optional*):
+                Whether a new repository is private. Defaults to what its owner has set.
+            **card:
+                Arguments of [`~DiffusionTrainer.create_model_card`]: `model_name`, `dataset_name`, `tags`.
+
+        Raises:
+            `ValueError`: If the push fails, with the reason and the way out.
+        """
         return self.publisher.push(commit_message, blocking, token, revision, private, card)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
