@@ -42,7 +42,8 @@ SETTINGS = {
     "python_display_short_literal_types": True,
     "python_maximum_signature_line_length": 100,
     "smartquotes": False,
-    "suppress_warnings": ["myst.header"],  # a heading may be two levels below the one before it
+    # A heading may be two levels below the one before it; a second build in one process registers the same nodes again.
+    "suppress_warnings": ["myst.header", "app"],
     "toc_object_entries_show_parents": "hide",
 }
 

@@ -15,7 +15,7 @@ from docs.docstrings import ENTRIES, AUTODOC, autodocs, entries, find, sections
 OTHERS = re.compile(
     r"(accelerate|datasets|diffusers|evaluate|filelock|huggingface_hub|peft|torch|transformers|trainer_utils|trl)(\.|$)"
 )
-REFERENCE = re.compile(r"\[`(~?[\w.]+)`\](?![(\[:])")
+REFERENCE = re.compile(r"\[`(~?[\w.]+)`\](?![(\[])")
 LONGEST_DEFAULT = 40
 
 
@@ -64,7 +64,7 @@ class Reference:
         """
         short = name.removeprefix("~")
         if OTHERS.match(short) and not short.startswith("trainer."):
-            return f"`{short.split('.')[-1] if name.startswith('~') else short}`"
+            return plain(name)
         found = None
         for path in (short, *(f"{known.rpartition('.')[0]}.{short}" for known in self.members if "." in known)):
             try:
@@ -140,9 +140,18 @@ class Reference:
         if documented.__doc__ and module is not None and module.__name__.startswith("trl_diffusion"):
             body = self.references(body, module, where)
         else:  # inherited from another library, whose references only it can resolve
-            body = outside_code(body, lambda part: REFERENCE.sub(r"`\1`", part))
+            body = outside_code(body, lambda part: REFERENCE.sub(lambda found: plain(found[1]), part))
         signature = "" if is_config else arguments(documented)
         return f"{fence}{{py:{kind}}} trl_diffusion.{name}{signature}\n\n{body}\n\n{members}\n{fence}\n"
+
+
+def plain(name: str) -> str:
+    """A name of another library as code: behind a `~` without its modules."""
+    words = name.removeprefix("~").split(".")
+    if name.startswith("~"):
+        is_method = len(words) > 1 and words[-2][0].isupper()
+        words = words[-2:] if is_method else words[-1:]
+    return f"`{'.'.join(words)}`"
 
 
 def identity(found: Any) -> int:
@@ -172,7 +181,7 @@ def arguments(documented: Any) -> str:
     """The arguments of a function or a class, without types, which stand below. Long defaults are left out."""
     parts, named = [], False
     for parameter in inspect.signature(documented).parameters.values():
-        if parameter.name in ("self", "cls"):
+        if parameter.name in ("self", "cls") or parameter.name.startswith("_"):
             continue
         if parameter.kind is parameter.VAR_POSITIONAL:
             named = True
