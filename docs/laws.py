@@ -120,13 +120,19 @@ def parameters_of(documented: Any) -> dict[str, inspect.Parameter]:
         if name not in ("self", "cls") and not name.startswith("_")
     }
     if dataclasses.is_dataclass(documented) and documented.__name__.endswith("Config"):
-        return {name: parameter for name, parameter in parameters.items() if name in inspect.get_annotations(documented)}
+        return {
+            name: parameter for name, parameter in parameters.items() if name in inspect.get_annotations(documented)
+        }
     return parameters
 
 
 def argument_faults(documented: Any, docstring: str) -> list[str]:
     """Arguments without an entry, a type, a shape or the true default, and entries without an argument."""
-    parameters, own, elsewhere = parameters_of(documented), described(documented), described_elsewhere(documented, docstring)
+    parameters, own, elsewhere = (
+        parameters_of(documented),
+        described(documented),
+        described_elsewhere(documented, docstring),
+    )
     faults = [f"`{name}` has no entry" for name in parameters if name not in own and name not in elsewhere]
     for name, (kind, _) in own.items():
         if name not in parameters:
@@ -152,19 +158,29 @@ def described_elsewhere(documented: Any, docstring: str) -> set[str]:
     names = set()
     if not inspect.isclass(documented):
         method = getattr(transformers.Trainer, documented.__name__, None)
-        return set(inspect.signature(method).parameters) if f"As [`~transformers.Trainer.{documented.__name__}`]" in docstring else names
+        return (
+            set(inspect.signature(method).parameters)
+            if f"As [`~transformers.Trainer.{documented.__name__}`]" in docstring
+            else names
+        )
     for base in inspect.getmro(documented)[1:]:
         if f"[`{base.__name__}`]" in docstring:
             names |= set(described(base))
     if dataclasses.is_dataclass(documented):
-        names |= {field.name for field in dataclasses.fields(documented) if f"`{field.name}`" in docstring.partition("[!NOTE]")[2]}
+        names |= {
+            field.name
+            for field in dataclasses.fields(documented)
+            if f"`{field.name}`" in docstring.partition("[!NOTE]")[2]
+        }
     return names
 
 
 def default_faults(name: str, parameter: inspect.Parameter, kind: str) -> list[str]:
     """A default that is not said, said wrongly, or said of what has none."""
     if (parameter.default is not parameter.empty) != ("*optional*" in kind):
-        return [f"`{name}` {'has a' if parameter.default is not parameter.empty else 'has no'} default: check *optional*"]
+        return [
+            f"`{name}` {'has a' if parameter.default is not parameter.empty else 'has no'} default: check *optional*"
+        ]
     said = re.search(r"defaults to `(.+?)`$", kind)
     if not said:
         return []

@@ -15,7 +15,15 @@ from docs.reference import Reference, outside_code
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "docs" / "source"
-LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".sh": "bash", ".cff": "yaml", ".toml": "toml"}
+LANGUAGES = {
+    ".py": "python",
+    ".yaml": "yaml",
+    ".yml": "yaml",
+    ".json": "json",
+    ".sh": "bash",
+    ".cff": "yaml",
+    ".toml": "toml",
+}
 LONGEST_FILE = 100_000  # characters of a file that is shown; a longer one can be downloaded
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)\)")
 NOT_SEARCHED = "---\norphan: true\nnosearch: true\n---\n\n"
@@ -67,11 +75,15 @@ class Sources:
         listed = [entry["local"] for part in parts for entry in part["sections"]]
         for name in sorted(set(listed) ^ set(self.pages)):
             self.faults.append(
-                f"_toctree.yml: there is no page `{name}.md`." if name in listed else f"_toctree.yml: `{name}` is missing."
+                f"_toctree.yml: there is no page `{name}.md`."
+                if name in listed
+                else f"_toctree.yml: `{name}` is missing."
             )
         text = ""
         for part in parts:
-            entries = [f"{entry['title']} <{entry['local']}>" for entry in part["sections"] if entry["local"] != "index"]
+            entries = [
+                f"{entry['title']} <{entry['local']}>" for entry in part["sections"] if entry["local"] != "index"
+            ]
             text += "\n".join(["\n\n```{toctree}", ":hidden:", f":caption: {part['title']}", "", *entries, "```"])
         return text
 
@@ -81,7 +93,9 @@ class Sources:
         def change(part: str) -> str:
             part = re.sub(r"\\\\\((.+?)\\\\\)", lambda found: f"{{math}}`{found[1].strip()}`", part, flags=re.DOTALL)
             part = re.sub(r"^\$\$\n(.*?)^\$\$$", r"```{math}\n\1```", part, flags=re.DOTALL | re.MULTILINE)
-            part = re.sub(r"^( *)<Tip( warning=\{true\})?>\s*?\n(.*?)\n *</Tip>", tip, part, flags=re.DOTALL | re.MULTILINE)
+            part = re.sub(
+                r"^( *)<Tip( warning=\{true\})?>\s*?\n(.*?)\n *</Tip>", tip, part, flags=re.DOTALL | re.MULTILINE
+            )
             part = re.sub(r"^> \[!(NOTE|TIP|WARNING)\]\n((?:>.*\n?)*)", alert, part, flags=re.MULTILINE)
             return LINK.sub(lambda found: self.link(found[1], found[2], path, folder), part)
 
@@ -122,7 +136,9 @@ class Sources:
             shutil.copyfile(path, target)
             return
         if path.is_dir():
-            names = "".join(f"- `{child.name}`\n" for child in sorted(path.iterdir()) if not child.name.startswith("__"))
+            names = "".join(
+                f"- `{child.name}`\n" for child in sorted(path.iterdir()) if not child.name.startswith("__")
+            )
             text = f"# {inside}\n\n{names}"
         elif path.parent == ROOT and path.suffix == ".md":
             text = self.markdown(path.read_text(encoding="utf-8"), path, folder)

@@ -8,7 +8,7 @@ import inspect
 import re
 from typing import Any
 
-from docs.docstrings import ENTRIES, AUTODOC, autodocs, entries, find, sections
+from docs.docstrings import AUTODOC, ENTRIES, autodocs, entries, find, sections
 
 
 # Names of other libraries, which are shown and not linked

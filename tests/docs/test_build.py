@@ -68,7 +68,7 @@ def test_a_reference_has_signature_arguments_and_links(site):
     """A documented function shows its arguments and their types, and names of the package lead to their place."""
     text = (site / "instance_dpo_trainer.html").read_text()
     part = text[text.index('id="trl_diffusion.masks.instance_masks"') :]
-    words = re.sub(r"<[^>]+>|\s", "", part[: part.index("<dt class=\"sig")])
+    words = re.sub(r"<[^>]+>|\s", "", part[: part.index('<dt class="sig')])
     assert "instance_masks(boxes,judged,conflicts,height,width,w_neg=0.0,mask_overlap='mean'" in words
     assert "boxes(torch.Tensorofshape(B,N,4))Unitboxes." in words
     assert 'id="trl_diffusion.InstanceDPOConfig.beta"' in text
@@ -119,7 +119,10 @@ def test_markdown_of_hugging_face(small, tmp_path):
     """Formulas, tips and alerts of the doc-builder's format become those of MyST; code stays as it is."""
     folder = tmp_path / "folder"
     folder.mkdir()
-    add(small, "Where \\\\( x \\\\) is:\n\n$$\nx = 1\n$$\n\n<Tip warning={true}>\n\nHot.\n\n</Tip>\n\n> [!NOTE]\n> Cold.\n")
+    add(
+        small,
+        "Where \\\\( x \\\\) is:\n\n$$\nx = 1\n$$\n\n<Tip warning={true}>\n\nHot.\n\n</Tip>\n\n> [!NOTE]\n> Cold.\n",
+    )
     add(small, "```text\n[`Code`] \\\\( x \\\\) [a](b.md)\n```")
     assert Sources(small).write(folder) == []
     text = (folder / "index.md").read_text()
