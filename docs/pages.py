@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from docs.laws import page_faults
+from docs.notebooks import notebook_markdown
 from docs.reference import Reference, outside_code
 
 
@@ -25,7 +26,7 @@ LANGUAGES = {
     ".toml": "toml",
 }
 LONGEST_FILE = 100_000  # characters of a file that is shown; a longer one can be downloaded
-LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)\)")
+LINK = re.compile(r"(!\[[^\]]*\]\(|\]\()([^)\s]+)\)")  # a picture, or the end of a link, whose text may hold a picture
 NOT_SEARCHED = "---\norphan: true\nnosearch: true\n---\n\n"
 
 
@@ -140,6 +141,10 @@ class Sources:
                 f"- `{child.name}`\n" for child in sorted(path.iterdir()) if not child.name.startswith("__")
             )
             text = f"# {inside}\n\n{names}"
+        elif path.suffix == ".ipynb":
+            text = notebook_markdown(
+                path, target.with_suffix(".pictures"), lambda text: self.markdown(text, path, folder)
+            )
         elif path.parent == ROOT and path.suffix == ".md":
             text = self.markdown(path.read_text(encoding="utf-8"), path, folder)
         else:
@@ -150,7 +155,7 @@ class Sources:
 
 def is_shown(path: Path) -> bool:
     """Whether a file is a page of the site: a folder, or text that is not too long."""
-    if path.is_dir():
+    if path.is_dir() or path.suffix == ".ipynb":
         return True
     return path.suffix in (*LANGUAGES, ".md", ".txt") and path.stat().st_size <= LONGEST_FILE
 

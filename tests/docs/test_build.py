@@ -3,11 +3,15 @@
 
 """The site is built from the pages of this repository without a fault, and each kind of fault is found."""
 
+import base64
+import io
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from docs import pages
 from docs.build import build
@@ -137,3 +141,35 @@ def test_what_is_linked_is_in_the_repository():
     found = Sources()
     found.link("[x](", "../../../../../../../../etc/passwd", SOURCE / "index.md", ROOT)
     assert any("there is no file" in fault for fault in found.faults)
+
+
+def test_a_notebook_is_a_page(small, tmp_path, monkeypatch):
+    """Its texts, its code and the richest form of each output are on the page; a line for the shell is no fault."""
+    monkeypatch.setattr(pages, "ROOT", small)
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    outputs = [
+        {"output_type": "stream", "name": "stdout", "text": ["hello\n", "world\n"]},
+        {"output_type": "display_data", "data": {"image/png": picture, "text/plain": ["<picture>"]}},
+        {"output_type": "execute_result", "data": {"text/html": ["<b id='bold'>bold</b>"], "text/plain": ["plain"]}},
+        {"output_type": "execute_result", "data": {"text/plain": "42"}},
+    ]
+    cells = [
+        {"cell_type": "markdown", "source": ["# A notebook\n", "\n", "[Other](other.md)."]},
+        {"cell_type": "code", "source": "!pip install something\nprint('hello')", "outputs": outputs},
+    ]
+    (small / "a.ipynb").write_text(json.dumps({"cells": cells, "nbformat": 4}))
+    add(small, "[![a badge](badge.png)](a.ipynb)")
+    Image.new("RGB", (8, 8)).save(small / "badge.png")
+    assert build(tmp_path / "site", small) == []
+    text = (tmp_path / "site" / "files" / "a.ipynb.html").read_text()
+    for part in (
+        "<h1>A notebook",
+        "hello\nworld",
+        "<div class=\"output\"><b id='bold'>",
+        "42",
+        'src="../_images/2-1.png"',
+    ):
+        assert part in text
+    assert "plain<" not in text and 'href="files/a.ipynb.html"' in (tmp_path / "site" / "index.html").read_text()
