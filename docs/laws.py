@@ -7,7 +7,7 @@ What the documentation of a public name must hold. The laws:
 - Every public name, every field of a configuration, and the methods of each trainer that users call are documented.
 - Every argument has an entry with its type; no entry is about something else; what has a default is *optional*, and a default
   that is named is the true one.
-- What is returned has a type. A `ValueError` that a function raises is listed.
+- What is returned has a type. A `ValueError` that a function raises, or one that it calls by name, is listed.
 - An argument that is a tensor, and a result that is one, has its shape.
 - What is measured has its unit: pixels, tokens, seconds, steps, rows or images.
 - A formula and a score name their source.
@@ -222,18 +222,23 @@ def unit_faults(documented: Any) -> list[str]:
     ]
 
 
-def raises_value_error(documented: Any) -> bool:
-    """Whether the code of a function, or of a class's constructor, has a `raise ValueError` that nothing in it catches."""
+def raises_value_error(documented: Any, depth: int = 1) -> bool:
+    """
+    Whether a function, or a class when it is made, has a `raise ValueError` in its own code or in that of this package's functions
+    that it calls by name.
+    """
     if inspect.isclass(documented):
         own = [vars(documented)[name] for name in ("__init__", "__post_init__") if name in vars(documented)]
         return any(raises_value_error(function) for function in own if inspect.isfunction(function))
     function = inspect.unwrap(getattr(documented, "__func__", documented))
     if not function.__code__.co_filename.endswith(".py"):
         return False  # the constructor that a dataclass makes
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    return any(
-        isinstance(node, ast.Raise) and node.exc is not None and ast.unparse(node.exc).startswith("ValueError")
-        for node in ast.walk(tree)
+    nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
+    raised = [ast.unparse(node.exc) for node in nodes if isinstance(node, ast.Raise) and node.exc is not None]
+    called = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    callees = [function.__globals__.get(name) for name in called] if depth else []
+    return any(text.startswith("ValueError") for text in raised) or any(
+        raises_value_error(callee, depth - 1) for callee in callees if inspect.isfunction(callee) and is_own(callee)
     )
 
 

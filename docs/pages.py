@@ -110,7 +110,7 @@ class Sources:
         if re.match(r"https?://|mailto:|#", target):
             return f"{start}{target})"
         name, _, anchor = target.partition("#")
-        found = (path.parent / name).resolve()
+        found = (path.parent / (f"{name}.md" if name in self.pages else name)).resolve()
         if not found.exists() or not found.is_relative_to(ROOT) and not found.is_relative_to(self.source):
             self.faults.append(f"{path.name}: there is no file `{target}`; correct the link.")
             return f"{start}{target})"

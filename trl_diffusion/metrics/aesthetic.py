@@ -58,6 +58,9 @@ class AestheticScorer(Scorer):
             Hub id or folder of the CLIP model.
         device (`str`, *optional*):
             Device of the model. Defaults to the GPU if there is one, else to the CPU.
+
+    Raises:
+        `ValueError`: If the weights are not found, cannot be downloaded or read, or do not fit the model.
     """
 
     name = "aesthetic"

@@ -19,6 +19,9 @@ class CLIPScoreScorer(CosineScorer):
             Hub id or folder of the CLIP model, with its tokenizer and image processor.
         device (`str`, *optional*):
             Device of the model. Defaults to the GPU if there is one, else to the CPU.
+
+    Raises:
+        `ValueError`: If the weights are not found, cannot be downloaded or read, or do not fit the model.
     """
 
     name = "clip_score"

@@ -74,6 +74,9 @@ class HPSv2Scorer(CosineScorer):
             Hub id or folder of the base CLIP, for its config, tokenizer and image processor.
         device (`str`, *optional*):
             Device of the model. Defaults to the GPU if there is one, else to the CPU.
+
+    Raises:
+        `ValueError`: If the weights are not found, cannot be downloaded or read, or do not fit the model.
     """
 
     name = "hpsv2"

@@ -99,6 +99,9 @@ def kid_result(
         `kid_inception2015_2048_clean_100x1000_n10000`, which states what it depends on; `standard_deviation` over the
         subsets, which is not the standard error of the mean; `seed`, `num_images`, `num_references`,
         `higher_is_better` and `weights`.
+
+    Raises:
+        `ValueError`: If `subsets` is below 1, `subset_size` is below 2, or there are fewer than two images or references.
     """
     subset_size = min(subset_size, len(features), len(reference_features))
     mean, deviation = kid_from_features(features, reference_features, subsets, subset_size, seed)

@@ -54,7 +54,6 @@ class DiffusionTrainer(SavingTrainer):
 
     It noises latents (by random noise or by inversion), asks the frozen models, evaluates at fixed timesteps, averages metrics,
     precomputes, samples and saves. A trainer sets the class attributes below and implements [`~DiffusionTrainer.objective`].
-    A pipeline, a LoRA or a dataset that cannot be trained rightly raises a `ValueError` that says why.
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
@@ -76,6 +75,9 @@ class DiffusionTrainer(SavingTrainer):
             are trained, or the LoRA that `args.initial_lora` names.
         callbacks (`list[~transformers.TrainerCallback]`, *optional*), optimizers (`tuple`, *optional*):
             As in [`~transformers.Trainer`].
+
+    Raises:
+        `ValueError`: If a pipeline, a LoRA, a dataset or a setting cannot be trained rightly, with the reason and the way out.
     """
 
     loss_is_scaled_for_ga = True  # a loss here is its rows' share in the mean over all rows of the optimizer step
