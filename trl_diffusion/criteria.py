@@ -130,7 +130,12 @@ class Criteria:
         return tuple(self.counts())
 
     def counts(self) -> dict[str, int]:
-        """Number of attributes of each dimension."""
+        """
+        Counts the attributes.
+
+        Returns:
+            `dict[str, int]`: number of attributes of each dimension, by its id.
+        """
         counts = {}
         for attribute in self.attributes:
             counts[attribute.dimension] = counts.get(attribute.dimension, 0) + 1

@@ -45,7 +45,13 @@ class Coefficients(NamedTuple):
 
 class Process(ABC):
     """
-    How latents are noised, and what the model predicts.
+    How latents `x_0` are noised with `eps`, and what the model predicts:
+
+        x_t  = a x_0 + s eps
+        pred = p eps + q x_0
+
+    The numbers are those of the kind of model: noise (arXiv:2006.11239), velocity (arXiv:2202.00512) or rectified flow
+    (arXiv:2209.03003).
 
     Attributes:
         num_timesteps (`int`):
@@ -185,7 +191,18 @@ class Process(ABC):
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """
-        What the model should predict at `x_t`: `p eps + q x_0`. Arguments and result as those of `add_noise`.
+        What the model should predict at `x_t`, `p eps + q x_0`.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, ...)`):
+                Clean latents `x_0`.
+            noise (`torch.Tensor` of shape `(B, ...)`):
+                Noise `eps`.
+            timesteps (`torch.Tensor` of shape `(B,)`):
+                Timesteps.
+
+        Returns:
+            `torch.Tensor` of shape `(B, ...)`: float32.
         """
         c = self._coefficients_like(latents, timesteps)
         return c.p * noise.float() + c.q * latents.float()
@@ -194,7 +211,8 @@ class Process(ABC):
         self, model_pred: torch.Tensor, noisy_latents: torch.Tensor, timesteps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Splits noised latents into the clean latents and the noise that a prediction takes them to consist of.
+        Splits noised latents into the clean latents and the noise that a prediction takes them to consist of: the two equations
+        of the process, solved (ours, for every kind of model).
 
             x_0 = (p x_t - s pred) / (a p - s q)        eps = (a pred - q x_t) / (a p - s q)
 

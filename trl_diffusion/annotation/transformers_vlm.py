@@ -32,6 +32,9 @@ class TransformersVLM(VLM):
             Data type of the weights.
         device (`str`, *optional*):
             Device of the model. Defaults to the GPU if there is one, else to the CPU.
+
+    Raises:
+        `ValueError`: If there is no such model, or the Hub cannot be reached and nothing is cached.
     """
 
     def __init__(

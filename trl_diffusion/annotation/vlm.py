@@ -120,7 +120,12 @@ class VLM(ABC):
 
     @abstractmethod
     def describe(self) -> dict:
-        """Everything that an answer depends on besides the request (`model`, `revision`, decoding), for the manifest."""
+        """
+        Describes the model for the manifest.
+
+        Returns:
+            `dict`: everything that an answer depends on besides the request: `model`, `revision`, decoding.
+        """
 
 
 def ask(vlm: VLM, requests: list[Request]) -> list[Answer]:

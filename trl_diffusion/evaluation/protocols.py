@@ -130,9 +130,24 @@ def load_protocol(
         name_or_path (`str` or `Path`, *optional*):
             A protocol of this package, see [`evaluation.protocols.shipped_protocols`], or a YAML file. By default, the
             defaults of [`evaluation.protocols.Protocol`] are used.
-        num_inference_steps, guidance_scale, scheduler, height, width, images_per_prompt, seed, max_sequence_length, \
-            true_cfg_scale (*optional*):
-            See [`evaluation.protocols.Protocol`].
+        num_inference_steps (`int`, *optional*):
+            Sampling steps.
+        guidance_scale (`float`, *optional*):
+            Scale of guidance, see [`evaluation.protocols.Protocol`].
+        scheduler (`str`, *optional*):
+            Class name of a scheduler in diffusers.
+        height (`int`, *optional*):
+            Height in pixels.
+        width (`int`, *optional*):
+            Width in pixels.
+        images_per_prompt (`int`, *optional*):
+            Number of images per prompt.
+        seed (`int`, *optional*):
+            Seed of the noise.
+        max_sequence_length (`int`, *optional*):
+            Number of tokens that are read of a prompt.
+        true_cfg_scale (`float`, *optional*):
+            Scale of classifier-free guidance of FLUX.1 and Qwen-Image.
 
     Returns:
         [`Protocol`]

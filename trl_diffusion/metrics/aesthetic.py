@@ -48,7 +48,7 @@ class AestheticScorer(Scorer):
     LAION-Aesthetics V2 predicts how people would rate the look of an image from 1 to 10, from its normalized CLIP
     embedding. Higher is better. The score does not depend on the prompt.
 
-    The weights are those of `sac+logos+ava1-l14-linearMSE`.
+    The weights are those of `sac+logos+ava1-l14-linearMSE` (https://github.com/christophschuhmann/improved-aesthetic-predictor).
 
     Args:
         weights_path (`str` or `Path`, *optional*):
@@ -58,6 +58,9 @@ class AestheticScorer(Scorer):
             Hub id or folder of the CLIP model.
         device (`str`, *optional*):
             Device of the model. Defaults to the GPU if there is one, else to the CPU.
+
+    Raises:
+        `ValueError`: If the weights are not found, cannot be downloaded or read, or do not fit the model.
     """
 
     name = "aesthetic"

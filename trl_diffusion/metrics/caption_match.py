@@ -77,7 +77,7 @@ class VLMThings:
 
 class CaptionMatchScorer(Scorer):
     """
-    The share of the objects named in the prompt that a detector finds in the image, in [0, 1]. Higher is better.
+    The share of the objects named in the prompt that a detector finds in the image, in [0, 1] (ours). Higher is better.
 
     Each object is searched for separately. The score therefore ignores their number and arrangement, and considers
     their attributes only as far as the detector does.

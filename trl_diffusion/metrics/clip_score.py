@@ -9,7 +9,7 @@ from trl_diffusion.metrics.scorer import ImageMetric
 
 class CLIPScoreScorer(CosineScorer):
     """
-    CLIP score: 100 times the cosine similarity of image and prompt in LAION's CLIP ViT-H/14. Higher is better.
+    CLIP score (arXiv:2104.08718): 100 times the cosine similarity of image and prompt in LAION's CLIP ViT-H/14. Higher is better.
 
     Negative values are kept. The CLIPScore of Hessel et al. (2021) clips them at 0, multiplies by 2.5 instead of 100,
     and uses OpenAI's ViT-B/32. Scores of different models are not comparable.
@@ -19,6 +19,9 @@ class CLIPScoreScorer(CosineScorer):
             Hub id or folder of the CLIP model, with its tokenizer and image processor.
         device (`str`, *optional*):
             Device of the model. Defaults to the GPU if there is one, else to the CPU.
+
+    Raises:
+        `ValueError`: If the weights are not found, cannot be downloaded or read, or do not fit the model.
     """
 
     name = "clip_score"

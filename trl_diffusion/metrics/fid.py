@@ -57,7 +57,7 @@ def fid_result(
     features: torch.Tensor, reference_features: torch.Tensor, extractor: InceptionFeatures
 ) -> dict[str, Any]:
     """
-    Computes FID from features, which can be shared with KID or between sets of images.
+    Computes FID (arXiv:1706.08500) from features, which can be shared with KID or between sets of images.
 
     Args:
         features (`torch.Tensor` of shape `(N, 2048)`):
@@ -70,6 +70,9 @@ def fid_result(
     Returns:
         `dict`: the distance under the name `fid_<spec>_n<N>`, such as `fid_inception2015_2048_clean_n10000`, which
         states what it depends on; `num_images`, `num_references`, `higher_is_better` and `weights`.
+
+    Raises:
+        `ValueError`: If there are fewer than two images or two references.
     """
     return {
         f"fid_{extractor.spec}_n{len(features)}": fid_from_features(features, reference_features),

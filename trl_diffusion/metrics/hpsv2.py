@@ -55,7 +55,7 @@ def clean_prompt(prompt: str) -> str:
 
 class HPSv2Scorer(CosineScorer):
     """
-    HPS v2: 100 times the cosine similarity of image and prompt in a CLIP ViT-H/14 that was fine-tuned on human
+    HPS v2 (arXiv:2306.09341): 100 times the cosine similarity of image and prompt in a CLIP ViT-H/14 that was fine-tuned on human
     preferences. Higher is better.
 
     Papers and the benchmark of the `hpsv2` package also report it times 100; `hpsv2.score` returns the cosine itself.
@@ -74,6 +74,9 @@ class HPSv2Scorer(CosineScorer):
             Hub id or folder of the base CLIP, for its config, tokenizer and image processor.
         device (`str`, *optional*):
             Device of the model. Defaults to the GPU if there is one, else to the CPU.
+
+    Raises:
+        `ValueError`: If the weights are not found, cannot be downloaded or read, or do not fit the model.
     """
 
     name = "hpsv2"

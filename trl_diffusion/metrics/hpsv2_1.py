@@ -9,7 +9,7 @@ from trl_diffusion.metrics.scorer import ImageMetric
 
 class HPSv2_1Scorer(HPSv2Scorer):
     """
-    HPS v2.1: like [`HPSv2Scorer`], with weights that its authors trained on better data. Higher is better.
+    HPS v2.1 (https://github.com/tgxs002/HPSv2): like [`HPSv2Scorer`], with weights that its authors trained on better data. Higher is better.
 
     It is not comparable with HPS v2: the two scores differ by more than models do.
 
@@ -20,6 +20,9 @@ class HPSv2_1Scorer(HPSv2Scorer):
             Hub id or folder of the base CLIP, for its config, tokenizer and image processor.
         device (`str`, *optional*):
             Device of the model. Defaults to the GPU if there is one, else to the CPU.
+
+    Raises:
+        `ValueError`: If the weights are not found, cannot be downloaded or read, or do not fit the model.
     """
 
     name = "hpsv2_1"

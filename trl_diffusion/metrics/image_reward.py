@@ -163,7 +163,7 @@ def convert_image_reward(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
 
 class ImageRewardScorer(Scorer):
     """
-    ImageReward-v1.0: the normalized reward `(r - 0.1672) / 1.0333`, where `r` is the output of a BLIP model that was
+    ImageReward-v1.0 (https://github.com/THUDM/ImageReward): the normalized reward `(r - 0.1672) / 1.0333`, where `r` is the output of a BLIP model that was
     trained on 137,000 comparisons, and the constants are the authors' mean and standard deviation. Prompts are
     truncated to 35 tokens. Higher is better.
 

@@ -301,7 +301,7 @@ def image_files(folder: str | Path) -> list[Path]:
 
 class InceptionFeatures:
     """
-    Computes the Inception features of images, for FID and KID.
+    Computes the Inception features of images, for FID and KID, resized as in Clean-FID (https://github.com/GaParmar/clean-fid).
 
     Attributes:
         spec (`str`):

@@ -78,7 +78,7 @@ def kid_result(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    Computes KID from features, which can be shared with FID or between sets of images.
+    Computes KID (arXiv:1801.01401) from features, which can be shared with FID or between sets of images.
 
     Args:
         features (`torch.Tensor` of shape `(N, 2048)`):
@@ -99,6 +99,9 @@ def kid_result(
         `kid_inception2015_2048_clean_100x1000_n10000`, which states what it depends on; `standard_deviation` over the
         subsets, which is not the standard error of the mean; `seed`, `num_images`, `num_references`,
         `higher_is_better` and `weights`.
+
+    Raises:
+        `ValueError`: If `subsets` is below 1, `subset_size` is below 2, or there are fewer than two images or references.
     """
     subset_size = min(subset_size, len(features), len(reference_features))
     mean, deviation = kid_from_features(features, reference_features, subsets, subset_size, seed)

@@ -23,6 +23,9 @@ class PickScoreScorer(CosineScorer):
             Hub id or folder of the tokenizer and the image processor.
         device (`str`, *optional*):
             Device of the model. Defaults to the GPU if there is one, else to the CPU.
+
+    Raises:
+        `ValueError`: If the weights are not found, cannot be downloaded or read, or do not fit the model.
     """
 
     name = "pickscore"

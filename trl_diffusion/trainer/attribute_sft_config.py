@@ -28,6 +28,9 @@ class AttributeSFTConfig(DiffusionConfig):
         attribute_dropout (`float`, *optional*, defaults to `0.0`):
             Probability of leaving out an attribute, sampled for each attribute in every step. So the expert also learns prompts
             with only some of the attributes, as they are used in the second stage. 1 trains on the prompts alone.
+
+    Raises:
+        `ValueError`: If a parameter has a value that it cannot have; the message names the parameter and what it can be.
     """
 
     criteria: str = field(

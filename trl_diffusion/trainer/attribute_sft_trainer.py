@@ -131,7 +131,16 @@ class AttributeSFTTrainer(DiffusionTrainer):
         return per_sample_errors(self.predict_with_policy(model, noised), target), {}
 
     def prompts(self, inputs: dict[str, Any]) -> list[str | None]:
-        """The prompts joined with their attributes, each attribute dropped with `args.attribute_dropout` in training."""
+        """
+        Joins prompts with their attributes; in training, each attribute is dropped with `args.attribute_dropout`.
+
+        Args:
+            inputs (`dict[str, Any]`):
+                A batch of the collator, of which `id`, `prompt`, `positive_attributes` and `negative_attributes` are read.
+
+        Returns:
+            `list[str | None]` of length `B`: the prompts; `None` is the unconditional branch.
+        """
         prompts, left_out = [], []
         for row_id, prompt, positive, negative in zip(
             inputs["id"], inputs["prompt"], inputs["positive_attributes"], inputs["negative_attributes"], strict=True

@@ -50,6 +50,9 @@ class ComplexPOConfig(DiffusionConfig):
         reverse_preference (`bool`, *optional*, defaults to `False`):
             Train towards the negative target and away from the positive one, for a model that is used in
             [`negative_preference_guidance`] (Diffusion-NPO).
+
+    Raises:
+        `ValueError`: If a parameter has a value that it cannot have; the message names the parameter and what it can be.
     """
 
     criteria: str = field(

@@ -152,6 +152,9 @@ class DiffusionConfig(_BaseConfig):
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of a search in every step: no denoiser leaves any unused.
     > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`: a loss that is not finite stops the training.
+
+    Raises:
+        `ValueError`: If a parameter has a value that it cannot have, or two contradict each other; the message names the parameter and what it can be.
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]

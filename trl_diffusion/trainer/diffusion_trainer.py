@@ -54,7 +54,6 @@ class DiffusionTrainer(SavingTrainer):
 
     It noises latents (by random noise or by inversion), asks the frozen models, evaluates at fixed timesteps, averages metrics,
     precomputes, samples and saves. A trainer sets the class attributes below and implements [`~DiffusionTrainer.objective`].
-    A pipeline, a LoRA or a dataset that cannot be trained rightly raises a `ValueError` that says why.
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
@@ -76,6 +75,9 @@ class DiffusionTrainer(SavingTrainer):
             are trained, or the LoRA that `args.initial_lora` names.
         callbacks (`list[~transformers.TrainerCallback]`, *optional*), optimizers (`tuple`, *optional*):
             As in [`~transformers.Trainer`].
+
+    Raises:
+        `ValueError`: If a pipeline, a LoRA, a dataset or a setting cannot be trained rightly, with the reason and the way out.
     """
 
     loss_is_scaled_for_ga = True  # a loss here is its rows' share in the mean over all rows of the optimizer step
@@ -423,7 +425,18 @@ class DiffusionTrainer(SavingTrainer):
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **card
     ):
-        """As [`~transformers.Trainer.push_to_hub`], of listed files only; `card` is that of [`~DiffusionTrainer.create_model_card`]."""
+        """
+        As [`~transformers.Trainer.push_to_hub`], of listed files only, see the page "Pushing to the Hub".
+
+        Args:
+            private (`bool`, *optional*):
+                Whether a new repository is private. Defaults to what its owner has set.
+            **card:
+                Arguments of [`~DiffusionTrainer.create_model_card`]: `model_name`, `dataset_name`, `tags`.
+
+        Raises:
+            `ValueError`: If the push fails, with the reason and the way out.
+        """
         return self.publisher.push(commit_message, blocking, token, revision, private, card)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:

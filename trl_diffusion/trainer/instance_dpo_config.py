@@ -32,6 +32,9 @@ class InstanceDPOConfig(DiffusionConfig):
         mask_examples (`int`, *optional*, defaults to `0`):
             Number of training pairs whose images and masks the model card shows; they are published with it. These are the first
             that have an instance which contradicts the label, as they are trained on.
+
+    Raises:
+        `ValueError`: If a parameter has a value that it cannot have; the message names the parameter and what it can be.
     """
 
     beta: float = field(

@@ -82,7 +82,13 @@ class ShardedTrainer(_BaseTrainer):
         return whole(super()._get_grad_norm(model, grad_norm))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As [`~transformers.Trainer.save_model`]: what diffusers loads. Of a sharded run, all processes must call it."""
+        """
+        Saves what diffusers loads, a LoRA or a whole pipeline. Of a sharded run, all processes must call it.
+
+        Args:
+            output_dir (`str`, *optional*):
+                The folder. Defaults to `args.output_dir`.
+        """
         if not self.is_sharding:
             super().save_model(output_dir, _internal_call)
             return
