@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import datasets
 import diffusers
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -214,6 +215,16 @@ def test_python_of_dataset_formats(tiny_hub):
         assert batch["id"] == ["harbor-001", "harbor-002"]
         assert batch["positive_attributes"] == [["weight_balance", "base_stability"], ["weight_balance"]]
         assert batch["negative_attributes"] == [["core_shadow"], []]
+
+
+def test_python_of_from_pairs_to_a_model(tiny_hub):
+    """The page draws with the LoRA of its training, which changes the image."""
+    save_lora(tiny.sdxl_pipeline(), Path("aligned"))
+    scope = run("from_pairs_to_a_model.md")
+    images = [np.asarray(scope["pipeline"]("a cat", generator=torch.manual_seed(0)).images[0], dtype=float)]
+    scope["pipeline"].unload_lora_weights()
+    images.append(np.asarray(scope["pipeline"]("a cat", generator=torch.manual_seed(0)).images[0], dtype=float))
+    assert scope["image"].size == (32, 32) and np.abs(images[0] - images[1]).max() > 1
 
 
 def test_python_of_instance_dpo_trainer(tiny_hub):
@@ -462,6 +473,7 @@ def test_every_page_with_python_is_run():
         "criteria.md",
         "dataset_formats.md",
         "evaluation.md",
+        "from_pairs_to_a_model.md",
         "instance_dpo_trainer.md",
         "metrics.md",
         "models.md",
