@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import datasets
 import diffusers
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -209,21 +210,32 @@ def test_python_of_quickstart(tiny_hub):
 
 
 def test_python_of_dataset_formats(tiny_hub):
-    """The page's folders of images load with their ids, conflicts and attributes, and its stream is one."""
+    """The page's pairs and paintings have its ids, conflicts and attributes, also loaded from a folder; its stream is one."""
     scope = run("dataset_formats.md")
-    dataset = prepare_dataset(scope["dataset"], "dataset", COLUMNS, COLUMNS[1:])
-    batch = InstancePairCollator(32)(list(dataset))
-    assert batch["id"] == ["001", "002"]
-    assert batch["judged"].tolist() == batch["conflicts"].tolist() == [[True], [False]]
+    for name in ("dataset", "dataset_of_folder"):
+        dataset = prepare_dataset(scope[name], name, COLUMNS, COLUMNS[1:])
+        batch = InstancePairCollator(32)(list(dataset))
+        assert batch["id"] == ["lake-001", "lake-002"]
+        assert batch["judged"].tolist() == batch["conflicts"].tolist() == [[True], [False]]
     assert isinstance(scope["stream"], datasets.IterableDataset)
 
-    for name in ("paintings", "labelled_paintings", "paintings_of_folder"):
+    for name in ("paintings", "labelled_paintings"):
         dataset = prepare_dataset(scope[name], name, AttributeSFTTrainer.columns, AttributeSFTTrainer.image_columns)
         check_attribute_columns(dataset, name, painting(), allow_none=False)
         batch = AttributeCollator(32, criteria=painting())(list(dataset))
         assert batch["id"] == ["harbor-001", "harbor-002"]
         assert batch["positive_attributes"] == [["weight_balance", "base_stability"], ["weight_balance"]]
         assert batch["negative_attributes"] == [["core_shadow"], []]
+
+
+def test_python_of_from_pairs_to_a_model(tiny_hub):
+    """The page draws with the LoRA of its training, which changes the image."""
+    save_lora(tiny.sdxl_pipeline(), Path("aligned"))
+    scope = run("from_pairs_to_a_model.md")
+    images = [np.asarray(scope["pipeline"]("a cat", generator=torch.manual_seed(0)).images[0], dtype=float)]
+    scope["pipeline"].unload_lora_weights()
+    images.append(np.asarray(scope["pipeline"]("a cat", generator=torch.manual_seed(0)).images[0], dtype=float))
+    assert scope["image"].size == (32, 32) and np.abs(images[0] - images[1]).max() > 1
 
 
 def test_python_of_instance_dpo_trainer(tiny_hub):
@@ -472,6 +484,7 @@ def test_every_page_with_python_is_run():
         "criteria.md",
         "dataset_formats.md",
         "evaluation.md",
+        "from_pairs_to_a_model.md",
         "instance_dpo_trainer.md",
         "metrics.md",
         "models.md",
@@ -659,7 +672,7 @@ def test_paper_index():
 
 
 def test_error_tables(tmp_path):
-    """Each message in the tables of errors is how the message for that mistake starts."""
+    """Each message in the table of errors is how the message for one of these mistakes starts."""
     instance = {"label": "x", "chosen_box": [0, 0, 9, 9], "rejected_box": [0, 0, 9, 9], "preference": "chosen"}
     row = {
         "id": "001",
@@ -696,13 +709,19 @@ def test_error_tables(tmp_path):
             InstancePairCollator(16)([broken])
         messages.append(str(error.value))
     messages += attribute_errors()
-    check_messages("dataset_formats.md", messages)
+    starts = message_starts("dataset_formats.md")
+    assert starts and all(sum(message.startswith(start) for message in messages) == 1 for start in starts)
+
+
+def message_starts(page: str) -> list[str]:
+    """How messages start, as the tables of errors of the page say."""
+    lines = re.findall(r"^\| .+? \| (.+) \|$", section(page, "Errors"), re.MULTILINE)
+    return [line.removesuffix("...").strip() for line in lines if not line.startswith("the message")]
 
 
 def check_messages(page: str, messages: list[str]):
     """The messages start as the tables of the page say, in their order."""
-    lines = re.findall(r"^\| .+? \| (.+) \|$", section(page, "Errors"), re.MULTILINE)
-    starts = [line.removesuffix("...").strip() for line in lines if not line.startswith("the message")]
+    starts = message_starts(page)
     assert len(starts) == len(messages)
     for start, message in zip(starts, messages):
         assert message.startswith(start)

@@ -68,7 +68,18 @@ def test_boxes_stand_where_they_are(page):
     truth = world.preference_dataset(3, seed=0)[0]["instances"][0]
     (left,) = re.findall(r"left: ([\d.]+)%", boxes[0]["style"])
     assert float(left) == pytest.approx(100 * truth["chosen_box"][0] / world.SIZE, abs=100 / world.SIZE)
-    assert boxes[0]["class"] == "box chosen" and "left " in page and "{&#34;better&#34;: &#34;A&#34;}" in page
+    assert boxes[0]["class"] == "box chosen" and "{&#34;better&#34;: &#34;A&#34;}" in page
+
+
+def test_the_number_of_a_box_is_that_of_its_verdict(page):
+    """The first instance of a row is number 1 in both images and beside its label, the second number 2, with the worlds' verdicts."""
+    row = page.split("<article>")[1]
+    assert re.findall(r'<span class="number">(\d)</span>', row) == ["1", "2", "1", "2", "1", "2"]
+    truth = world.preference_dataset(3, seed=0)[0]["instances"]
+    listed = re.findall(r'<span class="number">(\d)</span> ([\w ]+)</p>\s*<p><b>better in (\w+)</b>', row)
+    names = ("chosen", "rejected", "tie")
+    expected = [(str(i), found["label"], names[found["preference"]]) for i, found in enumerate(truth, start=1)]
+    assert [(number, label.split(" ", 1)[1], verdict) for number, label, verdict in listed] == expected
 
 
 def test_the_page_stands_alone(page):
@@ -86,7 +97,7 @@ def test_errors_show_their_reason_and_nothing_is_run(page):
     assert '<span class="status error">error</span>' in page
     assert "chosen: this is not an image that can be read" in page
     assert "<script>" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in page
-    assert "ok 2, error 1" in page and "instances 4" in page
+    assert "<li>ok 2</li><li>error 1</li>" in page and "<li>instances 4</li>" in page
 
 
 def test_attributes_show_their_forms():

@@ -114,5 +114,7 @@ def heading(record: Record) -> dict[str, str]:
 def inline(image: PIL.Image.Image) -> str:
     """An image as a data URL."""
     buffer = io.BytesIO()
-    limit_pixels(image, SHOWN_PIXELS).save(buffer, format="JPEG", quality=90)
+    limit_pixels(image, SHOWN_PIXELS).save(
+        buffer, format="JPEG", quality=90, subsampling=0
+    )  # sharp colors in small images
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
