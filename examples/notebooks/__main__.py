@@ -35,6 +35,7 @@ FOLDER = Path(__file__).parent
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 PNG_BYTES = 150_000  # above it, a picture gets 256 colours
 TIMES = re.compile(r" *\d*:?\d\d:\d\d( < \d*:?\d\d:\d\d)?,?")  # in the progress of a training
+MEMORY = re.compile(r" at 0x[0-9A-Fa-f]+")  # where an object is in memory
 # What libraries say about the environment that a notebook is run in, by parts of it
 OF_ENVIRONMENT = ("TqdmWarning: IProgress not found", "Failed to load CPU gemm_4bit_forward")
 QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars are nothing to keep
@@ -70,7 +71,9 @@ def run(notebook: NotebookNode, folder: str | Path, environment: dict[str, str])
     Raises:
         `nbclient.exceptions.CellExecutionError`: If a cell raises an error.
     """
-    client = NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
     return client.execute(env=environment | QUIET)
 
 
@@ -114,7 +117,7 @@ def clean_output(output: NotebookNode) -> NotebookNode | None:
         if kind == "image/png":
             output.data[kind] = small_png(content)
         elif kind == "text/plain":
-            output.data[kind] = without_places(content)
+            output.data[kind] = without_places(MEMORY.sub("", content))
         elif kind == "text/html":  # no place is looked for in pictures that it holds
             output.data[kind] = TIMES.sub("", content)
     return output
@@ -139,7 +142,9 @@ def first_picture(notebook: NotebookNode) -> str:
         for cell in notebook.cells
         if cell.cell_type == "code" and any("image/png" in str(output) for output in cell.outputs)
     )
-    start, end = (datetime.fromisoformat(each) for each in (times[0]["iopub.execute_input"], shown["shell.execute_reply"]))
+    start, end = (
+        datetime.fromisoformat(each) for each in (times[0]["iopub.execute_input"], shown["shell.execute_reply"])
+    )
     return f"{(end - start).total_seconds():.0f} s"
 
 
