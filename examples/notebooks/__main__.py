@@ -113,6 +113,8 @@ def clean_output(output: NotebookNode) -> NotebookNode | None:
     if output.output_type == "error":
         return output
     output.metadata = {}
+    if "image/png" in output.data:
+        output.data.pop("image/jpeg", None)  # PIL shows the same image as both
     for kind, content in output.data.items():
         if kind == "image/png":
             output.data[kind] = small_png(content)
@@ -148,6 +150,12 @@ def first_picture(notebook: NotebookNode) -> str:
     return f"{(end - start).total_seconds():.0f} s"
 
 
+def cpu_seconds() -> float:
+    """Seconds of CPU that finished processes of this one have used."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.notebooks", description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"Which: {', '.join(NOTEBOOKS)}. Defaults to all.")
@@ -155,13 +163,16 @@ def main() -> None:
     if unknown := sorted({*names} - {*NOTEBOOKS}):
         parser.error(f"There is no notebook {', '.join(unknown)}. There are {', '.join(NOTEBOOKS)}.")
     for name in names:
-        path, start = FOLDER / f"{name}.ipynb", time.perf_counter()
+        path, start, before = FOLDER / f"{name}.ipynb", time.perf_counter(), cpu_seconds()
         notebook = nbformat.read(path, as_version=4)
         with TemporaryDirectory() as folder:
             run(notebook, folder, {**os.environ})
         seconds, first = time.perf_counter() - start, first_picture(notebook)
         nbformat.write(clean(notebook, name), path)
-        print(f"{name}: {seconds:.0f} s, the first picture after {first}", flush=True)
+        print(
+            f"{name}: {seconds:.0f} s, {cpu_seconds() - before:.0f} s of CPU; the first picture after {first}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
