@@ -209,6 +209,15 @@ def test_python_of_quickstart(tiny_hub):
     assert len(scope["findings"]) == 8 and all(len(found) == 2 for found in scope["findings"])
 
 
+def test_python_of_notebooks(tiny_hub):
+    """Each helper shows a picture of the embedded data, with its verdicts, its size and its values."""
+    scope = run("notebooks.md")
+    assert scope["pair"].verdicts == [("blue square", "chosen"), ("green circle", "rejected")]
+    assert scope["masks"].image.size == (2 * 264 + 8, 32 + 2 * (256 + 24 + 8))
+    assert [image.size for image in scope["samples"].images["base"]] == [(32, 32)]
+    assert scope["curves"].panels == {"loss": {("loss", "training"): {1: 0.69, 2: 0.52}}}
+
+
 def test_python_of_dataset_formats(tiny_hub):
     """The page's pairs and paintings have its ids, conflicts and attributes, also loaded from a folder; its stream is one."""
     scope = run("dataset_formats.md")
