@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from trl_diffusion.cli.completion import LAUNCHER, PATHS, completion_script
+from trl_diffusion.cli.completion import LAUNCHER, LINES, PATHS, completion_script
 from trl_diffusion.cli.help import SHIPPED
-from trl_diffusion.cli.main import COMMANDS, LAUNCHED_COMMANDS, SHELLS, main, script_of
+from trl_diffusion.cli.main import COMMANDS, COMPLETION, LAUNCHED_COMMANDS, SHELLS, main, script_of
 from trl_diffusion.cli.script import parser_of
 
 
 PAGES = json.loads(SHIPPED.read_text())["pages"]
 METRICS = PAGES["evaluate"]["choices"]["--metrics"]
+ALL = {**COMMANDS, "completion": COMPLETION}
 EACH_SHELL = [
     pytest.param(shell, marks=pytest.mark.skipif(shutil.which(shell) is None, reason=f"{shell} is not installed"))
     for shell in SHELLS
@@ -75,7 +76,7 @@ def scripts(tmp_path_factory) -> dict[str, Path]:
     """The file of each shell's script."""
     folder = tmp_path_factory.mktemp("scripts")
     for shell in SHELLS:
-        (folder / shell).write_text(completion_script(shell))
+        (folder / shell).write_text(completion_script(shell, ALL))
     return {shell: folder / shell for shell in SHELLS}
 
 
@@ -210,6 +211,11 @@ def test_hostile_words_do_nothing(shell, scripts, folder):
     assert {path.name for path in folder.iterdir()} == {"recipe.yaml", "recipe$(touch hacked).yaml"}
 
 
+def test_the_shells_are_those_that_have_a_script():
+    """The entry point names them without importing what makes the scripts."""
+    assert tuple(LINES) == SHELLS
+
+
 def test_all_words_of_the_scripts_are_plain():
     """So that nothing in a name or a choice means something to a shell."""
     for page in PAGES.values():
@@ -253,7 +259,7 @@ heavy = ("torch", "transformers", "diffusers", "datasets", "peft", "trl", "accel
 sys.exit(status or [name for name in heavy if name in sys.modules] or 0)
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, completion_script("bash"), "")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, completion_script("bash", ALL), "")
 
 
 @pytest.mark.parametrize("flags", [[], ["tcsh"], ["bash", "zsh"], ["bas"]])

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from .accelerate_config import NAMES
 from .help import SHIPPED, read_pages
-from .main import COMMANDS, COMPLETION, SHELLS
 
 
 PATH = "/"  # stands for any file or folder where the values of a flag are listed
@@ -98,22 +97,22 @@ def first_sentence(text: str) -> str:
     return sentence if len(sentence) <= LONGEST else f"{sentence[: LONGEST - 3].rstrip()}..."
 
 
-def completion_script(shell: str) -> str:
+def completion_script(shell: str, commands: dict[str, str]) -> str:
     """
     The script that completes `trl-diffusion` in a shell.
 
     Args:
         shell (`str`):
             `"bash"`, `"zsh"` or `"fish"`.
+        commands (`dict[str, str]`):
+            The commands with what they do, `completion` among them.
 
     Returns:
         `str`: the script, for `source` or a file.
     """
-    pages = read_pages(SHIPPED)
-    flags = {command: flags_of(pages[command]) for command in COMMANDS}
-    flags["completion"] = [Flag("--help", "0", (), "show this help message and exit"), Flag("", "n", SHELLS, "")]
-    lines = {"bash": bash_lines, "zsh": zsh_lines, "fish": fish_lines}[shell]
-    return "\n".join(lines({**COMMANDS, "completion": COMPLETION}, flags)) + "\n"
+    flags = {command: flags_of(page) for command, page in read_pages(SHIPPED).items()}
+    flags["completion"] = [Flag("--help", "0", (), "show this help message and exit"), Flag("", "n", tuple(LINES), "")]
+    return "\n".join(LINES[shell](commands, flags)) + "\n"
 
 
 def bash_lines(commands: dict[str, str], flags: dict[str, list[Flag]]) -> Iterator[str]:
@@ -264,3 +263,6 @@ def fish_quote(text: str) -> str:
     """A text as one word of fish."""
     text = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{text}'"
+
+
+LINES = {"bash": bash_lines, "zsh": zsh_lines, "fish": fish_lines}

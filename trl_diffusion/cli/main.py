@@ -90,7 +90,8 @@ def run_command(argv: list[str]) -> int:
             parser.exit(2, f"trl-diffusion completion: error: name one shell: {', '.join(SHELLS)}\n")
         from .completion import completion_script
 
-        print(completion_script(parser.parse_args(argv).shell), end="")
+        shell = parser.parse_args(argv).shell
+        print(completion_script(shell, {**COMMANDS, "completion": COMPLETION}), end="")
         return 0
 
     if rest in (["-h"], ["--help"]):
