@@ -55,13 +55,20 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def page_of(parser: argparse.ArgumentParser) -> dict:
-    """The texts of a parser's help: its description, its end, and its flags under their titles."""
+    """The texts of a parser's help: its description, its end, and its flags under their titles; and the choices of flags."""
     formatter = HelpFormatter(parser.prog)
     groups = {
         group.title: [list(formatter.lines_of(action)) for action in group._group_actions]
         for group in parser._action_groups
     }
-    return {"description": parser.description, "epilog": parser.epilog, "groups": groups}
+    choices = {
+        flag: list(action.choices)
+        for action in parser._actions
+        if action.choices
+        for flag in action.option_strings
+        if "-" not in flag.lstrip("-")
+    }
+    return {"description": parser.description, "epilog": parser.epilog, "groups": groups, "choices": choices}
 
 
 def parser_for(prog: str, page: dict) -> argparse.ArgumentParser:

@@ -32,6 +32,8 @@ COMMANDS = {
 }
 # These run through `accelerate launch`, which gets the flags that the script does not know.
 LAUNCHED_COMMANDS = ("instance-dpo", "attribute-sft", "complex-po", "evaluate")
+SHELLS = ("bash", "zsh", "fish")
+COMPLETION = "Print a script that completes commands and flags in bash, zsh or fish"
 
 
 def script_of(command: str) -> ModuleType:
@@ -75,10 +77,21 @@ def run_command(argv: list[str]) -> int:
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for name, description in COMMANDS.items():
         commands.add_parser(name, help=description, add_help=False, allow_abbrev=False)
+    completion = commands.add_parser("completion", help=COMPLETION, description=f"{COMPLETION}.")
+    completion.add_argument("shell", choices=SHELLS)
     command, rest = known_command(argv, parser)
     if command is None:
         parser.parse_args(rest)
         parser.print_help()
+        return 0
+
+    if command == "completion":
+        if rest not in ([shell] for shell in (*SHELLS, "-h", "--help")):
+            parser.exit(2, f"trl-diffusion completion: error: name one shell: {', '.join(SHELLS)}\n")
+        from .completion import completion_script
+
+        shell = parser.parse_args(argv).shell
+        print(completion_script(shell, {**COMMANDS, "completion": COMPLETION}), end="")
         return 0
 
     if rest in (["-h"], ["--help"]):
@@ -99,8 +112,9 @@ def known_command(argv: list[str], parser: argparse.ArgumentParser) -> tuple[str
     """The command and its flags. Without a command, all flags."""
     if not argv or argv[0].startswith("-"):
         return None, argv
-    if argv[0] not in COMMANDS:
-        close = difflib.get_close_matches(argv[0].replace("_", "-"), COMMANDS, n=1)
+    known = (*COMMANDS, "completion")
+    if argv[0] not in known:
+        close = difflib.get_close_matches(argv[0].replace("_", "-"), known, n=1)
         suggestion = f"; did you mean `{close[0]}`?" if close else ""
         parser.exit(
             2, f"trl-diffusion: error: `{without_secrets(argv[0])}` is no command{suggestion} (`--help` lists them)\n"
