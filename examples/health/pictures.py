@@ -3,13 +3,15 @@
 
 """What the runs say: tables, and pictures of curves with the samples below them."""
 
+import math
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from PIL import Image
 
-from .runs import BETAS, DEFAULTS, GRID_STEPS, LEARNING_RATES, RUNS, grid_name, strip_file
+from .runs import BETAS, GRID_STEPS, LEARNING_RATES, RUNS, grid_name, strip_file
 
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # told apart with every kind of colour vision
@@ -29,19 +31,19 @@ def error_ratios(record: Record, image: str) -> list[float]:
 def health_table(runs: dict[str, Record]) -> str:
     """Markdown: each run's held-out metrics and the scores of its images at the end, below those of the two bases."""
     lines = [
-        "| run | learning rate | beta | loss | margins | accuracies | chosen error | rejected error | clean | match |",
-        "|---" * 10 + "|",
+        "| run | loss | margins | accuracies | chosen error | rejected error | drift | clean | match |",
+        "|---" * 9 + "|",
     ]
     for world, baseline in BASELINES.items():
         start = runs[baseline]["scores"][0]
-        lines.append(f"| base, {world} | | | | | | | | {start['clean']:.2f} | {start['match']:.2f} |")
+        lines.append(f"| base of the {world} | | | | | | | {start['clean']:.2f} | {start['match']:.2f} |")
         for name, run in RUNS.items():
             if run.world == world:
-                record = runs[name]
-                last, score, settings = record["eval"][-1], record["scores"][-1], DEFAULTS[world] | run.settings
-                cells = [run.title, f"{settings['learning_rate']:g}", f"{settings['beta']:g}", f"{last['loss']:.3g}"]
-                cells += [f"{last['rewards/margins']:.3g}", f"{last['rewards/accuracies']:.2f}"]
-                cells += [f"{error_ratios(record, image)[-1]:.3g}" for image in ("chosen", "rejected")]
+                last, score = runs[name]["eval"][-1], runs[name]["scores"][-1]
+                cells = [run.title, f"{last['loss']:.3g}", f"{last['rewards/margins']:.3g}"]
+                cells += [f"{last['rewards/accuracies']:.2f}"]
+                cells += [f"{error_ratios(runs[name], image)[-1]:.3g}" for image in ("chosen", "rejected")]
+                cells += [f"{last['drift']:.3g}" if "drift" in last else ""]
                 cells += [f"{score[what]:.2f}" for what in ("clean", "match")]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -81,10 +83,10 @@ def draw_pair(
         panel.legend(fontsize=8)
 
 
-def draw_curves(panels: list[Axes], record: Record, is_baseline: bool) -> None:
-    """Loss, margins, accuracies, errors and scores of a run, one in each panel; grey for the run that is compared with."""
+def draw_curves(panels: list[Axes], record: Record, metrics: list[str], is_baseline: bool) -> None:
+    """Loss or drift, margins, accuracies, errors and scores of a run, one in each panel; grey for the run that is compared with."""
     color, steps = GREY if is_baseline else BLUE, [entry["step"] for entry in record["eval"]]
-    for panel, name in zip(panels, ("loss", "rewards/margins", "rewards/accuracies"), strict=False):
+    for panel, name in zip(panels, metrics, strict=False):
         draw_metric(panel, record, name, color)
     labels = None if is_baseline else ["chosen", "rejected"]
     draw_pair(panels[3], steps, error_ratios(record, "chosen"), error_ratios(record, "rejected"), labels)
@@ -114,26 +116,25 @@ def health_picture(runs: dict[str, Record], name: str, output_dir: str) -> Figur
     figure = Figure(figsize=(13, 3.1 + 1.05 * len(shown)), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[2.6, 1.05 * len(shown)])
     panels = above.subplots(1, 5)
+    metrics = ["loss" if RUNS[name].world == "scenes" else "drift", "rewards/margins", "rewards/accuracies"]
     for run in shown:
-        draw_curves(panels, runs[run], run != name)
-    titles = [
-        "loss",
-        "rewards/margins",
-        "rewards/accuracies",
-        "error / reference's error",
-        "images: clean, match (share)",
-    ]
+        draw_curves(panels, runs[run], metrics, run != name)
+    titles = [*metrics, "error / reference's error", "images: clean, match (share)"]
     for panel, title in zip(panels, titles, strict=True):
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("optimizer step", fontsize=9)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
-    panels[0].axhline(0.6931, color="black", linestyle=":", linewidth=1)
-    panels[0].annotate("ln 2", (0.98, 0.6931), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    if metrics[0] == "loss":
+        panels[0].axhline(math.log(2), color="black", linestyle=":", linewidth=1)
+        panels[0].annotate("ln 2", (0.01, math.log(2)), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     for panel in (panels[2], panels[4]):
         panel.set_ylim(-0.03, 1.03)
-    if panels[3].get_ylim()[1] > 4:
-        panels[3].set_yscale("log")
+    for panel in (panels[0], panels[3]):
+        if panel.get_ylim()[1] > 6:
+            panel.set_yscale("symlog", linthresh=1)
+            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            panel.yaxis.set_minor_formatter(NullFormatter())
     grey = "" if name == baseline else f"; grey: {RUNS[baseline].title}"
     above.suptitle(f"{RUNS[name].title} (points: held-out rows, thin line: training log{grey})", fontsize=11)
     strips = below.subplots(len(shown), len(SHOWN_STEPS), squeeze=False)

@@ -99,12 +99,12 @@ DEFAULTS = {
 RUNS = {
     "healthy": Run("healthy"),
     "stabilized": Run("CPO-S", world="paintings"),
-    "swapped": Run("chosen and rejected swapped", swapped=True),
+    "swapped": Run("labels swapped", swapped=True),
     "unstabilized": Run("CPO, not stabilised", {"loss_type": "unstabilized"}, world="paintings"),
-    "too_slow": Run("learning rate too small", {"learning_rate": 1e-7}),
-    "too_long": Run("too many steps", {"learning_rate": 8e-5}),
-    "too_fast": Run("learning rate too large", {"learning_rate": 3e-4}),
-    "small_beta": Run("beta too small", {"learning_rate": 8e-5, "beta": 20.0}),
+    "too_slow": Run("learning rate 1e-7", {"learning_rate": 1e-7}),
+    "too_long": Run("learning rate 8e-5", {"learning_rate": 8e-5}),
+    "too_fast": Run("learning rate 3e-4", {"learning_rate": 3e-4}),
+    "small_beta": Run("learning rate 8e-5, beta 20", {"learning_rate": 8e-5, "beta": 20.0}),
 }
 LEARNING_RATES, BETAS = (3e-6, 3e-5, 1e-4, 3e-4), (20.0, 2000.0, 200000.0)
 GRID_STEPS = {"max_steps": 64, "eval_steps": 32}

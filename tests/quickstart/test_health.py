@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import TrainerCallback
 
 from examples.health import runs
-from examples.health.pictures import SHOWN_STEPS, error_ratios, grid_picture, grid_table, health_picture, health_table
+from examples.health.pictures import SHOWN_STEPS, grid_picture, grid_table, health_picture, health_table
 from examples.health.runs import (
     BETAS,
     DEFAULTS,
@@ -64,19 +65,14 @@ def test_a_run_starts_at_ln_2(tiny, name):
 
 def test_swapped_labels_negate_the_margins(tmp_path):
     """Of one and the same policy, pairs with their images exchanged have the negated margins and the other accuracies."""
-    trainers = []
-    for swapped in (False, True):
-        pairs = make_pairs(4, 0, Run("", swapped=swapped))
-        settings = FAST | DEFAULTS["scenes"] | {"output_dir": str(tmp_path), "max_steps": 1}
-        trainers.append(pair_trainer(load_pipeline("base_pipeline"), pairs, pairs, settings, runs.ScoreCallback))
-    measured = []
-    for trainer in trainers:
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for weight in trainer.model.parameters():
-                weight += 0.01 * torch.randn(weight.shape, generator=generator)
-        measured.append(trainer.evaluate())
-    right, swapped = measured
+    pairs, exchanged = (make_pairs(4, 0, Run("", swapped=swapped)) for swapped in (False, True))
+    settings = FAST | DEFAULTS["scenes"] | {"output_dir": str(tmp_path), "max_steps": 1}
+    trainer = pair_trainer(load_pipeline("base_pipeline"), pairs, pairs, settings, TrainerCallback())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight += 0.01 * torch.randn(weight.shape, generator=generator)
+    right, swapped = trainer.evaluate(), trainer.evaluate(exchanged)
     assert abs(right["eval_rewards/margins"]) > 0.1
     assert swapped["eval_rewards/margins"] == pytest.approx(-right["eval_rewards/margins"], rel=1e-2)
     assert swapped["eval_rewards/accuracies"] == pytest.approx(1 - right["eval_rewards/accuracies"])
@@ -118,7 +114,9 @@ def test_pictures_show_the_runs(published, tmp_path):
             Image.new("RGB", (96, 32)).save(file)
     margins = health_picture(published, "too_fast", str(tmp_path)).axes[1]
     drawn = [list(line.get_ydata()) for line in margins.lines if line.get_marker() == "o"]
-    assert drawn == [[entry["rewards/margins"] for entry in published[name]["eval"]] for name in ("healthy", "too_fast")]
+    assert drawn == [
+        [entry["rewards/margins"] for entry in published[name]["eval"]] for name in ("healthy", "too_fast")
+    ]
     maps = [panel for panel in grid_picture(published).axes if panel.images]
     assert len(maps) == 4
     for panel in maps:
