@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from PIL import Image
 
-from .runs import BETAS, GRID_STEPS, LEARNING_RATES, RUNS, grid_name, strip_file
+from .runs import BETAS, GRID_STEPS, LEARNING_RATES, RUNS, cell, strip_file
 
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # told apart with every kind of colour vision
@@ -50,10 +50,10 @@ def health_table(runs: dict[str, Record]) -> str:
 
 
 def grid_table(runs: dict[str, Record]) -> str:
-    """Markdown: clean and match after the last step, a row for each learning rate, a column for each beta."""
+    """Markdown: clean and match after `GRID_STEPS` steps, a row for each learning rate, a column for each beta."""
     lines = [f"| learning rate | {' | '.join(f'beta {beta:g}' for beta in BETAS)} |", "|---" * (1 + len(BETAS)) + "|"]
     for learning_rate in LEARNING_RATES:
-        scores = [runs[grid_name(learning_rate, beta)]["scores"][-1] for beta in BETAS]
+        scores = [score_at(runs[cell(learning_rate, beta)], GRID_STEPS) for beta in BETAS]
         cells = [f"{score['clean']:.2f} / {score['match']:.2f}" for score in scores]
         lines.append(f"| {learning_rate:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -150,27 +150,24 @@ def health_picture(runs: dict[str, Record], name: str, output_dir: str) -> Figur
 
 
 def grid_picture(runs: dict[str, Record]) -> Figure:
-    """Two rows of heat maps, clean and match, a column for each step that was scored: learning rate down, beta across."""
-    steps = range(GRID_STEPS["eval_steps"], GRID_STEPS["max_steps"] + 1, GRID_STEPS["eval_steps"])
-    figure = Figure(figsize=(12, 6.6), layout="constrained")
-    for row, what in zip(figure.subplots(2, len(steps)), ("clean", "match"), strict=True):
-        for panel, step in zip(row, steps, strict=True):
-            values = [
-                [score_at(runs[grid_name(learning_rate, beta)], step)[what] for beta in BETAS]
-                for learning_rate in LEARNING_RATES
-            ]
-            shown = panel.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-            for y, line in enumerate(values):
-                for x, value in enumerate(line):
-                    panel.text(
-                        x, y, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black"
-                    )
-            panel.set_title(f"{what}, step {step}", fontsize=10)
-            panel.set_xticks(range(len(BETAS)), [f"{beta:g}" for beta in BETAS])
-            panel.set_yticks(range(len(LEARNING_RATES)), [f"{rate:g}" for rate in LEARNING_RATES])
-            panel.set_xlabel("beta")
-            panel.set_ylabel("learning rate")
-        figure.colorbar(shown, ax=row, label=f"share of the shapes: {what}")
+    """Heat maps of clean and of match after `GRID_STEPS` steps: a row for each learning rate, a column for each beta."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, what in zip(panels, ("clean", "match"), strict=True):
+        values = [
+            [score_at(runs[cell(learning_rate, beta)], GRID_STEPS)[what] for beta in BETAS]
+            for learning_rate in LEARNING_RATES
+        ]
+        shown = panel.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        for y, line in enumerate(values):
+            for x, value in enumerate(line):
+                panel.text(x, y, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+        panel.set_title(f"{what}, step {GRID_STEPS}", fontsize=10)
+        panel.set_xticks(range(len(BETAS)), [f"{beta:g}" for beta in BETAS])
+        panel.set_yticks(range(len(LEARNING_RATES)), [f"{rate:g}" for rate in LEARNING_RATES])
+        panel.set_xlabel("beta")
+    panels[0].set_ylabel("learning rate")
+    figure.colorbar(shown, ax=panels, label="share of the shapes")
     return figure
 
 

@@ -106,20 +106,31 @@ RUNS = {
     "too_fast": Run("learning rate 3e-4", {"learning_rate": 3e-4}),
     "small_beta": Run("learning rate 8e-5, beta 20", {"learning_rate": 8e-5, "beta": 20.0}),
 }
-LEARNING_RATES, BETAS = (3e-6, 3e-5, 1e-4, 3e-4), (20.0, 2000.0, 200000.0)
-GRID_STEPS = {"max_steps": 64, "eval_steps": 32}
+# The cells of a grid after this many steps: runs of above, and shorter ones for the others
+LEARNING_RATES, BETAS, GRID_STEPS = (2e-5, 8e-5, 3e-4), (20.0, 2000.0, 200000.0), 64
 
 
-def grid_name(learning_rate: float, beta: float) -> str:
+def cell(learning_rate: float, beta: float) -> str:
+    """Name of the run on scenes with these settings."""
+    for name, run in RUNS.items():
+        known = DEFAULTS["scenes"] | run.settings
+        if (
+            run.world == "scenes"
+            and not run.swapped
+            and (known["learning_rate"], known["beta"]) == (learning_rate, beta)
+        ):
+            return name
     return f"grid-{learning_rate:g}-{beta:g}"
 
 
 GRID = {
-    grid_name(learning_rate, beta): Run(
-        f"{learning_rate:g}, {beta:g}", {"learning_rate": learning_rate, "beta": beta, **GRID_STEPS}
+    name: Run(
+        f"learning rate {learning_rate:g}, beta {beta:g}",
+        {"learning_rate": learning_rate, "beta": beta, "max_steps": GRID_STEPS},
     )
     for learning_rate in LEARNING_RATES
     for beta in BETAS
+    if (name := cell(learning_rate, beta)) not in RUNS
 }
 
 
