@@ -8,11 +8,13 @@ import runpy
 import sys
 from pathlib import Path
 
+from trl_diffusion.cli.main import main
 from trl_diffusion.quickstart.paintings import ATTRIBUTES, painting_dataset
 from trl_diffusion.quickstart.world import preference_dataset
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "scripts" / "annotation_demo.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "scripts" / "annotation_demo.py"
 
 
 def test_the_demo(tmp_path, monkeypatch, capsys):
@@ -36,3 +38,9 @@ def test_the_demo(tmp_path, monkeypatch, capsys):
         positive, negative = row["positive_attributes"], row["negative_attributes"]
         forms = {("positive", ATTRIBUTES[attribute][0]) for attribute in positive}
         assert set(shown) == forms | {("negative", ATTRIBUTES[attribute][1]) for attribute in negative}
+
+    # What the check says of the file that is cut off is what the page "From pairs to an aligned model" quotes
+    assert main(["check-dataset", "--dataset_name", str(tmp_path / "my_pairs")]) == 1
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    page = (ROOT / "docs" / "source" / "from_pairs_to_a_model.md").read_text(encoding="utf-8")
+    assert said in " ".join(page.split())

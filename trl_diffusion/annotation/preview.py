@@ -114,7 +114,6 @@ def heading(record: Record) -> dict[str, str]:
 def inline(image: PIL.Image.Image) -> str:
     """An image as a data URL."""
     buffer = io.BytesIO()
-    limit_pixels(image, SHOWN_PIXELS).save(
-        buffer, format="JPEG", quality=90, subsampling=0
-    )  # sharp colors in small images
+    # Without subsampling, because colors bleed visibly where a small image is enlarged
+    limit_pixels(image, SHOWN_PIXELS).save(buffer, format="JPEG", quality=90, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
