@@ -111,7 +111,7 @@ class Sources:
             return f"{start}{target})"
         name, _, anchor = target.partition("#")
         found = (path.parent / (f"{name}.md" if name in self.pages else name)).resolve()
-        if not found.exists() or not found.is_relative_to(ROOT) and not found.is_relative_to(self.source):
+        if not (found.exists() and (found.is_relative_to(ROOT) or found.is_relative_to(self.source))):
             self.faults.append(f"{path.name}: there is no file `{target}`; correct the link.")
             return f"{start}{target})"
         anchor = f"#{anchor}" if anchor else ""

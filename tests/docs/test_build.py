@@ -127,7 +127,7 @@ def test_markdown_of_hugging_face(small, tmp_path):
         small,
         "Where \\\\( x \\\\) is:\n\n$$\nx = 1\n$$\n\n<Tip warning={true}>\n\nHot.\n\n</Tip>\n\n> [!NOTE]\n> Cold.\n",
     )
-    add(small, "```text\n[`Code`] \\\\( x \\\\) [a](b.md)\n```")
+    add(small, "````text\n```\n[`Code`] \\\\( x \\\\) [a](b.md)\n```\n````")
     assert Sources(small).write(folder) == []
     text = (folder / "index.md").read_text()
     for part in ("{math}`x`", "```{math}\nx = 1\n```", ":::{warning}\n\nHot.\n\n:::", ":::{note}\nCold.\n:::"):
