@@ -10,6 +10,7 @@ Builds the documentation as a site of HTML pages, or says what is wrong with it:
 import argparse
 import io
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -54,7 +55,7 @@ def build(output: Path, source: Path = SOURCE) -> list[str]:
 
     Args:
         output (`Path`):
-            Folder of the site.
+            Folder of the site. An earlier site in it is removed.
         source (`Path`, *optional*, defaults to `docs/source`):
             Folder of the pages.
 
@@ -62,6 +63,8 @@ def build(output: Path, source: Path = SOURCE) -> list[str]:
         `list[str]`: what is wrong, nothing if the site is whole.
     """
     nocolor()
+    if (output / ".buildinfo").exists():  # an earlier site, whose pages may be gone by now
+        shutil.rmtree(output)
     with tempfile.TemporaryDirectory() as folder:
         sources = Path(folder) / "source"
         sources.mkdir()

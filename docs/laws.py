@@ -152,27 +152,21 @@ def argument_faults(documented: Any, docstring: str) -> list[str]:
 
 def described_elsewhere(documented: Any, docstring: str) -> set[str]:
     """
-    The arguments for which a docstring refers to another: a base class that it names, transformers' method of the same name, or
-    what the note of a configuration says of the fields that it inherits.
+    The arguments that another docstring describes: of a function, transformers' method that it names; of a class, its bases that
+    it names or whose fields it has; of a configuration also what its note says of the fields that it inherits.
     """
-    names = set()
     if not inspect.isclass(documented):
-        method = getattr(transformers.Trainer, documented.__name__, None)
-        return (
-            set(inspect.signature(method).parameters)
-            if f"As [`~transformers.Trainer.{documented.__name__}`]" in docstring
-            else names
-        )
+        name = documented.__name__
+        is_named = f"As [`~transformers.Trainer.{name}`]" in docstring
+        return set(inspect.signature(getattr(transformers.Trainer, name)).parameters) if is_named else set()
+    has_fields, names = dataclasses.is_dataclass(documented), set()
     for base in inspect.getmro(documented)[1:]:
-        if f"[`{base.__name__}`]" in docstring:
+        if f"[`{base.__name__}`]" in docstring or has_fields:
             names |= set(described(base))
-    if dataclasses.is_dataclass(documented):
-        names |= {
-            field.name
-            for field in dataclasses.fields(documented)
-            if f"`{field.name}`" in docstring.partition("[!NOTE]")[2]
-        }
-    return names
+    note = docstring.partition("[!NOTE]")[2]
+    return names | {
+        field.name for field in (dataclasses.fields(documented) if has_fields else ()) if f"`{field.name}`" in note
+    }
 
 
 def default_faults(name: str, parameter: inspect.Parameter, kind: str) -> list[str]:
@@ -213,12 +207,12 @@ def return_faults(documented: Any, docstring: str) -> list[str]:
 
 
 def unit_faults(documented: Any) -> list[str]:
-    """Arguments that are measured in something, which their entries do not name."""
+    """Arguments that are measured in something, which their entries name neither themselves nor by another docstring."""
     return [
         f"`{name}` has no unit: one of {words}"
         for name, (kind, text) in described(documented).items()
         for pattern, words in UNITS.items()
-        if re.match(pattern, name) and not re.search(words, f"{kind} {text}")
+        if re.match(pattern, name) and not re.search(words, f"{kind} {text}") and "See [`" not in text
     ]
 
 

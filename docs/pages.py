@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import yaml
+from PIL import Image
 
 from docs.laws import page_faults
 from docs.notebooks import notebook_markdown
@@ -111,7 +112,7 @@ class Sources:
             return f"{start}{target})"
         name, _, anchor = target.partition("#")
         found = (path.parent / (f"{name}.md" if name in self.pages else name)).resolve()
-        if not found.exists() or not found.is_relative_to(ROOT) and not found.is_relative_to(self.source):
+        if not (found.exists() and (found.is_relative_to(ROOT) or found.is_relative_to(self.source))):
             self.faults.append(f"{path.name}: there is no file `{target}`; correct the link.")
             return f"{start}{target})"
         anchor = f"#{anchor}" if anchor else ""
@@ -119,6 +120,8 @@ class Sources:
             return f"{start}/{found.name}{anchor})"
         inside = found.relative_to(self.source if found.is_relative_to(self.source) else ROOT)
         if start.startswith("!"):
+            if not is_picture(found):
+                self.faults.append(f"{path.name}: `{target}` is no picture that can be shown; make it again.")
             (folder / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(found, folder / inside)
             return f"{start}/{inside})"
@@ -158,6 +161,18 @@ def is_shown(path: Path) -> bool:
     if path.is_dir() or path.suffix == ".ipynb":
         return True
     return path.suffix in (*LANGUAGES, ".md", ".txt") and path.stat().st_size <= LONGEST_FILE
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a whole picture. What is drawn as text, SVG, is not read."""
+    if path.suffix == ".svg":
+        return True
+    try:
+        with Image.open(path) as picture:
+            picture.verify()
+    except (OSError, SyntaxError):  # what Pillow raises for a damaged PNG
+        return False
+    return True
 
 
 def tip(found: re.Match) -> str:

@@ -6,9 +6,10 @@
 import dataclasses
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
-from docs.docstrings import AUTODOC, ENTRIES, autodocs, entries, find, sections
+from docs.docstrings import AUTODOC, ENTRIES, Entry, autodocs, entries, find, sections
 
 
 # Names of other libraries, which are shown and not linked
@@ -16,6 +17,7 @@ OTHERS = re.compile(
     r"(accelerate|datasets|diffusers|evaluate|filelock|huggingface_hub|peft|torch|transformers|trainer_utils|trl)(\.|$)"
 )
 REFERENCE = re.compile(r"\[`(~?[\w.]+)`\](?![(\[])")
+CODE = re.compile(r"^ *(`{3,}).*?^ *\1`*[ \t]*$", re.DOTALL | re.MULTILINE)
 LONGEST_DEFAULT = 40
 
 
@@ -36,6 +38,7 @@ class Reference:
         self.faults: list[str] = []
         self.members: dict[str, list[str]] = {}
         self.names: dict[int, str] = {}
+        self.found: set[str] = set()
         for page, text in pages.items():
             for name, members in autodocs(text):
                 if name in self.members:
@@ -44,6 +47,7 @@ class Reference:
                 for path in (name, *(f"{name}.{member}" for member in members)):
                     try:
                         self.names.setdefault(identity(find(path)), path)
+                        self.found.add(path)
                     except ValueError as error:
                         self.faults.append(f"{page}: {error}")
 
@@ -63,7 +67,7 @@ class Reference:
             `str`: a link to the place that documents the object, or its name as code where no page does.
         """
         short = name.removeprefix("~")
-        if OTHERS.match(short) and not short.startswith("trainer."):
+        if OTHERS.match(short):
             return plain(name)
         found = None
         for path in (short, *(f"{known.rpartition('.')[0]}.{short}" for known in self.members if "." in known)):
@@ -111,16 +115,16 @@ class Reference:
         return AUTODOC.sub(lambda found: self.directive(found[1]) + "\n", text)
 
     def directive(self, name: str) -> str:
-        try:
-            documented = find(name)
-        except ValueError:
-            return ""  # said already
+        """An object with its members; nothing for one that is not there, which was said already."""
+        if name not in self.found:
+            return ""
+        documented = find(name)
         if not inspect.isclass(documented):
             return self.object(name, "function", documented, ":::::::", "")
         members = [
-            self.object(f"{name}.{member}", "method", getattr(documented, member), "::::::", "")
+            self.object(f"{name}.{member}", "method", find(f"{name}.{member}"), "::::::", "")
             for member in self.members[name]
-            if hasattr(documented, member)
+            if f"{name}.{member}" in self.found
         ]
         return self.object(name, "class", documented, ":::::::", "\n\n".join(members))
 
@@ -171,10 +175,13 @@ def find_in(module: Any, name: str) -> Any:
     return None
 
 
-def outside_code(text: str, change) -> str:
+def outside_code(text: str, change: Callable[[str], str]) -> str:
     """Applies a change to what stands outside of code blocks."""
-    parts = re.split(r"(^ *```.*?^ *```\s*?$)", text, flags=re.DOTALL | re.MULTILINE)
-    return "".join(part if part.lstrip().startswith("```") else change(part) for part in parts)
+    parts, end = [], 0
+    for block in CODE.finditer(text):
+        parts += [change(text[end : block.start()]), block[0]]
+        end = block.end()
+    return "".join([*parts, change(text[end:])])
 
 
 def arguments(documented: Any) -> str:
@@ -199,7 +206,7 @@ def shown(default: Any) -> str:
     return "..." if len(text) > LONGEST_DEFAULT or text.startswith("<") else text
 
 
-def definition(entry) -> str:
+def definition(entry: Entry) -> str:
     """An entry as a definition list; a group's title as text."""
     if not entry.kinds:
         return f"*{entry.head}*"
@@ -208,7 +215,7 @@ def definition(entry) -> str:
     return f"{names}\n: {text}"
 
 
-def field(owner: str, entry) -> str:
+def field(owner: str, entry: Entry) -> str:
     """A parameter of a configuration as an object of its own, that other pages can link to and the search finds."""
     return "\n\n".join(
         f"::::::{{py:attribute}} trl_diffusion.{owner}.{name}\n:no-contents-entry:\n\n({kind}) {entry.text}\n::::::"

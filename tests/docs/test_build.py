@@ -97,6 +97,7 @@ def test_two_sound_pages_have_no_faults(small, tmp_path):
         ("[a script](../../examples/missing.py)", "index.md: there is no file `../../examples/missing.py`"),
         ("[a part](other.md#missing)", "'missing'"),
         ("![a picture](images/missing.png)", "index.md: there is no file `images/missing.png`"),
+        ("![a picture](empty.png)", "index.md: `empty.png` is no picture"),
         ("[[autodoc]] losses.missing", "index: `losses.missing` is not in trl_diffusion"),
         ("[[autodoc]] process.Process\n    - missing", "index: `process.Process.missing` is not in trl_diffusion"),
         ("[[autodoc]] Criteria\n\n[[autodoc]] Criteria", "index: `Criteria` is documented twice"),
@@ -105,8 +106,20 @@ def test_two_sound_pages_have_no_faults(small, tmp_path):
 )
 def test_faults_of_a_page(small, tmp_path, text, fault):
     """A broken link, anchor, picture or name, and a name that two places document, fail the build."""
+    (small / "empty.png").touch()
     add(small, text)
     assert any(fault in line for line in build(tmp_path / "site", small))
+
+
+def test_an_earlier_site_is_removed(small, tmp_path):
+    """A page that is gone is gone from the site too; a folder that holds no site is left as it is."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "mine.txt").touch()
+    build(tmp_path / "site", small)
+    assert (tmp_path / "site" / "mine.txt").exists() and (tmp_path / "site" / "other.html").exists()
+    (small / "other.md").unlink()
+    build(tmp_path / "site", small)
+    assert not (tmp_path / "site" / "other.html").exists() and (tmp_path / "site" / "index.html").exists()
 
 
 def test_faults_of_the_contents(small, tmp_path):
@@ -127,7 +140,7 @@ def test_markdown_of_hugging_face(small, tmp_path):
         small,
         "Where \\\\( x \\\\) is:\n\n$$\nx = 1\n$$\n\n<Tip warning={true}>\n\nHot.\n\n</Tip>\n\n> [!NOTE]\n> Cold.\n",
     )
-    add(small, "```text\n[`Code`] \\\\( x \\\\) [a](b.md)\n```")
+    add(small, "````text\n```\n[`Code`] \\\\( x \\\\) [a](b.md)\n```\n````")
     assert Sources(small).write(folder) == []
     text = (folder / "index.md").read_text()
     for part in ("{math}`x`", "```{math}\nx = 1\n```", ":::{warning}\n\nHot.\n\n:::", ":::{note}\nCold.\n:::"):

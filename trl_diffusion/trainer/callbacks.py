@@ -39,7 +39,7 @@ class SampleImagesCallback(TrainerCallback):
         sample (`Callable`):
             Samples images: `sample(prompts)` with the policy, `sample(prompts, with_reference=True)` with the base, as
             [`DiffusionTrainer.sample`] does.
-        callbacks (`list[~transformers.TrainerCallback]`):
+        callbacks (`list[TrainerCallback]`):
             The trainer's callbacks, among which tensorboard's writer is found.
         in_all_processes (`bool`, *optional*, defaults to `False`):
             Whether all processes sample, as they must where the weights are cut over them; the main one alone keeps images.

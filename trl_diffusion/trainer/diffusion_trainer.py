@@ -73,7 +73,7 @@ class DiffusionTrainer(SavingTrainer):
         peft_config ([`~peft.LoraConfig`], *optional*):
             The LoRA to train; `target_modules` defaults to the attention projections. If left out, all weights of the denoiser
             are trained, or the LoRA that `args.initial_lora` names.
-        callbacks (`list[~transformers.TrainerCallback]`, *optional*), optimizers (`tuple`, *optional*):
+        callbacks (`list[TrainerCallback]`, *optional*), optimizers (`tuple`, *optional*):
             As in [`~transformers.Trainer`].
 
     Raises:
