@@ -198,6 +198,15 @@ def test_samples_of_nothing_are_refused():
         show_samples({"base": [image]}, PROMPTS)
 
 
+def test_a_lora_that_is_called_as_the_base_is_refused(tmp_path):
+    """It would take the column without a LoRA."""
+    save_lora(tiny.sd_pipeline(), tmp_path)
+    pipeline = tiny.sd_pipeline()
+    pipeline.load_lora_weights(str(tmp_path), adapter_name="base")
+    with pytest.raises(ValueError, match="A LoRA is called 'base'"):
+        show_samples(pipeline, PROMPTS)
+
+
 # ----- curves -----
 
 HISTORY = [
