@@ -497,6 +497,7 @@ def test_every_page_with_python_is_run():
         "instance_dpo_trainer.md",
         "metrics.md",
         "models.md",
+        "notebooks.md",
         "quickstart.md",
         "speed.md",
     }

@@ -97,6 +97,7 @@ def test_a_pair_without_instances():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"prompt": None}, "`prompt` of the row with id '1' must be a string"),
         ({"chosen": {"bytes": b"no image", "path": None}}, "column `chosen` of the row with id '1'"),
         ({"instances": [row()["instances"][0] | {"preference": "better"}]}, r"instances\[0\].preference"),
         ({"instances": [row()["instances"][0] | {"chosen_box": [0, 0, 640, 32]}]}, r"instances\[0\].chosen_box"),
@@ -118,6 +119,12 @@ def test_masks_are_those_of_the_training():
     for data in (dataset, dataset.to_iterable_dataset(), rows):
         shown = show_masks(data, 2, resolution=32, vae_scale_factor=4, w_neg=-0.5, mask_overlap="covering")
         assert (pixels(shown.image) == expected).all()
+
+
+def test_masks_of_fewer_rows_than_asked_for():
+    """All rows are shown."""
+    for data in (tiny.pairs(2), tiny.pairs(2).to_iterable_dataset(), list(tiny.pairs(2))):
+        assert show_masks(data, resolution=32, vae_scale_factor=4).image.height == 32 + 2 * (256 + 24 + 8)
 
 
 def test_masks_of_nothing_are_refused():
@@ -189,6 +196,15 @@ def test_samples_of_nothing_are_refused():
         show_samples({"base": []}, [])
     with pytest.raises(ValueError, match="'base' has 1 images for 2 prompts"):
         show_samples({"base": [image]}, PROMPTS)
+
+
+def test_a_lora_that_is_called_as_the_base_is_refused(tmp_path):
+    """It would take the column without a LoRA."""
+    save_lora(tiny.sd_pipeline(), tmp_path)
+    pipeline = tiny.sd_pipeline()
+    pipeline.load_lora_weights(str(tmp_path), adapter_name="base")
+    with pytest.raises(ValueError, match="A LoRA is called 'base'"):
+        show_samples(pipeline, PROMPTS)
 
 
 # ----- curves -----

@@ -15,14 +15,14 @@ from datasets import Dataset, IterableDataset
 from ..boxes import normalize_boxes, orient_boxes
 from ..cards.pictures import fit
 from ..data.collators import InstancePairCollator
-from ..data.formats import check_instances, check_preference, prepare_dataset, read_image
+from ..data.formats import check_instances, check_preference, prepare_dataset, read_image, row_prompt
 from ..data.pictures import orientation, upright_image
 from ..visualization import BOX_COLORS, draw_boxes, image_grid, instance_pictures
 from .picture import SIZE, Picture
 
 
 SIDES = ("chosen", "rejected")
-VERDICTS = {"chosen": "agrees", "rejected": "contradicts", "tie": "says nothing"}
+VERDICTS = {"chosen": "agrees", "rejected": "contradicts", "tie": "neither"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,7 +67,9 @@ def show_pair(row: Mapping[str, Any]) -> Pair:
     Args:
         row (`dict`):
             A row with `prompt`, `chosen`, `rejected` and `instances`, see [dataset formats](dataset_formats). Boxes are
-            `[x_min, y_min, x_max, y_max]` in pixels of the stored image. Without instances the images alone are shown.
+            `[x_min, y_min, x_max, y_max]` in pixels of the stored image. Without instances the images alone are shown. `datasets` turns
+            an image with an EXIF orientation as it decodes it, but not its boxes: of such files, pass rows with undecoded images
+            (`dataset.cast_column("chosen", datasets.Image(decode=False))`).
 
     Returns:
         [`notebook.Pair`]
@@ -75,6 +77,7 @@ def show_pair(row: Mapping[str, Any]) -> Pair:
     Raises:
         `ValueError`: If an image cannot be read, or an instance is not valid. The message names the row and the column.
     """
+    prompt = row_prompt(row)
     stored = {side: read_image(row, side) for side in SIDES}
     instances = check_instances(row, {side: image.size for side, image in stored.items()})
     labels = [str(instance["label"]) for instance in instances]
@@ -85,7 +88,6 @@ def show_pair(row: Mapping[str, Any]) -> Pair:
         boxes = orient_boxes(normalize_boxes(boxes, *image.size), orientation(image))
         images.append(fit(upright_image(image), SIZE))
         draw_boxes(images[-1], boxes, labels, preferences)
-    prompt = str(row["prompt"])
     picture = image_grid([images], list(SIDES), [prompt], SIZE)
     return Pair(picture, prompt, list(zip(labels, preferences, strict=True)))
 
@@ -104,7 +106,7 @@ def show_masks(
 
     Args:
         data ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `list[dict]`):
-            Pairs with instances, see [dataset formats](dataset_formats).
+            Pairs with instances, see [dataset formats](dataset_formats). Rows in a list are taken as [`notebook.show_pair`] does.
         num_rows (`int`, *optional*, defaults to `4`):
             How many to show, from the first one on.
         resolution (`int`, *optional*, defaults to `512`):
@@ -127,7 +129,8 @@ def show_masks(
         if not rows:
             raise ValueError("`data` has no rows. Pass at least one.")
     else:
-        rows = list(prepare_dataset(data.take(num_rows), "data", ("prompt", *SIDES, "instances"), SIDES))
+        some = data.take(min(num_rows, len(data)) if isinstance(data, Dataset) else num_rows)
+        rows = list(prepare_dataset(some, "data", ("prompt", *SIDES, "instances"), SIDES))
     collate = InstancePairCollator(resolution)
     pictures = [instance_pictures(collate([row]), row, vae_scale_factor, w_neg, mask_overlap) for row in rows]
     return Picture(image_grid(pictures, list(SIDES), [row["prompt"] for row in rows], SIZE))

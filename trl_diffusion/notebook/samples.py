@@ -53,7 +53,7 @@ def show_samples(
         [`notebook.Samples`]
 
     Raises:
-        `ValueError`: If there is no model or no prompt, or the images of a model are not one for each prompt.
+        `ValueError`: If there is no model or no prompt, the images of a model are not one for each prompt, or a LoRA is called `"base"`.
     """
     if not prompts:
         raise ValueError("`prompts` is empty. Pass at least one.")
@@ -68,7 +68,12 @@ def show_samples(
 
     images = {}
     if isinstance(models, DiffusionPipeline):
-        for adapter in (None, *adapters_of(models)):
+        adapters = adapters_of(models)
+        if "base" in adapters:
+            raise ValueError(
+                "A LoRA is called 'base', like the column without one. Load it by another `adapter_name`."
+            )
+        for adapter in (None, *adapters):
             with using_adapter(models, adapter):
                 images["base" if adapter is None else adapter] = draw(models)
     else:
