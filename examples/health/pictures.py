@@ -127,12 +127,16 @@ def health_picture(runs: dict[str, Record], name: str, output_dir: str) -> Figur
         panel.grid(alpha=0.3)
     if metrics[0] == "loss":
         panels[0].axhline(math.log(2), color="black", linestyle=":", linewidth=1)
-        panels[0].annotate("ln 2", (0.01, math.log(2)), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+        panels[0].annotate(
+            "ln 2", (0.98, math.log(2)), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+        )
+        panels[0].set_ylim(0, max(0.8, panels[0].get_ylim()[1]))
     for panel in (panels[2], panels[4]):
         panel.set_ylim(-0.03, 1.03)
     for panel in (panels[0], panels[3]):
-        if panel.get_ylim()[1] > 6:
+        if panel.get_ylim()[1] > 20:
             panel.set_yscale("symlog", linthresh=1)
+            panel.set_ylim(bottom=0)
             panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             panel.yaxis.set_minor_formatter(NullFormatter())
     grey = "" if name == baseline else f"; grey: {RUNS[baseline].title}"

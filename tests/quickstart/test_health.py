@@ -127,3 +127,22 @@ def test_pictures_show_the_runs(published, tmp_path):
             for beta in BETAS
         ]
         assert panel.images[0].get_array().flatten().tolist() == pytest.approx(cells)
+
+
+def test_the_runs_went_as_the_page_says(published):
+    """The shapes that the page on healthy losses describes are those of the published runs, each compared with the healthy one."""
+    last = {name: record["eval"][-1] for name, record in published.items()}
+    images = {name: record["scores"][-1] for name, record in published.items()}
+    ratio = {name: error_ratios(published[name], "chosen")[-1] for name in RUNS}
+    base = published["healthy"]["scores"][0]
+    for name, record in published.items():
+        start = record["eval"][0]
+        assert start["loss"] == pytest.approx(LN_2, abs=1e-5) and abs(start["rewards/margins"]) < 1e-4
+        assert start["rewards/accuracies"] == 0 or name in ("stabilized", "unstabilized")
+    assert images["healthy"]["clean"] > base["clean"] + 0.2 and images["healthy"]["match"] == 1
+    assert last["swapped"]["rewards/margins"] > last["healthy"]["rewards/margins"]
+    assert last["swapped"]["rewards/accuracies"] == 1 and images["swapped"]["clean"] < base["clean"] - 0.4
+    assert last["unstabilized"]["drift"] > 50 and last["stabilized"]["drift"] < 0.5
+    assert last["unstabilized"]["rewards/accuracies"] > last["stabilized"]["rewards/accuracies"]
+    assert images["unstabilized"]["match"] < 0.2 and images["stabilized"]["match"] == 1
+    assert ratio["stabilized"] < 1 < min(ratio["healthy"], ratio["unstabilized"])
