@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from examples.health import runs
-from examples.health.pictures import SHOWN_STEPS, grid_picture, grid_table, health_picture, health_table
+from examples.health.pictures import SHOWN_STEPS, error_ratios, grid_picture, grid_table, health_picture, health_table
 from examples.health.runs import (
     BETAS,
     DEFAULTS,
@@ -146,3 +146,19 @@ def test_the_runs_went_as_the_page_says(published):
     assert last["unstabilized"]["rewards/accuracies"] > last["stabilized"]["rewards/accuracies"]
     assert images["unstabilized"]["match"] < 0.2 and images["stabilized"]["match"] == 1
     assert ratio["stabilized"] < 1 < min(ratio["healthy"], ratio["unstabilized"])
+    assert images["too_slow"] == {**base, "step": 96} and last["too_slow"]["rewards/margins"] < 0.1
+    assert last["too_slow"]["rewards/accuracies"] > 0.8
+    for name in ("too_fast", "too_long"):
+        assert last[name]["rewards/accuracies"] > 0.95 and last[name]["loss"] < 0.05
+        margins = [entry["rewards/margins"] for entry in published[name]["eval"]]
+        assert margins == sorted(margins)
+    assert max(score["match"] for score in published["too_fast"]["scores"][1:]) < 0.7
+    assert ratio["too_fast"] > 5 * ratio["healthy"] and last["too_fast"]["loss"] < last["healthy"]["loss"]
+    early, best = published["too_long"]["eval"][1], published["too_long"]["scores"][1]
+    assert early["step"] == best["step"] == 32
+    assert best["clean"] > images["too_long"]["clean"] + 0.2 and best["match"] > images["too_long"]["match"] + 0.2
+    assert early["rewards/margins"] < published["healthy"]["eval"][1]["rewards/margins"]
+    assert round(error_ratios(published["too_long"], "chosen")[1]) == 17
+    assert (
+        images["fast"]["clean"] > 0.99 and images["fast"]["match"] > 0.99
+    )  # the same learning rate with another beta
