@@ -50,11 +50,14 @@ def health_table(runs: dict[str, Record]) -> str:
 
 
 def grid_table(runs: dict[str, Record]) -> str:
-    """Markdown: clean and match after `GRID_STEPS` steps, a row for each learning rate, a column for each beta."""
+    """Markdown: clean, match and chosen error after `GRID_STEPS` steps, a row for each learning rate, a column for each beta."""
     lines = [f"| learning rate | {' | '.join(f'beta {beta:g}' for beta in BETAS)} |", "|---" * (1 + len(BETAS)) + "|"]
     for learning_rate in LEARNING_RATES:
-        scores = [score_at(runs[cell(learning_rate, beta)], GRID_STEPS) for beta in BETAS]
-        cells = [f"{score['clean']:.2f} / {score['match']:.2f}" for score in scores]
+        cells = []
+        for record in (runs[cell(learning_rate, beta)] for beta in BETAS):
+            score = score_at(record, GRID_STEPS)
+            error = error_ratios(record, "chosen")[record["scores"].index(score)]
+            cells.append(f"{score['clean']:.2f} / {score['match']:.2f} / {error:.1f}")
         lines.append(f"| {learning_rate:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

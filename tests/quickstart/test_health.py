@@ -162,3 +162,6 @@ def test_the_runs_went_as_the_page_says(published):
     assert (
         images["fast"]["clean"] > 0.99 and images["fast"]["match"] > 0.99
     )  # the same learning rate with another beta
+    for rate in LEARNING_RATES:
+        errors = [error_ratios(published[cell(rate, beta)], "chosen")[2] for beta in BETAS]
+        assert errors == sorted(errors, reverse=True)  # a larger beta holds the policy nearer to the reference
