@@ -50,11 +50,14 @@ def health_table(runs: dict[str, Record]) -> str:
 
 
 def grid_table(runs: dict[str, Record]) -> str:
-    """Markdown: clean and match after `GRID_STEPS` steps, a row for each learning rate, a column for each beta."""
+    """Markdown: clean, match and chosen error after `GRID_STEPS` steps, a row for each learning rate, a column for each beta."""
     lines = [f"| learning rate | {' | '.join(f'beta {beta:g}' for beta in BETAS)} |", "|---" * (1 + len(BETAS)) + "|"]
     for learning_rate in LEARNING_RATES:
-        scores = [score_at(runs[cell(learning_rate, beta)], GRID_STEPS) for beta in BETAS]
-        cells = [f"{score['clean']:.2f} / {score['match']:.2f}" for score in scores]
+        cells = []
+        for record in (runs[cell(learning_rate, beta)] for beta in BETAS):
+            score = score_at(record, GRID_STEPS)
+            error = error_ratios(record, "chosen")[record["scores"].index(score)]
+            cells.append(f"{score['clean']:.2f} / {score['match']:.2f} / {error:.1f}")
         lines.append(f"| {learning_rate:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -127,12 +130,16 @@ def health_picture(runs: dict[str, Record], name: str, output_dir: str) -> Figur
         panel.grid(alpha=0.3)
     if metrics[0] == "loss":
         panels[0].axhline(math.log(2), color="black", linestyle=":", linewidth=1)
-        panels[0].annotate("ln 2", (0.01, math.log(2)), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+        panels[0].annotate(
+            "ln 2", (0.98, math.log(2)), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+        )
+        panels[0].set_ylim(0, max(0.8, panels[0].get_ylim()[1]))
     for panel in (panels[2], panels[4]):
         panel.set_ylim(-0.03, 1.03)
     for panel in (panels[0], panels[3]):
-        if panel.get_ylim()[1] > 6:
+        if panel.get_ylim()[1] > 20:
             panel.set_yscale("symlog", linthresh=1)
+            panel.set_ylim(bottom=0)
             panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             panel.yaxis.set_minor_formatter(NullFormatter())
     grey = "" if name == baseline else f"; grey: {RUNS[baseline].title}"

@@ -102,9 +102,9 @@ RUNS = {
     "swapped": Run("labels swapped", swapped=True),
     "unstabilized": Run("CPO, not stabilised", {"loss_type": "unstabilized"}, world="paintings"),
     "too_slow": Run("learning rate 1e-7", {"learning_rate": 1e-7}),
-    "too_long": Run("learning rate 8e-5", {"learning_rate": 8e-5}),
+    "fast": Run("learning rate 8e-5", {"learning_rate": 8e-5}),
     "too_fast": Run("learning rate 3e-4", {"learning_rate": 3e-4}),
-    "small_beta": Run("learning rate 8e-5, beta 20", {"learning_rate": 8e-5, "beta": 20.0}),
+    "too_long": Run("learning rate 8e-5, beta 20", {"learning_rate": 8e-5, "beta": 20.0}),
 }
 # The cells of a grid after this many steps: runs of above, and shorter ones for the others
 LEARNING_RATES, BETAS, GRID_STEPS = (2e-5, 8e-5, 3e-4), (20.0, 2000.0, 200000.0), 64

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from examples.health import runs
-from examples.health.pictures import SHOWN_STEPS, grid_picture, grid_table, health_picture, health_table
+from examples.health.pictures import SHOWN_STEPS, error_ratios, grid_picture, grid_table, health_picture, health_table
 from examples.health.runs import (
     BETAS,
     DEFAULTS,
@@ -127,3 +127,41 @@ def test_pictures_show_the_runs(published, tmp_path):
             for beta in BETAS
         ]
         assert panel.images[0].get_array().flatten().tolist() == pytest.approx(cells)
+
+
+def test_the_runs_went_as_the_page_says(published):
+    """The shapes that the page on healthy losses describes are those of the published runs, each compared with the healthy one."""
+    last = {name: record["eval"][-1] for name, record in published.items()}
+    images = {name: record["scores"][-1] for name, record in published.items()}
+    ratio = {name: error_ratios(published[name], "chosen")[-1] for name in RUNS}
+    base = published["healthy"]["scores"][0]
+    for name, record in published.items():
+        start = record["eval"][0]
+        assert start["loss"] == pytest.approx(LN_2, abs=1e-5) and abs(start["rewards/margins"]) < 1e-4
+        assert start["rewards/accuracies"] == 0 or name in ("stabilized", "unstabilized")
+    assert images["healthy"]["clean"] > base["clean"] + 0.2 and images["healthy"]["match"] == 1
+    assert last["swapped"]["rewards/margins"] > last["healthy"]["rewards/margins"]
+    assert last["swapped"]["rewards/accuracies"] == 1 and images["swapped"]["clean"] < base["clean"] - 0.4
+    assert last["unstabilized"]["drift"] > 50 and last["stabilized"]["drift"] < 0.5
+    assert last["unstabilized"]["rewards/accuracies"] > last["stabilized"]["rewards/accuracies"]
+    assert images["unstabilized"]["match"] < 0.2 and images["stabilized"]["match"] == 1
+    assert ratio["stabilized"] < 1 < min(ratio["healthy"], ratio["unstabilized"])
+    assert images["too_slow"] == {**base, "step": 96} and last["too_slow"]["rewards/margins"] < 0.1
+    assert last["too_slow"]["rewards/accuracies"] > 0.8
+    for name in ("too_fast", "too_long"):
+        assert last[name]["rewards/accuracies"] > 0.95 and last[name]["loss"] < 0.05
+        margins = [entry["rewards/margins"] for entry in published[name]["eval"]]
+        assert margins == sorted(margins)
+    assert max(score["match"] for score in published["too_fast"]["scores"][1:]) < 0.7
+    assert ratio["too_fast"] > 5 * ratio["healthy"] and last["too_fast"]["loss"] < last["healthy"]["loss"]
+    early, best = published["too_long"]["eval"][1], published["too_long"]["scores"][1]
+    assert early["step"] == best["step"] == 32
+    assert best["clean"] > images["too_long"]["clean"] + 0.2 and best["match"] > images["too_long"]["match"] + 0.2
+    assert early["rewards/margins"] < published["healthy"]["eval"][1]["rewards/margins"]
+    assert round(error_ratios(published["too_long"], "chosen")[1]) == 17
+    assert (
+        images["fast"]["clean"] > 0.99 and images["fast"]["match"] > 0.99
+    )  # the same learning rate with another beta
+    for rate in LEARNING_RATES:
+        errors = [error_ratios(published[cell(rate, beta)], "chosen")[2] for beta in BETAS]
+        assert errors == sorted(errors, reverse=True)  # a larger beta holds the policy nearer to the reference
