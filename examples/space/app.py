@@ -282,7 +282,7 @@ def training_tab(trainings: dict[str, str]) -> None:
         with gr.Column(scale=3):
             picture = gr.Image(
                 curves(start),
-                label="Curves",
+                show_label=False,
                 format="png",
                 interactive=False,
                 buttons=["fullscreen"],
@@ -301,8 +301,8 @@ def training_tab(trainings: dict[str, str]) -> None:
                 max(last, 2),
                 value=last,
                 step=1,
-                label="Samples: from the first step to the last",
-                info="base and trained model, from the same noise",
+                label="Samples",
+                info="from the first step to the last",
                 visible=last > 1,
                 elem_id="step",
             )

@@ -23,7 +23,7 @@ pytest.importorskip("gradio", reason="needs gradio: pip install -r examples/spac
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-PATIENCE = 90  # seconds, on a busy machine
+PATIENCE = 240  # seconds, on a busy machine
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
@@ -140,7 +140,7 @@ def test_generate(visitor, started, tmp_path_factory):
     base, dpo, iapo = visitor.pictures()
     assert len({base, dpo, iapo}) > 1
     visitor.changes("image-0", lambda: visitor.page.get_by_text("a blue square and a red triangle").click())
-    visitor.page.locator("#seed input").fill("7")
+    visitor.page.locator("#seed input").fill("1")
     visitor.changes("image-0", lambda: visitor.page.locator("#generate").click())
     wait_until(lambda: len(set(visitor.pictures())) > 1, "the images differ")
     visitor.keep(tmp_path_factory.getbasetemp() / "space_generate.png")
