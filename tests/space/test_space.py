@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.space.conftest import SPACE
-from trl_diffusion import Criteria
+from trl_diffusion import Criteria, attribute_features
 from trl_diffusion.quickstart.cpo import CRITERIA
 from trl_diffusion.quickstart.paintings import inspect_painting, painting_dataset
 from trl_diffusion.quickstart.world import evaluation_prompts, inspect_image, preference_dataset
@@ -227,7 +227,7 @@ def test_own_datasets(tmp_path):
 
     pairs, paintings = tmp_path / "pairs.parquet", tmp_path / "paintings.parquet"
     preference_dataset(3, seed=1).to_parquet(pairs)
-    painting_dataset(3, seed=1).to_parquet(paintings)
+    painting_dataset(3, seed=1).cast(attribute_features(Criteria.load(CRITERIA))).to_parquet(paintings)
     read = load_pairs(str(pairs))
     assert [row["prompt"] for row in read.rows] == preference_dataset(3, seed=1)["prompt"]
     assert {image.size for image in pair_pictures(read, 0, "masks", 0.0, "mean")} == {(512, 512)}
