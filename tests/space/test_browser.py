@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 
 from tests.space.conftest import SPACE
@@ -32,7 +33,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def started():
-    """The app in a process of its own, as the Hub runs it: its address, and when it was started."""
+    """The app in a process of its own, as the Hub runs it: its address, its process, and when it was started."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -47,7 +48,7 @@ def started():
     try:
         wait_until(lambda: app.poll() is not None or answers(port), "the app answers")
         assert app.poll() is None
-        yield f"http://127.0.0.1:{port}", start
+        yield f"http://127.0.0.1:{port}", psutil.Process(app.pid), start
     finally:
         app.terminate()
         app.wait()
@@ -136,7 +137,9 @@ def test_generate(visitor, started, tmp_path_factory):
     the other world change the aligned one.
     """
     wait_until(lambda: all(visitor.pictures()), "three pictures")
-    print(f"First pictures {time.perf_counter() - started[1]:.1f} s after the app was started")
+    _, app, start = started
+    used = app.cpu_times()
+    print(f"First pictures after {time.perf_counter() - start:.1f} s, {used.user + used.system:.1f} s of CPU time")
     base, dpo, iapo = visitor.pictures()
     assert len({base, dpo, iapo}) > 1
     visitor.changes("image-0", lambda: visitor.page.get_by_text("a blue square and a red triangle").click())
