@@ -33,7 +33,6 @@ All images of a row start from **the same noise**, so what differs between them 
 `trl_diffusion`."""
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: auto !important}
-.pixels img {image-rendering: pixelated}
 #pairs .thumbnail-lg {aspect-ratio: 2 !important}
 .caption-label {left: 4px !important; right: 4px !important; bottom: 4px !important; max-width: none !important;
     padding: 0 4px !important; font-size: 11px !important; white-space: normal !important; text-align: center}
@@ -118,7 +117,6 @@ def generate_tab(demo: gr.Blocks, painters: dict[str, Painter]) -> None:
                 interactive=False,
                 buttons=["download"],
                 elem_id=f"image-{number}",
-                elem_classes="pixels",
             )
             for number in range(num_images)
         ]
@@ -254,7 +252,6 @@ def paintings_gallery(paintings: Paintings, form: str) -> gr.Gallery:
         interactive=False,
         buttons=[],
         elem_id=f"{form}-paintings",
-        elem_classes="pixels",
     )
 
 
@@ -282,7 +279,7 @@ def training_tab(trainings: dict[str, str]) -> None:
         with gr.Column(scale=3):
             picture = gr.Image(
                 curves(start),
-                label="Curves",
+                show_label=False,
                 format="png",
                 interactive=False,
                 buttons=["fullscreen"],
@@ -301,8 +298,8 @@ def training_tab(trainings: dict[str, str]) -> None:
                 max(last, 2),
                 value=last,
                 step=1,
-                label="Samples: from the first step to the last",
-                info="base and trained model, from the same noise",
+                label="Samples",
+                info="from the first step to the last",
                 visible=last > 1,
                 elem_id="step",
             )

@@ -13,7 +13,14 @@ from trl_diffusion.cards.pictures import enlarged
 from trl_diffusion.criteria import Attribute
 from trl_diffusion.criteria_picture import criteria_picture
 from trl_diffusion.data.collators import InstancePairCollator
-from trl_diffusion.data.formats import check_preference, prepare_dataset
+from trl_diffusion.data.formats import (
+    ATTRIBUTE_COLUMNS,
+    check_attributes,
+    check_preference,
+    prepare_dataset,
+    read_image,
+)
+from trl_diffusion.data.pictures import upright_image
 from trl_diffusion.data.sources import load_source
 from trl_diffusion.quickstart.paintings import painting_dataset
 from trl_diffusion.quickstart.world import SIZE, preference_dataset
@@ -24,7 +31,6 @@ NUM_PAIRS, NUM_PAINTINGS = 12, 48
 SHOWN = 512  # pixels to which tiny images are enlarged
 LATENT_CELL = {True: 4, False: 8}  # pixels of a latent cell: of the embedded models, of all others
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "instances")
-ATTRIBUTE_COLUMNS = ("positive_attributes", "negative_attributes")
 VERDICTS = {"chosen": "better in the chosen image", "rejected": "better in the rejected image", "tie": "equally good"}
 
 
@@ -167,7 +173,7 @@ class Paintings(NamedTuple):
 
     Args:
         rows (`list[dict]`):
-            The rows.
+            The rows, each with its upright image and the ids of its attributes.
         criteria ([`Criteria`]):
             The tree.
     """
@@ -194,9 +200,17 @@ def load_paintings(name: str | None, criteria: str) -> Paintings:
     """
     tree = Criteria.load(criteria)
     if name is None:
-        return Paintings(list(painting_dataset(NUM_PAINTINGS, seed=0)), tree)
-    rows = prepare_dataset(first_split(name), name, ("prompt", "image", *ATTRIBUTE_COLUMNS), ("image",))
-    return Paintings(list(rows.take(NUM_PAINTINGS)), tree)
+        rows = painting_dataset(NUM_PAINTINGS, seed=0)
+    else:
+        rows = prepare_dataset(first_split(name), name, ("prompt", "image", *ATTRIBUTE_COLUMNS), ("image",))
+        rows = rows.take(NUM_PAINTINGS)
+    return Paintings([read_painting(row, tree) for row in rows], tree)
+
+
+def read_painting(row: dict[str, Any], criteria: Criteria) -> dict[str, Any]:
+    """The image of a row as a viewer shows it, and the ids of its attributes."""
+    attributes = dict(zip(ATTRIBUTE_COLUMNS, check_attributes(row, criteria), strict=True))
+    return {"image": upright_image(read_image(row, "image")), **attributes}
 
 
 def below(criteria: Criteria, path: tuple[str, ...]) -> tuple[Attribute, ...]:

@@ -74,7 +74,7 @@ class Painter:
             raise ValueError("The prompt is empty. Write what the image should show.")
         if npo and self.world.reversed_lora is None:
             raise ValueError("Negative preference guidance needs a reversed LoRA: set `REVERSED_LORA`.")
-        with self._model(title, scale, npo):
+        with self.model(title, scale, npo):
             (image,) = sample_images(
                 self.pipeline,
                 [prompt],
@@ -85,7 +85,7 @@ class Painter:
             )
         return image
 
-    def _model(self, title: str, scale: float, npo: bool) -> AbstractContextManager:
+    def model(self, title: str, scale: float, npo: bool) -> AbstractContextManager:
         """Switches to the model of a title; what is returned must be open while it draws."""
         if title == BASE or scale == 0:
             self.pipeline.disable_lora()

@@ -5,8 +5,8 @@
 
     python examples/space/prepare.py --output_dir examples/space/embedded
 
-Each is trained as anybody would, with samples and a history, which the Space shows too. It takes about eight minutes on one
-core. The same seed gives the same weights on one machine.
+Each is trained as anybody would, with samples and a history, which the Space shows too. It takes five minutes of CPU
+time. The same seed gives the same weights on one machine.
 """
 
 import argparse

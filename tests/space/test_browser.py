@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 
 from tests.space.conftest import SPACE
@@ -23,7 +24,7 @@ pytest.importorskip("gradio", reason="needs gradio: pip install -r examples/spac
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-PATIENCE = 90  # seconds, on a busy machine
+PATIENCE = 240  # seconds, on a busy machine
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
@@ -32,7 +33,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def started():
-    """The app in a process of its own, as the Hub runs it: its address, and when it was started."""
+    """The app in a process of its own, as the Hub runs it: its address, its process, and when it was started."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -47,7 +48,7 @@ def started():
     try:
         wait_until(lambda: app.poll() is not None or answers(port), "the app answers")
         assert app.poll() is None
-        yield f"http://127.0.0.1:{port}", start
+        yield f"http://127.0.0.1:{port}", psutil.Process(app.pid), start
     finally:
         app.terminate()
         app.wait()
@@ -136,11 +137,13 @@ def test_generate(visitor, started, tmp_path_factory):
     the other world change the aligned one.
     """
     wait_until(lambda: all(visitor.pictures()), "three pictures")
-    print(f"First pictures {time.perf_counter() - started[1]:.1f} s after the app was started")
+    _, app, start = started
+    used = app.cpu_times()
+    print(f"First pictures after {time.perf_counter() - start:.1f} s, {used.user + used.system:.1f} s of CPU time")
     base, dpo, iapo = visitor.pictures()
     assert len({base, dpo, iapo}) > 1
     visitor.changes("image-0", lambda: visitor.page.get_by_text("a blue square and a red triangle").click())
-    visitor.page.locator("#seed input").fill("7")
+    visitor.page.locator("#seed input").fill("1")
     visitor.changes("image-0", lambda: visitor.page.locator("#generate").click())
     wait_until(lambda: len(set(visitor.pictures())) > 1, "the images differ")
     visitor.keep(tmp_path_factory.getbasetemp() / "space_generate.png")

@@ -18,10 +18,10 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.space.conftest import SPACE
-from trl_diffusion import Criteria
+from trl_diffusion import Criteria, attribute_features
 from trl_diffusion.quickstart.cpo import CRITERIA
-from trl_diffusion.quickstart.paintings import inspect_painting
-from trl_diffusion.quickstart.world import evaluation_prompts, inspect_image
+from trl_diffusion.quickstart.paintings import inspect_painting, painting_dataset
+from trl_diffusion.quickstart.world import evaluation_prompts, inspect_image, preference_dataset
 
 
 PROMPT = "a green triangle and a yellow circle"
@@ -219,6 +219,22 @@ def test_paintings_with_attributes():
     assert {caption for _, caption in all_with} == {"murky"}
     counts = [len(caption.split(", ")) for _, caption in paintings_with(paintings, (), "positive")]
     assert counts == sorted(counts, reverse=True) and counts[0] == 4
+
+
+def test_own_datasets(tmp_path):
+    """A file of rows is read as the embedded ones are; a dataset without the columns is refused, and they are named."""
+    from data_views import load_paintings, load_pairs, paintings_with, pair_pictures
+
+    pairs, paintings = tmp_path / "pairs.parquet", tmp_path / "paintings.parquet"
+    preference_dataset(3, seed=1).to_parquet(pairs)
+    painting_dataset(3, seed=1).cast(attribute_features(Criteria.load(CRITERIA))).to_parquet(paintings)
+    read = load_pairs(str(pairs))
+    assert [row["prompt"] for row in read.rows] == preference_dataset(3, seed=1)["prompt"]
+    assert {image.size for image in pair_pictures(read, 0, "masks", 0.0, "mean")} == {(512, 512)}
+    own = load_paintings(str(paintings), CRITERIA)
+    assert len(own.rows) == 3 and len(paintings_with(own, (), "positive") + paintings_with(own, (), "negative")) >= 3
+    with pytest.raises(ValueError, match="instances"):
+        load_pairs(str(paintings))
 
 
 # ----- trainings -----
