@@ -316,8 +316,9 @@ def run_once(name: str, sizes: Sizes) -> None:
 
 def settings_of(run: Run, sizes: Sizes) -> dict[str, Any]:
     """What the results of a run depend on."""
-    known = {name: value for name, value in asdict(sizes).items() if name != "output_dir"}
-    return known | run.settings | {"swapped": run.swapped}
+    known = asdict(sizes) | DEFAULTS[run.world] | run.settings
+    known |= {"per_device_train_batch_size": known.pop("batch_size"), "swapped": run.swapped}
+    return {name: value for name, value in known.items() if name != "output_dir"}
 
 
 def collect(sizes: Sizes) -> dict[str, Any]:
