@@ -4,8 +4,10 @@
 """An evaluation that is killed at any moment ends, by the same command, as one that was not, and repeats no more than the piece at hand."""
 
 import os
+import shutil
 import signal
 import socket
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -70,12 +72,24 @@ def test_killed_at_every_change(world, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(world, tmp_path):
-    """Ten kills of the same evaluation, one after the other."""
-    out = tmp_path / "out"
-    killed = sum(kill_after(evaluation(world, out), seconds) for seconds in times(10, 0.1, 2.0))
+    """Ten kills of the same evaluation, one after the other; where it ends in between, another one begins."""
+    start_time = time.monotonic()
+    finish(evaluation(world, tmp_path / "timed"))
+    taken = time.monotonic() - start_time
+    out, killed, of_this = tmp_path / "out", 0, 0
+    for seconds in times(60, 0.1 * taken, 0.9 * taken):
+        if kill_after(evaluation(world, out), seconds):
+            killed, of_this = killed + 1, of_this + 1
+        else:
+            check(world, out, of_this)
+            shutil.rmtree(out)
+            out.with_suffix(".log").unlink()
+            of_this = 0
+        if killed == 10:
+            break
     finish(evaluation(world, out))
-    assert killed > 2
-    check(world, out, killed)
+    assert killed == 10
+    check(world, out, of_this)
 
 
 def test_one_of_two_processes_is_killed(world, tmp_path):
