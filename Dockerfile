@@ -7,7 +7,10 @@
 #     docker run -v trl-diffusion:/results trl-diffusion                          the quickstart
 #     docker run -v trl-diffusion:/results trl-diffusion instance-dpo --help      any other command
 #
-# For a GPU: docker build --build-arg TORCH_INDEX=https://pypi.org/simple -t trl-diffusion .
+# With CUDA:
+#
+#     docker build --build-arg TORCH_INDEX=https://pypi.org/simple -t trl-diffusion .
+#     docker run --gpus all -v trl-diffusion:/results trl-diffusion
 
 FROM debian:12-slim
 

@@ -18,20 +18,11 @@ from .help import SHIPPED, read_pages
 PATH = "/"  # stands for any file or folder where the values of a flag are listed
 # Flags that take a file or a folder, some of them a name of the Hub or a word instead
 PATHS = (
-    *("--accelerator_config", "--base_model", "--config", "--criteria", "--dataset_name", "--deepspeed", "--detector"),
-    *("--evaluation", "--expert", "--expert_prompt", "--fsdp_config", "--initial_lora", "--judge_prompt", "--lora"),
-    *(
-        "--model",
-        "--model_name_or_path",
-        "--models",
-        "--negative_loras",
-        "--output",
-        "--output_dir",
-        "--planner_prompt",
-    ),
-    *("--precompute_dir", "--prompts", "--protocol", "--references", "--resume_from_checkpoint", "--sample_model"),
-    *("--single_file_config", "--vae", "--vlm"),
-)
+    "--accelerator_config --base_model --config --criteria --dataset_name --deepspeed --detector --evaluation "
+    "--expert --expert_prompt --fsdp_config --initial_lora --judge_prompt --lora --model --model_name_or_path "
+    "--models --negative_loras --output --output_dir --planner_prompt --precompute_dir --prompts --protocol "
+    "--references --resume_from_checkpoint --sample_model --single_file_config --vae --vlm"
+).split()
 LONGEST = 80  # characters of what a flag is described with
 
 
