@@ -9,7 +9,7 @@
 #
 # With CUDA:
 #
-#     docker build --build-arg TORCH_INDEX=https://pypi.org/simple -t trl-diffusion .
+#     docker build --build-arg TORCH_INDEX= -t trl-diffusion .
 #     docker run --gpus all -v trl-diffusion:/results trl-diffusion
 
 FROM debian:12-slim
@@ -26,8 +26,8 @@ ENV PATH=/opt/venv/bin:$PATH
 # an empty package, so that a change of the code leaves it as it is.
 WORKDIR /opt/source
 COPY constraints.txt ./
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir --no-deps --index-url "$TORCH_INDEX" -c constraints.txt torch
+ARG TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
+RUN pip install --no-cache-dir --no-deps $TORCH_INDEX -c constraints.txt torch
 
 COPY pyproject.toml setup.py ./
 RUN mkdir trl_diffusion \

@@ -113,9 +113,9 @@ def test_everything_is_pinned():
 
 def test_one_argument_chooses_the_build_of_pytorch():
     """It is the index of PyTorch's CPU wheels unless a build says otherwise, and the one thing that a build can choose."""
-    assert of("ARG") == ["TORCH_INDEX=https://download.pytorch.org/whl/cpu"]
+    assert of("ARG") == ['TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"']
     (install,) = [text for text in of("RUN") if "TORCH_INDEX" in text]
-    assert '--index-url "$TORCH_INDEX"' in install and install.endswith(" torch") and "--no-deps" in install
+    assert "--no-deps $TORCH_INDEX" in install and install.endswith(" torch") and "--no-deps" in install
 
 
 def test_the_extras_exist():

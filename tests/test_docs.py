@@ -554,6 +554,12 @@ def test_command_lines(page, line, tmp_path):
         namespace = launch_command_parser().parse_args(words[1:])
         assert importlib.import_module("trl_diffusion.scripts.instance_dpo").make_parser()
         assert namespace.training_script_args[::2] == ["--config"]
+    elif program == "docker":
+        image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+        assert words[0] in ("build", "run") and "trl-diffusion" in words
+        assert all(f"ARG {word}" in image for word in words if word.endswith("="))
+        assert all(word.endswith(":/results") for flag, word in zip(words, words[1:]) if flag == "-v")
+        assert "VOLUME /results" in image
     else:
         assert program in ("python3", ".venv/bin/pip")
 
