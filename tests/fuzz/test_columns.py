@@ -205,6 +205,18 @@ def test_every_type_in_every_column(name):
         lawful(lambda: check_attribute_columns(dataset, "train_dataset", PAINTING, True))  # noqa: B023
 
 
+@pytest.mark.parametrize(
+    "images",
+    [[[], []], [{"bytes": [], "path": None}] * 2, [{"bytes": 5}] * 2, [{"path": [None]}] * 2, [[None], [None]]],
+    ids=str,
+)
+def test_what_is_no_image_in_the_place_of_images(images):
+    """Empty lists, numbers and lists of nothing, also as the bytes or the path of an image."""
+    dataset = Dataset(InMemoryTable.from_pydict(GOOD | {"chosen": pa.array(images)}))
+    message = lawful(lambda: prepare_dataset(dataset, "train_dataset", PAIR, PAIR[1:]), "`chosen`", "`train_dataset`")
+    assert isinstance(message, str)
+
+
 names_of_columns = st.one_of(
     st.sampled_from([*GOOD, "a.b", "json.caption", "prompt.x", ".", "..", "chosen.bytes", "instances.label"]),
     texts,

@@ -196,15 +196,18 @@ def without_image(column: pa.ChunkedArray) -> np.ndarray:
     parts = [column]
     if pa.types.is_struct(column.type):
         parts = [pc.struct_field(column, part) for part in ("bytes", "path") if column.type.get_field_index(part) >= 0]
-    held = [pc.fill_null(_greater(pc.binary_length(part)), False) for part in parts if not pa.types.is_null(part.type)]
     empty = np.ones(len(column), dtype=bool)
-    for part in held:
-        empty &= ~part.to_numpy(zero_copy_only=False)
+    for part in parts:
+        empty &= ~_not_empty(part)
     return empty
 
 
-def _greater(lengths: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.greater(lengths, pa.scalar(0, lengths.type))
+def _not_empty(values: pa.ChunkedArray) -> np.ndarray:
+    """Which values are texts or bytes, and have some."""
+    if not (_is_text(values.type) or pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
+        return np.zeros(len(values), dtype=bool)
+    lengths = pc.binary_length(values)
+    return pc.fill_null(pc.greater(lengths, pa.scalar(0, lengths.type)), False).to_numpy(zero_copy_only=False)
 
 
 def missing_files(dataset: Dataset, column: str) -> np.ndarray:
@@ -243,8 +246,7 @@ def _is_path(column: pa.ChunkedArray) -> np.ndarray:
     has = {}
     for part in ("bytes", "path"):
         values = pc.struct_field(column, part) if column.type.get_field_index(part) >= 0 else pa.nulls(len(column))
-        lengths = pa.nulls(len(column), pa.int32()) if pa.types.is_null(values.type) else pc.binary_length(values)
-        has[part] = pc.fill_null(_greater(lengths), False).to_numpy(zero_copy_only=False)
+        has[part] = _not_empty(values)
     return has["path"] & ~has["bytes"]
 
 
