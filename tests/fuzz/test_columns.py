@@ -217,6 +217,18 @@ def test_what_is_no_image_in_the_place_of_images(images):
     assert isinstance(message, str)
 
 
+@pytest.mark.parametrize("column", ["positive_attributes", "negative_attributes"])
+@pytest.mark.parametrize("kind", [pa.string(), pa.int64(), pa.null()], ids=str)
+def test_attributes_that_are_all_null(column, kind):
+    """They are no attributes, whatever their type is."""
+
+    def check(kind):
+        dataset = Dataset(InMemoryTable.from_pydict(GOOD | {column: pa.array([None, None], kind)}))
+        return lawful(lambda: check_attribute_columns(dataset, "train_dataset", PAINTING, True))
+
+    assert check(kind) == check(pa.list_(pa.string()))
+
+
 names_of_columns = st.one_of(
     st.sampled_from([*GOOD, "a.b", "json.caption", "prompt.x", ".", "..", "chosen.bytes", "instances.label"]),
     texts,
@@ -288,6 +300,13 @@ def test_any_annotations(name, array):
     if isinstance(found, Dataset):
         source = Dataset(InMemoryTable.from_pydict(GOOD))
         lawful(lambda: list(join_annotations(source, found)), seconds=30)
+
+
+@pytest.mark.parametrize("column", ["tie", "status"])
+def test_lists_in_the_place_of_single_values_of_annotations(column):
+    """They are refused by their column."""
+    source, found = Dataset(InMemoryTable.from_pydict(GOOD)), annotations(**{column: pa.array([[], []])})
+    assert isinstance(lawful(lambda: list(join_annotations(source, found)), column), str)
 
 
 @pytest.mark.slow

@@ -116,6 +116,7 @@ def damaged_file(files, name: str, damage, streaming: bool) -> None:
 
 @few(30)
 @given(st.sampled_from(FORMATS), damages(), st.booleans())
+@example("arrow", [(0.0, 0, b"\0")], True)
 def test_any_damaged_file(files, name, damage, streaming):
     """A file with a few bytes changed is read, or is refused with a reason."""
     damaged_file(files, name, damage, streaming)

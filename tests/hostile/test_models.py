@@ -73,7 +73,8 @@ def all_doors(folder: Path, doors: dict = DOORS) -> None:
 SOME = ("index b''", "_class_name of code", "component of code", "AutoTokenizer with auto_map", "unet as diffusion_pytorch_model.bin",
         "text_encoder as pytorch_model.bin", "vae as diffusion_pytorch_model.bin", "unet shard '../../outside.safetensors'",
         "text_encoder shard 'evil.bin'", "fifo in place of unet/config.json", "unet/config.json layers_per_block=1000000000000",
-        "scheduler/scheduler_config.json num_train_timesteps=1000000000000")  # fmt: skip
+        "scheduler/scheduler_config.json num_train_timesteps=1000000000000",
+        "text_encoder/config.json quantization_config=1", "tokenizer/tokenizer_config.json model_max_length=x")  # fmt: skip
 
 
 @pytest.mark.parametrize(

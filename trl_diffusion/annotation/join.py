@@ -9,7 +9,7 @@ Annotations hold the uids of the images, not the images. A source can be streame
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -326,7 +326,7 @@ class Join:
         ids = id_texts(self.annotations["id"][:])
         ties = [False] * len(ids)
         if "tie" in self.annotations.features:
-            ties = each_once(read_bool, self.annotations["tie"][:])
+            ties = each_once(read_bool, self.annotations["tie"][:], "tie")
         used, others = {}, {}
         for number, (row_id, status, tie) in enumerate(zip(ids, self.statuses, ties, strict=True)):
             if status != "ok":
@@ -347,7 +347,7 @@ class Join:
         if "status" not in self.annotations.features:
             return ["ok"] * len(self.annotations)
         read = name_reader(self.annotations.features["status"], "status", STATUSES)
-        return each_once(read, self.annotations["status"][:])
+        return each_once(read, self.annotations["status"][:], "status")
 
     @cached_property
     def preference(self) -> Callable[[Any], str]:
@@ -517,8 +517,13 @@ def id_texts(ids: list) -> list[str]:
     return [row_id if isinstance(row_id, str) else id_text(row_id) for row_id in ids]
 
 
-def each_once(read: Callable[[Any], Any], values: list) -> list:
-    """Applies a function to values, once to all that are equal."""
+def each_once(read: Callable[[Any], Any], values: list, column: str) -> list:
+    """Applies a function to the values of a column, once to all that are equal. Raises a `ValueError` if one is a list or the like."""
+    for value in values:
+        if not isinstance(value, Hashable):
+            raise ValueError(
+                f"`{column}` of the annotations must be single values, got {shown(value)}. Annotate again."
+            )
     found = {value: read(value) for value in set(values)}
     return [found[value] for value in values]
 

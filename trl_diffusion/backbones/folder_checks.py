@@ -224,6 +224,12 @@ def _check_settings(file: Path, pickles: bool, is_auto: bool) -> None:
     if not file.name.endswith("config.json"):
         return
     settings = read_json(file)
+    stored_quantization(settings, file)
+    length = settings.get("model_max_length")
+    if not isinstance(length, int | float | None):
+        raise ValueError(
+            f"{file} has {str(length)[:100]!r} as `model_max_length`, which is no number. Download it again."
+        )
     if is_auto and settings.get("auto_map"):
         _refuse_code(str(file.parent), "`auto_map`")
     for key, value in _flat(settings):
@@ -233,6 +239,16 @@ def _check_settings(file: Path, pickles: bool, is_auto: bool) -> None:
             if abs(value) > (MAX_MANY if any(word in key for word in MANY) else MAX_SIZE):
                 shown = f"{value:,}" if abs(value) < 10**30 else "a number of more than 30 digits"
                 raise ValueError(f"{file} has `{key}` = {shown}, which no model has. Download it again.")
+
+
+def stored_quantization(settings: dict[str, Any], file: Path) -> dict[str, Any]:
+    """How the weights beside a `config.json` are quantised, by its settings. Raises a `ValueError` if these are none."""
+    stored = settings.get("quantization_config") or {}
+    if not isinstance(stored, dict):
+        raise ValueError(
+            f"{file} has {str(stored)[:100]!r} as `quantization_config`, which holds no settings. Download it again."
+        )
+    return stored
 
 
 def _flat(settings: Any) -> list[tuple[str, Any]]:

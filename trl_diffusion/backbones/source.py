@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 
 from .dtypes import check_components, dtype_of
-from .folder_checks import allowing_pickles, check_folder, read_index, read_json
+from .folder_checks import allowing_pickles, check_folder, read_index, read_json, stored_quantization
 from .quantization import SETTINGS, check_environment, describe_settings, make_config
 from .vae import load_vae
 from .weights import check_finite_files, load_checked, naming_the_folder
@@ -97,7 +97,7 @@ class PipelineSource:
         if name in self.quantization:
             return describe_settings(self.quantization[name])
         file = Path(self.folder) / name / "config.json"
-        stored = (read_json(file).get("quantization_config") if file.exists() else None) or {}
+        stored = stored_quantization(read_json(file), file) if file.exists() else {}
         if stored.get("quant_method") != "bitsandbytes":
             return None
         return describe_settings(SETTINGS | stored)

@@ -430,7 +430,10 @@ def read_group(split: str, files: list[Path], builder: str, streaming: bool) -> 
     if builder == "webdataset":
         return with_keys(dataset)
     where = str(files[0])
-    return with_images(with_lists(without_hpdv2_lists(dataset, where), where), files[0])
+    try:  # the first row of a stream is read here, and of a file that is mapped into memory
+        return with_images(with_lists(without_hpdv2_lists(dataset, where), where), files[0])
+    except (OSError, pa.ArrowException, DatasetGenerationError) as error:
+        raise ValueError(f"{names} cannot be read: {first_line(error.__cause__ or error)}") from error
 
 
 def cache_of(files: list[str | Path], is_read_anew: bool = False) -> str | None:
