@@ -319,6 +319,13 @@ def test_pairs_are_annotated_and_joined(tmp_path):
         assert [instance["preference"] for instance in found] == [instance["preference"] for instance in true]
 
 
+def test_the_pages_of_the_annotation_are_shown(tmp_path):
+    """annotation_demo.py writes the page of each command, and says how to make it."""
+    out = run("annotation_demo.py", "--output_dir", tmp_path / "demo", "--num_rows", 6)
+    assert "annotate-instances" in out and "annotate-attributes" in out
+    assert all((tmp_path / "demo" / name / "preview.html").is_file() for name in ("instances", "attributes"))
+
+
 def test_paintings_are_annotated_and_joined(tmp_path):
     """annotate_paintings.py finds the attributes of the quickstart's paintings, and writes what the trainers take."""
     (tmp_path / "data").mkdir()

@@ -324,7 +324,7 @@ def attribute_codes(column: pa.ChunkedArray) -> tuple[list, np.ndarray, np.ndarr
     """
     rows, items, start = [], [], 0
     for chunk in without_views(column).chunks:
-        if pa.types.is_nested(chunk.type):  # else all values are null
+        if not pa.types.is_null(chunk.type):
             items.append(chunk.flatten())
             rows.append(pc.list_parent_indices(chunk).to_numpy() + start)
         start += len(chunk)

@@ -13,7 +13,7 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, LargeList, List, Value
 
 from ..criteria import Criteria
 from ..messages import cut, quoted, shortened, shown
@@ -455,22 +455,24 @@ def check_attribute_columns(
             )
     if isinstance(dataset, IterableDataset) or dataset.format["type"] == "custom":
         return
-    for column in ATTRIBUTE_COLUMNS:
-        if isinstance(dataset.features[column], Value | ClassLabel):  # no list: so says the first row that is not null
-            for row in bad_rows(dataset, column, lambda values: ~nulls(values))[:1]:
-                check_attributes(dataset.select_columns(["id", *ATTRIBUTE_COLUMNS])[int(row)], criteria)
+    table = dataset.select_columns(["id", *ATTRIBUTE_COLUMNS])
+    columns = [column for column in ATTRIBUTE_COLUMNS if _are_attributes(dataset.features[column])]
+    for column in [
+        column for column in ATTRIBUTE_COLUMNS if column not in columns
+    ]:  # what it holds instead is said of the first row that has some
+        for row in bad_rows(dataset, column, lambda values: ~nulls(values)):
+            check_attributes(table[int(row)], criteria)
     places_of = {attribute: place for place, attribute in enumerate(ids)} | {place: place for place in range(len(ids))}
     bad, has = np.zeros((2, len(dataset.data)), dtype=bool)
     both = []  # row * number of attributes + attribute, for each column
-    for column in ATTRIBUTE_COLUMNS:
+    for column in columns:
         names, rows, codes = attribute_codes(dataset.data.column(column))
         places = np.array([places_of.get(name, -1) for name in names], dtype=int)[codes]
         has[rows] = True
         bad[rows[places < 0]] = True
         both.append((rows * len(ids) + places)[places >= 0])
-    once = np.sort(np.concatenate(both))
+    once = np.sort(np.concatenate([np.zeros(0, dtype=int), *both]))
     bad[once[1:][once[1:] == once[:-1]] // len(ids)] = True  # twice in a column, or in both
-    table = dataset.select_columns(["id", *ATTRIBUTE_COLUMNS])
     bad = selected(dataset, bad).nonzero()[0]
     if len(bad):
         try:
@@ -484,6 +486,11 @@ def check_attribute_columns(
             f"nothing can be learned from them: the rows with id {shortened(without)}. Remove them with "
             '`dataset.filter(lambda row: row["positive_attributes"] or row["negative_attributes"])`.'
         )
+
+
+def _are_attributes(feature: Any) -> bool:
+    """Whether a column has lists of single values."""
+    return isinstance(feature, List | LargeList) and isinstance(feature.feature, Value | ClassLabel)
 
 
 def check_attributes(row: dict[str, Any], criteria: Criteria) -> tuple[list[str], list[str]]:
