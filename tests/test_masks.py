@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_diffusion.boxes import crop_boxes, flip_boxes, normalize_boxes, orient_boxes
-from trl_diffusion.masks import instance_masks, masked_area, normalize_masks
+from trl_diffusion.masks import instance_masks, instance_regions, masked_area, normalize_masks
 
 
 WHOLE = [0.0, 0.0, 1.0, 1.0]
@@ -348,3 +348,21 @@ def test_masked_area_is_the_share_that_weighs_less(boxes, w_neg, share, mask_ove
     """The share of cells below the heaviest; all of them where the mask is zero or negative everywhere."""
     masks = mask(boxes, [True] * len(boxes), 6, 4, w_neg, mask_overlap)[None]
     assert masked_area(masks).item() == share
+
+
+def test_regions_of_instances_and_background():
+    """Each region is its box's share of each cell, and what no judged instance covers is the background's, overlaps counted once."""
+    boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.25, 0.25, 0.75, 1.0], [0.0, 0.0, 1.0, 1.0]]])
+    judged = torch.tensor([[True, True, False]])
+    first, second, tie, background = instance_regions(boxes, judged, 8, 8)[0]
+    assert (first.sum(), second.sum(), tie.sum()) == (16, 24, 0)
+    assert background.sum() == 64 - 16 - 24 + 4
+    assert torch.equal(background, 1 - torch.maximum(first, second))  # whole cells
+
+
+def test_regions_of_parts_of_cells():
+    """A cell of which instances cover parts belongs to them and to the background by area, also where they overlap."""
+    boxes = torch.tensor([[[0.0, 0.0, 0.5, 1.0], [0.25, 0.0, 0.75, 1.0]]])
+    assert instance_regions(boxes, torch.ones(1, 2, dtype=torch.bool), 1, 1).flatten().tolist() == [0.5, 0.5, 0.25]
+    nothing = instance_regions(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool), 2, 3)
+    assert torch.equal(nothing, torch.ones(2, 1, 2, 3))

@@ -59,6 +59,36 @@ def instance_masks(
         return normalize_masks(combine(boxes, judged, conflicts, height, width, w_neg))
 
 
+def instance_regions(boxes: torch.Tensor, judged: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """
+    Computes which share of each latent cell each instance covers, and which share no instance covers: the background.
+
+    Args:
+        boxes (`torch.Tensor` of shape `(B, N, 4)`):
+            Unit boxes.
+        judged (`torch.Tensor` of shape `(B, N)`, bool):
+            Which instances count: `False` for padding and ties, whose region belongs to the background.
+        height (`int`):
+            Height of the latent grid.
+        width (`int`):
+            Width of the latent grid.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N + 1, height, width)`: float32 in [0, 1], the background last. What does not count covers
+        nothing.
+    """
+    boxes, judged = boxes.float(), judged.float()
+    with torch.autocast(boxes.device.type, enabled=False):
+        x_min, y_min, x_max, y_max = _in_cells(boxes, height, width)
+        covered_y, covered_x = _coverage(y_min, y_max, height), _coverage(x_min, x_max, width)
+        instances = torch.einsum("bn,bnh,bnw->bnhw", judged, covered_y, covered_x)
+        inside_y, pieces_y = _pieces(y_min, y_max, height)
+        inside_x, pieces_x = _pieces(x_min, x_max, width)
+        free = (torch.einsum("bn,bnq,bnp->bqp", judged, inside_y, inside_x) == 0).float()
+        background = pieces_y.transpose(1, 2) @ free @ pieces_x
+        return torch.cat([instances, background[:, None]], dim=1)
+
+
 def normalize_masks(masks: torch.Tensor) -> torch.Tensor:
     """
     Divides each mask by the mean of its absolute value, so that the losses of both images of a pair have the same scale.
