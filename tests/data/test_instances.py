@@ -18,6 +18,8 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value, load_dataset
 from datasets import Image as ImageColumn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from tests import tiny
@@ -588,3 +590,28 @@ def test_decoding_of_rle_and_png_agree():
     found, expected = InstancePairCollator(32)([row(0, [rle])]), InstancePairCollator(32)([row(0)])
     assert torch.equal(found["chosen_masks"], expected["chosen_masks"])
     assert np.array_equal(decode_rle(rle["chosen_mask"]), disc())
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.text(max_size=20),
+        st.integers(),
+        st.lists(st.integers(), max_size=3),
+        st.dictionaries(
+            st.sampled_from(["size", "counts", "bytes", "path", "x"]), st.one_of(st.binary(), st.integers())
+        ),
+        st.fixed_dictionaries(
+            {"size": st.lists(st.integers(), max_size=3), "counts": st.lists(st.integers(), max_size=4)}
+        ),
+        st.fixed_dictionaries({"size": st.just([32, 40]), "counts": st.one_of(st.text(), st.binary(), st.integers())}),
+    )
+)
+def test_whatever_a_stranger_gives_as_a_mask_is_one_line(mask):
+    """Any value in the place of a mask is read, is none, or is a ValueError of one line that names its row."""
+    try:
+        InstancePairCollator(32)([row(0, [boxed(chosen_mask=mask)])])
+    except ValueError as error:
+        assert str(error).startswith("`instances[0].chosen_mask` of the row with id 'row-0' is not a mask: ")
+        assert "\n" not in str(error) and len(str(error)) < 700
