@@ -18,8 +18,9 @@ from ..criteria import Criteria
 from .attribute_expert import AttributeExpert
 from .images import crop_around, limit_pixels
 from .judge import Judge
-from .records import ImageRecord, PairRecord, Record, encode_row
+from .records import ImageRecord, PairRecord, Record
 from .run import Task
+from .tables import encode_row
 
 
 SHOWN_PIXELS = 512 * 512

@@ -43,12 +43,16 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 ID_FITS = 'store ids as strings or integers, or remove the column with `dataset.remove_columns("id")`, and rows are numbered.'
 
 
-def instance_pair_features() -> Features:
+def instance_pair_features(masks: bool = False) -> Features:
     """
     The columns of [`InstanceDPOTrainer`]: a pair of images, and the instances that both images show.
 
     Boxes are `[x_min, y_min, x_max, y_max]` in pixels of the stored image, before any EXIF orientation is applied.
     `preference` is the image in which the instance is depicted better.
+
+    Args:
+        masks (`bool`, *optional*, defaults to `False`):
+            Whether instances also have `chosen_mask` and `rejected_mask`, PNG images of the size of the stored image.
 
     Returns:
         [`~datasets.Features`]
@@ -58,6 +62,7 @@ def instance_pair_features() -> Features:
         "label": Value("string"),
         "chosen_box": box,
         "rejected_box": box,
+        **({"chosen_mask": Image(), "rejected_mask": Image()} if masks else {}),
         "preference": ClassLabel(names=list(PREFERENCES)),
     }
     return Features(
