@@ -47,6 +47,30 @@ def denormalize_boxes(boxes: torch.Tensor, width: int, height: int) -> torch.Ten
     return boxes.float() * torch.tensor([width, height, width, height], device=boxes.device)
 
 
+def widen_boxes(boxes: torch.Tensor, margin: float, width: int, height: int) -> torch.Tensor:
+    """
+    Adds a margin to each side of boxes, as far as the image reaches.
+
+    Args:
+        boxes (`torch.Tensor` of shape `(..., 4)`):
+            Boxes as `[x_min, y_min, x_max, y_max]` in pixels.
+        margin (`float`):
+            The margin, as a share of the width of the box to the left and to the right, and of its height above and below.
+        width (`int`):
+            Width of the image in pixels.
+        height (`int`):
+            Height of the image in pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(..., 4)`: the boxes in pixels, float32. A box of area 0 stays as it is.
+    """
+    boxes = boxes.float()
+    sides = margin * (boxes[..., 2:] - boxes[..., :2])
+    size = torch.tensor([width, height], device=boxes.device)
+    low = torch.minimum((boxes[..., :2] - sides).clamp(min=0), size)
+    return torch.cat([low, torch.minimum(boxes[..., 2:] + sides, size)], dim=-1)
+
+
 def orient_boxes(boxes: torch.Tensor, orientation: int) -> torch.Tensor:
     """
     Moves unit boxes of a stored image to where `PIL.ImageOps.exif_transpose` moves its pixels.

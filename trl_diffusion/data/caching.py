@@ -33,6 +33,7 @@ TENSORS = "_tensors"  # column with the tensors of a row, in the safetensors for
 CHECKSUM_BYTES = 8
 ABSENT = "_absent"  # in a batch, the ids of its rows that are not encoded
 ROWS_PER_FILE = 1000
+OPTIONAL = ("chosen_masks", "rejected_masks")  # tensors that some rows have, and of which the others have none
 
 
 def is_precomputed(row: dict[str, Any]) -> bool:
@@ -382,6 +383,10 @@ def _stack_rows(rows: list[np.ndarray], pin_memory: bool = False) -> dict[str, t
     starts = [8 + int.from_bytes(row[:8].tobytes(), "little") for row in rows]
     headers = [json.loads(row[8:start].tobytes()) for row, start in zip(rows, starts, strict=True)]
     stacked = {}
+    for name in OPTIONAL:
+        if first := next((header[name] for header in headers if name in header), None):
+            none = {"dtype": first["dtype"], "shape": [0, *first["shape"][1:]], "data_offsets": [0, 0]}
+            headers = [{name: none} | header for header in headers]
     for name, first in headers[0].items():
         if name == "__metadata__":
             continue

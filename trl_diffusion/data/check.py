@@ -28,6 +28,7 @@ from .formats import (
     row_prompt,
 )
 from .images import image_content, image_errors, open_image
+from .instances import mask_faults
 from .pictures import is_transparent, orientation, upright_image
 
 
@@ -144,7 +145,10 @@ def inspect_row(
         sizes = {
             column: content[column]["stored"] if column in content else (np.inf, np.inf) for column in image_columns
         }
-        faults += [("instances", text) for text in instance_faults(row, sizes)]
+        of_instances = list(instance_faults(row, sizes)) or list(
+            mask_faults(row, {column: content[column]["stored"] for column in image_columns if column in content})
+        )
+        faults += [("instances", text) for text in of_instances]
     elif set(ATTRIBUTE_COLUMNS) <= set(columns):
         attempt("attributes", lambda: check_attributes(row, criteria))
         if needs_attributes and content.get("attributes") == ([], []):

@@ -7,23 +7,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from datasets import List, Value
 
+from ..boxes import widen_boxes
 from ..criteria import Criteria
+from ..masks import pack_masks
 from ..randomness import keyed_generator
 from .buckets import nearest_bucket
-from .caching import is_precomputed, read_batch, read_example, stack_padded
-from .formats import (
-    check_attributes,
-    check_instances,
-    check_preference,
-    read_image,
-    row_id,
-    row_prompt,
-)
+from .caching import OPTIONAL, is_precomputed, read_batch, read_example, stack_padded
+from .formats import check_attributes, read_image, row_id, row_prompt
 from .images import image_content, image_errors, image_size, open_reduced
+from .instances import check_instances, check_preference, read_masks
 from .transforms import TrainingImage, prepare_image
 
 
@@ -71,7 +68,8 @@ class ImageCollator:
         if all(map(is_precomputed, rows)):
             return read_batch(rows)
         examples = [read_example(row) if is_precomputed(row) else self.prepare(row) for row in rows]
-        return {name: _batch([example[name] for example in examples]) for name in examples[0]}
+        names = dict.fromkeys(name for example in examples for name in example)
+        return {name: _batch(values_of(examples, name)) for name in names}
 
     def texts(self, row: dict[str, Any]) -> dict[str, Any]:
         """The columns of an example that hold no tensors. Raises a `ValueError` if one is invalid."""
@@ -105,10 +103,11 @@ class ImageCollator:
     def _prepare_image(
         self,
         opened: tuple[PIL.Image.Image, tuple[int, int]],
-        boxes: list,
+        boxes: torch.Tensor | list,
         size: tuple[int, int],
         row: dict[str, Any],
         column: str,
+        masks: list[np.ndarray | None] | None = None,
     ) -> dict[str, Any]:
         image, stored_size = opened
         generator = keyed_generator(self.seed, str(row["id"]), column, "augmentation")
@@ -117,16 +116,18 @@ class ImageCollator:
             with image_errors(image):
                 return prepare_image(
                     image,
-                    torch.tensor(boxes).reshape(-1, 4),
+                    torch.as_tensor(boxes).reshape(-1, 4),
                     size,
                     generator,
                     center_crop=self.center_crop,
                     random_flip=self.random_flip,
                     stored_size=stored_size,
+                    masks=masks or (),
                 )
 
         prepared = read_image(row, column, prepare)
-        return {
+        moved = {} if prepared.masks is None else {f"{column}_masks": pack_masks(prepared.masks)}
+        return moved | {
             f"{column}_pixel_values": prepared.pixels,
             f"{column}_original_sizes": torch.tensor(prepared.original_size),
             f"{column}_crop_top_lefts": torch.tensor(prepared.crop_top_left),
@@ -143,9 +144,17 @@ class InstancePairCollator(ImageCollator):
     - `chosen_pixel_values`, `rejected_pixel_values` `(B, 3, H, W)`, uint8, see [`data.transforms.normalize_pixels`]; for
       precomputed rows instead `*_latents_mean`, `*_latents_std` `(B, C, h, w)`;
     - for both images `*_boxes` `(B, N, 4)` (unit boxes, padded with zeros), `*_original_sizes`, `*_crop_top_lefts` `(B, 2)`;
+    - where an instance of the batch has a segmentation mask in an image, `*_masks` `(B, M, H, ceil(W / 8))`, uint8, as
+      [`masks.instance_masks`] takes them: a bit for each pixel of the first `M` instances. An instance with a mask has a box of zeros;
     - `judged`, `conflicts` `(B, N)`, bool;
     - `id`, `prompt`, lists of `B` strings.
+
+    Args:
+        box_margin (`float`, *optional*, defaults to `0.0`):
+            Margin around boxes, see [`boxes.widen_boxes`]. Masks have none.
     """
+
+    box_margin: float = 0.0
 
     image_columns = ("chosen", "rejected")
     text_features = {}  # columns of an example besides `id`, `prompt` and its tensors
@@ -168,8 +177,8 @@ class InstancePairCollator(ImageCollator):
         images, size = self._open_images(row)
         instances = check_instances(row, {column: stored_size for column, (_, stored_size) in images.items()})
         for column, opened in images.items():
-            boxes = [list(instance[f"{column}_box"]) for instance in instances]
-            example |= self._prepare_image(opened, boxes, size, row, column)
+            boxes, masks = self._regions(row, instances, column, opened[1])
+            example |= self._prepare_image(opened, boxes, size, row, column, masks)
         preferences = [check_preference(instance["preference"]) for instance in instances]
         judged = [preference != "tie" for preference in preferences]
         conflicts = [preference == "rejected" for preference in preferences]
@@ -177,6 +186,22 @@ class InstancePairCollator(ImageCollator):
             "judged": torch.tensor(judged, dtype=torch.bool),
             "conflicts": torch.tensor(conflicts, dtype=torch.bool),
         }
+
+    def _regions(
+        self, row: dict[str, Any], instances: list[dict[str, Any]], column: str, stored_size: tuple[int, int]
+    ) -> tuple[torch.Tensor, list[np.ndarray | None]]:
+        """The boxes `(N, 4)` of instances in pixels of the stored image, with their margin, and the masks that stand above them."""
+        masks = read_masks(row, column, stored_size)
+        boxes = [
+            [0.0] * 4 if mask is not None else list(instance[f"{column}_box"])
+            for instance, mask in zip(instances, masks, strict=True)
+        ]
+        boxes = torch.tensor(boxes).reshape(-1, 4)  # of none, too
+        return widen_boxes(boxes, self.box_margin, *stored_size) if self.box_margin else boxes, masks
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was precomputed before there was a margin is what is precomputed without one
+        return {name: value for name, value in self.__dict__.items() if name != "box_margin" or value}
 
 
 @dataclass
@@ -224,6 +249,14 @@ class AttributeCollator(ImageCollator):
         image = self._prepare_image(images["image"], [], size, row, "image")
         del image["image_boxes"]
         return texts | image
+
+
+def values_of(examples: list[dict[str, Any]], name: str) -> list:
+    """The values of a column of examples. Masks, which only rows with masks have, are none for the others."""
+    present = next(example[name] for example in examples if name in example)
+    if name not in OPTIONAL:
+        return [example[name] for example in examples]
+    return [example.get(name, present[:0]) for example in examples]
 
 
 def _batch(values: list) -> torch.Tensor | list:

@@ -25,6 +25,7 @@ UNKNOWN = (None, Value("null"), List(Value("null")))  # no type is known, or eve
 LARGEST_NUMBER = float(np.finfo(np.float32).max)  # boxes are computed in float32
 MOST_INSTANCES = 1000  # of a row; masks of more take gigabytes
 BOXES = ("chosen_box", "rejected_box")
+MASKS = ("chosen_mask", "rejected_mask")
 ROWS_AT_ONCE = 50_000
 MOST_PATHS = 10_000  # of more, as many are looked for, at equal distances: each may be a request to a server
 
@@ -99,8 +100,18 @@ def _instance_faults(feature: Any, name: str) -> Iterator[tuple[str, str]]:
             ),
         )
         return
-    for field in BOXES:
+    for field, mask in zip(BOXES, MASKS, strict=True):
         box = fields.get(field)
+        if not _is_mask(fields.get(mask)):
+            yield (
+                f"instances.{mask}",
+                (
+                    _mistyped(f"instances.{mask}", name, "segmentation masks", fields.get(mask))
+                    + "Store PNG images as `datasets.Image`, encoded bytes or paths, or run-length encodings with `size` and `counts`."
+                ),
+            )
+        if box in UNKNOWN[:2] and fields.get(mask) not in UNKNOWN[:2]:
+            continue  # all instances have masks
         if _item(box) is None or not _is_value(_item(box), (*NUMBERS, "null")):
             yield f"instances.{field}", _mistyped(f"instances.{field}", name, "lists of four numbers", box)
     preference = fields.get("preference")
@@ -122,6 +133,13 @@ def _instance_faults(feature: Any, name: str) -> Iterator[tuple[str, str]]:
                 f"`ClassLabel(names={list(PREFERENCES)})` if they are the indices of these."
             ),
         )
+
+
+def _is_mask(feature: Any) -> bool:
+    """Whether a type is that of segmentation masks, or none."""
+    if isinstance(feature, dict):
+        return bool({"bytes", "path"} & feature.keys()) or {"size", "counts"} <= feature.keys()
+    return isinstance(feature, Image) or _is_value(feature, (*TEXT, *BINARY)) or feature in UNKNOWN[:2]
 
 
 def _item(feature: Any) -> Any:
@@ -281,7 +299,8 @@ def repeated(dataset: Dataset, column: str) -> tuple[int, np.ndarray]:
 
 def bad_instances(column: pa.Array) -> np.ndarray:
     """
-    Which rows have an instance that is null, without a preference, or whose box is no box whatever the size of its image.
+    Which rows have an instance that is null, without a preference, whose box is no box whatever the size of its image, or that has
+    neither a box nor a mask.
 
     Args:
         column (`pa.Array`):
@@ -292,8 +311,11 @@ def bad_instances(column: pa.Array) -> np.ndarray:
     """
     items, parents = column.flatten(), pc.list_parent_indices(column).to_numpy()
     bad = nulls(items)
-    for field in BOXES:
-        boxes = pc.struct_field(items, field)
+    for field, mask in zip(BOXES, MASKS, strict=True):
+        boxes, has_mask = _field(items, field), _has_mask(_field(items, mask))
+        if pa.types.is_null(boxes.type):
+            bad |= ~has_mask
+            continue
         of_four = pc.fill_null(pc.equal(pc.list_value_length(boxes), 4), False)
         numbers = boxes.filter(of_four).flatten()
         numbers = numbers.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).reshape(-1, 4)
@@ -301,7 +323,7 @@ def bad_instances(column: pa.Array) -> np.ndarray:
         fine = (-1 <= x_min) & (x_min < x_max) & (-1 <= y_min) & (y_min < y_max)  # not so for NaN
         fine &= (x_max <= LARGEST_NUMBER) & (y_max <= LARGEST_NUMBER)
         of_four = of_four.to_numpy(zero_copy_only=False)
-        bad |= ~of_four
+        bad |= ~of_four & ~(nulls(boxes) & has_mask)
         bad[of_four.nonzero()[0]] |= ~fine
     preference = pc.struct_field(items, "preference")
     names = PREFERENCES if _is_text(preference.type) else range(len(PREFERENCES))
@@ -309,6 +331,18 @@ def bad_instances(column: pa.Array) -> np.ndarray:
     rows = np.zeros(len(column), dtype=bool)
     rows[parents[bad]] = True
     return rows | (pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False) > MOST_INSTANCES)
+
+
+def _field(items: pa.StructArray, name: str) -> pa.Array:
+    """A field of structs, of nulls where they have no such field."""
+    return pc.struct_field(items, name) if items.type.get_field_index(name) >= 0 else pa.nulls(len(items))
+
+
+def _has_mask(masks: pa.Array) -> np.ndarray:
+    """Which masks are there: are not null, and have some part that is not."""
+    if not pa.types.is_struct(masks.type):
+        return ~nulls(masks)
+    return np.logical_or.reduce([~nulls(part) for part in masks.flatten()])
 
 
 def attribute_codes(column: pa.ChunkedArray) -> tuple[list, np.ndarray, np.ndarray]:

@@ -3,8 +3,8 @@
 
 """The columns of datasets, and readable errors for invalid data."""
 
+import copy
 import logging
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, LargeList, List, Value
+from datasets.fingerprint import Hasher
 
 from ..criteria import Criteria
 from ..messages import cut, quoted, shortened, shown
 from .column_checks import (
     ATTRIBUTE_COLUMNS,
-    LARGEST_NUMBER,
-    MOST_INSTANCES,
-    PREFERENCES,
+    MASKS,
+    PREFERENCES,  # noqa: F401 also a name of this module, as what follows of instances
     UNKNOWN,
     attribute_codes,
     bad_instances,
@@ -35,45 +35,20 @@ from .column_checks import (
 )
 from .columns import numbered
 from .images import open_image
+from .instances import (  # noqa: F401
+    check_box,
+    check_instances,
+    check_preference,
+    instance_faults,
+    instance_pair_features,
+    is_finite,
+)
 
 
 logger = logging.getLogger(__name__)
 
 SURROGATES = re.compile("[\ud800-\udfff]")
 ID_FITS = 'store ids as strings or integers, or remove the column with `dataset.remove_columns("id")`, and rows are numbered.'
-
-
-def instance_pair_features(masks: bool = False) -> Features:
-    """
-    The columns of [`InstanceDPOTrainer`]: a pair of images, and the instances that both images show.
-
-    Boxes are `[x_min, y_min, x_max, y_max]` in pixels of the stored image, before any EXIF orientation is applied.
-    `preference` is the image in which the instance is depicted better.
-
-    Args:
-        masks (`bool`, *optional*, defaults to `False`):
-            Whether instances also have `chosen_mask` and `rejected_mask`, PNG images of the size of the stored image.
-
-    Returns:
-        [`~datasets.Features`]
-    """
-    box = List(Value("float32"), length=4)
-    instance = {
-        "label": Value("string"),
-        "chosen_box": box,
-        "rejected_box": box,
-        **({"chosen_mask": Image(), "rejected_mask": Image()} if masks else {}),
-        "preference": ClassLabel(names=list(PREFERENCES)),
-    }
-    return Features(
-        {
-            "id": Value("string"),
-            "prompt": Value("string"),
-            "chosen": Image(),
-            "rejected": Image(),
-            "instances": List(instance),
-        }
-    )
 
 
 def attribute_features(criteria: Criteria | None = None) -> Features:
@@ -182,6 +157,8 @@ def prepare_dataset(
     for column in image_columns:
         if isinstance((dataset.features or {}).get(column), Image):
             dataset = dataset.cast_column(column, Image(decode=False))
+    if "chosen" in columns:
+        dataset = without_decoded_masks(dataset)
     if "id" not in present and isinstance(dataset, Dataset):
         dataset = numbered(dataset)
     if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
@@ -200,6 +177,24 @@ def prepare_dataset(
         )
     if dataset.features is None and "chosen" in columns:
         dataset = dataset.map(_refuse_bare_numbers)
+    return dataset
+
+
+def without_decoded_masks(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The same dataset with undecoded masks of instances, if it has any: `cast_column` does it for whole columns alone."""
+    lists = (dataset.features or {}).get("instances")
+    fields = lists.feature if isinstance(lists, List | LargeList) else None
+    if not isinstance(fields, dict) or not any(isinstance(fields.get(name), Image) for name in MASKS):
+        return dataset
+    undecoded = {name: Image(decode=False) for name in MASKS if isinstance(fields.get(name), Image)}
+    feature = copy.copy(lists)
+    feature.feature = {**fields, **undecoded}
+    if isinstance(dataset, IterableDataset):
+        return dataset.cast_column("instances", feature)
+    # `Dataset.cast_column` would write all rows again, although none of them is another
+    fingerprint, dataset = Hasher.hash((dataset._fingerprint, "undecoded masks")), copy.copy(dataset)
+    dataset._info, dataset._fingerprint = copy.deepcopy(dataset._info), fingerprint
+    dataset._info.features["instances"] = feature
     return dataset
 
 
@@ -295,52 +290,6 @@ def is_text(value: str) -> bool:
     return not SURROGATES.search(value)
 
 
-def check_instances(row: dict[str, Any], sizes: dict[str, tuple[float, float]] | None = None) -> list[dict[str, Any]]:
-    """
-    Checks the instances of a row.
-
-    Args:
-        row (`dict`):
-            The row.
-        sizes (`dict[str, tuple[float, float]]`, *optional*):
-            Width and height in pixels of the stored images by column. If left out, boxes may reach any far.
-
-    Returns:
-        `list[dict]`: the instances.
-
-    Raises:
-        `ValueError`: At the first of [`data.formats.instance_faults`].
-    """
-    for fault in instance_faults(row, sizes or {"chosen": (math.inf, math.inf), "rejected": (math.inf, math.inf)}):
-        raise ValueError(fault)
-    return row.get("instances") or []
-
-
-def instance_faults(row: dict[str, Any], sizes: dict[str, tuple[float, float]]) -> Iterator[str]:
-    """All that is wrong with the instances of a row, see [`data.formats.check_instances`]."""
-    instances = row.get("instances") or []
-    if not isinstance(instances, list | tuple) or not all(isinstance(instance, dict) for instance in instances):
-        yield f"`instances` of the row with id {shown(row.get('id'))} must be a list of objects, got {shown(instances)}."
-        return
-    if len(instances) > MOST_INSTANCES:
-        yield (
-            f"`instances` of the row with id {shown(row.get('id'))} are {len(instances):,}; a row has at most {MOST_INSTANCES:,}. Keep those "
-            "that matter."
-        )
-        return
-    for index, instance in enumerate(instances):
-        of_row = f"of the row with id {shown(row.get('id'))}"
-        for column, size in sizes.items():
-            try:
-                check_box(instance.get(f"{column}_box"), *size)
-            except ValueError as error:
-                yield f"`instances[{index}].{column}_box` {of_row} is not a box: {error}."
-        try:
-            check_preference(instance.get("preference"))
-        except ValueError as error:
-            yield f"`instances[{index}].preference` {of_row} is not a preference: {error}."
-
-
 def read_image(row: dict[str, Any], column: str, read: Callable | None = None) -> Any:
     """
     Reads an image of a row.
@@ -366,66 +315,6 @@ def read_image(row: dict[str, Any], column: str, read: Callable | None = None) -
             f"The image in column `{column}` of the row with id {shown(row.get('id'))} cannot be read: {cut(str(error))}. Replace it, or "
             "remove the row with `dataset.filter`."
         ) from error
-
-
-def check_box(box: Any, width: int, height: int) -> list[float]:
-    """
-    Checks that a box fits its image.
-
-    Args:
-        box (`list[float]`):
-            `[x_min, y_min, x_max, y_max]` in pixels.
-        width (`int`):
-            Width of the stored image in pixels.
-        height (`int`):
-            Height of the stored image in pixels.
-
-    Returns:
-        `list[float]`: the box. Coordinates may be up to one pixel outside the image, as in boxes of detectors.
-
-    Raises:
-        `ValueError`: If the box is not four finite numbers, is inverted or empty, or extends beyond the image.
-    """
-    if not isinstance(box, list | tuple) or len(box) != 4:
-        raise ValueError(f"{shown(box)} is not a list of four numbers [x_min, y_min, x_max, y_max]")
-    if not all(is_finite(number) for number in box):
-        raise ValueError(f"{shown(box)} has a coordinate that is not a finite number")
-    x_min, y_min, x_max, y_max = box
-    if x_min >= x_max or y_min >= y_max:
-        raise ValueError(f"{shown(box)} is inverted or empty: it must have x_min < x_max and y_min < y_max, in pixels")
-    if x_min < -1 or y_min < -1 or x_max > width + 1 or y_max > height + 1:
-        raise ValueError(
-            f"{shown(box)} reaches outside of its image, which is {width} pixels wide and {height} high: boxes are in pixels of "
-            "the stored image, not of a resized one"
-        )
-    return list(box)
-
-
-def is_finite(number: Any) -> bool:
-    """Whether a value is a number that float32 holds, in which boxes are computed."""
-    return isinstance(number, int | float) and abs(number) <= LARGEST_NUMBER  # not so for NaN
-
-
-def check_preference(preference: Any) -> str:
-    """
-    Converts the preference of an instance to a string.
-
-    Args:
-        preference (`int` or `str`):
-            One of `PREFERENCES`, or its index in a [`~datasets.ClassLabel`]. Whether an integer has names is known to its
-            dataset alone, see [`data.formats.prepare_dataset`].
-
-    Returns:
-        `str`: `"chosen"`, `"rejected"` or `"tie"`.
-
-    Raises:
-        `ValueError`: If it is neither.
-    """
-    if isinstance(preference, str) and preference in PREFERENCES:
-        return preference
-    if isinstance(preference, int) and not isinstance(preference, bool) and 0 <= preference < len(PREFERENCES):
-        return PREFERENCES[preference]
-    raise ValueError(f"{shown(preference)} is none of {quoted(PREFERENCES)}")
 
 
 def check_attribute_columns(

@@ -20,6 +20,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from datasets.table import ConcatenationTable, InMemoryTable, MemoryMappedTable, Table
 
+from .column_checks import MASKS
 from .content import ABSENT, TICK_NS, FileIndex, read_sealed, state_of, write_sealed
 from .hashing import described, hash_of, value_hashes
 from .images import image_content
@@ -67,7 +68,7 @@ class RowContents:
             return pa.array([self._of_made_row(self.dataset[int(row)]) for row in rows], pa.string())
         names = sorted(self.dataset.column_names)
         types = [
-            (name, name in self.image_columns or described(self.dataset.data.schema.field(name).type))
+            (name, name in self.image_columns or described(hashed_type(self.dataset.data.schema.field(name).type)))
             for name in names
         ]
         seed, places = xxhash.xxh3_64_intdigest(repr(types).encode()), rows
@@ -107,6 +108,8 @@ class RowContents:
                 row[name] = image
             place = table.column_names.index(name)
             table = table.set_column(place, name, pa.array(loaded, STORED))
+        if any(image_fields(field.type) for field in table.schema):
+            table = with_loaded_masks(table, rows)
         now = RowContents(Dataset(table), self.image_columns).of(np.arange(len(rows)))
         for row, was, is_ in zip(rows, contents.to_pylist(), now.to_pylist(), strict=True):
             if was != is_:
@@ -123,6 +126,8 @@ class RowContents:
                 images[name] = image_content(row[name])
             except (OSError, ValueError):  # which is said where the image is used
                 images[name] = row[name]
+        if "instances" in row:
+            images["instances"] = load_masks(row["instances"])
         return Hasher.hash(sorted((row | images).items(), key=lambda item: item[0]))
 
     def _of_column(self, name: str, places: np.ndarray) -> np.ndarray:
@@ -144,6 +149,7 @@ class RowContents:
         if kept is not None:
             digests, is_known = kept.digests[places], kept.is_known[places]
         paths: dict[int, str] = {}
+        in_files: list[int] = []  # places of values that have masks in files
         missing = np.nonzero(~is_known)[0]
         for first in range(0, len(missing), ROWS_AT_ONCE):
             some = missing[first : first + ROWS_AT_ONCE]
@@ -152,9 +158,11 @@ class RowContents:
                 digests[some], of_piece = image_digests(piece)
                 paths |= {int(some[place]): path for place, path in of_piece.items()}
             else:
+                piece, with_paths = with_mask_digests(piece)
                 digests[some] = value_hashes(piece)
-        if kept is not None and len(missing) > len(paths):
-            kept.add(places, digests, np.setdiff1d(missing, list(paths)))
+                in_files += some[with_paths].tolist()
+        if kept is not None and len(missing) > len(paths) + len(in_files):
+            kept.add(places, digests, np.setdiff1d(missing, [*paths, *in_files]))
         if paths:
             digests[list(paths)] = path_digests(list(paths.values()))
         return digests
@@ -275,6 +283,88 @@ def image_parts(values: pa.Array) -> tuple[pa.LargeBinaryArray, dict[int, str]]:
     has_path = pc.and_(pc.is_valid(paths), pc.equal(pc.binary_length(content), 0))
     places = pc.indices_nonzero(has_path).to_pylist()
     return content, dict(zip(places, paths.filter(has_path).to_pylist(), strict=True))
+
+
+# ----- masks of instances -----
+
+
+def image_fields(kind: pa.DataType) -> list[str]:
+    """The fields of a list of instances that hold masks as images, which lie in bytes or in files."""
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        return []
+    fields = kind.value_type
+    return [name for name in MASKS if fields.get_field_index(name) >= 0 and is_stored_image(fields.field(name).type)]
+
+
+def hashed_type(kind: pa.DataType) -> pa.DataType:
+    """The type that [`data.row_contents.with_mask_digests`] makes of a type."""
+    return with_mask_digests(pa.array([], kind))[0].type
+
+
+def is_stored_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 or kind.get_field_index("path") >= 0
+    return kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+
+
+def with_mask_digests(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """
+    Puts hashes of their content in the place of masks.
+
+    Args:
+        values (`pa.Array` of length `N`):
+            A part of a column.
+
+    Returns:
+        `tuple`: the values, the same ones if there are no masks; and the places of those with a mask in a file.
+    """
+    names = image_fields(values.type)
+    if not names:
+        return values, np.zeros(0, np.int64)
+    items, with_paths = values.flatten(), set()
+    fields = dict(zip(items.type.names, items.flatten(), strict=True))
+    parents = pc.list_parent_indices(values).to_numpy()
+    for name in names:
+        masks = fields[name]
+        digests, paths = image_digests(masks) if len(masks) else (np.zeros(0, np.uint64), {})
+        if paths:
+            digests[list(paths)] = path_digests(list(paths.values()))
+            with_paths.update(parents[list(paths)].tolist())
+        fields[name] = pa.array(digests, mask=masks.is_null().to_numpy(zero_copy_only=False))
+    made = pa.StructArray.from_arrays(list(fields.values()), list(fields), mask=items.is_null())
+    lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False)
+    ends = pa.array(np.append(0, np.cumsum(lengths)), pa.int64())
+    return pa.LargeListArray.from_arrays(ends, made, mask=values.is_null()), np.array(sorted(with_paths), np.int64)
+
+
+def load_masks(instances: Any) -> Any:
+    """Instances with the bytes of masks that are stored as images; the very same object if there are none."""
+
+    def is_stored(name: str, value: Any) -> bool:
+        return name in MASKS and (isinstance(value, str | bytes) or isinstance(value, dict) and "path" in value)
+
+    if not isinstance(instances, list) or not all(isinstance(instance, dict) for instance in instances):
+        return instances
+    if not any(is_stored(*field) for instance in instances for field in instance.items()):
+        return instances
+    return [
+        {name: load_image(value) if is_stored(name, value) else value for name, value in instance.items()}
+        for instance in instances
+    ]
+
+
+def with_loaded_masks(table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:
+    """Loads the masks of rows and of the table that they come from, as [`data.row_contents.load_image`] does."""
+    for place, field in enumerate(table.schema):
+        names = image_fields(field.type)
+        if not names:
+            continue
+        for row in rows:
+            row[field.name] = load_masks(row[field.name])
+        kinds = [part.with_type(STORED) if part.name in names else part for part in field.type.value_type]
+        column = pa.array([row[field.name] for row in rows], pa.large_list(pa.struct(kinds)))
+        table = table.set_column(place, field.name, column)
+    return table
 
 
 def image_states(dataset: Dataset, image_columns: tuple[str, ...]) -> str:

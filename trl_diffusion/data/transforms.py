@@ -1,8 +1,9 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Prepares images and their boxes for training."""
+"""Prepares images, their boxes and segmentation masks for training."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import PIL.ImageOps
 import torch
 
 from ..boxes import crop_boxes, flip_boxes, normalize_boxes, orient_boxes
-from .pictures import orientation, upright_image
+from .pictures import TURNS, orientation, upright_image
 
 
 class TrainingImage(NamedTuple):
@@ -27,12 +28,15 @@ class TrainingImage(NamedTuple):
             (height, width) in pixels of the upright image.
         crop_top_left (`tuple[int, int]`):
             (top, left) in pixels of the crop in the resized, possibly flipped image.
+        masks (`torch.Tensor` of shape `(N, H, W)`, bool, or `None`):
+            Segmentation masks on `pixels`, empty for what has none. `None` if nothing has one.
     """
 
     pixels: torch.Tensor
     boxes: torch.Tensor
     original_size: tuple[int, int]
     crop_top_left: tuple[int, int]
+    masks: torch.Tensor | None = None
 
     @property
     def pixel_values(self) -> torch.Tensor:
@@ -66,10 +70,11 @@ def prepare_image(
     center_crop: bool = True,
     random_flip: bool = False,
     stored_size: tuple[int, int] | None = None,
+    masks: Sequence[np.ndarray | None] = (),
 ) -> TrainingImage:
     """
     Makes an image the picture that a viewer shows (see [`data.pictures.upright_image`]), resizes it such that it just covers
-    `size`, flips it (optionally) and crops it, together with its boxes.
+    `size`, flips it (optionally) and crops it, together with its boxes and masks.
 
     Args:
         image (`PIL.Image.Image`):
@@ -86,6 +91,9 @@ def prepare_image(
             Flip left to right with probability one half.
         stored_size (`tuple[int, int]`, *optional*):
             (width, height) in pixels of the stored image. Defaults to that of `image`.
+        masks (`list[np.ndarray]` of length `N`, *optional*):
+            Segmentation masks `(height, width)` of bools in pixels of the stored image, or `None` for what has a box alone. A pixel of the
+            result belongs to a mask if half of it does.
 
     Returns:
         [`TrainingImage`]
@@ -102,7 +110,8 @@ def prepare_image(
     height, width = max(crop_height, round(original_size[0] * scale)), max(crop_width, round(original_size[1] * scale))
     image = image.resize((width, height), PIL.Image.Resampling.LANCZOS, extent)
 
-    if random_flip and torch.rand((), generator=generator) < 0.5:
+    is_flipped = random_flip and bool(torch.rand((), generator=generator) < 0.5)
+    if is_flipped:
         image, boxes = PIL.ImageOps.mirror(image), flip_boxes(boxes)
 
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
@@ -113,8 +122,31 @@ def prepare_image(
     image = image.crop((left, top, right, bottom))
     boxes = crop_boxes(boxes, (left / width, top / height, right / width, bottom / height))
 
+    moved = None
+    if any(mask is not None for mask in masks):
+        moved = torch.zeros(len(masks), *size, dtype=torch.bool)
+        for place, mask in enumerate(masks):
+            if mask is not None:
+                moved[place] = _move_mask(mask, turn, (width, height), is_flipped, (left, top, right, bottom))
+
     pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-    return TrainingImage(pixels, boxes, original_size, (top, left))
+    return TrainingImage(pixels, boxes, original_size, (top, left), moved)
+
+
+def _move_mask(
+    mask: np.ndarray, turn: int, size: tuple[int, int], is_flipped: bool, window: tuple[int, int, int, int]
+) -> torch.Tensor:
+    """
+    Moves a mask `(h, w)` as its image is moved: turns it upright, resizes it to `size` (width, height), flips it, and cuts out the
+    window. A pixel is inside if at least half of its area is.
+    """
+    image = PIL.Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0)))
+    if turn in TURNS:
+        image = image.transpose(TURNS[turn])
+    image = image.resize(size, PIL.Image.Resampling.BOX)
+    if is_flipped:
+        image = PIL.ImageOps.mirror(image)
+    return torch.from_numpy(np.asarray(image.crop(window)) >= 128)
 
 
 def _extent(size: tuple[int, int], stored_size: tuple[int, int], turn: int) -> tuple[float, float, float, float]:

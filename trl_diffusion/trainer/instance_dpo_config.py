@@ -26,6 +26,9 @@ class InstanceDPOConfig(DiffusionConfig):
         mask_overlap (`str`, *optional*, defaults to `"mean"`):
             How the instances of an image are combined to its mask. `"mean"` averages over all of them, as in the paper;
             `"covering"` (ours) averages at each position over the instances that cover it.
+        box_margin (`float`, *optional*, defaults to `0.0`):
+            Margin around boxes, as a share of the width of the box to the left and to the right, and of its height above and
+            below, as far as the image reaches. Segmentation masks have none.
         reverse_preference (`bool`, *optional*, defaults to `False`):
             Train towards the rejected images, with the preferences of instances also reversed, for a model that is used in
             [`negative_preference_guidance`] (Diffusion-NPO). In the logs, chosen then means rejected.
@@ -59,6 +62,12 @@ class InstanceDPOConfig(DiffusionConfig):
             "choices": ["mean", "covering"],
         },
     )
+    box_margin: float = field(
+        default=0.0,
+        metadata={
+            "help": "Margin around boxes, as a share of the box's width and height on each side. Segmentation masks have none."
+        },
+    )
     reverse_preference: bool = field(
         default=False,
         metadata={"help": "Train towards the rejected images, for the unconditional branch of guidance."},
@@ -80,5 +89,9 @@ class InstanceDPOConfig(DiffusionConfig):
                 "the loss, and a negative value reverses their preference."
             )
         check_choice(self, "mask_overlap", ("mean", "covering"))
+        if not 0 <= self.box_margin < float("inf"):
+            raise ValueError(
+                f"`box_margin` must be at least 0, got {self.box_margin}: 0.1 widens a box by a tenth of its width and height on each side."
+            )
         if self.mask_examples < 0:
             raise ValueError(f"`mask_examples` is a number of training pairs, got {self.mask_examples}.")

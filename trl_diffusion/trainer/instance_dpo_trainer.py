@@ -69,6 +69,9 @@ class InstanceDPOTrainer(DiffusionTrainer):
     uses_reference = True
     _output_suffix = "IAPO"
 
+    def make_collator(self, **settings: Any) -> InstancePairCollator:
+        return self.collator_class(box_margin=self.args.box_margin, **settings)
+
     def finish_init(self) -> None:
         if self.args.mask_examples:
             self.add_callback(MaskExamplesCallback(self.rows, self.data_collator, self.backbone.vae_scale_factor))
@@ -83,6 +86,7 @@ class InstanceDPOTrainer(DiffusionTrainer):
                     *latents.shape[2:],
                     w_neg=self.args.w_neg,
                     mask_overlap=self.args.mask_overlap,
+                    masks=inputs.get(f"{column}_masks"),
                 )
                 for column in self.image_columns
             ]
