@@ -196,9 +196,19 @@ class TransformersSegmenter(Segmenter):
     def model(self):
         from transformers import AutoModelForMaskGeneration
 
-        model = AutoModelForMaskGeneration.from_pretrained(
-            self.model_name_or_path, dtype=self.dtype, **UNTRUSTED, use_safetensors=True, **pinned(self.revision)
+        model, loaded = AutoModelForMaskGeneration.from_pretrained(
+            self.model_name_or_path,
+            dtype=self.dtype,
+            **UNTRUSTED,
+            use_safetensors=True,
+            output_loading_info=True,
+            **pinned(self.revision),
         )
+        if missing := sorted(loaded["missing_keys"]):
+            raise ValueError(
+                f"{self.model_name_or_path} lacks {len(missing):,} of the weights of {type(model).__name__}, such as {missing[0]}: it is "
+                "no such model, or not all of it was saved. Name another `--segmenter`."
+            )
         return model.to(self.device).eval()
 
     def segment(self, queries: list[tuple[PIL.Image.Image, list[float]]]) -> list[np.ndarray | None]:
