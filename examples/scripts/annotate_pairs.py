@@ -18,7 +18,7 @@ python examples/scripts/annotate_pairs.py --dataset_name my_pairs --output_dir a
 
 `my_pairs` has the columns `prompt`, `chosen` and `rejected`, see docs/source/dataset_formats.md. If it is stopped,
 the same command continues. The dataset is also written to `annotations/dataset`. `--vlm oracle --detector oracle`
-annotates the scenes of the quickstart without any model.
+annotates the scenes of the quickstart without any model. `--segmenter facebook/sam2.1-hiera-large` gives instances masks besides boxes.
 
 What is pushed, with its images and a card, is what `python -m datasets_builders.pickapic_instance` builds, so it needs a clone of the
 repository. For more than a few thousand pairs use the command `trl-diffusion annotate-instances` with a server, and that builder.
@@ -38,9 +38,10 @@ from trl_diffusion.annotation.judge import Judge
 from trl_diffusion.annotation.planner import Planner
 from trl_diffusion.annotation.records import pair_columns, prepare_rows
 from trl_diffusion.annotation.run import run, run_locally
+from trl_diffusion.annotation.segmenter import TransformersSegmenter
 from trl_diffusion.annotation.transformers_vlm import TransformersVLM
 from trl_diffusion.hub import check_repository_name
-from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
+from trl_diffusion.quickstart.oracle import OracleDetector, OracleSegmenter, OracleVLM
 
 
 def check_push(repository: str) -> None:
@@ -76,6 +77,7 @@ if __name__ == "__main__":
     parser.add_argument("--split", default="train", help="The split to annotate.")
     parser.add_argument("--vlm", default="Qwen/Qwen2.5-VL-7B-Instruct", help="Planner and judge.")
     parser.add_argument("--detector", default="IDEA-Research/grounding-dino-base", help="Zero-shot detector.")
+    parser.add_argument("--segmenter", help="Model that gives instances masks besides boxes.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the annotations.")
     parser.add_argument("--push_to_hub", metavar="USER/NAME", help="Repository for the dataset, with its images.")
     parser.add_argument("--private", action="store_true", help="Make the repository private if it is new.")
@@ -88,10 +90,13 @@ if __name__ == "__main__":
     pairs = load_dataset(args.dataset_name, split=args.split)
     vlm = OracleVLM() if args.vlm == "oracle" else TransformersVLM(args.vlm)
     detector = OracleDetector() if args.detector == "oracle" else TransformersDetector(args.detector)
+    segmenter = None
+    if args.segmenter:
+        segmenter = OracleSegmenter() if args.segmenter == "oracle" else TransformersSegmenter(args.segmenter)
 
     rows, columns = prepare_rows(pairs, pair_columns)
     source = {"name": args.dataset_name, "split": args.split}
-    task = instance_task(Planner(vlm), detector, Judge(vlm), source, columns)
+    task = instance_task(Planner(vlm), detector, Judge(vlm), source, columns, segmenter=segmenter)
     finished = run(rows, task, args.output_dir, run_locally)
     print(f"{finished.counts['conflicts']} of {finished.counts['instances']} instances contradict their pair's label.")
 

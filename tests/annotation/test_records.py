@@ -13,13 +13,13 @@ from trl_diffusion.annotation.records import (
     IMAGE_ANNOTATION_FEATURES,
     PAIR_ANNOTATION_FEATURES,
     Instance,
-    encode_row,
     image_columns,
     pair_columns,
     prepare_rows,
     read_attribute_image,
     read_pair,
 )
+from trl_diffusion.annotation.tables import encode_row
 
 
 def png(seed: int) -> bytes:

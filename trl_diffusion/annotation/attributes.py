@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 from .attribute_expert import AttributeExpert
-from .records import IMAGE_ANNOTATION_FEATURES, SCHEMA_VERSION, STATUSES, read_attribute_image
+from .records import read_attribute_image
 from .run import Row, Task
+from .tables import IMAGE_ANNOTATION_FEATURES, SCHEMA_VERSION, STATUSES
 
 
 def attribute_task(

@@ -1,7 +1,7 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The images of an annotation run: decodes each image once, upright, and maps boxes back to pixels of the stored file."""
+"""The images of an annotation run: decodes each image once, upright, and maps boxes and masks back to pixels of the stored file."""
 
 import hashlib
 import io
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 
 from ..boxes import denormalize_boxes, orient_boxes
 from ..data.images import check_shape, image_content, image_errors, open_lazily
-from ..data.pictures import orientation, rgb_image, upright_image
+from ..data.pictures import TURNS, orientation, rgb_image, upright_image
 
 
 INVERSE_ORIENTATIONS = {6: 8, 8: 6}  # every other orientation is its own inverse
@@ -131,6 +132,23 @@ class StoredImage:
         _, size, orientation = self._opened
         stored = orient_boxes(torch.tensor(box).clamp(0, 1), INVERSE_ORIENTATIONS.get(orientation, orientation))
         return denormalize_boxes(stored, *size).tolist()
+
+    def stored_mask(self, mask: np.ndarray) -> np.ndarray:
+        """
+        Converts a mask of the upright image to the stored file.
+
+        Args:
+            mask (`np.ndarray` of shape `(height, width)` of `upright`):
+                The mask: bool.
+
+        Returns:
+            `np.ndarray` of shape `(height, width)` of the stored image: bool.
+        """
+        _, size, orientation = self._opened
+        stored = PIL.Image.fromarray(mask)
+        if orientation != 1:
+            stored = stored.transpose(TURNS[INVERSE_ORIENTATIONS.get(orientation, orientation)])
+        return np.array(stored.resize(size, PIL.Image.Resampling.NEAREST))
 
 
 def crop_around(image: PIL.Image.Image, box: list[float], size: int, margin: float) -> PIL.Image.Image:

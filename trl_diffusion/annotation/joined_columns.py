@@ -18,10 +18,11 @@ from ..data.columns import beside, for_table
 from ..data.content import state_of
 from ..data.formats import ATTRIBUTE_COLUMNS, PREFERENCES
 from ..revisions import package_digest
-from .joined_rows import read_stored
+from .joined_rows import BOXES, MASKS, png_of, read_stored
 
 
 ROWS_AT_ONCE, IMAGES_AT_ONCE = 10_000, 16
+ROWS_WITH_MASKS = 200  # at once
 
 
 class Uids:
@@ -133,7 +134,11 @@ class AnnotatedColumns:
         lists, items = self.lists(table["instances"])
         if pa.types.is_null(items.type):
             return pa.table({"instances": lists})
-        fields = {name: pc.struct_field(items, name) for name in ("label", "chosen_box", "rejected_box")}
+        fields = {name: pc.struct_field(items, name) for name in ("label", *BOXES)}
+        for name in MASKS:
+            if items.type.get_field_index(name) >= 0:
+                pngs = in_threads(png_of, pc.struct_field(items, name).to_pylist())
+                fields[name] = pa.array(pngs, Image().pa_type)
         given = pc.struct_field(items, "preference").dictionary_encode(null_encoding="encode")
         codes = [PREFERENCES.index(self.preference(value)) for value in given.dictionary.to_pylist()]
         fields["preference"] = pa.array(codes, pa.int64()).take(given.indices)
@@ -206,10 +211,11 @@ def joined_columns(
     annotated = annotations.select(of_table.to_numpy()).select_columns(
         [name for name in features if name in annotations.features and name not in ("id", "prompt")]
     )
+    has_masks = "instances" in features and set(MASKS) <= set(features["instances"].feature)
     annotated = annotated.with_format("arrow").map(
         AnnotatedColumns(preference),
         batched=True,
-        batch_size=ROWS_AT_ONCE,
+        batch_size=ROWS_WITH_MASKS if has_masks else ROWS_AT_ONCE,
         features=Features({name: features[name] for name in annotated.column_names}),
         load_from_cache_file=False,  # which may be of another version of this package
         desc="Joining annotations",

@@ -3,15 +3,21 @@
 
 """The rows that a source and its annotations give together, and their columns."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
-from datasets import ClassLabel, Features, List
+import PIL.Image
+from datasets import ClassLabel, Dataset, Features, Image, List
 
 from ..data.formats import ATTRIBUTE_COLUMNS, attribute_features, instance_pair_features
 from ..messages import shortened, shown
+from ..segmentation import decode_rle
 from .records import Record, id_text, read_id, read_image
 from .run import Row
+
+
+BOXES, MASKS = ("chosen_box", "rejected_box"), ("chosen_mask", "rejected_mask")
 
 
 def joined_features(annotated: Features) -> Features:
@@ -29,7 +35,8 @@ def joined_features(annotated: Features) -> Features:
         `ValueError`: If the columns are not those of annotations.
     """
     if {"id", "instances"} <= set(annotated):
-        return instance_pair_features()
+        instance = annotated["instances"].feature if isinstance(annotated["instances"], List) else None
+        return instance_pair_features(masks=isinstance(instance, dict) and set(MASKS) <= set(instance))
     if {"id", *ATTRIBUTE_COLUMNS} <= set(annotated):
         return Features(
             {**attribute_features(), **{name: attribute_type(annotated[name], name) for name in ATTRIBUTE_COLUMNS}}
@@ -68,7 +75,8 @@ def join_pair(row: Row, columns: dict[str, str], annotation: Row, preference: Ca
             Reads a preference.
 
     Returns:
-        `dict`: a training row, or `None` if the images are not those that were annotated.
+        `dict`: a training row, or `None` if the images are not those that were annotated. Instances have masks if the annotation
+        has any, as PNG files.
 
     Raises:
         `ValueError`: If the file of an image cannot be read.
@@ -79,14 +87,15 @@ def join_pair(row: Row, columns: dict[str, str], annotation: Row, preference: Ca
     chosen, rejected = (annotation.get(f"{name}_uid", stored[n][0]) for n, name in enumerate(("chosen", "rejected")))
     if set(images) != {chosen, rejected}:
         return None
-    fields = ("label", "chosen_box", "rejected_box")
     return {
         "id": id_text(annotation["id"]),
         "prompt": row[columns["prompt"]] or "",
         "chosen": images[chosen],
         "rejected": images[rejected],
         "instances": [
-            {name: found[name] for name in fields} | {"preference": preference(found["preference"])}
+            {name: found[name] for name in ("label", *BOXES)}
+            | {name: png_of(found[name]) for name in MASKS if name in found}
+            | {"preference": preference(found["preference"])}
             for found in annotation["instances"] or []
         ],
     }
@@ -108,3 +117,32 @@ def read_stored(row: Row, columns: dict[str, str], name: str) -> tuple[str, dict
     if image is None:
         raise ValueError(f"An image of the row with id {shown(record.id)} cannot be read: {record.reason}.")
     return uid, {"bytes": image.data, "path": None}
+
+
+def with_stored_masks(annotations: Dataset) -> Dataset:
+    """Turns off the decoding of masks that are images, as in a joined dataset."""
+    feature = annotations.features.get("instances")
+    instance = feature.feature if isinstance(feature, List) else None
+    if not isinstance(instance, dict) or not any(isinstance(instance.get(name), Image) for name in MASKS):
+        return annotations
+    return annotations.cast_column("instances", List(instance | {name: Image(decode=False) for name in MASKS}))
+
+
+def png_of(mask: dict[str, Any] | None) -> dict[str, bytes | None] | None:
+    """
+    A mask as a dataset stores it.
+
+    Args:
+        mask (`dict`, *optional*):
+            Run lengths, see [`segmentation.encode_rle`]; or an undecoded image, which stays as it is.
+
+    Returns:
+        `dict`: an undecoded PNG image of one bit per pixel; `None` if there is no mask.
+    """
+    if mask is None or "counts" not in mask:
+        return mask
+    if mask["counts"] is None:
+        return None
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(decode_rle(mask)).save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}

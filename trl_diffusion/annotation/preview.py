@@ -11,23 +11,28 @@ from importlib import resources
 from typing import Any
 
 import jinja2
+import numpy as np
 import PIL.Image
 from datasets import Dataset, IterableDataset
 
 from ..criteria import Criteria
+from ..segmentation import decode_rle
 from .attribute_expert import AttributeExpert
 from .images import crop_around, limit_pixels
 from .judge import Judge
-from .records import ImageRecord, PairRecord, Record, encode_row
+from .records import ImageRecord, PairRecord, Record
 from .run import Task
+from .segmenter import Segmenter
+from .tables import encode_row
 
 
 SHOWN_PIXELS = 512 * 512
+OUTLINE_SIDE = 256  # pixels of the longer side of a mask whose outline is drawn
 
 
 def preview(task: Task, dataset: Dataset | IterableDataset) -> str:
     """
-    Annotates rows and shows them: images with boxes and crops with verdicts, or attributes, and every raw answer.
+    Annotates rows and shows them: images with boxes, masks and crops with verdicts, or attributes, and every raw answer.
 
     Args:
         task ([`Task`]):
@@ -58,6 +63,7 @@ def preview(task: Task, dataset: Dataset | IterableDataset) -> str:
             counts=[*Counter(record.status for record in records).items(), *readable(task.count(rows))],
             models=" ".join(dict.fromkeys(model_name(role) for role in models)),
             pairs=Judge in roles,
+            masks=any(isinstance(role, Segmenter) for role in task.roles),
         )
     )
 
@@ -79,12 +85,18 @@ def show_pair(record: PairRecord, judge: Judge) -> dict[str, Any]:
     for instance in record.instances:
         boxes = {"chosen": instance.chosen_box, "rejected": instance.rejected_box}
         crops = [crop_around(readable_images[name], boxes[name], judge.crop_size, judge.crop_margin) for name in boxes]
-        instances.append(asdict(instance) | {"crops": [inline(crop) for crop in crops]})
+        outlines = {"chosen": instance.chosen_mask, "rejected": instance.rejected_mask}
+        instances.append(
+            asdict(instance)
+            | {"crops": [inline(crop) for crop in crops]}
+            | {f"{name}_outline": mask and outline(decode_rle(mask)) for name, mask in outlines.items()}
+        )
     return {
         **heading(record),
         "images": {name: inline(image) for name, image in readable_images.items()},
         "instances": instances,
         "dropped": record.dropped,
+        "without_mask": record.without_mask or [],
         "planner_answer": record.planner_answer,
     }
 
@@ -117,3 +129,41 @@ def inline(image: PIL.Image.Image) -> str:
     # Without subsampling, because colors bleed visibly where a small image is enlarged
     limit_pixels(image, SHOWN_PIXELS).save(buffer, format="JPEG", quality=90, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def outline(mask: np.ndarray) -> dict[str, Any]:
+    """
+    Traces the edges between the pixels inside and outside of a mask.
+
+    Args:
+        mask (`np.ndarray` of shape `(height, width)`):
+            The mask: bool.
+
+    Returns:
+        `dict`: `path`, the edges as the data of an SVG path; `width` and `height`, of the picture in which they are.
+    """
+    image = PIL.Image.fromarray(mask)
+    image.thumbnail((OUTLINE_SIDE, OUTLINE_SIDE), PIL.Image.Resampling.NEAREST)
+    inside = np.array(image)
+    framed = np.pad(inside, 1).astype(np.int8)
+    level = [f"M{x} {y}H{end}" for y, x, end in edges(framed[:, 1:-1])]
+    upright = [f"M{x} {y}V{end}" for x, y, end in edges(framed[1:-1].T)]
+    return {"path": "".join(level + upright), "width": image.width, "height": image.height}
+
+
+def edges(lines: np.ndarray) -> list[tuple[int, int, int]]:
+    """
+    Finds where lines of pixels differ from the ones before.
+
+    Args:
+        lines (`np.ndarray` of shape `(N, length)`):
+            0 and 1; the first and the last line are 0.
+
+    Returns:
+        `list[tuple[int, int, int]]`: the number of a line less one, and the start and the end of each run of pixels that differ from the
+        line before.
+    """
+    differ = np.pad(np.abs(np.diff(lines, axis=0)), ((0, 0), (1, 1)))
+    turns = np.diff(differ, axis=1)
+    starts, ends = np.argwhere(turns == 1), np.argwhere(turns == -1)
+    return [(int(line), int(start), int(end)) for (line, start), (_, end) in zip(starts, ends, strict=True)]

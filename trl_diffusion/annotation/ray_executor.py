@@ -22,6 +22,7 @@ from ..batching import in_threads
 from .detector import Detector
 from .records import Record, open_images
 from .run import Rest, Role, Row, Task, finished_row
+from .segmenter import Segmenter
 
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class RayExecutor:
 
     Args:
         vlm_actors (`int`, *optional*, defaults to `1`):
-            Actors of each role that uses the vision-language model (every role but the detector). Each actor loads the
-            model.
+            Actors of each role that uses the vision-language model (every role but the detector and the segmenter). Each actor
+            loads the model.
         vlm_gpus (`float`, *optional*):
             GPUs per such actor. Defaults to 1, or to an equal share if the cluster has fewer GPUs than actors, or to 0
             if it has none.
@@ -46,6 +47,10 @@ class RayExecutor:
             Actors of the detector.
         detector_gpus (`float`, *optional*):
             GPUs per actor of the detector, with the same default as `vlm_gpus`.
+        segmenter_actors (`int`, *optional*, defaults to `1`):
+            Actors of the segmenter, if there is one.
+        segmenter_gpus (`float`, *optional*):
+            GPUs per actor of the segmenter, with the same default as `vlm_gpus`.
 
     Raises:
         `ValueError`: If Ray Data is not installed.
@@ -57,6 +62,8 @@ class RayExecutor:
         vlm_gpus: float | None = None,
         detector_actors: int = 1,
         detector_gpus: float | None = None,
+        segmenter_actors: int = 1,
+        segmenter_gpus: float | None = None,
     ):
         try:
             import ray.data  # noqa: F401
@@ -64,10 +71,8 @@ class RayExecutor:
             raise ValueError(
                 '`--executor ray` needs Ray Data: run `pip install "trl-diffusion[ray]"`, or leave this flag out.'
             ) from error
-        self.vlm_actors = vlm_actors
-        self.vlm_gpus = vlm_gpus
-        self.detector_actors = detector_actors
-        self.detector_gpus = detector_gpus
+        self.vlm = (vlm_actors, vlm_gpus)
+        self.others = {Detector: (detector_actors, detector_gpus), Segmenter: (segmenter_actors, segmenter_gpus)}
 
     def __call__(self, task: Task, rest: Rest) -> Iterator[tuple[list[Row], dict | None]]:
         """Annotates the remaining rows, see [`annotation.run.Executor`]. Raises errors of roles in shard order."""
@@ -116,10 +121,7 @@ class RayExecutor:
             `list[tuple[int, float]]`: actors and GPUs per actor of each role, in the order of the roles.
         """
         pools = [
-            (self.detector_actors, self.detector_gpus)
-            if isinstance(role, Detector)
-            else (self.vlm_actors, self.vlm_gpus)
-            for role in roles
+            next((pool for kind, pool in self.others.items() if isinstance(role, kind)), self.vlm) for role in roles
         ]
         share = gpu_share(sum(actors for actors, own in pools if own is None), gpus)
         pools = [(actors, share if own is None else own) for actors, own in pools]
@@ -127,7 +129,7 @@ class RayExecutor:
         if asked > gpus:
             logger.warning(
                 f"The actors of all roles request {asked:g} GPUs, but the cluster has {gpus:g}: some actors wait until it "
-                "has more. Request fewer with `--ray_vlm_actors`, `--ray_vlm_gpus` and `--ray_detector_gpus`."
+                "has more. Request fewer with `--ray_vlm_actors`, `--ray_vlm_gpus`, `--ray_detector_gpus` and `--ray_segmenter_gpus`."
             )
         return pools
 

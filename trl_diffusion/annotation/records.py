@@ -1,19 +1,17 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The rows of an annotation run: how they are read from a dataset, filled in by the roles, and written."""
+"""The rows of an annotation run: how they are read from a dataset and filled in by the roles."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from typing import Any
 
-import pyarrow as pa
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Dataset, Image, IterableDataset
 
 from ..checksums import digest_of
 from ..data.columns import check_names, column_names, numbered, with_nested_columns
-from ..data.formats import PREFERENCES
 from ..data.presets import (
     OPTIONAL_COLUMNS,
     PAIR,
@@ -24,14 +22,13 @@ from ..data.presets import (
     recognise,
     refuse_what_has_no_pairs,
 )
-from ..messages import cut, shortened, shown
+from ..messages import cut, shortened
+from ..segmentation import decode_rle, encode_rle
 from .images import StoredImage
+from .tables import IMAGE_ANNOTATION_FEATURES, PAIR_ANNOTATION_FEATURES, readable
+from .tables import STATUSES as STATUSES  # part of what this module is imported for
 
 
-UNWRITABLE = (pa.ArrowException, TypeError, ValueError, OverflowError)  # what Arrow raises at values that do not fit
-ANNOTATIONS = ("instances", "positive_attributes", "negative_attributes")  # only rows that are ok have any
-SCHEMA_VERSION = 1  # increases with every change of the features below or of their meaning
-STATUSES = ("ok", "rejected", "error")
 INPUTS = "inputs"  # of a row that is written: what it was made of, which goes into the metadata of its shard
 
 PAIR_COLUMNS = {"id": "id", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
@@ -41,7 +38,7 @@ IMAGE_COLUMNS = {"id": "id", "prompt": "prompt", "image": "image"}
 @dataclass
 class Record:
     """
-    A row that the roles annotate. It ends with one of `STATUSES`.
+    A row that the roles annotate. It ends with one of [`annotation.tables.STATUSES`].
 
     Args:
         id (`str`):
@@ -87,6 +84,8 @@ class Instance:
             Which image shows it better: `"chosen"`, `"rejected"` or `"tie"`.
         answer (`str`, *optional*, defaults to `""`), swapped_answer (`str`, *optional*, defaults to `""`):
             The judge's raw answers, with the chosen image first and with the rejected image first.
+        chosen_mask (`dict`, *optional*), rejected_mask (`dict`, *optional*):
+            Masks in the upright images, see [`segmentation.encode_rle`].
     """
 
     label: str
@@ -97,6 +96,8 @@ class Instance:
     preference: str = "tie"
     answer: str = ""
     swapped_answer: str = ""
+    chosen_mask: dict[str, Any] | None = None
+    rejected_mask: dict[str, Any] | None = None
 
 
 @dataclass
@@ -119,6 +120,8 @@ class PairRecord(Record):
             Instances that the detector finds in both images.
         dropped (`list[dict]`):
             `label` and `reason` of the instances that are not kept.
+        without_mask (`list[dict]`, *optional*):
+            `label`, `image` and `reason` where an instance has its box alone. `None` without a segmenter.
     """
 
     chosen: StoredImage | None = None
@@ -130,22 +133,30 @@ class PairRecord(Record):
     planner_answer: str = ""
     instances: list[Instance] = field(default_factory=list)
     dropped: list[dict[str, str]] = field(default_factory=list)
+    without_mask: list[dict[str, str]] | None = None
 
     def drop(self, label: str, reason: str) -> None:
         self.dropped.append({"label": label, "reason": reason})
 
     def to_row(self) -> dict[str, Any]:
-        """The row to write, with boxes in pixels of the stored images. Only rows with the status `ok` have instances."""
+        """
+        The row to write, with boxes and masks in pixels of the stored images. Only rows with the status `ok` have instances, and only
+        those that a segmenter has seen have masks.
+        """
         row = {name: getattr(self, name) for name in PAIR_ANNOTATION_FEATURES if name != "instances"}
-        instances = self.instances if self.status == "ok" else []
-        row["instances"] = [
-            asdict(instance)
-            | {
-                "chosen_box": self.chosen.stored_box(instance.chosen_box),
-                "rejected_box": self.rejected.stored_box(instance.rejected_box),
-            }
-            for instance in instances
-        ]
+        row["instances"] = [self.stored(instance) for instance in self.instances if self.status == "ok"]
+        if self.without_mask is not None:
+            row["without_mask"] = self.without_mask
+        return row
+
+    def stored(self, instance: Instance) -> dict[str, Any]:
+        """An instance to write."""
+        row = asdict(instance)
+        for name, image in (("chosen", self.chosen), ("rejected", self.rejected)):
+            row[f"{name}_box"] = image.stored_box(row[f"{name}_box"])
+            mask = row.pop(f"{name}_mask")
+            if self.without_mask is not None:
+                row[f"{name}_mask"] = mask and encode_rle(image.stored_mask(decode_rle(mask)))
         return row
 
 
@@ -179,102 +190,6 @@ class ImageRecord(Record):
         return row
 
 
-_BOX = List(Value("float32"), length=4)
-PAIR_ANNOTATION_FEATURES = Features(
-    {
-        "id": Value("string"),
-        "prompt": Value("string"),
-        "status": ClassLabel(names=list(STATUSES)),
-        "reason": Value("string"),
-        "chosen_uid": Value("string"),
-        "rejected_uid": Value("string"),
-        "tie": Value("bool"),
-        "planner_answer": Value("string"),
-        "instances": List(
-            {
-                "label": Value("string"),
-                "chosen_box": _BOX,
-                "rejected_box": _BOX,
-                "chosen_score": Value("float32"),
-                "rejected_score": Value("float32"),
-                "preference": ClassLabel(names=list(PREFERENCES)),
-                "answer": Value("string"),
-                "swapped_answer": Value("string"),
-            }
-        ),
-        "dropped": List({"label": Value("string"), "reason": Value("string")}),
-    }
-)
-IMAGE_ANNOTATION_FEATURES = Features(
-    {
-        "id": Value("string"),
-        "prompt": Value("string"),
-        "status": ClassLabel(names=list(STATUSES)),
-        "reason": Value("string"),
-        "image_uid": Value("string"),
-        "positive_attributes": List(Value("string")),
-        "negative_attributes": List(Value("string")),
-        "answers": List({"dimension": Value("string"), "answer": Value("string")}),
-    }
-)
-
-
-def encode_row(row: dict[str, Any]) -> dict[str, Any]:
-    """
-    Encodes a row for Parquet: class labels become indices.
-
-    Args:
-        row (`dict`):
-            A row from `to_row`.
-
-    Returns:
-        `dict`
-    """
-    encoded = row | {"status": STATUSES.index(row["status"])}
-    if "instances" in row:
-        encoded["instances"] = [
-            instance | {"preference": PREFERENCES.index(instance["preference"])} for instance in row["instances"]
-        ]
-    return encoded
-
-
-def to_table(rows: list[dict[str, Any]], schema: pa.Schema) -> tuple[list[dict[str, Any]], pa.Table]:
-    """
-    Puts rows into a table. A row that does not fit becomes an error.
-
-    Args:
-        rows (`list[dict]`):
-            Rows from `to_row`.
-        schema (`pyarrow.Schema`):
-            Columns of the table.
-
-    Returns:
-        `tuple[list[dict], pyarrow.Table]`: the rows as they are in the table, and the table.
-    """
-    try:
-        return rows, pa.Table.from_pylist([encode_row(row) for row in rows], schema=schema)
-    except UNWRITABLE:
-        rows = [writable_row(row, schema) for row in rows]
-        # One table for each row, because all of them together may be too large for one
-        return rows, pa.concat_tables(pa.Table.from_pylist([encode_row(row)], schema=schema) for row in rows)
-
-
-def writable_row(row: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
-    """The row if it fits the columns, else an error with as much of it as fits."""
-    encoded, problems, kept = encode_row(row), [], dict(row)
-    for column in schema:
-        try:
-            pa.array([encoded[column.name]], column.type)
-        except UNWRITABLE as error:
-            problems.append(f"{column.name}: {' '.join(str(error).split())[:200]}")
-            kept[column.name] = readable(row[column.name]) if pa.types.is_string(column.type) else None
-    if problems:
-        reason = readable(f"the row cannot be written: {'; '.join(problems)}")
-        kept |= {"status": "error", "reason": reason}
-        kept |= {name: [] for name in ANNOTATIONS if name in kept}
-    return kept
-
-
 def check_prompt(record: Record) -> None:
     """Makes a record whose prompt is no text an error. Its prompt becomes a text that can be written."""
     problem = None
@@ -293,12 +208,6 @@ def inputs_of(record: "PairRecord | ImageRecord") -> str:
     texts = [getattr(record, name, None) for name in names]
     images = [getattr(record, name, None) for name in ("chosen", "rejected", "image")]
     return digest_of([texts, [image and image.uid for image in images]])
-
-
-def readable(value: Any) -> str:
-    """A value as text that can be written, with question marks instead of single surrogates."""
-    value = value if isinstance(value, str) else shown(value)
-    return value.encode("utf-8", "replace").decode()
 
 
 # ----- reading -----

@@ -27,8 +27,9 @@ from ..checksums import DamagedFile, read_json, write_json, write_table
 from ..files import hold, write_file
 from ..messages import cut
 from ..safe_names import check_part_of_path
-from .records import INPUTS, STATUSES, Record, check_prompt, encode_row, inputs_of, open_images, to_table
+from .records import INPUTS, Record, check_prompt, inputs_of, open_images
 from .shards import MANIFEST, RUN, SHARD, fingerprint_of, manifest_of, read_shard
+from .tables import STATUSES, encode_row, to_table
 
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ PATHS = (
     "--accelerator_config --base_model --config --criteria --dataset_name --deepspeed --detector --evaluation "
     "--expert --expert_prompt --fsdp_config --initial_lora --judge_prompt --lora --model --model_name_or_path "
     "--models --negative_loras --output --output_dir --planner_prompt --precompute_dir --prompts --protocol "
-    "--references --resume_from_checkpoint --sample_model --single_file_config --vae --vlm"
+    "--references --resume_from_checkpoint --sample_model --segmenter --single_file_config --vae --vlm"
 ).split()
 LONGEST = 80  # characters of what a flag is described with
 

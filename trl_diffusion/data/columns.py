@@ -79,7 +79,10 @@ def beside(dataset: Dataset, columns: dict[str, Any] | Table, features: Features
     names = list(columns) if isinstance(columns, dict) else columns.column_names
     added = Features({name: features[name] for name in names})
     if isinstance(columns, dict):
-        columns = InMemoryTable(pa.table(columns).cast(added.arrow_schema))
+        table = pa.table(columns)
+        if not table.schema.equals(added.arrow_schema):  # a cast to the same type breaks fields of nulls in lists
+            table = table.cast(added.arrow_schema)
+        columns = InMemoryTable(table)
     info = dataset.info.copy()
     info.features = Features({**dataset.features, **added})
     made = Dataset(

@@ -1,7 +1,8 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The oracles of both worlds in the roles of annotation: they answer the requests of a vision-language model and a detector.
+"""The oracles of both worlds in the roles of annotation: they answer the requests of a vision-language model, a detector and a
+segmenter.
 
 An oracle reads only the text and the images of a request. Everything around it is as with real models: prompts, crops in
 both orders, parsing, boxes.
@@ -21,6 +22,7 @@ from ..annotation.detector import Detection, Detector
 from ..annotation.images import PADDING
 from ..annotation.judge import Verdict
 from ..annotation.planner import Plan
+from ..annotation.segmenter import Segmenter
 from ..annotation.vlm import VLM, Request
 from . import paintings, world
 
@@ -77,6 +79,44 @@ class OracleDetector(Detector):
         if not found.match:
             return None
         return Detection([coordinate / world.SIZE for coordinate in found.box], found.quality)
+
+
+class OracleSegmenter(Segmenter):
+    """Outlines the shape in a box: the pixels that are at least half covered by its colour, without a bite that is missing."""
+
+    def describe(self) -> dict:
+        return {"model": "oracle", "revision": "1"}
+
+    def segment(self, queries: list[tuple[Image.Image, list[float]]]) -> list[np.ndarray | None]:
+        return [colored_pixels(image, box) for image, box in queries]
+
+
+def colored_pixels(image: Image.Image, box: list[float]) -> np.ndarray:
+    """
+    Finds the pixels of the shape in a box.
+
+    Args:
+        image (`PIL.Image.Image`):
+            A scene or a painting.
+        box (`list[float]`):
+            Unit box of the shape.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)`: bool, with the colour that covers the most of the box.
+    """
+    departure = np.asarray(image, dtype=np.float32) - np.array(world.BACKGROUND, dtype=np.float32)
+    columns, rows = (np.arange(length) for length in image.size)
+    left, top, right, bottom = np.array(box) * (image.size * 2)
+    is_inside = ((top < rows + 1) & (rows < bottom))[:, None] & (left < columns + 1) & (columns < right)
+    best = min(world.DEPARTURES, key=lambda tint: residue(departure[is_inside], tint))
+    share = departure @ best / (best @ best)
+    return is_inside & (share >= 0.5)
+
+
+def residue(departure: np.ndarray, tint: np.ndarray) -> float:
+    """How much of `(pixels, 3)` departures from the background is no mixture of the background and one colour."""
+    share = np.clip(departure @ tint / (tint @ tint), 0, 1)
+    return float(((departure - share[:, None] * tint) ** 2).sum())
 
 
 def plan(images: tuple[Image.Image, ...], prompt: str) -> list[str]:

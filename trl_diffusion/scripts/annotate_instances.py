@@ -10,7 +10,8 @@
 
 """
 Annotates image pairs with instances, the first stage of IAPO: a planner names the objects that both images show, a detector
-finds them, and a judge decides which image shows each of them better.
+finds them, and a judge decides which image shows each of them better. With `--segmenter`, a segmenter outlines what the detector
+has found.
 
 ```bash
 trl-diffusion annotate-instances \
@@ -24,10 +25,15 @@ If it is stopped, the same command continues. `--preview 20` shows some annotate
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from trl_diffusion.cli.parser import CommandParser
 from trl_diffusion.scripts.annotation import AnnotationArguments
-from trl_diffusion.scripts.judges import ORACLE, DetectorArguments
+from trl_diffusion.scripts.judges import DTYPES, ORACLE, DetectorArguments
+
+
+if TYPE_CHECKING:
+    from trl_diffusion.annotation.segmenter import Segmenter
 
 
 @dataclass
@@ -44,9 +50,17 @@ class AnnotateInstancesArguments(DetectorArguments, AnnotationArguments):
             Largest number of instances per pair.
         crop_size (`int`, *optional*, defaults to `336`):
             Width and height in pixels of the crops that the judge compares.
-        ray_detector_actors (`int`, *optional*, defaults to `1`):
-            Number of actors for the detector.
-        ray_detector_gpus (`float`, *optional*):
+        segmenter (`str`, *optional*):
+            The segmenter, which gives each instance a mask: a Hub id, a folder, or `oracle`. By default instances have boxes alone.
+        segmenter_revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        segmenter_dtype (`str`, *optional*, defaults to `"float32"`):
+            Type of the segmenter's weights.
+        segmenter_batch_size (`int`, *optional*, defaults to `4`):
+            Images per batch of the segmenter.
+        ray_detector_actors (`int`, *optional*, defaults to `1`), ray_segmenter_actors (`int`, *optional*, defaults to `1`):
+            Number of actors for the detector, and for the segmenter.
+        ray_detector_gpus (`float`, *optional*), ray_segmenter_gpus (`float`, *optional*):
             GPUs of each of these actors. Defaults to 1 if the cluster has GPUs, else 0.
     """
 
@@ -60,8 +74,54 @@ class AnnotateInstancesArguments(DetectorArguments, AnnotationArguments):
     crop_size: int = field(
         default=336, metadata={"help": "Width and height in pixels of the crops that the judge compares."}
     )
+    segmenter: str | None = field(
+        default=None,
+        metadata={"help": "The segmenter, which gives each instance a mask: a Hub id, a folder, or `oracle`."},
+    )
+    segmenter_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    segmenter_dtype: str = field(default="float32", metadata={"help": "Type of the segmenter's weights."})
+    segmenter_batch_size: int = field(default=4, metadata={"help": "Images per batch of the segmenter."})
     ray_detector_actors: int = field(default=1, metadata={"help": "Number of actors for the detector."})
     ray_detector_gpus: float | None = field(default=None, metadata={"help": "GPUs of each of these actors."})
+    ray_segmenter_actors: int = field(default=1, metadata={"help": "Number of actors for the segmenter."})
+    ray_segmenter_gpus: float | None = field(default=None, metadata={"help": "GPUs of each of these actors."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.segmenter_batch_size < 1:
+            raise ValueError(f"`--segmenter_batch_size` must be at least 1, got {self.segmenter_batch_size}.")
+        if self.segmenter is None and self.segmenter_revision is not None:
+            raise ValueError("`--segmenter_revision` is the revision of a segmenter: name it with `--segmenter`.")
+
+
+def get_segmenter(args: AnnotateInstancesArguments) -> "Segmenter | None":
+    """
+    Loads the segmenter that the flags name.
+
+    Args:
+        args ([`AnnotateInstancesArguments`]):
+            The flags.
+
+    Returns:
+        [`Segmenter`], or `None` if none is named.
+
+    Raises:
+        `ValueError`: If there is no such model.
+    """
+    if args.segmenter is None:
+        return None
+    if args.segmenter == ORACLE:
+        from trl_diffusion.quickstart.oracle import OracleSegmenter
+
+        return OracleSegmenter()
+    from trl_diffusion.annotation.segmenter import TransformersSegmenter
+
+    return TransformersSegmenter(
+        args.segmenter,
+        revision=args.segmenter_revision,
+        batch_size=args.segmenter_batch_size,
+        dtype=DTYPES.get(args.segmenter_dtype, args.segmenter_dtype),
+    )
 
 
 def main(args: AnnotateInstancesArguments) -> None:
@@ -82,9 +142,15 @@ def main(args: AnnotateInstancesArguments) -> None:
         columns,
         tie_policy=args.tie_policy,
         rows_per_shard=args.rows_per_shard,
+        segmenter=get_segmenter(args),
     )
-    detector_gpus = 0 if args.detector == ORACLE else args.ray_detector_gpus
-    executor = get_executor(args, args.ray_detector_actors, detector_gpus)
+    executor = get_executor(
+        args,
+        detector_actors=args.ray_detector_actors,
+        detector_gpus=0 if args.detector == ORACLE else args.ray_detector_gpus,
+        segmenter_actors=args.ray_segmenter_actors,
+        segmenter_gpus=0 if args.segmenter == ORACLE else args.ray_segmenter_gpus,
+    )
     annotate(args, task, dataset, num_rows, executor)
 
 

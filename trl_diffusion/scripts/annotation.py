@@ -114,7 +114,11 @@ class AnnotationArguments(VLMArguments):
 
 
 def get_executor(
-    args: AnnotationArguments, detector_actors: int = 1, detector_gpus: float | None = None
+    args: AnnotationArguments,
+    detector_actors: int = 1,
+    detector_gpus: float | None = None,
+    segmenter_actors: int = 1,
+    segmenter_gpus: float | None = None,
 ) -> "Executor":
     """
     Returns the executor that runs the roles.
@@ -122,9 +126,9 @@ def get_executor(
     Args:
         args ([`AnnotationArguments`]):
             The flags.
-        detector_actors (`int`, *optional*, defaults to `1`):
-            Number of actors for the detector, with Ray.
-        detector_gpus (`float`, *optional*):
+        detector_actors (`int`, *optional*, defaults to `1`), segmenter_actors (`int`, *optional*, defaults to `1`):
+            Number of actors for the detector, and for the segmenter, with Ray.
+        detector_gpus (`float`, *optional*), segmenter_gpus (`float`, *optional*):
             GPUs of each of these actors.
 
     Returns:
@@ -144,6 +148,8 @@ def get_executor(
         vlm_gpus=0 if args.vlm_base_url or args.vlm == ORACLE else args.ray_vlm_gpus,
         detector_actors=detector_actors,
         detector_gpus=detector_gpus,
+        segmenter_actors=segmenter_actors,
+        segmenter_gpus=segmenter_gpus,
     )
 
 
