@@ -5,9 +5,9 @@
 
 A crowd is 32x32 pixels and holds three shapes of the kinds and colours of `world.py`, no two of one colour: A on the left, in
 front; B on the right, behind A; C below, behind both. A prompt names them from front to back: "a red circle, a blue square
-and a green triangle". Each is whole or bitten, as in `world.py`, and no prompt says which. The boxes of the shapes overlap, so
-the ways to weight the instances of a pair (the mean over all, the mean over those that cover a position, a term for each)
-differ here, which they hardly do where boxes lie apart.
+and a green triangle". Each is whole or bitten, as in `world.py`, and no prompt says which. The boxes of the shapes overlap. There
+several instances of a pair, which may contradict each other, share a position, and each way to combine them (the mean over all,
+the mean over those that cover the position, a term for each) gives it another weight.
 """
 
 import re
