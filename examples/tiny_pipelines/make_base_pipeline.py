@@ -16,11 +16,12 @@
 
     python examples/tiny_pipelines/make_base_pipeline.py --output_dir base_pipeline
     python examples/tiny_pipelines/make_base_pipeline.py --world paintings --output_dir painting_base
+    python examples/tiny_pipelines/make_base_pipeline.py --world crowds --output_dir crowd_pipeline
 
-It learns one of the small worlds, `quickstart/world.py` or `quickstart/paintings.py`, in about half an hour on one core of a
-CPU. Half of the shapes of `world.py` are defective, and each quality of `paintings.py` is negative half of the time. No prompt
-says which, so the model generates clean shapes or good qualities about half of the time, and preference training can improve
-on that. The same seed gives the same weights on one machine.
+It learns one of the small worlds, `quickstart/world.py`, `quickstart/paintings.py` or `quickstart/crowds.py`, in about half an
+hour on one core of a CPU. Half of the shapes of scenes and crowds are defective, and each quality of paintings is negative half
+of the time. No prompt says which, so the model generates clean shapes or good qualities about half of the time, and preference
+training can improve on that. The same seed gives the same weights on one machine.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDif
 from diffusers.training_utils import EMAModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from trl_diffusion.quickstart import iapo, paintings
+from trl_diffusion.quickstart import crowds, iapo, paintings
 from trl_diffusion.quickstart.world import COLORS, KINDS, SIZE, evaluation_prompts, render, sample_scene
 
 
@@ -107,6 +108,17 @@ WORLDS = {
         num_scenes=20_000,
         num_vae_steps=1500,
         num_steps=4000,
+    ),
+    "crowds": World(
+        words=["a", ",", "and", *COLORS, *KINDS],
+        silent_words=[],
+        max_length=13,
+        sample=crowds.sample_crowd,
+        render=crowds.render,
+        score=crowds.score,
+        num_scenes=40_000,
+        num_vae_steps=2000,
+        num_steps=6000,
     ),
 }
 

@@ -189,7 +189,7 @@ def train_transformer(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", choices=WORLDS, default="scenes", help="The world to learn.")
+    parser.add_argument("--world", choices=ENOUGH, default="scenes", help="The world to learn.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the pipeline.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the weights and of the training data.")
     parser.add_argument("--num_scenes", type=int, help="Number of training images; by default what the world needs.")

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusi
 @dataclass(frozen=True)
 class TinyModel:
     """
-    A kind of model: a pipeline for each of the two worlds, made by the scripts of `examples/tiny_pipelines`.
+    A kind of model: a pipeline for each world, made by the scripts of `examples/tiny_pipelines`.
 
     Args:
         pipeline_class (`type`):
@@ -23,6 +23,8 @@ class TinyModel:
             Name of the component that is trained.
         scenes (`str`), paintings (`str`), expert (`str`):
             Folders of the two pipelines, and of the expert on the paintings.
+        crowds (`str`, *optional*):
+            Folder of the pipeline of the crowds, if there is one.
         pair_training (`dict[str, Any]`), painting_training (`dict[str, Any]`):
             Settings of every training on pairs of scenes, of all weights, and on paintings, of a LoRA.
         pair_beta (`float`), painting_beta (`float`):
@@ -45,6 +47,7 @@ class TinyModel:
     painting_beta: float
     target_modules: list[str]
     conditions: dict[str, Any]
+    crowds: str | None = None
 
 
 SHARED = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5, "per_device_train_batch_size": 32}
@@ -66,6 +69,7 @@ MODELS = {
             *("conv1", "conv2", "time_emb_proj"),
         ],
         conditions={},
+        crowds="crowd_pipeline",
     ),
     "flow": TinyModel(
         pipeline_class=StableDiffusion3Pipeline,

@@ -303,9 +303,11 @@ def look_past_bite(
             First column of these pixels, and the one after the last.
 
     Returns:
-        `np.ndarray`: 1 where to look, 0 in the disc, `(pixels,)`.
+        `np.ndarray`: 1 where to look, 0 in the disc, `(pixels,)`. If nothing is missing, there is no disc.
     """
     missing = np.clip(mask - drawn, 0, 1) ** 2
+    if not missing.any():
+        return np.ones_like(mask)
     y, x = np.mgrid[:SIZE, slice(*columns)].reshape(2, -1)
     bite_x, bite_y = (missing * x).sum() / missing.sum(), (missing * y).sum() / missing.sum()
     return (np.hypot(x - bite_x, y - bite_y) > 0.4 * np.mean(side)).astype(np.float32)
