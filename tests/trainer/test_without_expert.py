@@ -282,9 +282,9 @@ def test_attributes_are_neither_needed_nor_read(tmp_path):
         trainer.train()
         ends.append(weights(trainer.model))
     assert max_difference(ends[0], ends[1]) == max_difference(ends[0], ends[2]) == 0
-    with pytest.raises(ValueError, match="lacks the column 'image'.*'prompt', 'image'"):
+    with pytest.raises(ValueError, match="lacks the column `image`.*required columns are `prompt`, `image`:"):
         make_trainer(tmp_path, dataset=images().remove_columns("image"))
-    with pytest.raises(ValueError, match="lacks the columns 'positive_attributes'"):
+    with pytest.raises(ValueError, match="lacks the columns `positive_attributes`"):
         make_trainer(tmp_path, target_prompts="attributes")
 
 

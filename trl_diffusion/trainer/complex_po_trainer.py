@@ -269,10 +269,8 @@ class ComplexPOTrainer(DiffusionTrainer):
                 predictions = self.backbone.predict(self.mixer.policy, *inputs)
         *targets, ref_pred = predictions.float().chunk(rows)
         if self.is_degraded:
-            targets = [
-                ref_pred,
-                *targets,
-            ]  # z_w = e_ref, so that the first term of the loss holds the policy at the reference
+            # z_w = e_ref: the first term of the loss holds the policy at the reference. A copy, as a file shares no memory
+            targets = [ref_pred.clone(), *targets]
             chosen, rejected = targets[::-1] if args.reverse_preference else targets
             plain = [ref_pred]
         else:
