@@ -31,6 +31,8 @@ from trl_diffusion import (
     ComplexPOConfig,
     ComplexPOTrainer,
     Criteria,
+    DDSPOConfig,
+    DDSPOTrainer,
     InstanceDPOConfig,
     attribute_features,
 )
@@ -60,7 +62,7 @@ DOCS = ROOT / "docs" / "source"
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "log.md")
 README = "../../README.md"
 COLUMNS = ("prompt", "chosen", "rejected")
-CONFIGS = (InstanceDPOConfig, AttributeSFTConfig, ComplexPOConfig)
+CONFIGS = (InstanceDPOConfig, AttributeSFTConfig, ComplexPOConfig, DDSPOConfig)
 
 
 def read(page: str) -> str:
@@ -451,6 +453,25 @@ def test_python_of_complex_po_trainer(tiny_hub):
     )
     check_metrics(trainer, "complex_po_trainer.md")
 
+    # The minimum without an expert is half a step of guidance away from the degraded prompt, and what is said of the start is so
+    degraded = scope["degraded"]
+    assert degraded.expert is None and degraded.state.global_step == 1
+    z_w = ref_pred
+    minimum = (ref_pred + (ref_pred - z_l) / 2).requires_grad_()
+    z_t = reflected_target(ref_pred, z_l, weight=1.0)
+    errors = [per_sample_errors(*of) for of in ((minimum, z_w), (minimum, z_t), (ref_pred, z_w), (ref_pred, z_t))]
+    complex_po_loss(*errors, 2.0, torch.ones(1), stabilized=True)[0].sum().backward()
+    assert minimum.grad.abs().max() < 1e-6
+
+
+def test_python_of_ddspo_trainer(tiny_hub):
+    """The page trains a LoRA and saves it, and names what is logged."""
+    scope = run("ddspo_trainer.md")
+    assert scope["trainer"].state.global_step == 1
+    assert Path("sd15-ddspo", "pytorch_lora_weights.safetensors").exists()
+    trainer = DDSPOTrainer(tiny.sd_pipeline(), train_dataset=tiny.pairs(4), eval_dataset=tiny.pairs(4))
+    check_metrics(trainer, "ddspo_trainer.md")
+
 
 def test_python_of_models(tiny_hub, tmp_path):
     """The page's trainer trains Stable Diffusion 3, here a tiny one; its quantisation names what it says."""
@@ -492,6 +513,7 @@ def test_every_page_with_python_is_run():
         "complex_po_trainer.md",
         "criteria.md",
         "dataset_formats.md",
+        "ddspo_trainer.md",
         "evaluation.md",
         "from_pairs_to_a_model.md",
         "instance_dpo_trainer.md",
@@ -662,6 +684,7 @@ def test_every_public_name_is_documented():
         ("instance_dpo_trainer.md", "InstanceDPO"),
         ("attribute_sft_trainer.md", "AttributeSFT"),
         ("complex_po_trainer.md", "ComplexPO"),
+        ("ddspo_trainer.md", "DDSPO"),
     ):
         assert {f"{name}Trainer", f"{name}Config"} <= documented_names(page)
     names = [name for page in PAGES for name in documented_names(page)]

@@ -21,7 +21,14 @@ from peft import LoraConfig
 from transformers import TrainerState
 
 from tests import tiny
-from trl_diffusion import AttributeSFTConfig, ComplexPOConfig, InstanceDPOConfig, InstanceDPOTrainer, ModelConfig
+from trl_diffusion import (
+    AttributeSFTConfig,
+    ComplexPOConfig,
+    DDSPOConfig,
+    InstanceDPOConfig,
+    InstanceDPOTrainer,
+    ModelConfig,
+)
 from trl_diffusion.cards.facts import DataFacts
 from trl_diffusion.cli.main import script_of
 from trl_diffusion.scripts.utils import dataset_flags, get_model, get_peft_config
@@ -41,7 +48,12 @@ from trl_diffusion.trainer.provenance import (
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
-CONFIGS = {"instance-dpo": InstanceDPOConfig, "attribute-sft": AttributeSFTConfig, "complex-po": ComplexPOConfig}
+CONFIGS = {
+    "instance-dpo": InstanceDPOConfig,
+    "attribute-sft": AttributeSFTConfig,
+    "complex-po": ComplexPOConfig,
+    "ddspo": DDSPOConfig,
+}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HOME = "/home/somebody"
 
@@ -81,7 +93,7 @@ def settings_of(args) -> dict:
 def test_a_recipe_comes_back(path, tmp_path):
     """Every recipe of the examples, parsed, described, written and parsed again, is the same training."""
     kind = path.stem.split("_")[0]
-    command = {"attribute": "attribute-sft", "cpo": "complex-po"}.get(kind, "instance-dpo")
+    command = {"attribute": "attribute-sft", "cpo": "complex-po", "ddspo": "ddspo"}.get(kind, "instance-dpo")
     if command == "instance-dpo" and "criteria" in yaml.safe_load(path.read_text()):
         command = "complex-po"  # NPO
     before = parse(command, path, tmp_path)
@@ -131,6 +143,8 @@ OTHERS = {
     "include_for_metrics": ["loss"],
     "label_names": ["a"],
     "bf16": True,
+    "target_prompts": "attributes",
+    "dropped_words": [0.25, 0.5],
     "model_init_kwargs": {"safety_checker": None, "dtype": {"default": "bfloat16"}},
 }
 # What only goes with others, or cannot be changed
@@ -144,6 +158,9 @@ WITH = {
     "activation_checkpointing_kwargs": {"activation_checkpointing": True},
     "save_strategy": {"metric_for_best_model": "loss"},
 }
+# The same of one configuration alone
+WITH_OF = {ComplexPOConfig: {"dropped_words": {"target_prompts": "degraded"}}}
+REFUSED_BY = {AttributeSFTConfig: {"precompute_ref_preds"}, DDSPOConfig: {"prompt_dropout"}}
 REFUSED = {"remove_unused_columns", "tf32", "use_liger_kernel", "liger_kernel_config", "neftune_noise_alpha"}
 
 
@@ -168,15 +185,12 @@ def test_every_setting_comes_back(command, tmp_path):
     default = kind(output_dir="out", report_to="none")
     missing = set()
     for field in dataclasses.fields(kind):
-        if field.name in NOT_IN_RECIPE | REFUSED or (
-            field.name == "precompute_ref_preds" and kind is AttributeSFTConfig
-        ):
+        if field.name in NOT_IN_RECIPE | REFUSED | REFUSED_BY.get(kind, set()):
             continue
         value = another(field, getattr(default, field.name))
         with patch("transformers.training_args.TrainingArguments._validate_args", lambda self: None):
-            settings = {"output_dir": "out", "report_to": "none", "use_cpu": True, "bf16": False} | WITH.get(
-                field.name, {}
-            )
+            settings = {"output_dir": "out", "report_to": "none", "use_cpu": True, "bf16": False}
+            settings |= (WITH | WITH_OF.get(kind, {})).get(field.name, {})
             args = kind(**settings | {field.name: value})
             recipe = recipe_of(args, "user/base", None, False, None, DataFacts(), None)
             if field.name not in recipe:
@@ -194,7 +208,7 @@ def test_what_is_usual_is_not_said(kind):
     recipe = recipe_of(args, "u/m", None, False, None, DataFacts(), None)
     own = {name: getattr(args, name) for name in vars(kind)["__annotations__"] if name != "mask_examples"}
     own = {name: value for name, value in own.items() if value is not None}
-    assert len(own) >= 3
+    assert len(own) >= 2
     assert recipe == own | {"model_name_or_path": "u/m", "use_peft": False, "output_dir": "out", "bf16": False}
 
 
