@@ -48,6 +48,13 @@ METHODS = {
         "supervised fine-tuning on the same images",
         ("Diffusion-DPO",),
     ),
+    "DiffusionKTOTrainer": MethodText(
+        "diffusion-kto",
+        "The model learns from single images, each labelled as desirable or undesirable. Measured from the model before the training and "
+        "from the mean of all images, it makes desirable images likelier and undesirable ones less likely.",
+        "supervised fine-tuning on the desirable images",
+        ("Diffusion-DPO",),
+    ),
 }
 PLAIN_DPO = "With `w_neg` 1, as here, no region is taken out: this is Diffusion-DPO."
 SWAPPED = "Here the two are swapped, so that it learns to draw what it should not."

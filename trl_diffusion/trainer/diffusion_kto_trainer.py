@@ -105,7 +105,6 @@ class DiffusionKTOTrainer(DiffusionTrainer):
         errors, ref_errors = self._errors(model, noised)
         rewards = diffusion_kto_rewards(errors, ref_errors, self.args.beta)
         judged = self._judged(rewards, noised)
-        kl = self.mean_reward([judged]) if self.step_kl is None else self.step_kl
         desirable = judged.desirable
         metrics: Metrics = {
             "rewards/chosen": (rewards, desirable),
@@ -115,9 +114,12 @@ class DiffusionKTOTrainer(DiffusionTrainer):
             "errors/ref_chosen": (ref_errors, desirable),
             "errors/ref_rejected": (ref_errors, ~desirable),
             "labels/desirable": desirable,
-            "kl": kl.expand(len(rewards)),
         }
-        if not self.model.training:
+        if self.model.training:
+            kl = self.mean_reward([judged]) if self.step_kl is None else self.step_kl
+            metrics["kl"] = kl.expand(len(rewards))
+        else:  # all rows are known at the end of the evaluation
+            kl = torch.zeros((), device=rewards.device)
             self.evaluated.append(judged)
         return self._losses(judged, kl), metrics
 
@@ -177,7 +179,6 @@ class DiffusionKTOTrainer(DiffusionTrainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self.evaluated = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        # The loss of a batch knew the KL of that batch; these know that of all rows
         losses, kls = [], []
         for timestep in range(NUM_EVAL_TIMESTEPS):
             batches = self.evaluated[timestep::NUM_EVAL_TIMESTEPS]
