@@ -56,6 +56,13 @@ METHODS = {
         "the same training with Diffusion-DPO",
         ("Diffusion-DPO",),
     ),
+    "DiffusionKTOTrainer": MethodText(
+        "diffusion-kto",
+        "The model learns from single images, each labelled as desirable or undesirable. Measured from the model before the training and "
+        "from the mean of all images, it makes desirable images likelier and undesirable ones less likely.",
+        "supervised fine-tuning on the desirable images",
+        ("Diffusion-DPO",),
+    ),
 }
 # What replaces the description of CPO where there was no expert, by `target_prompts`
 WITHOUT_EXPERT = {

@@ -20,6 +20,7 @@ COMMANDS = {
     "attribute-sft": "Train the expert of complex preference optimization (CPO) on images with attributes",
     "complex-po": "Train with complex preference optimization (CPO), with the help of an expert or without one",
     "ddspo": "Train with direct diffusion score preference optimization (DDSPO), with degraded prompts",
+    "diffusion-kto": "Train with Diffusion-KTO, on single images that are labelled as desirable or not",
     "annotate-instances": "Find the instances that both images of a pair show, and judge which image shows each of them better (IAPO)",
     "annotate-attributes": "Find which attributes of a tree of criteria each image has (CPO)",
     "evaluate": "Generate images with several models from the same prompts and noise, and score the images",
@@ -32,7 +33,7 @@ COMMANDS = {
     "env": "Print the environment information",
 }
 # These run through `accelerate launch`, which gets the flags that the script does not know.
-LAUNCHED_COMMANDS = ("instance-dpo", "attribute-sft", "complex-po", "ddspo", "evaluate")
+LAUNCHED_COMMANDS = ("instance-dpo", "attribute-sft", "complex-po", "ddspo", "diffusion-kto", "evaluate")
 SHELLS = ("bash", "zsh", "fish")
 COMPLETION = "Print a script that completes commands and flags in bash, zsh or fish"
 

@@ -29,7 +29,7 @@ KEPT = {
     "show-masks": "The pictures drawn so far are kept.",
     "quickstart": "Finished steps are kept: the same command continues.",
     **dict.fromkeys(
-        ("instance-dpo", "attribute-sft", "complex-po", "ddspo"),
+        ("instance-dpo", "attribute-sft", "complex-po", "ddspo", "diffusion-kto"),
         "Nothing was trained yet; the same command starts again.",
     ),
 }

@@ -29,6 +29,7 @@ from .formats import (
 )
 from .images import image_content, image_errors, open_image
 from .instances import mask_faults
+from .labels import label_faults, row_label
 from .pictures import is_transparent, orientation, upright_image
 
 
@@ -85,7 +86,9 @@ def check_dataset(
             dataset = prepare_dataset(dataset, "dataset", columns, image_columns, of_columns)
         except ValueError:
             dataset, columns, image_columns = [], (), ()
-    counts, faults = Counts(image_columns, resolution, criteria, fits), []
+    if "label" in columns:
+        of_columns += [("label", fault) for fault in label_faults(dataset, "dataset")]
+    counts, faults = Counts(columns, image_columns, resolution, criteria, fits), []
 
     def inspect(row: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
         return inspect_row(row, columns, image_columns, criteria, needs_attributes)
@@ -141,7 +144,9 @@ def inspect_row(
         attempt("prompt", lambda: row_prompt(row))
     for column in image_columns:
         attempt(column, lambda column=column: read_image(row, column, describe_image))
-    if criteria is None:
+    if "label" in columns:
+        attempt("label", lambda: row_label(row))
+    elif criteria is None:
         sizes = {
             column: content[column]["stored"] if column in content else (np.inf, np.inf) for column in image_columns
         }
@@ -182,12 +187,19 @@ class Counts:
     Counts what a dataset holds.
 
     Args:
-        image_columns, resolution, criteria, fits:
+        columns, image_columns, resolution, criteria, fits:
             As for [`data.check.check_dataset`].
     """
 
-    def __init__(self, image_columns: tuple[str, ...], resolution: int, criteria: Criteria | None, fits):
-        self.resolution, self.criteria, self.fits = resolution, criteria, fits
+    def __init__(
+        self,
+        columns: tuple[str, ...],
+        image_columns: tuple[str, ...],
+        resolution: int,
+        criteria: Criteria | None,
+        fits: Callable[[str], bool] | None,
+    ):
+        self.resolution, self.criteria, self.fits, self.has_label = resolution, criteria, fits, "label" in columns
         self.sizes: dict[str, list[tuple[int, int]]] = {column: [] for column in image_columns}
         self.images = {column: Counter() for column in image_columns}
         self.prompts, self.labels, self.preferences, self.attributes = (
@@ -222,7 +234,10 @@ class Counts:
             duplicates["prompt and images"] += key in self.contents
             self.contents.add(key)
             duplicates["chosen is rejected"] += len(hashes) == 2 and hashes[0] == hashes[1]
-        self._add_instances(row)
+        if "label" in content:
+            self.labels["desirable" if content["label"] else "undesirable"] += 1
+        elif not self.has_label:
+            self._add_instances(row)
         for form, names in zip(("positive", "negative"), content.get("attributes", ()), strict=False):
             for name in names:
                 self.attributes[self.criteria.find(name).dimension][form] += 1
@@ -260,7 +275,9 @@ class Counts:
         }
         if self.fits:
             held["prompts"]["longer than the text encoders read"] = self.prompts["too long"]
-        if self.criteria is None:
+        if self.has_label:
+            held["labels"] = {name: self.labels[name] for name in ("desirable", "undesirable")}
+        elif self.criteria is None:
             number = self.labels.total()
             held["instances"] = {
                 "instances": number,
@@ -313,7 +330,9 @@ def as_text(report: dict[str, Any]) -> Iterator[str]:
         counts = ", ".join(f"{image[name]} {name}" for name in ("smaller", "transparent", "turned", "animated"))
         yield f"{column}: {image['images']} images; {sides or 'none'} (least / median / most); {counts}"
     yield "prompts: " + _counts(held["prompts"])
-    if "instances" in held:
+    if "labels" in held:
+        yield "labels: " + _counts(held["labels"])
+    elif "instances" in held:
         instances = held["instances"]
         yield (
             f"instances: {instances['instances']}; {instances['rows without']} rows without; conflicts "

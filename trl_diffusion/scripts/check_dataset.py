@@ -26,7 +26,7 @@ from trl_diffusion.cli.parser import CommandParser
 from trl_diffusion.scripts.dataset_arguments import DatasetArguments
 
 
-TRAINERS = ("instance-dpo", "attribute-sft", "complex-po")
+TRAINERS = ("instance-dpo", "attribute-sft", "complex-po", "diffusion-kto")
 
 
 @dataclass
@@ -36,8 +36,8 @@ class CheckDatasetArguments(DatasetArguments):
 
     Parameters:
         trainer (`str`, *optional*):
-            The trainer that will read the dataset: `"instance-dpo"`, `"attribute-sft"` or `"complex-po"`. By default the first
-            for a dataset with the columns `chosen` and `rejected`.
+            The trainer that will read the dataset: `"instance-dpo"`, `"attribute-sft"`, `"complex-po"` or `"diffusion-kto"`. By
+            default the first for a dataset with the columns `chosen` and `rejected`, the last for one with `image` and `label`.
         criteria (`str`, *optional*, defaults to `"painting"`):
             The tree of the attributes: a YAML file, or the name of a tree that comes with the package.
         resolution (`int`, *optional*, defaults to `512`):
@@ -52,7 +52,7 @@ class CheckDatasetArguments(DatasetArguments):
         default=None,
         metadata={
             "help": "The trainer that will read the dataset. By default `instance-dpo` for a dataset with the columns `chosen` and "
-            "`rejected`.",
+            "`rejected`, `diffusion-kto` for one with `image` and `label`.",
             "choices": list(TRAINERS),
         },
     )
@@ -114,7 +114,7 @@ def main(args: CheckDatasetArguments) -> int:
     import json
     from pathlib import Path
 
-    from trl_diffusion import AttributeSFTTrainer, ComplexPOTrainer, Criteria, InstanceDPOTrainer
+    from trl_diffusion import AttributeSFTTrainer, ComplexPOTrainer, Criteria, DiffusionKTOTrainer, InstanceDPOTrainer
     from trl_diffusion.data.check import as_text, check_dataset
     from trl_diffusion.data.presets import training_columns
     from trl_diffusion.files import write_file
@@ -125,21 +125,21 @@ def main(args: CheckDatasetArguments) -> int:
     splits = load_splits(args.dataset_name, args.dataset_config, args.dataset_revision, args.dataset_streaming)
     dataset = training_columns(get_split(splits, args.dataset_train_split, "--dataset_train_split"), args.mapping)
     names = dataset.column_names or list(next(iter(dataset), {}))
-    trainer = args.trainer or ("instance-dpo" if {"chosen", "rejected"} <= set(names) else None)
+    known_by = {"instance-dpo": {"chosen", "rejected"}, "diffusion-kto": {"image", "label"}}
+    trainer = args.trainer or next((name for name, columns in known_by.items() if columns <= set(names)), None)
     if trainer is None:
         raise ValueError(
             f"`--trainer` is missing: the columns {', '.join(names)} do not tell which trainer is to read them. Name "
             f"{', '.join(TRAINERS)}."
         )
-    trainer_class = dict(zip(TRAINERS, (InstanceDPOTrainer, AttributeSFTTrainer, ComplexPOTrainer), strict=True))[
-        trainer
-    ]
+    classes = InstanceDPOTrainer, AttributeSFTTrainer, ComplexPOTrainer, DiffusionKTOTrainer
+    trainer_class = dict(zip(TRAINERS, classes, strict=True))[trainer]
     report = check_dataset(
         dataset,
         trainer_class.columns,
         trainer_class.image_columns,
         args.resolution,
-        criteria=None if trainer == "instance-dpo" else Criteria.load(args.criteria),
+        criteria=Criteria.load(args.criteria) if trainer in ("attribute-sft", "complex-po") else None,
         needs_attributes=trainer == "complex-po",
         fits=prompt_fits(args.model_name_or_path) if args.model_name_or_path else None,
     )
