@@ -32,8 +32,8 @@ def negative_preference_guidance(
             The adapter of the conditional branch, or several with their weights, or `None` for the denoiser's own
             weights.
         negative (`str` or `dict[str, float]`):
-            The adapter of the unconditional branch, trained with `reverse_preference=True`, or several with their weights,
-            such as `{"aligned": 0.5, "reversed": 1.0}`.
+            The adapter of the unconditional branch, trained with `reverse_preference=True`, or several with their weights. In
+            the authors' code it comes on top of the positive one: `{"aligned": 1.0, "reversed": 1.0}`.
 
     Raises:
         `ValueError`: If the pipeline has no such adapter (the message names those that it has), if adapters are fused into its
@@ -46,7 +46,8 @@ def negative_preference_guidance(
     ```python
     pipeline.load_lora_weights("user/sdxl-cpo", adapter_name="aligned")
     pipeline.load_lora_weights("user/sdxl-cpo-reversed", adapter_name="reversed")
-    with negative_preference_guidance(pipeline, positive="aligned", negative="reversed"):
+    both = {"aligned": 1.0, "reversed": 1.0}
+    with negative_preference_guidance(pipeline, positive="aligned", negative=both):
         image = pipeline("a harbor at dusk").images[0]
     ```
     """

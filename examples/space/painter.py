@@ -95,8 +95,7 @@ class Painter:
         self.pipeline.set_adapters([adapter], [scale])
         if not npo:
             return nullcontext()
-        negative = {adapter: scale / 2, REVERSED: scale / 2}  # half of each, or images of tiny models break
-        return negative_preference_guidance(self.pipeline, {adapter: scale}, negative)
+        return negative_preference_guidance(self.pipeline, {adapter: scale}, {adapter: scale, REVERSED: scale})
 
 
 def side_by_side(painter: Painter, prompt: str, seed: int, scale: float, npo: bool) -> list[Image.Image]:

@@ -349,12 +349,18 @@ def test_models_are_described():
     models = {
         "base": BASE,
         "iapo": record("iapo", iapo(), negative_lora="user/reversed", trained_on="user/b", vae="user/vae"),
+        "npo": record("npo", negative_lora="user/reversed", negative_lora_on="aligned"),
+        "guided": BASE | {"negative_lora": "user/reversed"},
+        "dpo": record("dpo") | {"kind": "denoiser"},
     }
     facts = evaluation_facts(summary_of(models), "iapo", descriptions={"base": "the model before"})
     assert facts.models == {
         "base": "the model before",
-        "iapo": "user/iapo (abc), LoRA on user/base, trained on user/b, trained with IAPO (w_neg=0.0), guided by user/reversed in "
-        "the unconditional branch, VAE user/vae",
+        "iapo": "user/iapo (abc), LoRA on user/base, trained on user/b, trained with IAPO (w_neg=0.0), guided by user/reversed on "
+        "the base alone in the unconditional branch, VAE user/vae",
+        "npo": "user/npo (abc), LoRA on user/base, guided by user/reversed on top of it in the unconditional branch",
+        "guided": "user/base (abc), pipeline, guided by user/reversed in the unconditional branch",
+        "dpo": "user/dpo (abc), denoiser of user/base",
     }
     with pytest.raises(ValueError, match="has no model 'bse'"):
         evaluation_facts(summary_of(models), "iapo", descriptions={"bse": "x"})

@@ -384,6 +384,24 @@ class TestGoingOn:
         assert "Choose another `output_dir`, or delete that folder" in str(error.value)
         assert files(tmp_path) == before
 
+    def test_images_from_before_there_was_a_choice(self, specs, tmp_path):
+        """They have the negative LoRA on the base alone: they are kept for that form, and not taken for the other one."""
+        few, folder = PROMPTS.select(1), tmp_path / "images" / "guided"
+        on_base = replace(specs["guided"], negative_lora_on="base")
+        run(on_base, tmp_path, few)
+        before = files(tmp_path)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["model"].pop("negative_lora_on") == "base"
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        sums = (folder / "SHA256SUMS").read_text().splitlines()
+        (folder / "SHA256SUMS").write_text("".join(f"{line}\n" for line in sums if "manifest" not in line))
+        with pytest.raises(ValueError, match="`model.negative_lora_on` 'base', not 'aligned'"):
+            run(specs["guided"], tmp_path, few)
+        run(on_base, tmp_path, few)
+        assert files(tmp_path) == before
+        run(specs["guided"], tmp_path / "other", few)
+        assert all(content != before[name] for name, content in files(tmp_path / "other").items())
+
     def test_a_scale_left_to_the_pipeline(self, specs, tmp_path):
         """Without a guidance scale a model has its pipeline's, and the record names it: 7.5 and None are one."""
         few = PROMPTS.select(1)

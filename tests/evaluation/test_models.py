@@ -20,7 +20,7 @@ from tests.evaluation.test_card import model_facts
 from tests.original_layouts import sd_file
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer, negative_preference_guidance
 from trl_diffusion.cards.facts import write_facts
-from trl_diffusion.evaluation import models as module
+from trl_diffusion.evaluation import kinds, models
 from trl_diffusion.evaluation.models import (
     default_guidance,
     guidance_of,
@@ -182,10 +182,12 @@ class TestKinds:
             resolve_model("m", "user/no-such-model")
         with pytest.raises(ValueError, match="'/no/such/folder' cannot be evaluated: there is no such folder"):
             resolve_model("m", "/no/such/folder")
-        with pytest.raises(ValueError, match="is a file: pass its folder"):
-            resolve_model("m", f"{folders['lora']}/pytorch_lora_weights.safetensors")
         with pytest.raises(ValueError, match="The base of the LoRA .* must be a pipeline"):
             resolve_model("m", folders["lora"], base=folders["reversed"])
+        with pytest.raises(ValueError, match="`negative_lora_on` is 'top', and must be one of aligned, base"):
+            resolve_model("m", folders["lora"], folders["base"], folders["reversed"], negative_lora_on="top")
+        with pytest.raises(ValueError, match="is no LoRA: its weights are not apart from its base's"):
+            resolve_model("m", folders["base"], negative_lora=folders["reversed"], negative_lora_on="base")
         with pytest.raises(ValueError, match="`negative_lora` must be a LoRA"):
             resolve_model("m", folders["base"], negative_lora=folders["base"])
         tiny.sd_pipeline().save_pretrained(tmp_path)
@@ -216,7 +218,8 @@ class TestKinds:
                 raise EntryNotFoundError(f"no {filename}")
             return str(path)
 
-        monkeypatch.setattr(module, "hf_hub_download", download)
+        for module in (models, kinds):
+            monkeypatch.setattr(module, "hf_hub_download", download)
         spec = resolve_model("m", "user/lora")
         assert (spec.kind, spec.path, spec.revision) == ("lora", "user/lora", COMMIT)
         assert (spec.base, spec.base_revision) == ("user/base", COMMIT)
@@ -295,18 +298,26 @@ class TestLoading:
         assert np.array_equal(draw(pipeline), draw(plain))
         assert abs(draw(pipeline) - without).max() > 1e-2
 
-    @pytest.mark.parametrize("kind", ["lora", "pipeline"])
-    def test_a_negative_lora(self, folders, kind):
-        """Within its guidance, a model gives the images of `negative_preference_guidance` with the two adapters."""
+    @pytest.mark.parametrize(
+        ("kind", "on", "negative"),
+        [
+            ("lora", "aligned", {"a": 1.0, "b": 1.0}),
+            ("lora", "base", {"b": 1.0}),
+            ("pipeline", "aligned", {"b": 1.0}),
+        ],
+    )
+    def test_a_negative_lora(self, folders, kind, on, negative):
+        """It comes on top of the model, or on the base alone; a model's images are those of these adapters in plain diffusers."""
         where, base = (folders["lora"], folders["base"]) if kind == "lora" else (folders["base"], None)
-        spec = resolve_model("m", where, base, negative_lora=folders["reversed"])
+        spec = resolve_model("m", where, base, negative_lora=folders["reversed"], negative_lora_on=on)
+        assert spec.describe().get("negative_lora_on") == (on if kind == "lora" else None)
         pipeline = load_pipeline(spec, torch.float32, CPU)
         with guidance_of(spec, pipeline):
             drawn = draw(pipeline)
         plain = StableDiffusionPipeline.from_pretrained(folders["base"])
         plain.load_lora_weights(folders["lora"], adapter_name="a")
         plain.load_lora_weights(folders["reversed"], adapter_name="b")
-        with negative_preference_guidance(plain, "a" if kind == "lora" else None, "b"):
+        with negative_preference_guidance(plain, "a" if kind == "lora" else None, negative):
             assert np.array_equal(drawn, draw(plain))
         spec = resolve_model("m", where, base)
         pipeline = load_pipeline(spec, torch.float32, CPU)

@@ -476,6 +476,12 @@ def test_the_command_names_what_the_models_are():
     assert args.negative_loras == ["tuned=path/to/reversed"] and args.true_cfg_scale == 2 and args.scheduler is None
     assert args.prompts == "parti" and args.prompt_revision == "944b" and args.references == "path/to/references"
     assert args.metrics == ["pickscore", "fid"] and args.vae is None
+    assert args.negative_loras_on_base == ["tuned"]  # as before there was a choice
+    tuned = summary["settings"]["models"]["tuned"]
+    tuned |= {"negative_lora_on": "aligned", "path": "user/lora/file.safetensors"}
+    (args, *_) = make_parser().parse_args_and_config(shlex.split(command_of(summary).replace("\\\n", " "))[2:])
+    assert args.negative_loras_on_base is None and args.models[1] == "tuned=user/lora/file.safetensors"
+    tuned["path"] = "user/flux lora"
     summary["settings"]["models"]["tuned"]["trained_on"] = "user/plain"
     (args, *_) = make_parser().parse_args_and_config(shlex.split(command_of(summary).replace("\\\n", " "))[2:])
     assert args.sample_model == "black-forest-labs/FLUX.1-dev" and args.base_model == "user/plain"

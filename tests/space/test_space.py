@@ -80,7 +80,7 @@ def test_a_strength_scales_the_weights(painter):
 
 
 def test_npo_is_the_guidance_of_two_models(painter):
-    """With NPO a step's prediction is eps_neg + g (eps_pos - eps_neg), of the two mixtures of adapters, computed here one by one."""
+    """With NPO a step's prediction is eps_neg + g (eps_pos - eps_neg), the reversed LoRA on top of the other, computed here one by one."""
     unet, scheduler = painter.pipeline.unet, painter.pipeline.scheduler
     guidance = painter.world.guidance_scale
     seen, step = [], scheduler.step
@@ -100,7 +100,7 @@ def test_npo_is_the_guidance_of_two_models(painter):
     with torch.no_grad():
         painter.pipeline.set_adapters([adapter], [0.8])
         eps_pos = unet(sample, timestep, positive).sample
-        painter.pipeline.set_adapters([adapter, "reversed"], [0.4, 0.4])
+        painter.pipeline.set_adapters([adapter, "reversed"], [0.8, 0.8])
         eps_neg = unet(sample, timestep, negative).sample
     torch.testing.assert_close(prediction, eps_neg + guidance * (eps_pos - eps_neg), rtol=1e-4, atol=1e-4)
     assert not same(drawn, painter.draw("IAPO", PROMPT, 0, 0.8))

@@ -8,13 +8,14 @@ from typing import Any
 
 from ..cards.arms import SFT, W_NEG, differences, is_arm, needed_arm
 from ..cards.facts import EvaluationFacts, Score
+from .names import ON_A_BASE
 from .prompts import BENCHMARKS
 from .report import CONFIDENCE, LABELS, full_names
 
 
 # How images were sampled, besides the protocol: what must be the same for a model and its arm
 SAMPLED_WITH = (
-    *("kind", "base", "base_revision", "negative_lora", "negative_lora_revision"),
+    *("kind", "base", "base_revision", "negative_lora", "negative_lora_revision", "negative_lora_on"),
     *("vae", "vae_revision", "guidance_scale"),
 )
 
@@ -199,6 +200,7 @@ WANTED = {W_NEG: "model trained with `w_neg=1`", SFT: "fine-tuned model (SFT)"}
 
 def sampled_apart(own: dict[str, Any], arm: dict[str, Any]) -> dict[str, list[Any]]:
     """In what a model and its arm were sampled otherwise, each with the arm's value and the model's."""
+    own, arm = (record | {"negative_lora_on": negative_lora_on(record)} for record in (own, arm))
     names = [name for name in SAMPLED_WITH if own.get(name) != arm.get(name)]
     return {f"sampled with {name}": [arm.get(name), own.get(name)] for name in names}
 
@@ -206,7 +208,7 @@ def sampled_apart(own: dict[str, Any], arm: dict[str, Any]) -> dict[str, list[An
 def find_base(records: dict[str, dict[str, Any]], model: str) -> str | None:
     """The evaluated pipeline that a model was trained from, if it is there."""
     record = records[model]
-    drawn_by = record.get("base") if record.get("kind") == "lora" else None
+    drawn_by = record.get("base") if record.get("kind") in ON_A_BASE else None
     base = record.get("training", {}).get("base") or record.get("trained_on") or drawn_by
     pipelines = [name for name, other in records.items() if other.get("kind") == "pipeline" and name != model]
     return next((name for name in pipelines if records[name]["path"] == base), None)
@@ -224,17 +226,31 @@ def describe(record: dict[str, Any]) -> str:
     """What a model is, in a few words."""
     if not record:
         return "not described"
-    what = {"lora": f"LoRA on {record.get('base')}", "pipeline": "pipeline", "images": "images drawn elsewhere"}
+    base = record.get("base")
+    what = {
+        "lora": f"LoRA on {base}",
+        "denoiser": f"denoiser of {base}",
+        "pipeline": "pipeline",
+        "images": "images drawn elsewhere",
+    }
     parts = [f"{record['path']} ({record['revision']}), {what[record['kind']]}"]
     if record.get("trained_on"):
         parts.append(f"trained on {record['trained_on']}")
     if "training" in record:
         parts.append(f"trained with {said(record['training'])}")
     if record.get("negative_lora"):
-        parts.append(f"guided by {record['negative_lora']} in the unconditional branch")
+        on = {None: "", "aligned": " on top of it", "base": " on the base alone"}[negative_lora_on(record)]
+        parts.append(f"guided by {record['negative_lora']}{on} in the unconditional branch")
     if record.get("vae"):
         parts.append(f"VAE {record['vae']}")
     return ", ".join(parts)
+
+
+def negative_lora_on(record: dict[str, Any]) -> str | None:
+    """What a LoRA's negative LoRA was added to. Evaluations that do not say it are older, and added it to the base alone."""
+    if record.get("negative_lora") and record.get("kind") == "lora":
+        return record.get("negative_lora_on", "base")
+    return None
 
 
 def said(training: dict[str, Any]) -> str:

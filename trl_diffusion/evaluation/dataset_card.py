@@ -25,8 +25,9 @@ from ..cards.results import compared, measured, tables
 from ..cards.text import code_span, fenced, hub_link, one_line, picture, python_string, shortened
 from ..hub_datasets import size_category_of
 from ..visualization import image_grid
-from .card import dataset_of, evaluation_facts
+from .card import dataset_of, evaluation_facts, negative_lora_on
 from .gallery import gallery_data
+from .names import ON_A_BASE, repository_of
 from .prompts import BENCHMARKS
 from .protocols import SETTINGS
 from .report import LABELS
@@ -190,7 +191,8 @@ def licenses_of(settings: dict[str, Any]) -> dict[str, License | None]:
                 and record["kind"] != "images"
                 and not is_local(record.get(f"{key}_revision", record["revision"]))
             ):
-                named[record[key]] = license_of(record[key])
+                name = repository_of(record[key])
+                named[name] = license_of(name)
     return named
 
 
@@ -225,7 +227,7 @@ def command_of(summary: dict[str, Any]) -> str:
     settings = summary["settings"]
     records, prompts = settings.get("models", {}), settings.get("prompts", {})
     flags = {"models": [f"{name}={where(record['path'], record['revision'])}" for name, record in records.items()]}
-    loras = [record for record in records.values() if record["kind"] == "lora"]
+    loras = [record for record in records.values() if record["kind"] in ON_A_BASE]
     bases = {where(record["base"], record["base_revision"]) for record in loras}
     if any(record.get("trained_on") for record in loras):
         flags["base_model"], flags["sample_model"] = (
@@ -239,6 +241,7 @@ def command_of(summary: dict[str, Any]) -> str:
         for name, record in records.items()
         if record.get("negative_lora")
     ]
+    flags["negative_loras_on_base"] = [name for name, record in records.items() if negative_lora_on(record) == "base"]
     flags["vae"] = {where(record["vae"], record["vae_revision"]) for record in records.values() if record.get("vae")}
     source, revision = str(prompts.get("source")), prompts.get("revision")
     flags["prompts"] = [source if source in BENCHMARKS or revision else f"path/to/{source}"]

@@ -35,15 +35,14 @@ from ..safe_names import check_relative_path
 from ..sampling import default_argument, family_of, sample_images
 from .kept_images import keep_sampled_images, read_sums, write_images, write_sums
 from .models import (
-    METADATA_FILE,
     ModelSpec,
     guidance_of,
     guidance_without,
-    is_image,
     load_pipeline,
     pipeline_class_of,
     resolve_dtype,
 )
+from .names import METADATA_FILE, is_image
 from .prompts import Prompt, PromptSet, read_jsonl
 from .protocols import OF_SOME_PIPELINES, SETTINGS, Protocol
 
@@ -211,6 +210,8 @@ def check_manifest(folder: Path, manifest: dict[str, Any], content: bytes) -> No
     if earlier is None:
         what = f"no {MANIFEST}" if found is None else f"a damaged {MANIFEST}"
         raise ValueError(f"{folder} holds images but {what}: their sampling settings are unknown. {way_out}")
+    if earlier.get("model.kind") == "lora" and earlier.get("model.negative_lora"):
+        earlier.setdefault("model.negative_lora_on", "base")  # as it was before there was a choice
     now = flat(manifest)
     names = [*now, *(name for name in earlier if name not in now)]
     changes = [f"`{x}` {earlier.get(x)!r}, not {now.get(x)!r}" for x in names if earlier.get(x) != now.get(x)]

@@ -3,12 +3,11 @@
 
 """The models to evaluate: pipelines, LoRAs, training checkpoints, and folders of existing images."""
 
-import hashlib
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,23 +16,26 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 
 from .. import backbones
 from ..backbones.dtypes import as_dtype
-from ..backbones.folder_checks import check_name, pipeline_class, read_index
-from ..backbones.names import ENDINGS, INDEX, LORA_WEIGHTS_NAME, find_model
+from ..backbones.folder_checks import pipeline_class, read_index
+from ..backbones.names import INDEX, LORA_WEIGHTS_NAME, find_model
 from ..backbones.single_file import family_of_file
 from ..cards.arms import training_record
 from ..cards.facts import FACTS_NAME, read_model_facts
 from ..guidance import negative_preference_guidance
-from ..lora_files import find_lora, load_lora
-from ..revisions import commit_of, digest_of_file, pinned, resolve_revision
+from ..lora_files import load_lora
+from ..revisions import digest_of_file, pinned, resolve_revision
 from ..safe_names import SAFE_NAME, WHAT_IT_IS, check_safe_name
 from ..sampling import default_guidance
+from .denoisers import load_denoiser
+from .kinds import files_on_hub, find_kind, kind_and_revision, lora_file
+from .names import ON_A_BASE, repository_of
 
 
 logger = logging.getLogger(__name__)
 
-METADATA_FILE = "metadata.jsonl"
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
 ADAPTER, NEGATIVE_ADAPTER = "evaluated", "negative"
+NEGATIVE_ON = ("aligned", "base")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,19 @@ class ModelSpec:
         path (`str`):
             Folder or Hub id.
         kind (`str`):
-            `"pipeline"`, `"lora"` or `"images"`.
+            `"pipeline"`, `"lora"`, `"denoiser"` or `"images"`.
         revision (`str`):
             Commit on the Hub, or hash of the folder.
         base (`str`, *optional*):
-            Folder or Hub id of the base pipeline of a LoRA, or of the pipeline whose configuration a single file takes.
+            Folder or Hub id of the base pipeline of a LoRA or a denoiser, or of the pipeline whose configuration a single file takes.
         base_revision (`str`, *optional*):
             Commit or hash of the base.
         negative_lora (`str`, *optional*):
             Folder or Hub id of the LoRA for the unconditional branch of guidance.
         negative_lora_revision (`str`, *optional*):
             Commit or hash of this LoRA.
+        negative_lora_on (`str`, *optional*):
+            Where a LoRA has a negative one, what the latter is added to: `"aligned"` or `"base"`.
         vae (`str`, *optional*):
             The VAE in place of the pipeline's.
         vae_revision (`str`, *optional*):
@@ -76,6 +80,7 @@ class ModelSpec:
     base_revision: str | None = None
     negative_lora: str | None = None
     negative_lora_revision: str | None = None
+    negative_lora_on: str | None = None
     vae: str | None = None
     vae_revision: str | None = None
     trained_on: str | None = None
@@ -94,6 +99,7 @@ class ModelSpec:
             "base_revision": self.base_revision,
             "negative_lora": self.negative_lora and _label(self.negative_lora),
             "negative_lora_revision": self.negative_lora_revision,
+            **({"negative_lora_on": self.negative_lora_on} if self.negative_lora_on else {}),
             "vae": self.vae and _label(self.vae),
             "vae_revision": self.vae_revision,
         }
@@ -138,6 +144,7 @@ def resolve_model(
     negative_lora: str | None = None,
     vae: str | None = None,
     sample_model: str | None = None,
+    negative_lora_on: Literal["aligned", "base"] = "aligned",
 ) -> ModelSpec:
     """
     Determines the kind and the revision of a model.
@@ -148,62 +155,93 @@ def resolve_model(
         where (`str`):
             - a pipeline: a folder or Hub id with `model_index.json`, such as a checkpoint of full fine-tuning, or a single
               file, see [`backbones.single_file.load_single_file`];
-            - a LoRA: a folder or Hub id with `pytorch_lora_weights.safetensors`, such as a checkpoint of LoRA
-              training;
+            - a LoRA: a folder or Hub id with `pytorch_lora_weights.safetensors`, such as a checkpoint of LoRA training, or with
+              one LoRA file of another name; or the file itself, as a path or as `user/name/file.safetensors`;
+            - a denoiser: a folder or Hub id with a folder `unet` or `transformer` and no pipeline, or such a folder itself;
             - a folder of images, see [`evaluation.generate.match_images`].
         base (`str`, *optional*):
-            Folder or Hub id of the base pipeline of a LoRA. Defaults to the `base_model` in the LoRA's card. For a single file,
-            the pipeline that gives its configuration, and whatever the file is without.
+            Folder or Hub id of the base pipeline of a LoRA or a denoiser. Defaults to the `base_model` in its card. For a single
+            file, the pipeline that gives its configuration, and whatever the file is without.
         negative_lora (`str`, *optional*):
-            Folder or Hub id of a LoRA for the unconditional branch of guidance, see [`negative_preference_guidance`].
+            A LoRA for the unconditional branch of guidance, see [`negative_preference_guidance`].
         vae (`str`, *optional*):
             The VAE in place of the pipeline's, see [`backbones.vae.load_vae`].
         sample_model (`str`, *optional*):
-            Folder or Hub id of the pipeline that draws with a LoRA in place of its base, such as a distilled sibling of it. A
-            pipeline draws by itself.
+            Folder or Hub id of the pipeline that draws with a LoRA in place of its base, such as a distilled sibling of it. Other
+            models draw by themselves.
+        negative_lora_on (`str`, *optional*, defaults to `"aligned"`):
+            What the negative LoRA of a LoRA is added to: `"aligned"`, the base with the LoRA, as in the code of Diffusion-NPO
+            (arXiv:2505.11245), or `"base"`, the base alone. Where all weights were trained, it is added to these.
 
     Returns:
         [`ModelSpec`]
 
     Raises:
-        `ValueError`: If `where` is none of these, the base is unknown, or `negative_lora` is not a LoRA.
+        `ValueError`: If `where` is none of these, the base is unknown, `negative_lora` is not a LoRA, or it is to be added to the base
+            of a model whose weights are not apart from its base's.
     """
     where, base, negative_lora, vae, sample_model = map(_located, (where, base, negative_lora, vae, sample_model))
-    kind, revision = kind_and_revision(where)
+    found = find_kind(where)
+    kind, revision = found.kind, found.revision
     if kind == "images":
         if negative_lora is not None:
             raise ValueError(
                 f"{where} is a folder of existing images: `negative_lora` cannot change them. Leave it out for this model."
             )
         return ModelSpec(name, where, kind, revision)
-    base_revision = negative_lora_revision = trained_on = None
-    if kind == "lora":
-        base = base or _base_of(where)
-        if base is None and sample_model is None:
+    origin = repository_of(where)
+    base_revision = trained_on = None
+    if kind in ON_A_BASE:
+        base = base or _base_of(origin)
+        what = "LoRA" if kind == "lora" else "denoiser"
+        draws = sample_model if kind == "lora" else None
+        if base is None and draws is None:
             raise ValueError(
-                f"The base of the LoRA {where} is unknown: it has no README.md that names one `base_model`. Pass the folder or "
+                f"The base of the {what} {where} is unknown: it has no README.md that names one `base_model`. Pass the folder or "
                 "Hub id of its base as `base_model`."
             )
-        if sample_model is not None:
-            base, trained_on = sample_model, base
+        if draws is not None:
+            base, trained_on = draws, base
         base_kind, base_revision = kind_and_revision(base)
         if base_kind != "pipeline":
-            role = "base of" if sample_model is None else "sample model for"
-            raise ValueError(f"The {role} the LoRA {where} must be a pipeline, but {base} has no {INDEX}.")
+            role = "base of" if draws is None else "sample model for"
+            raise ValueError(f"The {role} the {what} {where} must be a pipeline, but {base} has no {INDEX}.")
+        if kind == "denoiser" and Path(base).is_file():
+            raise ValueError(
+                f"The base of the denoiser {where} must be a folder or Hub id with {INDEX}, not the file {base}."
+            )
     elif base is not None and Path(where).is_file():
         base_revision = kind_and_revision(base)[1]
     else:
         base = None
-    if negative_lora is not None:
-        negative_kind, negative_lora_revision = kind_and_revision(negative_lora)
-        if negative_kind != "lora":
-            raise ValueError(f"`negative_lora` must be a LoRA, but {negative_lora} has no {LORA_WEIGHTS_NAME}.")
+    negative = _find_negative(negative_lora, negative_lora_on, kind, where)
     vae_revision = vae and _vae_revision(vae)
     return ModelSpec(
-        *(name, where, kind, revision, base, base_revision, negative_lora, negative_lora_revision, vae, vae_revision),
+        *(name, found.path, kind, revision, base, base_revision, *negative, vae, vae_revision),
         trained_on=trained_on,
-        training=_training_of(where),
+        training=_training_of(origin),
     )
+
+
+def _find_negative(
+    negative_lora: str | None, negative_lora_on: str, kind: str, where: str
+) -> tuple[str | None, str | None, str | None]:
+    """The negative LoRA of a model: the LoRA, its revision, and what it is added to."""
+    if negative_lora_on not in NEGATIVE_ON:
+        raise ValueError(f"`negative_lora_on` is {negative_lora_on!r}, and must be one of {', '.join(NEGATIVE_ON)}.")
+    if negative_lora is None:
+        return None, None, None
+    found = find_kind(negative_lora)
+    if found.kind != "lora":
+        raise ValueError(f"`negative_lora` must be a LoRA, but {negative_lora} has no {LORA_WEIGHTS_NAME}.")
+    if kind == "lora":
+        return found.path, found.revision, negative_lora_on
+    if negative_lora_on == "base":
+        raise ValueError(
+            f"{where} is no LoRA: its weights are not apart from its base's, so its negative LoRA cannot be added to the base alone. "
+            f"It is added to the weights that {where} has: leave `negative_lora_on` out for this model."
+        )
+    return found.path, found.revision, None
 
 
 def load_pipeline(spec: ModelSpec, dtype: torch.dtype, device: torch.device | str) -> DiffusionPipeline:
@@ -212,36 +250,58 @@ def load_pipeline(spec: ModelSpec, dtype: torch.dtype, device: torch.device | st
 
     Args:
         spec ([`ModelSpec`]):
-            The model, of kind `"pipeline"` or `"lora"`.
+            The model, of any kind but `"images"`.
         dtype (`torch.dtype`):
             Data type of the weights.
         device (`torch.device` or `str`):
             Device of the model.
 
     Returns:
-        [`~diffusers.DiffusionPipeline`]: the pipeline, with the LoRA if there is one.
+        [`~diffusers.DiffusionPipeline`]: the pipeline, with its denoiser or its LoRA if there is one.
 
     Raises:
-        `ValueError`: If not all of a LoRA can be used with this base, see [`lora_files.load_lora`].
+        `ValueError`: If not all of a LoRA can be used with this base, see [`lora_files.load_lora`], or a denoiser is for another base,
+            or a text encoder has a LoRA that would act in both branches of guidance.
     """
     source, revision = _source(spec)
     is_lora = spec.kind == "lora"
-    config = {} if is_lora or spec.base is None else {"config": spec.base}
-    config |= {} if spec.vae is None else {"vae": spec.vae}
-    pipeline = backbones.load_pipeline(source, dtype=dtype, **config, **pinned(revision)).to(device)
+    given = {} if spec.kind in ON_A_BASE or spec.base is None else {"config": spec.base}
+    given |= {} if spec.vae is None else {"vae": spec.vae}
+    if spec.kind == "denoiser":
+        given |= load_denoiser(spec.path, spec.revision, source, revision, dtype)
+    pipeline = backbones.load_pipeline(source, dtype=dtype, **given, **pinned(revision)).to(device)
     if is_lora:
-        load_lora(pipeline, find_lora(spec.path, **pinned(spec.revision)), ADAPTER)
+        load_lora(pipeline, lora_file(spec.path, spec.revision), ADAPTER)
+        _check_text_encoders(pipeline, spec)
     if spec.negative_lora is not None:
-        negative = find_lora(spec.negative_lora, **pinned(spec.negative_lora_revision))
-        load_lora(pipeline, negative, NEGATIVE_ADAPTER)
+        load_lora(pipeline, lora_file(spec.negative_lora, spec.negative_lora_revision), NEGATIVE_ADAPTER)
+        _check_text_encoders(pipeline, spec)
     return pipeline
+
+
+def _check_text_encoders(pipeline: DiffusionPipeline, spec: ModelSpec) -> None:
+    """Refuses what would act in the wrong branch of guidance: a text encoder encodes the prompts of both."""
+    adapted = {name for part, names in pipeline.get_list_adapters().items() if part in ENCODERS for name in names}
+    if NEGATIVE_ADAPTER in adapted:
+        raise ValueError(
+            f"The LoRA {spec.negative_lora} adapts a text encoder, which encodes the prompts of both branches of guidance. As "
+            "`negative_lora`, name a LoRA of the denoiser alone."
+        )
+    if ADAPTER in adapted and spec.negative_lora_on == "base":
+        raise ValueError(
+            f"The LoRA {spec.path} adapts a text encoder, which encodes the prompts of both branches of guidance, so that the "
+            "unconditional one cannot be that of the base. Leave `negative_lora_on` out for this model."
+        )
 
 
 def guidance_of(spec: ModelSpec, pipeline: DiffusionPipeline) -> AbstractContextManager:
     """The context for sampling with a model: that of its negative LoRA, if it has one."""
     if spec.negative_lora is None:
         return nullcontext()
-    return negative_preference_guidance(pipeline, ADAPTER if spec.kind == "lora" else None, NEGATIVE_ADAPTER)
+    on = {ADAPTER: 1.0} if spec.negative_lora_on == "aligned" else {}
+    return negative_preference_guidance(
+        pipeline, ADAPTER if spec.kind == "lora" else None, on | {NEGATIVE_ADAPTER: 1.0}
+    )
 
 
 def pipeline_class_of(spec: ModelSpec) -> type[DiffusionPipeline]:
@@ -250,7 +310,7 @@ def pipeline_class_of(spec: ModelSpec) -> type[DiffusionPipeline]:
 
     Args:
         spec ([`ModelSpec`]):
-            The model, of kind `"pipeline"` or `"lora"`.
+            The model, of any kind but `"images"`.
 
     Returns:
         `type`: [`~diffusers.DiffusionPipeline`] itself for a class that is not one of diffusers.
@@ -294,46 +354,15 @@ def resolve_dtype(dtype: str, device: torch.device, pipeline_class: type[Diffusi
     return as_dtype(dtype, "`dtype`", or_auto=True)
 
 
-# ----- kinds of models -----
-
-
-def kind_and_revision(where: str) -> tuple[str, str]:
-    """What a folder, a file or a repository holds, `"pipeline"`, `"lora"` or `"images"`, and its commit or hash."""
-    folder = Path(check_name(where))
-    if folder.is_file():
-        if folder.name == LORA_WEIGHTS_NAME or folder.suffix.lower() not in ENDINGS:
-            raise ValueError(f"{where} is a file: pass its folder.")
-        find_model(where)
-        return "pipeline", digest_of_file(folder)
-    if folder.is_dir():
-        found = {name: folder / name for name in (INDEX, LORA_WEIGHTS_NAME) if (folder / name).is_file()}
-        missing = f"the folder has no {INDEX} (a pipeline), no {LORA_WEIGHTS_NAME} (a LoRA) and no images"
-    else:
-        found, missing = _files_on_hub(where, (INDEX, LORA_WEIGHTS_NAME))
-    if len(found) > 1:
-        raise ValueError(
-            f"{where} holds both a pipeline ({INDEX}) and a LoRA ({LORA_WEIGHTS_NAME}): keep only one of them there."
-        )
-    if INDEX in found:
-        return "pipeline", _pipeline_digest(folder) if folder.is_dir() else commit_of(found[INDEX], INDEX)
-    if LORA_WEIGHTS_NAME in found:
-        return "lora", digest_of_file(found[LORA_WEIGHTS_NAME]) if folder.is_dir() else commit_of(
-            found[LORA_WEIGHTS_NAME], LORA_WEIGHTS_NAME
-        )
-    if folder.is_dir() and any(is_image(path) or path.name == METADATA_FILE for path in folder.iterdir()):
-        return "images", resolve_revision(where)
-    try:
-        find_model(where)  # says what a folder holds in their place
-    except ValueError as error:
-        raise ValueError(f"{where!r} cannot be evaluated: {missing}. {error}") from error
-    raise ValueError(f"{where!r} cannot be evaluated: {missing}.")
+# ----- what is written beside models -----
 
 
 def _located(where: str | None) -> str | None:
-    """A path or Hub id, with `~` for the home folder, and a linked file downloaded."""
+    """A path or Hub id, with `~` for the home folder, a linked file downloaded, and a LoRA of the usual name as its folder."""
     if where is None or where.startswith(("http://", "https://")):
         return where and find_model(where)
-    return str(Path(where).expanduser()) if where.startswith("~") else where
+    where = str(Path(where).expanduser()) if where.startswith("~") else where
+    return str(Path(where).parent) if Path(where).name == LORA_WEIGHTS_NAME and Path(where).is_file() else where
 
 
 def _vae_revision(where: str) -> str:
@@ -343,35 +372,13 @@ def _vae_revision(where: str) -> str:
     return resolve_revision(str(path / "vae") if (path / INDEX).is_file() else where)
 
 
-def _files_on_hub(repo_id: str, names: tuple[str, ...]) -> tuple[dict[str, Path], str]:
-    """The existing files of a repository, and the reason if there are none."""
-    found, missing = {}, ""
-    for name in names:
-        try:
-            found[name] = Path(hf_hub_download(repo_id, name))
-        except EntryNotFoundError as error:  # missing in the repository, or in the cache
-            missing = str(error).splitlines()[0]
-        except (OSError, HFValidationError) as error:
-            missing = str(error).splitlines()[0]
-            break
-    return found, f"there is no such folder, and the Hub provides neither {' nor '.join(names)}: {missing}"
-
-
-def _pipeline_digest(folder: Path) -> str:
-    """Hash of the files of the pipeline only: the folder may also contain a training state or samples."""
-    components = read_index(str(folder), {})
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and path.name in components)
-    parts = [digest_of_file(folder / INDEX), *(f"{path.name} {resolve_revision(path)}" for path in folders)]
-    return f"sha256:{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}"
-
-
 def _written_by_training(where: str, name: str) -> Path | None:
     """A file that a training wrote beside a model. A checkpoint uses that of its training, one folder up."""
     folder = Path(where).absolute()
     if folder.is_file():
         return None
     if not folder.is_dir():
-        return _files_on_hub(where, (name,))[0].get(name)
+        return files_on_hub(where, (name,))[0].get(name)
     folders = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
     return next((path / name for path in folders if (path / name).is_file()), None)
 
@@ -416,14 +423,9 @@ def _base_of(lora: str) -> str | None:
     return names[0] if len(names) == 1 and names[0] else None
 
 
-def is_image(path: Path) -> bool:
-    """Whether a file has an image suffix."""
-    return path.suffix.lower() in IMAGE_TYPES
-
-
 def _source(spec: ModelSpec) -> tuple[str, str]:
     """Where the pipeline of a model is loaded from, and its revision."""
-    return (spec.base, spec.base_revision) if spec.kind == "lora" else (spec.path, spec.revision)
+    return (spec.base, spec.base_revision) if spec.kind in ON_A_BASE else (spec.path, spec.revision)
 
 
 def _label(where: str) -> str:

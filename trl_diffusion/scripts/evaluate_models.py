@@ -59,15 +59,17 @@ class EvaluateArguments:
 
     Parameters:
         models (`list[str]`, *optional*):
-            The models, each as `NAME=WHERE`: the Hub id or the folder of a pipeline, a LoRA or a checkpoint, a single file or its link
-            on the Hub, or a folder of images. The first one is the baseline of the win rates.
+            The models, each as `NAME=WHERE`: the Hub id or the folder of a pipeline, a LoRA, a denoiser or a checkpoint, a single file
+            or its link on the Hub, or a folder of images. The first one is the baseline of the win rates.
         base_model (`str`, *optional*):
-            The pipeline to which LoRAs are added, and which gives a single file its configuration. Defaults to the one that the
-            card of a LoRA names.
+            The pipeline of LoRAs and denoisers, which also gives a single file its configuration. Defaults to the one that the card
+            of a LoRA names.
         sample_model (`str`, *optional*):
             The pipeline that draws with LoRAs in place of their base, such as a distilled sibling of it. Pipelines draw by themselves.
         negative_loras (`list[str]`, *optional*):
-            `NAME=WHERE`: a LoRA for the unconditional branch of guidance of the model NAME (Diffusion-NPO).
+            `NAME=WHERE`: a LoRA for the unconditional branch of guidance of the model NAME (Diffusion-NPO), on top of the model.
+        negative_loras_on_base (`list[str]`, *optional*):
+            Names of models, all of them LoRAs, whose negative LoRA is added to their base alone, without them.
         vae (`str`, *optional*):
             The VAE of all models in place of their own: Hub id or folder of a VAE or of a pipeline, or a single file.
         prompts (`str`, *optional*, defaults to `"parti"`):
@@ -129,11 +131,11 @@ class EvaluateArguments:
 
     models: list[str] | None = field(
         default=None,
-        metadata={"help": "The models, each NAME=WHERE: a pipeline, a LoRA, a checkpoint, or a folder of images."},
+        metadata={"help": "The models, each NAME=WHERE: a pipeline, LoRA, denoiser, checkpoint, or folder of images."},
     )
     base_model: str | None = field(
         default=None,
-        metadata={"help": "The pipeline to which LoRAs are added. Defaults to the one that the card of a LoRA names."},
+        metadata={"help": "The pipeline of LoRAs and denoisers. Defaults to the one that the card of a LoRA names."},
     )
     sample_model: str | None = field(
         default=None,
@@ -141,7 +143,11 @@ class EvaluateArguments:
     )
     negative_loras: list[str] | None = field(
         default=None,
-        metadata={"help": "NAME=WHERE: a LoRA for the unconditional branch of guidance of the model NAME."},
+        metadata={"help": "NAME=WHERE: a LoRA for the unconditional branch of the model NAME, on top of the model."},
+    )
+    negative_loras_on_base: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of models whose negative LoRA is added to their base alone."},
     )
     vae: str | None = field(
         default=None, metadata={"help": "The VAE of all models in place of their own: a Hub id, a folder or a file."}
@@ -298,8 +304,17 @@ def get_models(args: EvaluateArguments) -> list["ModelSpec"]:
     named = [parse_model(text) for text in args.models]
     if unknown := sorted(negative_loras.keys() - {name for name, _ in named}):
         raise ValueError(f"`--negative_loras` names {', '.join(unknown)}, and `--models` has no such model.")
+    on_base = set(args.negative_loras_on_base or [])
+    if without := sorted(on_base - negative_loras.keys()):
+        raise ValueError(
+            f"`--negative_loras_on_base` names {', '.join(without)}, and `--negative_loras` has nothing for "
+            f"{'it' if len(without) == 1 else 'them'}."
+        )
     specs = [
-        resolve_model(name, where, args.base_model, negative_loras.get(name), args.vae, args.sample_model)
+        resolve_model(
+            *(name, where, args.base_model, negative_loras.get(name), args.vae, args.sample_model),
+            negative_lora_on="base" if name in on_base else "aligned",
+        )
         for name, where in named
     ]
     if args.sample_model is not None:
