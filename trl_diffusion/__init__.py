@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .trainer.callbacks import SampleImagesCallback
     from .trainer.complex_po_config import ComplexPOConfig
     from .trainer.complex_po_trainer import ComplexPOTrainer
+    from .trainer.ddspo_config import DDSPOConfig
+    from .trainer.ddspo_trainer import DDSPOTrainer
     from .trainer.diffusion_config import DiffusionConfig
     from .trainer.diffusion_trainer import DiffusionTrainer
     from .trainer.instance_dpo_config import InstanceDPOConfig
@@ -40,6 +42,8 @@ _MODULES = {
     "ComplexPOConfig": "trainer.complex_po_config",
     "ComplexPOTrainer": "trainer.complex_po_trainer",
     "Criteria": "criteria",
+    "DDSPOConfig": "trainer.ddspo_config",
+    "DDSPOTrainer": "trainer.ddspo_trainer",
     "DiffusionConfig": "trainer.diffusion_config",
     "DiffusionTrainer": "trainer.diffusion_trainer",
     "EvaluationCallback": "evaluation.callback",

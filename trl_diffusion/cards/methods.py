@@ -48,6 +48,21 @@ METHODS = {
         "supervised fine-tuning on the same images",
         ("Diffusion-DPO",),
     ),
+    "DDSPOTrainer": MethodText(
+        "ddspo",
+        "The model learns from two images of one prompt, as in Diffusion-DPO, but from its own predictions in the place of the noise. On "
+        "the image that was preferred it stays at what it predicted before the training, and on the other it moves away from what it "
+        "predicted for the prompt without some of its words.",
+        "the same training with Diffusion-DPO",
+        ("Diffusion-DPO",),
+    ),
+}
+# What replaces the description of CPO where there was no expert, by `target_prompts`
+WITHOUT_EXPERT = {
+    "attributes": "There was no expert. From the prompt alone, the model learns to predict what it predicted before the training for the "
+    "prompt with the good attributes of a tree of criteria, and not what it predicted with the bad ones.",
+    "degraded": "There was neither an expert nor were there attributes. The model learns to move away from what it predicted before the "
+    "training for the prompt without some of its words, and is held where it was for the whole prompt.",
 }
 PLAIN_DPO = "With `w_neg` 1, as here, no region is taken out: this is Diffusion-DPO."
 SWAPPED = "Here the two are swapped, so that it learns to draw what it should not."

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from .facts import RECIPE_NAME, EvaluationFacts, ModelFacts
 from .licenses import license_of
-from .methods import METHODS, PLAIN_DPO, SWAPPED, citations_of
+from .methods import METHODS, PLAIN_DPO, SWAPPED, WITHOUT_EXPERT, citations_of
 from .quick_start import WEIGHTS, evaluation_command, export_command, export_path, other_start, quick_start
 from .results import eval_results, evaluation_section
 from .text import (
@@ -184,7 +184,8 @@ def _method_text(facts: ModelFacts) -> str:
     if facts.trainer not in METHODS:
         return ""
     further = [*([PLAIN_DPO] if _is_plain_dpo(facts) else []), *([SWAPPED] if facts.is_reversed else [])]
-    return " ".join([METHODS[facts.trainer].description, *further])
+    description = WITHOUT_EXPERT.get(facts.hyperparameters.get("target_prompts"), METHODS[facts.trainer].description)
+    return " ".join([description, *further])
 
 
 def _arm(facts: ModelFacts) -> str | None:

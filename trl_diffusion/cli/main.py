@@ -18,7 +18,8 @@ from ..machine import without_secrets
 COMMANDS = {
     "instance-dpo": "Train with instance-aware preference optimization (IAPO), or with Diffusion-DPO",
     "attribute-sft": "Train the expert of complex preference optimization (CPO) on images with attributes",
-    "complex-po": "Train with complex preference optimization (CPO), with the help of an expert",
+    "complex-po": "Train with complex preference optimization (CPO), with the help of an expert or without one",
+    "ddspo": "Train with direct diffusion score preference optimization (DDSPO), with degraded prompts",
     "annotate-instances": "Find the instances that both images of a pair show, and judge which image shows each of them better (IAPO)",
     "annotate-attributes": "Find which attributes of a tree of criteria each image has (CPO)",
     "evaluate": "Generate images with several models from the same prompts and noise, and score the images",
@@ -31,7 +32,7 @@ COMMANDS = {
     "env": "Print the environment information",
 }
 # These run through `accelerate launch`, which gets the flags that the script does not know.
-LAUNCHED_COMMANDS = ("instance-dpo", "attribute-sft", "complex-po", "evaluate")
+LAUNCHED_COMMANDS = ("instance-dpo", "attribute-sft", "complex-po", "ddspo", "evaluate")
 SHELLS = ("bash", "zsh", "fish")
 COMPLETION = "Print a script that completes commands and flags in bash, zsh or fish"
 

@@ -29,7 +29,8 @@ KEPT = {
     "show-masks": "The pictures drawn so far are kept.",
     "quickstart": "Finished steps are kept: the same command continues.",
     **dict.fromkeys(
-        ("instance-dpo", "attribute-sft", "complex-po"), "Nothing was trained yet; the same command starts again."
+        ("instance-dpo", "attribute-sft", "complex-po", "ddspo"),
+        "Nothing was trained yet; the same command starts again.",
     ),
 }
 

@@ -23,6 +23,19 @@ trl-diffusion complex-po \
 ```
 
 The same command with `--reverse_preference` trains the adapter for `negative_preference_guidance` (NPO).
+
+Without an expert, `--target_prompts` says what the model itself is asked for the two predictions. For `degraded`, the dataset needs
+no attributes:
+
+```bash
+trl-diffusion complex-po \
+    --model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
+    --target_prompts degraded \
+    --dataset_name user/paintings \
+    --learning_rate 1e-5 \
+    --num_train_epochs 1 \
+    --output_dir sdxl-cpo-degraded
+```
 """
 
 from dataclasses import dataclass, field
@@ -39,11 +52,14 @@ class ComplexPOScriptArguments(DatasetArguments):
 
     Parameters:
         expert (`str`, *optional*):
-            Folder or Hub id of the expert that `trl-diffusion attribute-sft` trained.
+            Folder or Hub id of the expert that `trl-diffusion attribute-sft` trained. If left out, `--target_prompts` must be given.
     """
 
     expert: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the expert that `attribute-sft` trained."}
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of the expert that `attribute-sft` trained. Without one, give `--target_prompts`."
+        },
     )
 
 
@@ -51,11 +67,12 @@ def main(script_args, training_args, model_args) -> None:
     from trl_diffusion import ComplexPOTrainer
     from trl_diffusion.scripts.utils import train
 
-    if not script_args.expert:
+    if not script_args.expert and training_args.target_prompts is None:
         raise ValueError(
-            "`--expert` is missing: give the folder or the Hub id of an expert that `attribute-sft` trained."
+            "`--expert` is missing: give the folder or the Hub id of an expert that `attribute-sft` trained. To train without one, say "
+            "by `--target_prompts` what the model is asked in its place: `attributes` or `degraded`."
         )
-    train(partial(ComplexPOTrainer, expert=script_args.expert), script_args, training_args, model_args)
+    train(partial(ComplexPOTrainer, expert=script_args.expert or None), script_args, training_args, model_args)
 
 
 def make_parser(prog: str | None = None) -> CommandParser:

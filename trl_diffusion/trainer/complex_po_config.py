@@ -3,8 +3,18 @@
 
 from dataclasses import dataclass, field
 
+from ..degraded_prompts import DROPPED_WORDS, check_dropped_words
 from .attribute_sft_config import check_attribute_prompts
 from .diffusion_config import DiffusionConfig, check_choice
+
+
+# What a training with degraded prompts cannot have, and why
+NOT_DEGRADED = {
+    "attribute_targets": ("present", "attributes are not asked for"),
+    "max_attributes": (None, "attributes are not asked for"),
+    "policy_condition": ("prompt", "the positive target already is that of the plain prompt"),
+    "prompt_dropout": (0.0, "a prompt that is dropped has no words to lose, so both targets are equal"),
+}
 
 
 @dataclass(repr=False)  # it shows no token
@@ -47,6 +57,14 @@ class ComplexPOConfig(DiffusionConfig):
         policy_condition (`str`, *optional*, defaults to `"prompt"`):
             The prompt of policy and reference: `"prompt"`, the plain prompt as in the paper, or `"positive"`, the expert's
             prompt for the positive target, for a model that will be used with such prompts.
+        target_prompts (`str`, *optional*):
+            What the reference is asked for the targets, in a training without an expert. `"attributes"`: what an expert would be
+            asked. `"degraded"`, as in DDSPO: the prompt for the positive target, and for the negative one the prompt without some of
+            its words; attributes, and the parameters that are about them, are then not used. Must be given without an expert, and
+            left out with one.
+        dropped_words (`list[float]`, *optional*):
+            The smallest and the largest share of words that a degraded prompt loses, see [`degraded_prompts.degraded_prompt`].
+            Defaults to `[0.4, 0.7]` if `target_prompts` is `"degraded"`.
         reverse_preference (`bool`, *optional*, defaults to `False`):
             Train towards the negative target and away from the positive one, for a model that is used in
             [`negative_preference_guidance`] (Diffusion-NPO).
@@ -120,6 +138,20 @@ class ComplexPOConfig(DiffusionConfig):
             "choices": ["prompt", "positive"],
         },
     )
+    target_prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the reference is asked for the targets where there is no expert: the prompt with attributes as an expert "
+            "would be asked, or the prompt without some of its words for the negative target. Needed without an expert.",
+            "choices": ["attributes", "degraded"],
+        },
+    )
+    dropped_words: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "The smallest and the largest share of words that a degraded prompt loses. Defaults to 0.4 0.7."
+        },
+    )
     reverse_preference: bool = field(
         default=False,
         metadata={"help": "Train towards the negative target, for the unconditional branch of guidance."},
@@ -140,3 +172,17 @@ class ComplexPOConfig(DiffusionConfig):
             ("policy_condition", ("prompt", "positive")),
         ):
             check_choice(self, name, values)
+        if self.target_prompts is not None:
+            check_choice(self, "target_prompts", ("attributes", "degraded"))
+        if self.target_prompts == "degraded":
+            self.dropped_words = list(DROPPED_WORDS) if self.dropped_words is None else self.dropped_words
+            check_dropped_words(self.dropped_words)
+            for name, (value, reason) in NOT_DEGRADED.items():
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)!r}` is not possible with `target_prompts='degraded'`: {reason}. Leave it out."
+                    )
+        elif self.dropped_words is not None:
+            raise ValueError(
+                "`dropped_words` has no effect without `target_prompts='degraded'`. Set this, or leave it out."
+            )

@@ -1,7 +1,10 @@
 # Copyright 2026 The trl_diffusion authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Stage 2 of CPO (arXiv 2601.04300): towards the expert's positive prediction and away from its negative one."""
+"""
+Stage 2 of CPO (arXiv 2601.04300): towards the expert's positive prediction and away from its negative one. Without an expert, the
+reference itself is asked for both.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +17,10 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from ..criteria import Criteria
-from ..data.collators import AttributeCollator
+from ..data.collators import AttributeCollator, ImageCollator
 from ..data.formats import check_attribute_columns
+from ..data.prompt_collator import PromptCollator
+from ..degraded_prompts import degraded_prompt
 from ..hub import hub_id
 from ..losses import complex_po_diagnostics, complex_po_loss, reflected_target, strengthened_target
 from ..noising import per_sample_errors, timestep_weights
@@ -39,6 +44,7 @@ from .publishing import Publisher, criteria_file
 
 
 MAX_DRIFT = 1.0
+OF_ATTRIBUTES = ("criteria", "attribute_order", "attribute_separator", "max_attributes", "attribute_targets")
 
 
 class ComplexPOTrainer(DiffusionTrainer):
@@ -51,21 +57,28 @@ class ComplexPOTrainer(DiffusionTrainer):
     Expert, policy and reference are adapters on one base: the expert's predictions and the reference's are the rows of a
     single forward without gradient, and no second copy of the base is in memory.
 
+    Without an expert, the reference is asked what `args.target_prompts` says: the prompts that an expert would get, or the prompt and
+    a part of its words.
+
     Datasets have the columns of [`attribute_features`]; `id` may be missing. A row with attributes of one kind only trains on
-    the term that it has. `args` is a [`ComplexPOConfig`]. The other arguments are those of [`DiffusionTrainer`].
+    the term that it has. With `target_prompts="degraded"`, `prompt` and `image` suffice. `args` is a [`ComplexPOConfig`]. The other
+    arguments are those of [`DiffusionTrainer`].
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
             As for [`DiffusionTrainer`]. It is the reference too, and must be the base that the expert was trained on.
-        expert (`str` or [`AttributeSFTTrainer`]):
+        expert (`str` or [`AttributeSFTTrainer`], *optional*):
             The expert: a folder or a Hub id with its LoRA, or the trainer that trained it. Where that trainer holds the
-            very pipeline given as `model`, its LoRA is taken out of it, and it can neither train nor save any more.
+            very pipeline given as `model`, its LoRA is taken out of it, and it can neither train nor save any more. If left out,
+            `args.target_prompts` says what the reference is asked instead.
         peft_config ([`~peft.LoraConfig`], *optional*, defaults to `LoraConfig(r=64, lora_alpha=64)`):
-            The LoRA to train; `target_modules` defaults to the attention projections.
+            The LoRA to train; `target_modules` defaults to the attention projections. `None` trains all weights, which is only
+            possible without an expert.
 
     Raises:
         `ValueError`: As [`DiffusionTrainer`]; also if the expert is no LoRA, was trained on another base or on other criteria;
-            if a row has no attributes, some that the criteria do not know, or some that contradict one another.
+            if there is neither an expert nor `args.target_prompts`, or both; if a row has no attributes, some that the criteria do
+            not know, or some that contradict one another.
 
     Example:
 
@@ -96,23 +109,48 @@ class ComplexPOTrainer(DiffusionTrainer):
     def __init__(
         self,
         model: str | DiffusionPipeline,
-        expert: str | Path | AttributeSFTTrainer,
+        expert: str | Path | AttributeSFTTrainer | None = None,
         args: ComplexPOConfig | None = None,
         data_collator=None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
-        peft_config: LoraConfig = DEFAULT_PEFT_CONFIG,
+        peft_config: LoraConfig | None = DEFAULT_PEFT_CONFIG,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
         args = args or self.default_args(model)
         peft_config = without_default(peft_config, args)
+        if (expert is None) == (args.target_prompts is None):
+            raise ValueError(
+                "`expert` is missing: give an expert that `AttributeSFTTrainer` trained. To train without one, say by `target_prompts` "
+                "what the reference is asked in its place: 'attributes' or 'degraded'."
+                if expert is None
+                else f"`target_prompts={args.target_prompts!r}` is what the reference is asked where there is no expert, and `expert` is "
+                "given. Leave out one of the two."
+            )
+        self.is_degraded = args.target_prompts == "degraded"
+        self.criteria = None if self.is_degraded else Criteria.load(args.criteria)
+        if self.is_degraded:
+            self.columns = ("prompt", "image")
+            self._card_parameters = dict.fromkeys(OF_ATTRIBUTES, "not used")
+        else:
+            separator = repr(args.attribute_separator)
+            self._card_parameters = {"criteria": self.criteria.name, "attribute_separator": separator}
+        self.expert = None
+        if expert is not None:
+            self._take_expert(expert, model, args, train_dataset, peft_config)
+        super().__init__(
+            model, None, args, data_collator, train_dataset, eval_dataset, peft_config, callbacks, optimizers
+        )
+
+    def _take_expert(
+        self, expert, model, args: ComplexPOConfig, train_dataset, peft_config: LoraConfig | None
+    ) -> None:
         if peft_config is None and args.initial_lora is None:
             raise ValueError(
                 "`peft_config` cannot be `None`: expert, reference and policy are adapters on one base. Leave it out for "
                 "a LoRA of rank 64."
             )
-        self.criteria = Criteria.load(args.criteria)
         is_trainer = isinstance(expert, AttributeSFTTrainer)
         self.expert = expert.read_expert() if is_trainer else read_expert(expert)
         if is_trainer and expert.backbone.pipeline is model:
@@ -121,22 +159,21 @@ class ComplexPOTrainer(DiffusionTrainer):
             self.args = args
             Publisher(self)  # nor must a token that may not write
             expert.take_adapter()
-        self._card_parameters = {
-            "expert": (expert.hub_model_id if is_trainer else hub_id(str(expert))) or "not published",
-            "criteria": self.criteria.name,
-            "attribute_separator": repr(args.attribute_separator),
-        }
-        super().__init__(
-            model, None, args, data_collator, train_dataset, eval_dataset, peft_config, callbacks, optimizers
+        name = (expert.hub_model_id if is_trainer else hub_id(str(expert))) or "not published"
+        self._card_parameters = {"expert": name, **self._card_parameters}
+
+    def make_collator(self, **settings: Any) -> ImageCollator:
+        return (
+            PromptCollator(**settings) if self.is_degraded else AttributeCollator(criteria=self.criteria, **settings)
         )
 
-    def make_collator(self, **settings: Any) -> AttributeCollator:
-        return AttributeCollator(criteria=self.criteria, **settings)
-
     def prepare_prompts(self) -> None:
-        self.attribute_prompts = AttributePrompts(self.criteria, self.args, self.backbone)
+        if not self.is_degraded:
+            self.attribute_prompts = AttributePrompts(self.criteria, self.args, self.backbone)
 
     def finish_init(self) -> None:
+        if self.expert is None:
+            return
         weights, config, description = self.expert
         check_expert(description, describe_expert(self.policy, self.base, self.criteria, self.args))
         add_expert(self.policy, weights, config)
@@ -144,7 +181,8 @@ class ComplexPOTrainer(DiffusionTrainer):
 
     def _prepare_dataset(self, dataset, name: str) -> Dataset | IterableDataset:
         dataset = super()._prepare_dataset(dataset, name)
-        check_attribute_columns(dataset, name, self.criteria, allow_none=False)
+        if not self.is_degraded:
+            check_attribute_columns(dataset, name, self.criteria, allow_none=False)
         return dataset
 
     def objective(self, model: torch.nn.Module, noised: NoisedBatch) -> tuple[torch.Tensor, Metrics]:
@@ -153,7 +191,7 @@ class ComplexPOTrainer(DiffusionTrainer):
         weights = timestep_weights(noised.timesteps, self.process, args.timestep_weighting)
         model_pred = self.predict_with_policy(model, noised)
 
-        # z_w = e_expert(x_t, t, y + A_pos), z_l = e_expert(x_t, t, y + A_neg), e_ref
+        # z_w = e_expert(x_t, t, y + A_pos), z_l = e_expert(x_t, t, y + A_neg), e_ref; without an expert, z_w and z_l are e_ref's
         chosen_target, rejected_target = noised.frozen["chosen_target"], noised.frozen["rejected_target"]
         ref_pred = noised.frozen["ref_pred"]
         # What the policy moves towards in the second term, or away from
@@ -194,12 +232,17 @@ class ComplexPOTrainer(DiffusionTrainer):
         }
 
     def prepare_batch(self, inputs: dict[str, Any], latents: torch.Tensor) -> dict[str, Any]:
-        prompts = self.expert_prompts(inputs)
-        positive = prompts.rejected if self.args.reverse_preference else prompts.chosen
-        policy = prompts.plain if self.args.policy_condition == "prompt" else positive
-        expert = [prompts.chosen, prompts.rejected] + ([prompts.plain] if self.args.target_strength != 1 else [])
+        prompts = self.degraded_prompts(inputs) if self.is_degraded else self.expert_prompts(inputs)
+        better, worse = prompts.chosen, prompts.rejected
+        if self.args.reverse_preference:
+            better, worse = worse, better
+        policy = prompts.plain if self.args.policy_condition == "prompt" else better
+        if self.is_degraded:
+            asked = [worse]  # the prediction for the other prompt is the reference's own
+        else:
+            asked = [prompts.chosen, prompts.rejected] + ([prompts.plain] if self.args.target_strength != 1 else [])
         # The rows of the frozen forward; the reference's are the last, and the policy's too
-        frozen = self.encoder.conditions(sum(expert, []) + policy, inputs, latents)
+        frozen = self.encoder.conditions(sum(asked, []) + policy, inputs, latents)
         return {
             "prompts": prompts,
             "frozen_conditions": frozen,
@@ -208,27 +251,56 @@ class ComplexPOTrainer(DiffusionTrainer):
 
     def frozen_predictions(self, model: torch.nn.Module, noised: NoisedBatch) -> dict[str, torch.Tensor]:
         """
-        The expert's targets and the reference's prediction, from one forward of the base in which each row has its adapter.
+        The targets and the reference's prediction, from one forward of the base in which each row has its adapter.
 
         Returns:
             `dict[str, torch.Tensor]`, each of shape `(B, C, h, w)`: float32 `chosen_target` (`z_w`), `rejected_target`
             (`z_l`) and `ref_pred` (`e_ref`).
         """
-        conditions, size = noised.batch["frozen_conditions"], len(noised.latents)
-        rows = 3 if self.args.target_strength == 1 else 4
-        with self.mixer.mixing([("expert", (rows - 1) * size), (self.reference.adapter, size)]):
-            predictions = self.backbone.predict(
-                self.mixer.policy, torch.cat([noised.noisy_latents] * rows), noised.timesteps.repeat(rows), conditions
+        args, size = self.args, len(noised.latents)
+        rows = 2 if self.is_degraded else 3 if args.target_strength == 1 else 4
+        noisy_latents, timesteps = torch.cat([noised.noisy_latents] * rows), noised.timesteps.repeat(rows)
+        inputs = noisy_latents, timesteps, noised.batch["frozen_conditions"]
+        if self.expert is None:
+            with self.reference.lend(model) as reference:
+                predictions = self.backbone.predict(reference, *inputs)
+        else:
+            with self.mixer.mixing([("expert", (rows - 1) * size), (self.reference.adapter, size)]):
+                predictions = self.backbone.predict(self.mixer.policy, *inputs)
+        *targets, ref_pred = predictions.float().chunk(rows)
+        if self.is_degraded:
+            # z_w = e_ref: the first term of the loss holds the policy at the reference. A copy, as a file shares no memory
+            targets = [ref_pred.clone(), *targets]
+            chosen, rejected = targets[::-1] if args.reverse_preference else targets
+            plain = [ref_pred]
+        else:
+            chosen, rejected, *plain = targets
+        if args.target_strength != 1:
+            chosen, rejected = (
+                strengthened_target(target, plain[0], args.target_strength) for target in (chosen, rejected)
             )
-        chosen, rejected, *plain, ref_pred = predictions.float().chunk(rows)
-        if plain:
-            strength = self.args.target_strength
-            chosen, rejected = (strengthened_target(target, plain[0], strength) for target in (chosen, rejected))
         return {"chosen_target": chosen, "rejected_target": rejected, "ref_pred": ref_pred}
+
+    def degraded_prompts(self, inputs: dict[str, Any]) -> "ComplexPrompts":
+        """
+        The prompts of a batch, and what degrading leaves of them.
+
+        Args:
+            inputs (`dict`):
+                A batch of the collator, of which `prompt` is read.
+
+        Returns:
+            [`trainer.complex_po_trainer.ComplexPrompts`]: each row has both terms.
+        """
+        plain = inputs["prompt"]
+        sides = [plain, [degraded_prompt(prompt, self.args.dropped_words, self.args.seed) for prompt in plain]]
+        chosen, rejected = sides[::-1] if self.args.reverse_preference else sides
+        has_term = torch.ones(len(plain), device=self.accelerator.device)
+        return ComplexPrompts(plain, chosen, rejected, has_term, has_term)
 
     def expert_prompts(self, inputs: dict[str, Any]) -> "ComplexPrompts":
         """
-        The prompts of the expert for each row of a batch, and those of the policy.
+        The prompts of the expert, or of the reference in its place, for each row of a batch, and those of the policy.
 
         Args:
             inputs (`dict`):
@@ -268,26 +340,36 @@ class ComplexPOTrainer(DiffusionTrainer):
         return attributes[::-1] if self.args.reverse_preference else attributes
 
     def prompts_of(self, row: dict[str, Any]) -> list[str | None]:
+        if self.is_degraded:
+            return [row["prompt"], degraded_prompt(row["prompt"], self.args.dropped_words, self.args.seed)]
         attributes = [([], []), *self._expert_attributes(row["positive_attributes"], row["negative_attributes"])]
         return [self.attribute_prompts(prompt, *side)[0] for prompt in super().prompts_of(row) for side in attributes]
 
     @property
     def prompt_settings(self) -> tuple:
         args = self.args
+        if self.is_degraded:
+            return args.dropped_words, args.seed
         return args.prompt_dropout > 0, args.attribute_targets, self.attribute_prompts.settings
 
     def _frozen_fingerprints(self) -> list[Any]:
-        args, (weights, config, description) = self.args, self.expert
+        args, fingerprints = self.args, super()._frozen_fingerprints()
         asked = (args.attribute_targets, args.target_strength, args.reverse_preference, args.policy_condition)
+        if self.is_degraded:
+            return [*fingerprints, asked, args.dropped_words]
         written = (args.attribute_order, args.attribute_separator, args.max_attributes, self.criteria.name)
+        if self.expert is None:
+            return [*fingerprints, asked, written]
+        weights, config, description = self.expert
         expert = {name: weight.float().cpu().numpy() for name, weight in weights.items()}
-        return [*super()._frozen_fingerprints(), Hasher.hash((expert, config.to_dict(), description)), asked, written]
+        return [*fingerprints, Hasher.hash((expert, config.to_dict(), description)), asked, written]
 
     def record_details(self) -> dict[str, Any]:
-        return {"criteria": attribute_words(self.criteria), "expert": self.expert[0]}
+        criteria = {} if self.is_degraded else {"criteria": attribute_words(self.criteria)}
+        return criteria if self.expert is None else {**criteria, "expert": self.expert[0]}
 
     def further_files(self) -> dict[str, bytes]:
-        return criteria_file(self.criteria, self.args)
+        return {} if self.is_degraded else criteria_file(self.criteria, self.args)
 
     def health_warnings(self, logs: dict[str, float]) -> dict[str, str]:
         args, warnings = self.args, {}
@@ -303,16 +385,20 @@ class ComplexPOTrainer(DiffusionTrainer):
                 )
             )
         if logs.get("targets/coinciding", 0) > 0:
-            cut = logs.get("attributes/left_out", 0) > 0
-            warnings["targets"] = (
-                f"For {logs['targets/coinciding']:.0%} of the samples the expert's positive and negative predictions are equal, so "
-                "there is nothing to learn from them. "
-                + (
+            if self.is_degraded:
+                advice = "A prompt without words has none to lose: remove such rows."
+            elif logs.get("attributes/left_out", 0) > 0:
+                advice = (
                     "Their attributes do not fit into the prompt: shorten the prompts, or the forms of the attributes."
-                    if cut
-                    else "The expert does not tell the attributes apart: train it longer, or check that its prompts have the "
-                    "form of these."
                 )
+            elif self.expert is None:
+                advice = "The model does not tell the attributes apart by their words: train an expert."
+            else:
+                advice = "The expert does not tell the attributes apart: train it longer, or check that its prompts have the form of these."
+            asked = "reference" if self.expert is None else "expert"
+            warnings["targets"] = (
+                f"For {logs['targets/coinciding']:.0%} of the samples the {asked}'s positive and negative predictions are equal, so "
+                f"there is nothing to learn from them. {advice}"
             )
         return warnings
 
@@ -325,13 +411,13 @@ class ComplexPrompts(NamedTuple):
         plain (`list[str]` of length `B`):
             The prompts alone.
         chosen (`list[str]` of length `B`):
-            What the expert is asked for the targets to go to.
+            What the expert, or the reference in its place, is asked for the targets to go to.
         rejected (`list[str]` of length `B`):
-            What the expert is asked for the targets to leave.
+            What it is asked for the targets to leave.
         has_chosen (`torch.Tensor` of shape `(B,)`):
-            1 where there are attributes to go to, else 0: float32.
+            1 where there is a target to go to, else 0: float32.
         has_rejected (`torch.Tensor` of shape `(B,)`):
-            1 where there are attributes to leave, else 0: float32.
+            1 where there is a target to leave, else 0: float32.
     """
 
     plain: list[str]
