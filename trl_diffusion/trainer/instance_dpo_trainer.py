@@ -6,10 +6,22 @@
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from transformers import TrainerCallback
 
 from ..data.collators import InstancePairCollator
-from ..losses import diffusion_dpo_loss
-from ..masks import instance_masks, masked_area
+from ..losses import (
+    PAIR_LOSSES,
+    PairSettings,
+    image_terms,
+    instance_terms,
+    pair_errors,
+    safeguard_scale,
+    scaled_gradient,
+)
+from ..masks import instance_masks, instance_regions, masked_area
 from ..noising import per_sample_errors
 from .callbacks import MaskExamplesCallback
 from .diffusion_trainer import DiffusionTrainer, Metrics
@@ -66,14 +78,38 @@ class InstanceDPOTrainer(DiffusionTrainer):
     image_columns = ("chosen", "rejected")
     config_class = InstanceDPOConfig
     collator_class = InstancePairCollator
-    uses_reference = True
     _output_suffix = "IAPO"
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        ref_model: str | DiffusionPipeline | None = None,
+        args: InstanceDPOConfig | None = None,
+        data_collator=None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ):
+        args = args or self.default_args(model)
+        if ref_model is not None and args.loss_type == "mapo":
+            raise ValueError("`ref_model` has no use with `loss_type='mapo'`, which has no reference. Leave it out.")
+        super().__init__(
+            *(model, ref_model, args, data_collator, train_dataset, eval_dataset, peft_config, callbacks, optimizers)
+        )
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.args.loss_type != "mapo"
 
     def finish_init(self) -> None:
         if self.args.mask_examples:
             self.add_callback(MaskExamplesCallback(self.rows, self.data_collator, self.backbone.vae_scale_factor))
 
     def prepare_batch(self, inputs: dict[str, Any], latents: torch.Tensor) -> dict[str, Any]:
+        if self.args.grouped_instances:
+            return super().prepare_batch(inputs, latents) | self.prepare_regions(inputs, latents)
         masks = torch.cat(
             [
                 instance_masks(
@@ -90,38 +126,70 @@ class InstanceDPOTrainer(DiffusionTrainer):
         self.record({"masks/area": masked_area(masks), "masks/empty": (masks == 0).flatten(1).all(dim=1)})
         return super().prepare_batch(inputs, latents) | {"masks": masks}
 
+    def prepare_regions(self, inputs: dict[str, Any], latents: torch.Tensor) -> dict[str, Any]:
+        """The terms of grouped instances: their regions and the background."""
+        regions = [
+            instance_regions(inputs[f"{column}_boxes"], inputs["judged"], *latents.shape[2:])
+            for column in self.image_columns
+        ]
+        terms = instance_terms(torch.cat(regions), inputs["conflicts"])
+        self.record(
+            {
+                "masks/area": torch.cat([1 - region[:, -1].mean(dim=(1, 2)) for region in regions]),
+                "masks/empty": ~terms.exists.any(dim=1),
+                "masks/terms": terms.exists.sum(dim=1),
+            }
+        )
+        return {"terms": terms}
+
     def objective(self, model: torch.nn.Module, noised: NoisedBatch) -> tuple[torch.Tensor, Metrics]:
+        args = self.args
         # One batch for both images: (2B, ...), chosen then rejected
         target = self.process.target(noised.latents, noised.noise, noised.timesteps)
         model_pred = self.predict_with_policy(model, noised)
-        ref_pred, masks = noised.frozen["ref_pred"], noised.batch["masks"]
+        ref_pred = noised.frozen["ref_pred"] if self.uses_reference else None
+
+        # What is compared: (B, R), the two images under their masks (R = 1), or the regions of instances and the background
+        terms = noised.batch["terms"] if args.grouped_instances else image_terms(noised.batch["masks"])
+        if args.reverse_preference:
+            # Every label turns round, an instance's as well as its image's: the masks stay
+            terms = terms._replace(is_swapped=~terms.is_swapped)
 
         # d = mean(M . (eps - e(x_t, t, c))^2)
-        errors = list(per_sample_errors(model_pred, target, masks).chunk(2))
-        ref_errors = list(per_sample_errors(ref_pred, target, masks).chunk(2))
-        if self.args.reverse_preference:
-            # Every label turns round, an instance's as well as its image's: the masks stay
-            errors.reverse()
-            ref_errors.reverse()
-        chosen_errors, rejected_errors = errors
-        ref_chosen_errors, ref_rejected_errors = ref_errors
-        losses, chosen_rewards, rejected_rewards = diffusion_dpo_loss(
-            chosen_errors, rejected_errors, ref_chosen_errors, ref_rejected_errors, self.args.beta
-        )
-        return losses, {
-            "rewards/chosen": chosen_rewards,
-            "rewards/rejected": rejected_rewards,
-            "rewards/margins": chosen_rewards - rejected_rewards,
-            "rewards/accuracies": chosen_rewards > rejected_rewards,
-            "errors/chosen": chosen_errors,
-            "errors/rejected": rejected_errors,
-            "errors/ref_chosen": ref_chosen_errors,
-            "errors/ref_rejected": ref_rejected_errors,
+        errors, metrics = pair_errors(model_pred, ref_pred, target, terms), {}
+        if args.safeguard_mu is not None:
+            scale = safeguard_scale(model_pred, target, terms, args.safeguard_mu)
+            errors = errors._replace(rejected=scaled_gradient(errors.rejected, scale))
+            metrics["safeguard/scale"] = terms.mean(scale)
+
+        settings = PairSettings(args.beta, args.label_smoothing, self.process.num_timesteps)
+        losses, chosen_rewards, rejected_rewards = PAIR_LOSSES[args.loss_type](errors, settings)
+        losses = terms.mean(losses)
+        if args.anchor_alpha > 0:
+            metrics["anchor/distance"] = per_sample_errors(model_pred, ref_pred).chunk(2)[args.reverse_preference]
+            losses = losses + args.anchor_alpha * metrics["anchor/distance"]
+        metrics |= {
+            "rewards/chosen": terms.mean(chosen_rewards),
+            "rewards/rejected": terms.mean(rejected_rewards),
+            "rewards/margins": terms.mean(chosen_rewards - rejected_rewards),
+            "rewards/accuracies": terms.mean((chosen_rewards > rejected_rewards).float()),
+            "errors/chosen": terms.mean(errors.chosen),
+            "errors/rejected": terms.mean(errors.rejected),
         }
+        if self.uses_reference:
+            metrics["errors/ref_chosen"] = terms.mean(errors.ref_chosen)
+            metrics["errors/ref_rejected"] = terms.mean(errors.ref_rejected)
+        return losses, metrics
 
     def health_warnings(self, logs: dict[str, float]) -> dict[str, str]:
         if logs.get("masks/empty", 0) < 1:
             return {}
+        if self.args.grouped_instances:
+            return {
+                "masks": "No pair since the last log has anything to compare, so nothing is learned: each instance, and the background, "
+                "is missing in one of its two images. Look at the boxes with `trl-diffusion show-masks`, or leave out "
+                "`grouped_instances`."
+            }
         return {
             "masks": "Every mask is zero since the last log, so the loss is constant and nothing is learned: each image is covered "
             f"by instances that contradict its label, and `w_neg` is {self.args.w_neg}. Look at the boxes with `trl-diffusion "
