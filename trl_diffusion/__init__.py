@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .annotation.join import join_annotations, load_annotations
     from .criteria import Criteria
     from .data.formats import attribute_features, instance_pair_features
+    from .data.labels import labelled_image_features, unpair_pairs
     from .evaluation.callback import EvaluationCallback
     from .evaluation.push import push_evaluation
     from .guidance import negative_preference_guidance
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from .trainer.ddspo_config import DDSPOConfig
     from .trainer.ddspo_trainer import DDSPOTrainer
     from .trainer.diffusion_config import DiffusionConfig
+    from .trainer.diffusion_kto_config import DiffusionKTOConfig
+    from .trainer.diffusion_kto_trainer import DiffusionKTOTrainer
     from .trainer.diffusion_trainer import DiffusionTrainer
     from .trainer.instance_dpo_config import InstanceDPOConfig
     from .trainer.instance_dpo_trainer import InstanceDPOTrainer
@@ -45,6 +48,8 @@ _MODULES = {
     "DDSPOConfig": "trainer.ddspo_config",
     "DDSPOTrainer": "trainer.ddspo_trainer",
     "DiffusionConfig": "trainer.diffusion_config",
+    "DiffusionKTOConfig": "trainer.diffusion_kto_config",
+    "DiffusionKTOTrainer": "trainer.diffusion_kto_trainer",
     "DiffusionTrainer": "trainer.diffusion_trainer",
     "EvaluationCallback": "evaluation.callback",
     "InstanceDPOConfig": "trainer.instance_dpo_config",
@@ -55,11 +60,13 @@ _MODULES = {
     "export_lora": "lora_export",
     "instance_pair_features": "data.formats",
     "join_annotations": "annotation.join",
+    "labelled_image_features": "data.labels",
     "load_annotations": "annotation.join",
     "negative_preference_guidance": "guidance",
     "push_evaluation": "evaluation.push",
     "sample_images": "sampling",
     "save_annotations": "annotation.files",
+    "unpair_pairs": "data.labels",
 }
 
 __all__ = sorted(_MODULES)

@@ -24,6 +24,7 @@ from .formats import (
     row_prompt,
 )
 from .images import image_content, image_errors, image_size, open_reduced
+from .labels import row_label
 from .transforms import TrainingImage, prepare_image
 
 
@@ -179,31 +180,10 @@ class InstancePairCollator(ImageCollator):
         }
 
 
-@dataclass
-class AttributeCollator(ImageCollator):
-    """
-    Collates rows with the columns `id`, `prompt`, `image`, `positive_attributes` and `negative_attributes`. See
-    [`data.collators.ImageCollator`] for the other arguments. A batch contains:
-
-    - `image_pixel_values` `(B, 3, H, W)`, uint8, see [`data.transforms.normalize_pixels`]; for precomputed rows instead
-      `image_latents_mean`, `image_latents_std` `(B, C, h, w)`;
-    - `image_original_sizes`, `image_crop_top_lefts` `(B, 2)`;
-    - `id`, `prompt`, lists of `B` strings;
-    - `positive_attributes`, `negative_attributes`, lists of `B` lists of ids.
-
-    Args:
-        criteria ([`Criteria`]):
-            The criteria tree.
-    """
-
-    criteria: Criteria = field(kw_only=True)
+class SingleImageCollator(ImageCollator):
+    """Base class of the collators of rows with one image, in the column `image`."""
 
     image_columns = ("image",)
-    text_features = {"positive_attributes": List(Value("string")), "negative_attributes": List(Value("string"))}
-
-    def texts(self, row: dict[str, Any]) -> dict[str, Any]:
-        positive, negative = check_attributes(row, self.criteria)
-        return super().texts(row) | {"positive_attributes": positive, "negative_attributes": negative}
 
     def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
         """
@@ -224,6 +204,51 @@ class AttributeCollator(ImageCollator):
         image = self._prepare_image(images["image"], [], size, row, "image")
         del image["image_boxes"]
         return texts | image
+
+
+@dataclass
+class LabelCollator(SingleImageCollator):
+    """
+    Collates rows with the columns `id`, `prompt`, `image` and `label`. See [`data.collators.ImageCollator`] for the arguments. A
+    batch contains:
+
+    - `image_pixel_values` `(B, 3, H, W)`, uint8, see [`data.transforms.normalize_pixels`]; for precomputed rows instead
+      `image_latents_mean`, `image_latents_std` `(B, C, h, w)`;
+    - `image_original_sizes`, `image_crop_top_lefts` `(B, 2)`;
+    - `id`, `prompt`, lists of `B` strings;
+    - `label`, a list of `B` bools.
+    """
+
+    text_features = {"label": Value("bool")}
+
+    def texts(self, row: dict[str, Any]) -> dict[str, Any]:
+        return super().texts(row) | {"label": row_label(row)}
+
+
+@dataclass
+class AttributeCollator(SingleImageCollator):
+    """
+    Collates rows with the columns `id`, `prompt`, `image`, `positive_attributes` and `negative_attributes`. See
+    [`data.collators.ImageCollator`] for the other arguments. A batch contains:
+
+    - `image_pixel_values` `(B, 3, H, W)`, uint8, see [`data.transforms.normalize_pixels`]; for precomputed rows instead
+      `image_latents_mean`, `image_latents_std` `(B, C, h, w)`;
+    - `image_original_sizes`, `image_crop_top_lefts` `(B, 2)`;
+    - `id`, `prompt`, lists of `B` strings;
+    - `positive_attributes`, `negative_attributes`, lists of `B` lists of ids.
+
+    Args:
+        criteria ([`Criteria`]):
+            The criteria tree.
+    """
+
+    criteria: Criteria = field(kw_only=True)
+
+    text_features = {"positive_attributes": List(Value("string")), "negative_attributes": List(Value("string"))}
+
+    def texts(self, row: dict[str, Any]) -> dict[str, Any]:
+        positive, negative = check_attributes(row, self.criteria)
+        return super().texts(row) | {"positive_attributes": positive, "negative_attributes": negative}
 
 
 def _batch(values: list) -> torch.Tensor | list:

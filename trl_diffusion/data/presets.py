@@ -61,6 +61,7 @@ MAPPABLE = (
     "has_label",
     "instances",
     "image",
+    "label",
     "positive_attributes",
     "negative_attributes",
 )

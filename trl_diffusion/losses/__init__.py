@@ -4,6 +4,7 @@
 """The objectives as pure functions, from errors of samples to losses and rewards of samples."""
 
 from .complex_po import complex_po_diagnostics, complex_po_loss, reflected_target, strengthened_target
+from .kto import diffusion_kto_loss, diffusion_kto_rewards
 from .pair_terms import PairTerms, image_terms, instance_terms, pair_errors
 from .pairs import (
     PAIR_LOSSES,
@@ -36,6 +37,8 @@ __all__ = [
     "ipo_loss",
     "mapo_loss",
     "pair_errors",
+    "diffusion_kto_loss",
+    "diffusion_kto_rewards",
     "reflected_target",
     "safeguard_scale",
     "scaled_gradient",
