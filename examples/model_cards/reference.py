@@ -25,7 +25,9 @@ CARDS = {
     "painting-expert": ("attribute_sft_sdxl.yaml", "AttributeSFTTrainer", "StableDiffusionXLPipeline", 1),
     "cpo-sdxl": ("cpo_sdxl.yaml", "ComplexPOTrainer", "StableDiffusionXLPipeline", 1),
     "cpo-sdxl-reversed": ("npo_sdxl.yaml", "ComplexPOTrainer", "StableDiffusionXLPipeline", 1),
+    "cpo-degraded-sd15": ("cpo_degraded_sd15.yaml", "ComplexPOTrainer", "StableDiffusionPipeline", 1),
     "cpo-flux": ("cpo_flux.yaml", "ComplexPOTrainer", "FluxPipeline", 1),
+    "ddspo-sd15": ("ddspo_sd15.yaml", "DDSPOTrainer", "StableDiffusionPipeline", 1),
 }
 
 

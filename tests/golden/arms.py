@@ -13,6 +13,8 @@ from trl_diffusion import (
     AttributeSFTTrainer,
     ComplexPOConfig,
     ComplexPOTrainer,
+    DDSPOConfig,
+    DDSPOTrainer,
     InstanceDPOConfig,
     InstanceDPOTrainer,
 )
@@ -52,6 +54,11 @@ ARMS: dict[str, tuple[str, bool, str, dict[str, Any]]] = {
             ("sft", True, "random", {"learning_rate": 1e-3}),
             ("cpo", True, "random", {"learning_rate": 1e-3, "beta": 50.0}),
         )
+    },
+    **{
+        f"{name}-{family}-lora-random": (family, True, name, {"learning_rate": 1e-3, "beta": 50.0} | settings)
+        for family in ("sd", "sd3")
+        for name, settings in (("ddspo", {}), ("cpo-degraded", {"target_prompts": "degraded", "target_strength": 2.0}))
     },
     "iapo-sd-lora-policy-inverts": (
         *("sd", True, "iapo"),
@@ -101,14 +108,17 @@ def _trainer(name: str, family: str, is_lora: bool, settings: dict[str, Any], ch
     if settings.get("precompute"):
         common["precompute_dir"] = str(folder / "cache")
     lora = tiny.lora(alpha=8) if is_lora else None
-    if name == "iapo":
+    if name in ("iapo", "ddspo"):
+        trainer, config = (InstanceDPOTrainer, InstanceDPOConfig) if name == "iapo" else (DDSPOTrainer, DDSPOConfig)
         data = {"train_dataset": tiny.pairs(8), "eval_dataset": tiny.pairs(2)}
-        return InstanceDPOTrainer(make(), args=InstanceDPOConfig(**common), peft_config=lora, **data)
+        return trainer(make(), args=config(**common), peft_config=lora, **data)
     (folder / "criteria.yaml").write_text(tiny.CRITERIA)
     common |= {"criteria": str(folder / "criteria.yaml")}
     data = {"train_dataset": tiny.paintings(8), "eval_dataset": tiny.paintings(2), "peft_config": lora}
     if name == "sft":
         return AttributeSFTTrainer(make(), args=AttributeSFTConfig(attribute_dropout=0.3, **common), **data)
+    if name == "cpo-degraded":
+        return ComplexPOTrainer(make(), args=ComplexPOConfig(**common), **data)
     base = tiny.FAST | own | {"learning_rate": 0.05, "use_cpu": True, "criteria": common["criteria"]} | changes
     expert = AttributeSFTTrainer(
         make(),

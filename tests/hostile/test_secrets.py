@@ -16,7 +16,7 @@ import pytest
 
 from tests import tiny
 from tests.cli import processes
-from trl_diffusion import AttributeSFTConfig, ComplexPOConfig, InstanceDPOConfig
+from trl_diffusion import AttributeSFTConfig, ComplexPOConfig, DDSPOConfig, InstanceDPOConfig
 
 
 # Each can be told from the others in a message of a failure
@@ -128,7 +128,7 @@ def test_no_secret_is_printed_or_written(folders, tmp_path, name):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("config", [InstanceDPOConfig, AttributeSFTConfig, ComplexPOConfig])
+@pytest.mark.parametrize("config", [InstanceDPOConfig, AttributeSFTConfig, ComplexPOConfig, DDSPOConfig])
 def test_settings_show_no_token(tmp_path, config):
     """Printed, or given to a tracker."""
     args = config(

@@ -169,16 +169,16 @@ def test_streams_and_files(trainings):
 # ----- chance -----
 
 CHANCE = {
-    "prompts": ({"prompt_dropout": 0.5}, TRAINERS),
+    "prompts": ({"prompt_dropout": 0.5}, ("instance_dpo", "attribute_sft", "complex_po")),
     "crops": ({"random_flip": True, "center_crop": False}, TRAINERS),
     "attributes": ({"attribute_dropout": 0.5}, ("attribute_sft",)),
     "inversion": (
         {"noise_source": "inversion", "inversion_steps": 2, "inversion_eta": 0.1},
-        ("instance_dpo", "complex_po"),
+        ("instance_dpo", "complex_po", "ddspo"),
     ),
     "by epoch": (
         {"precompute": True, "precompute_ref_preds": True},
-        ("instance_dpo", "complex_po"),
+        ("instance_dpo", "complex_po", "ddspo"),
     ),
     "shapes": ({"aspect_ratio_buckets": True, "per_device_train_batch_size": 1}, ("instance_dpo",)),
     "adamw, cosine": (

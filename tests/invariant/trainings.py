@@ -15,7 +15,13 @@ from tests import tiny
 from tests.cli.processes import COMMAND, ROOT, run, run_distributed
 
 
-TRAINERS = {"instance_dpo": "instance-dpo", "attribute_sft": "attribute-sft", "complex_po": "complex-po"}
+TRAINERS = {
+    "instance_dpo": "instance-dpo",
+    "attribute_sft": "attribute-sft",
+    "complex_po": "complex-po",
+    "ddspo": "ddspo",
+}
+OF_PAIRS = ("instance_dpo", "ddspo")
 KINDS = ("sd", "sd_v", "sdxl", "sd3")  # noise, velocity, two text encoders and the size of the image, flow
 NUM_ROWS = 11  # in steps of 4 rows, the last step of an epoch has 3
 # Momentum has a state to resume, and a difference shows in the weights as large as it is
@@ -106,10 +112,10 @@ class Trainings:
         return folder
 
     def dataset(self, trainer: str) -> Path:
-        folder = self.folder / ("pairs" if trainer == "instance_dpo" else "paintings")
+        folder = self.folder / ("pairs" if trainer in OF_PAIRS else "paintings")
         if not folder.exists():
             folder.mkdir()
-            rows = tiny.pairs(NUM_ROWS) if trainer == "instance_dpo" else tiny.paintings(NUM_ROWS)
+            rows = tiny.pairs(NUM_ROWS) if trainer in OF_PAIRS else tiny.paintings(NUM_ROWS)
             for split in ("train", "test"):
                 rows.to_parquet(folder / f"{split}.parquet")
             (self.folder / "criteria.yaml").write_text(tiny.CRITERIA)
@@ -119,7 +125,7 @@ class Trainings:
         """What every training of this kind is told."""
         flags = {"model_name_or_path": self.model(kind), "dataset_name": self.dataset(trainer), **SETTINGS}
         flags |= {"use_peft": True} | tiny.settings(tiny.PIPELINES[kind]())
-        if trainer == "instance_dpo":
+        if trainer in OF_PAIRS:
             return flags | {"beta": 5}
         flags |= {"criteria": self.folder / "criteria.yaml"}
         if trainer == "complex_po":

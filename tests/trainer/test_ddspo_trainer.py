@@ -288,9 +288,7 @@ def test_a_saved_lora_reloads_in_diffusers_with_difference_0(tmp_path, family):
     expected = tiny.predictions(backbone, trainer.model)
     assert torch.equal(tiny.predictions(backbone, backbone.denoiser), expected)
     card = (tmp_path / "README.md").read_text()
-    assert (
-        "kim2025ddspo" in card and "| dropped_words |" in card and "trl-diffusion ddspo --config" in card
-    )
+    assert "kim2025ddspo" in card and "| dropped_words |" in card and "trl-diffusion ddspo --config" in card
     assert json.loads((tmp_path / "training.json").read_text())["recipe"]["dropped_words"] == [0.4, 0.7]
 
 

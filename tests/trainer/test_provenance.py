@@ -21,7 +21,14 @@ from peft import LoraConfig
 from transformers import TrainerState
 
 from tests import tiny
-from trl_diffusion import AttributeSFTConfig, ComplexPOConfig, InstanceDPOConfig, InstanceDPOTrainer, ModelConfig
+from trl_diffusion import (
+    AttributeSFTConfig,
+    ComplexPOConfig,
+    DDSPOConfig,
+    InstanceDPOConfig,
+    InstanceDPOTrainer,
+    ModelConfig,
+)
 from trl_diffusion.cards.facts import DataFacts
 from trl_diffusion.cli.main import script_of
 from trl_diffusion.scripts.utils import dataset_flags, get_model, get_peft_config
@@ -41,7 +48,12 @@ from trl_diffusion.trainer.provenance import (
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
-CONFIGS = {"instance-dpo": InstanceDPOConfig, "attribute-sft": AttributeSFTConfig, "complex-po": ComplexPOConfig}
+CONFIGS = {
+    "instance-dpo": InstanceDPOConfig,
+    "attribute-sft": AttributeSFTConfig,
+    "complex-po": ComplexPOConfig,
+    "ddspo": DDSPOConfig,
+}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HOME = "/home/somebody"
 
@@ -81,7 +93,7 @@ def settings_of(args) -> dict:
 def test_a_recipe_comes_back(path, tmp_path):
     """Every recipe of the examples, parsed, described, written and parsed again, is the same training."""
     kind = path.stem.split("_")[0]
-    command = {"attribute": "attribute-sft", "cpo": "complex-po"}.get(kind, "instance-dpo")
+    command = {"attribute": "attribute-sft", "cpo": "complex-po", "ddspo": "ddspo"}.get(kind, "instance-dpo")
     if command == "instance-dpo" and "criteria" in yaml.safe_load(path.read_text()):
         command = "complex-po"  # NPO
     before = parse(command, path, tmp_path)
