@@ -100,7 +100,7 @@ def make_trainer(trainer_class: type[DiffusionTrainer], args: object, backbone: 
     trainer.args, trainer.backbone, trainer.process = args, backbone, backbone.process
     trainer.model, trainer.reference = model, Reference(None, model)
     if trainer_class is ComplexPOTrainer:
-        trainer.mixer = AdapterMixer(model)
+        trainer.mixer, trainer.expert, trainer.is_degraded = AdapterMixer(model), "the adapter", False
     trainer.accelerator = SimpleNamespace(unwrap_model=lambda model, **kwargs: model)
     trainer.state = SimpleNamespace(global_step=1)  # in the first, values would be compared
     return trainer

@@ -9,9 +9,9 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from tests import by_hand, tiny
+from tests import by_hand, families, tiny
 from tests.tiny import PIPELINES, lora, max_difference, weights
-from trl_diffusion import DDSPOConfig, DDSPOTrainer
+from trl_diffusion import DDSPOConfig, DDSPOTrainer, InstanceDPOConfig, InstanceDPOTrainer
 from trl_diffusion.backbones import load_backbone
 from trl_diffusion.degraded_prompts import degraded_prompt
 from trl_diffusion.losses import diffusion_dpo_loss
@@ -93,6 +93,44 @@ def test_the_loss_is_the_published_formula(tmp_path, family, size_conditions, is
     assert (expected - math.log(2)).abs().max() > 1e-3
     torch.testing.assert_close(outputs["losses"].detach(), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(loss.detach(), expected.mean(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family_is_asked_with_its_own_prompts(tmp_path, family):
+    """
+    Of each flow family, whose prompts may differ in length: the reference's predictions are those of Diffusion-DPO's reference, and z_l
+    is what that predicts when it is asked for the degraded prompt.
+    """
+    settings = tiny.FAST | families.FAMILIES[family].settings | {"max_steps": 1}
+    rows = tiny.pairs(2, with_instances=False)
+    trainer = DDSPOTrainer(
+        families.FAMILIES[family].make(),
+        args=DDSPOConfig(str(tmp_path), **settings),
+        train_dataset=rows,
+        peft_config=lora(),
+    )
+    degraded = rows.map(lambda row: {"prompt": degraded_prompt(row["prompt"], [0.4, 0.7], 42)})
+    assert degraded["prompt"] != rows["prompt"]
+    predictions = []
+    for dataset in (rows, degraded):
+        other = InstanceDPOTrainer(
+            families.FAMILIES[family].make(),
+            args=InstanceDPOConfig(str(tmp_path), **settings),
+            train_dataset=dataset,
+            peft_config=lora(),
+        )
+        batch = other.data_collator([dataset[0], dataset[1]])
+        other.model.train()
+        with torch.no_grad():
+            predictions.append(next(other.noised_batches(other.model, batch)).frozen["ref_pred"].float())
+    trainer.model.train()
+    with torch.no_grad():
+        frozen = next(trainer.noised_batches(trainer.model, trainer.data_collator([rows[0], rows[1]]))).frozen
+    torch.testing.assert_close(frozen["ref_pred"], predictions[0], atol=1e-5, rtol=1e-4)
+    target = torch.cat([predictions[0][:2], predictions[1][2:]])
+    torch.testing.assert_close(frozen["target"], target, atol=1e-5, rtol=1e-4)
+    assert (predictions[0] - predictions[1])[2:].abs().max() > 1e-4  # the prompt matters
+    trainer.train()
 
 
 def ddspo(e, r, z, beta=100.0):

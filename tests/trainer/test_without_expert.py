@@ -19,6 +19,7 @@ from trl_diffusion import AttributeSFTConfig, AttributeSFTTrainer, ComplexPOConf
 from trl_diffusion.degraded_prompts import degraded_prompt
 from trl_diffusion.losses import complex_po_loss
 from trl_diffusion.randomness import keyed_noise
+from trl_diffusion.scripts import complex_po
 
 
 PROMPTS = ["a red circle and a blue square", "a cat and a dog", "a red cat", "a blue square and a dog"]
@@ -461,3 +462,62 @@ def test_the_card_speaks_of_no_expert(tmp_path, criteria, target_prompts, said):
     assert recipe["target_prompts"] == target_prompts and "expert" not in recipe
     assert ("| criteria | not used |" in card) == (target_prompts == "degraded")
     assert ("dropped_words" in recipe) == (target_prompts == "degraded")
+
+
+# ---- A start at a LoRA, and the command ----
+
+
+@pytest.mark.parametrize("in_reference", [True, False])
+def test_the_reference_of_a_continued_lora_is_asked(tmp_path, in_reference):
+    """Targets are the predictions of the LoRA that the training started at, or of the base where the reference is without it."""
+    first = make_trainer(tmp_path / "first", learning_rate=0.05)
+    first.train()
+    first.save_model()
+    trainer = make_trainer(
+        tmp_path / "second",
+        initial_lora=str(tmp_path / "first"),
+        initial_lora_in_reference=in_reference,
+        peft_config=None,
+    )
+    base = tiny.sd_pipeline()
+    if in_reference:
+        base.load_lora_weights(str(tmp_path / "first"))
+    batch = trainer.data_collator([images()[0], images()[1]])
+    latents, noise = torch.randn(2, 2, 4, 8, 8)
+    timesteps = torch.tensor([300, 700])
+    noised = trainer.noiser.cached(
+        trainer.prepare_batch(batch, latents),
+        latents,
+        {"timesteps": timesteps[:, None], "noisy_latents": noise[:, None]},
+    )
+    frozen = trainer.frozen_predictions(trainer.model, noised)
+    plain = PROMPTS[:2]
+    degraded = [degraded_prompt(prompt, [0.4, 0.7], 42) for prompt in plain]
+    with torch.no_grad():
+        expected = [by_hand.predict(base, base.unet, noise, timesteps, prompts) for prompts in (plain, degraded)]
+    for name, prediction in zip(("ref_pred", "rejected_target"), expected, strict=True):
+        torch.testing.assert_close(frozen[name], prediction, atol=1e-5, rtol=1e-4)
+    assert torch.equal(frozen["chosen_target"], frozen["ref_pred"])
+    trainer.train()
+
+
+@pytest.mark.parametrize("flags", [["--lora_r", "4"], ["--use_peft", "false"]], ids=["lora", "full"])
+def test_the_command_trains_without_an_expert(tmp_path, capsys, flags):
+    """`complex-po --target_prompts degraded` trains; without the flag, what is missing is said."""
+    tiny.sd_pipeline().save_pretrained(tmp_path / "model")
+    images(4).to_parquet(tmp_path / "images.parquet")
+    common = [
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--dataset_name",
+        tmp_path / "images.parquet",
+        "--max_steps",
+        1,
+    ]
+    common += ["--report_to", "none", "--disable_tqdm", "true", "--output_dir", tmp_path / "out", *flags]
+    parser = complex_po.make_parser()
+    complex_po.main(*parser.parse_args_and_config([*map(str, common), "--target_prompts", "degraded"]))
+    file = "pytorch_lora_weights.safetensors" if "--lora_r" in flags else "model_index.json"
+    assert (tmp_path / "out" / file).exists() and "Training completed." in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`--expert` is missing.*`--target_prompts`"):
+        complex_po.main(*parser.parse_args_and_config([*map(str, common)]))
