@@ -7,6 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -196,7 +197,7 @@ def upload(repo_id: str, folder: Path) -> str:
 
 
 class TestOnTheHub:
-    def test_a_lora_of_another_name(self, hub, folders, tmp_path):  # noqa: F811
+    def test_a_lora_of_another_name(self, hub, folders, tmp_path, monkeypatch):  # noqa: F811
         """The only one is found and named, also in the cache; the name of the file finds it too; the revision is the commit."""
         repository = tmp_path / "spo"
         write(repository / SPO["sd"], down_and_up(folders["sd lora"]))
@@ -211,6 +212,12 @@ class TestOnTheHub:
             assert spec.describe()["path"] == file
             np.testing.assert_allclose(drawn(spec), expected, atol=1e-5)
         hub.fail("GET", ".*/api/models/.*", status=500, times=100)
+        assert resolve_model("m", "org/SPO-SD-v1-5_4k-p_10ep_LoRA").path == file
+
+        def refused(*_):
+            raise httpx2.ConnectError("Connection refused")
+
+        monkeypatch.setattr(HfApi, "model_info", refused)
         assert resolve_model("m", "org/SPO-SD-v1-5_4k-p_10ep_LoRA").path == file
 
     def test_several_loras(self, hub, folders, tmp_path):  # noqa: F811

@@ -183,7 +183,9 @@ def test_models_of_the_flags(folder):
     assert (spec.name, spec.path, spec.kind) == ("mine", str(folder / "first"), "pipeline")
     with pytest.raises(ValueError, match="`--negative_loras` names other, and `--models` has no such model"):
         get_models(flags("--models", f"mine={folder / 'first'}", "--negative_loras", "other=user/lora"))
-    with pytest.raises(ValueError, match="`--negative_loras_on_base` names mine, and `--negative_loras` has nothing for"):
+    with pytest.raises(
+        ValueError, match="`--negative_loras_on_base` names mine, and `--negative_loras` has nothing for"
+    ):
         get_models(flags("--models", f"mine={folder / 'first'}", "--negative_loras_on_base", "mine"))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx2
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError, safe_open
@@ -203,7 +204,7 @@ def _names_on_hub(repo_id: str) -> tuple[str, list[str]]:
     try:
         info = HfApi().model_info(repo_id)
         return info.sha, [file.rfilename for file in info.siblings]
-    except (OSError, HFValidationError):
+    except (OSError, HFValidationError, httpx2.HTTPError):
         pass
     try:
         folder = Path(snapshot_download(repo_id, local_files_only=True))
