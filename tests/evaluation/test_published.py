@@ -7,6 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -39,6 +40,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         tiny.PIPELINES[family]().save_pretrained(root / family)
         # Without a header only a LoRA whose alpha is its rank keeps its strength
         save_lora(tiny.PIPELINES[family](), root / f"{family} lora", seed=1, r=6, alpha=6, targets=("to_q", "to_v"))
+    tiny.PIPELINES["sd3"]().save_pretrained(root / "sd3")
     save_lora(tiny.sd_pipeline(), root / "reversed", seed=2)
     tiny.sd_pipeline(seed=5).save_pretrained(root / "tuned")
     return {path.name: path for path in root.iterdir()}
@@ -180,11 +182,11 @@ class TestDenoisers:
         save_file({key: weights[key] for key in list(weights)[1:]}, file)
         with pytest.raises(ValueError, match="The denoiser .* has other weights than its files hold .missing"):
             load_pipeline(resolve_model("m", where, str(folders["sd"])), torch.float32, CPU)
+        with pytest.raises(ValueError, match="holds a `UNet2DConditionModel`.* of .* is a `SD3Transformer2DModel`"):
+            load_pipeline(resolve_model("m", where, str(folders["sd3"])), torch.float32, CPU)
         shutil.copytree(folders["sd"] / "vae", tmp_path / "vae")
-        with pytest.raises(
-            ValueError, match="holds a `AutoencoderKL`, and the denoiser of .* is a `UNet2DConditionModel`"
-        ):
-            load_pipeline(resolve_model("m", str(tmp_path / "vae"), str(folders["sd"])), torch.float32, CPU)
+        with pytest.raises(ValueError, match="holds one component, a `AutoencoderKL`, and no pipeline"):
+            resolve_model("m", str(tmp_path / "vae"), str(folders["sd"]))
         write(tmp_path / "model.safetensors", sd_file())
         with pytest.raises(ValueError, match="must be a folder or Hub id with model_index.json, not the file"):
             resolve_model("m", where, str(tmp_path / "model.safetensors"))
@@ -196,7 +198,7 @@ def upload(repo_id: str, folder: Path) -> str:
 
 
 class TestOnTheHub:
-    def test_a_lora_of_another_name(self, hub, folders, tmp_path):  # noqa: F811
+    def test_a_lora_of_another_name(self, hub, folders, tmp_path, monkeypatch):  # noqa: F811
         """The only one is found and named, also in the cache; the name of the file finds it too; the revision is the commit."""
         repository = tmp_path / "spo"
         write(repository / SPO["sd"], down_and_up(folders["sd lora"]))
@@ -211,6 +213,12 @@ class TestOnTheHub:
             assert spec.describe()["path"] == file
             np.testing.assert_allclose(drawn(spec), expected, atol=1e-5)
         hub.fail("GET", ".*/api/models/.*", status=500, times=100)
+        assert resolve_model("m", "org/SPO-SD-v1-5_4k-p_10ep_LoRA").path == file
+
+        def refused(*_):
+            raise httpx2.ConnectError("Connection refused")
+
+        monkeypatch.setattr(HfApi, "model_info", refused)
         assert resolve_model("m", "org/SPO-SD-v1-5_4k-p_10ep_LoRA").path == file
 
     def test_several_loras(self, hub, folders, tmp_path):  # noqa: F811

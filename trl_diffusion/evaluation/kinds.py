@@ -5,15 +5,17 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx2
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from ..backbones.folder_checks import check_name, read_index
+from ..backbones.folder_checks import check_name, read_index, read_json
 from ..backbones.names import ENDINGS, INDEX, LORA_WEIGHTS_NAME, find_model
 from ..lora_files import find_lora
 from ..revisions import commit_of, digest_of_file, pinned, resolve_revision
@@ -23,6 +25,7 @@ from .names import HUB_FILE, METADATA_FILE, is_image
 logger = logging.getLogger(__name__)
 
 DENOISERS = ("unet", "transformer")
+DENOISER_CLASS = re.compile(r"UNet2DConditionModel|\w*Transformer2DModel")
 
 
 class Found(NamedTuple):
@@ -84,6 +87,8 @@ def lora_file(path: str, revision: str) -> Path:
 
 def is_lora_file(path: Path) -> bool:
     """Whether a file holds a LoRA, of diffusers or another library, by the names of its tensors."""
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
         with safe_open(path, framework="pt") as file:
             return any(key.startswith("lora_") or ".lora" in key or "_lora." in key for key in file.keys())
@@ -119,7 +124,8 @@ def _kind_of_folder(where: str, folder: Path) -> Found:
         path.relative_to(folder).as_posix() for pattern in ("*", "*/config.json") for path in folder.glob(pattern)
     }
     part = denoiser_folder(names)
-    if part or (part == "" and not (folder.parent / INDEX).is_file()):  # there the whole pipeline is meant
+    is_part = (folder.parent / INDEX).is_file()  # of a pipeline, which is meant then
+    if part or (part == "" and not is_part and _is_denoiser(folder / "config.json")):
         return Found("denoiser", resolve_revision(str(folder / part)), where)
     loras = sorted(path.name for path in folder.glob("*.safetensors") if is_lora_file(path))
     if loras:
@@ -129,6 +135,10 @@ def _kind_of_folder(where: str, folder: Path) -> Found:
         return Found("images", resolve_revision(where), where)
     missing = f"the folder has no {INDEX} (a pipeline), no {LORA_WEIGHTS_NAME} (a LoRA) and no images"
     return _refuse(where, missing)
+
+
+def _is_denoiser(config: Path) -> bool:
+    return bool(DENOISER_CLASS.fullmatch(str(read_json(config).get("_class_name"))))
 
 
 def _usual_kind(where: str, found: Collection[str]) -> str | None:
@@ -176,7 +186,8 @@ def _kind_on_hub(repo_id: str) -> Found:
         ((name, path),) = found.items()
         return Found(kind, commit_of(path, name), repo_id)
     commit, names = _names_on_hub(repo_id)
-    if denoiser_folder(names) is not None:
+    part = denoiser_folder(names)
+    if part or (part == "" and _is_denoiser(Path(hf_hub_download(repo_id, "config.json")))):
         return Found("denoiser", commit, repo_id)
     loras = sorted(name for name in names if name.endswith(".safetensors"))
     if loras:
@@ -203,7 +214,7 @@ def _names_on_hub(repo_id: str) -> tuple[str, list[str]]:
     try:
         info = HfApi().model_info(repo_id)
         return info.sha, [file.rfilename for file in info.siblings]
-    except (OSError, HFValidationError):
+    except (OSError, HFValidationError, httpx2.HTTPError):
         pass
     try:
         folder = Path(snapshot_download(repo_id, local_files_only=True))
