@@ -17,7 +17,18 @@ import trl_diffusion
 PACKAGE = Path(trl_diffusion.__file__).parent
 # Each may import those before it
 MATHEMATICS = [
-    *("messages", "boxes", "masks", "randomness", "process", "noising", "inversion", "losses", "yaml_files"),
+    *(
+        "messages",
+        "boxes",
+        "segmentation",
+        "masks",
+        "randomness",
+        "process",
+        "noising",
+        "inversion",
+        "losses",
+        "yaml_files",
+    ),
     "criteria",
 ]
 OPTIONAL = {
