@@ -720,6 +720,7 @@ def test_error_tables(tmp_path):
         row | {"chosen": str(tmp_path / "missing.png")},
         row | {"instances": [instance | {"chosen_box": [0, 0, 99, 9]}]},
         row | {"instances": [instance | {"preference": "better"}]},
+        row | {"instances": [instance | {"chosen_mask": Image.new("1", (8, 8), 1)}]},
         row | {"id": None},
         row | {"prompt": None},
     ]
