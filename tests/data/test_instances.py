@@ -26,7 +26,7 @@ from tests import tiny
 from trl_diffusion import instance_pair_features
 from trl_diffusion.boxes import widen_boxes
 from trl_diffusion.data import content, row_contents
-from trl_diffusion.data.check import check_dataset
+from trl_diffusion.data.check import as_text, check_dataset
 from trl_diffusion.data.collators import InstancePairCollator
 from trl_diffusion.data.formats import prepare_dataset
 from trl_diffusion.data.images import open_reduced
@@ -187,7 +187,15 @@ def test_the_check_finds_every_wrong_mask():
     assert [fault["row"] for fault in report["faults"]] == [2, 3, 4]
     for fault, name in zip(report["faults"], names, strict=True):
         assert fault["column"] == "instances" and WRONG[name][1] in fault["message"]
-    assert check_dataset(dataset_of(row(0), row(1, [boxed()])), PAIR, IMAGES, 32)["faults"] == []
+    report = check_dataset(
+        dataset_of(row(0), row(1, [boxed(), instance(chosen_mask=None, chosen_box=[1.0, 1.0, 9.0, 9.0])])),
+        PAIR,
+        IMAGES,
+        32,
+    )
+    assert report["faults"] == [] and report["holds"]["instances"]["with masks"] == 2
+    assert "instances: 3; 0 rows without; conflicts 66.7%, ties 0.0%; 2 with masks" in list(as_text(report))
+    assert "with masks" not in check_dataset(tiny.pairs(2), PAIR, IMAGES, 32)["holds"]["instances"]
 
 
 @pytest.mark.parametrize("nothing", [None, {"bytes": None, "path": None}])
