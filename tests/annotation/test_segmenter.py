@@ -5,6 +5,7 @@
 
 import io
 import json
+import re
 from functools import partial
 
 import numpy as np
@@ -20,12 +21,13 @@ from trl_diffusion.annotation.images import StoredImage
 from trl_diffusion.annotation.instances import count_masks, instance_task
 from trl_diffusion.annotation.judge import Judge
 from trl_diffusion.annotation.planner import Planner
-from trl_diffusion.annotation.preview import outline
+from trl_diffusion.annotation.preview import outline, preview
 from trl_diffusion.annotation.records import Instance, PairRecord, pair_columns, prepare_rows
 from trl_diffusion.annotation.run import MANIFEST, Run, run, run_locally
 from trl_diffusion.annotation.segmenter import Segmenter
 from trl_diffusion.annotation.tables import PAIR_ANNOTATION_FEATURES, PAIR_MASK_FEATURES
 from trl_diffusion.boxes import orient_boxes
+from trl_diffusion.cli.main import main
 from trl_diffusion.data.check import check_dataset
 from trl_diffusion.data.instances import read_masks
 from trl_diffusion.quickstart import world as scenes
@@ -382,3 +384,66 @@ def test_the_outline_of_a_large_mask_is_small():
     mask[250:750, 500:1500] = True
     drawn = outline(mask)
     assert (drawn["width"], drawn["height"]) == (256, 128) and len(drawn["path"]) < 100
+
+
+def test_the_page_shows_masks(tmp_path, capsys):
+    """`--preview` draws an outline for each mask in the colour of its verdict, keeps boxes as dashes, and says what has none."""
+    world(3).to_parquet(tmp_path / "pairs.parquet")
+    flags = ["--dataset_name", tmp_path / "pairs.parquet", "--vlm", "oracle", "--detector", "oracle", "--preview", 3]
+    pages = {}
+    for name in ("oracle", None):
+        chosen = ["--segmenter", name] if name else []
+        assert main([*map(str, ["annotate-instances", *flags, *chosen, "--output_dir", tmp_path / str(name)])]) == 0
+        pages[name] = (tmp_path / str(name) / "preview.html").read_text()
+    page, plain = pages["oracle"], pages[None]
+    outlines = re.findall(r'<svg class="outline (\w+)" viewBox="0 0 32 32"', page)
+    boxes = re.findall(r'<div class="box (\w+) masked"', page)
+    assert len(outlines) == 12 and outlines == boxes == re.findall(r'<div class="box (\w+)"', plain)
+    assert "<svg" not in plain and "outline of a mask" in page and "outline of a mask" not in plain
+    assert "<li>masks 12</li><li>without mask 0</li>" in page
+
+
+def test_the_page_says_what_has_no_mask():
+    """An instance without a mask has its whole box, and the reason is beside the pair."""
+    rows, columns = prepare_rows(world(1), pair_columns)
+    page = preview(make_task(columns, Chosen(), Whole()), rows)
+    assert page.count("<svg") == 2 and page.count(' masked"') == 2
+    assert "Without a mask: " in page and "in the rejected image (there is no mask)" in page
+
+
+# ----- the command -----
+
+
+def test_the_command_goes_on(tmp_path, capsys):
+    """`--segmenter oracle` says how many masks there are, goes on in its folder, and starts another beside a run without one."""
+    world(4).to_parquet(tmp_path / "pairs.parquet")
+    flags = ["--dataset_name", tmp_path / "pairs.parquet", "--vlm", "oracle", "--detector", "oracle"]
+    command = [*map(str, ["annotate-instances", *flags, "--output_dir", tmp_path / "out"])]
+    assert main(command) == 0 and "mask" not in capsys.readouterr().out
+    assert main([*command, "--segmenter", "oracle"]) == 0
+    assert "instances 8, " in (said := capsys.readouterr().out) and "masks 16, without mask 0." in said
+    files = contents(tmp_path / "out")
+    assert main([*command, "--segmenter", "oracle"]) == 0
+    assert contents(tmp_path / "out") == files and len(list((tmp_path / "out").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--segmenter", "no/such-model"],
+            "'no/such-model' is neither a folder nor a model on the Hub or in its cache",
+        ),
+        (["--segmenter_revision", "main"], "`--segmenter_revision` is the revision of a segmenter: name it with"),
+        (
+            ["--segmenter", "oracle", "--segmenter_batch_size", "0"],
+            "`--segmenter_batch_size` must be at least 1, got 0",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, flags, message):
+    """A mistake is said before anything is annotated."""
+    world(1).to_parquet(tmp_path / "pairs.parquet")
+    base = ["--dataset_name", str(tmp_path / "pairs.parquet"), "--vlm", "oracle", "--detector", "oracle"]
+    assert main(["annotate-instances", *base, "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
