@@ -23,7 +23,9 @@ from trl_diffusion.boxes import normalize_boxes, orient_boxes
 from trl_diffusion.cards.facts import PICTURES
 from trl_diffusion.criteria import Attribute
 from trl_diffusion.data.formats import PREFERENCES
+from trl_diffusion.data.instances import read_regions
 from trl_diffusion.data.pictures import orientation
+from trl_diffusion.data.transforms import upright_mask
 from trl_diffusion.visualization import BOX_COLORS, draw_boxes, image_grid
 
 
@@ -108,14 +110,15 @@ def pair_picture(row: Row, with_images: bool) -> PIL.Image.Image:
         data = row[name]["bytes"]
         with PIL.Image.open(io.BytesIO(data)) as image:
             size, turn = image.size, orientation(image)
-        boxes = torch.tensor([instance[f"{name}_box"] for instance in row["instances"]]).reshape(-1, 4)
-        boxes = orient_boxes(normalize_boxes(boxes, *size), turn)
+        boxes, masks = read_regions(row, name, size)
+        boxes = orient_boxes(normalize_boxes(torch.tensor(boxes).reshape(-1, 4), *size), turn)
+        masks = [None if mask is None else upright_mask(mask, turn) for mask in masks]
         if with_images:
             side = StoredImage(data).upright
         else:
             side = PIL.Image.new("RGB", size if turn < 5 else size[::-1], CANVAS)
         side = scaled(side)
-        draw_boxes(side, boxes, labels, preferences)
+        draw_boxes(side, boxes, labels, preferences, masks)
         sides.append(side)
     return image_grid([sides], ["chosen", "rejected"], [row["prompt"]], SIDE)
 

@@ -47,11 +47,13 @@ from trl_diffusion.data.collators import AttributeCollator, InstancePairCollator
 from trl_diffusion.data.formats import check_attribute_columns, prepare_dataset
 from trl_diffusion.evaluation.protocols import load_protocol, shipped_protocols
 from trl_diffusion.losses import complex_po_loss, reflected_target
+from trl_diffusion.masks import unpacked
 from trl_diffusion.metrics import METRICS
 from trl_diffusion.metrics.scorer import open_image
 from trl_diffusion.noising import per_sample_errors
 from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
 from trl_diffusion.quickstart.world import preference_dataset
+from trl_diffusion.segmentation import decode_rle
 
 
 ROOT = Path(__file__).parents[1]
@@ -227,6 +229,12 @@ def test_python_of_dataset_formats(tiny_hub):
         assert batch["id"] == ["lake-001", "lake-002"]
         assert batch["judged"].tolist() == batch["conflicts"].tolist() == [[True], [False]]
     assert isinstance(scope["stream"], datasets.IterableDataset)
+
+    masked = prepare_dataset(scope["masked_dataset"], "masked", COLUMNS, COLUMNS[1:])
+    batch = InstancePairCollator(480)(list(masked))
+    assert batch["chosen_masks"].shape == (2, 1, 480, 60) and "rejected_masks" not in batch
+    mask = unpacked(batch["chosen_masks"], 480, 480)[0, 0].numpy()
+    assert np.array_equal(mask, decode_rle(scope["encoded_eagle"])[:, 80:560])
 
     for name in ("paintings", "labelled_paintings"):
         dataset = prepare_dataset(scope[name], name, AttributeSFTTrainer.columns, AttributeSFTTrainer.image_columns)
@@ -712,6 +720,7 @@ def test_error_tables(tmp_path):
         row | {"chosen": str(tmp_path / "missing.png")},
         row | {"instances": [instance | {"chosen_box": [0, 0, 99, 9]}]},
         row | {"instances": [instance | {"preference": "better"}]},
+        row | {"instances": [instance | {"chosen_mask": Image.new("1", (8, 8), 1)}]},
         row | {"id": None},
         row | {"prompt": None},
     ]

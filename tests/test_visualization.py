@@ -159,3 +159,32 @@ def test_a_label_of_any_length_or_alphabet_is_drawn():
         image = Image.new("RGB", (64, 48))
         draw_boxes(image, torch.tensor([[0.2, 0.2, 0.9, 0.9]]), [label], ["tie"])
         assert image.size == (64, 48) and np.array(image).any()
+
+
+@pytest.mark.parametrize("preference", BOX_COLORS)
+def test_the_outline_of_a_mask_is_drawn_in_the_place_of_its_box(preference):
+    """The outermost pixels of a mask have the colour of its preference, and nothing else changes but its label's place."""
+    disc = (np.arange(64)[:, None] - 40) ** 2 + (np.arange(64) - 40) ** 2 < 20**2
+    image = Image.new("RGB", (256, 256), "white")
+    draw_boxes(image, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), [""], [preference], [disc])
+    colored = (np.array(image) == BOX_COLORS[preference]).all(axis=-1)
+    large = disc.repeat(4, axis=0).repeat(4, axis=1)
+    inner = np.pad(large, 2)
+    core = np.logical_and.reduce([inner[y : y + 256, x : x + 256] for y in range(5) for x in range(5)])
+    assert not colored[core & (np.arange(256)[:, None] > 120)].any()
+    assert colored[large & ~core].mean() > 0.95  # but for the label
+    assert not colored[120:][~large[120:]].any()
+
+
+def test_masks_and_boxes_are_drawn_together():
+    """Of three instances the first has a mask at the border, the second an empty one and no box, the third a box alone."""
+    left = np.zeros((32, 32), bool)
+    left[:, :8] = True
+    image = Image.new("RGB", (256, 256), "white")
+    boxes = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.5, 0.5, 1.0, 1.0]])
+    draw_boxes(image, boxes, ["", "", ""], ["chosen", "tie", "rejected"], [left, np.zeros((32, 32), bool)])
+    pixels = np.array(image)
+    for edge in (pixels[100:, 0], pixels[100:, 63], pixels[255, :64]):
+        assert (edge == BOX_COLORS["chosen"]).all()
+    assert (pixels[128:, 255] == BOX_COLORS["rejected"]).all()
+    assert not (pixels == BOX_COLORS["tie"]).all(axis=-1).any()

@@ -8,8 +8,8 @@ This equals resizing the mask by area from infinitely small pixels, without crea
 instance has a segmentation mask in the place of its box, the steps are at the edges of the pixels.
 """
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 def instance_masks(
@@ -109,12 +109,13 @@ def pack_masks(masks: torch.Tensor) -> torch.Tensor:
 
     Args:
         masks (`torch.Tensor` of shape `(..., W)`, bool):
-            The masks, on the CPU.
+            The masks.
 
     Returns:
         `torch.Tensor` of shape `(..., ceil(W / 8))`: uint8. The first pixel is the highest bit, as in `numpy.packbits`.
     """
-    return torch.from_numpy(np.packbits(masks.numpy(), axis=-1))
+    bits = F.pad(masks.to(torch.uint8), (0, -masks.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (bits << torch.arange(7, -1, -1, dtype=torch.uint8, device=masks.device)).sum(dim=-1, dtype=torch.uint8)
 
 
 def unpacked(masks: torch.Tensor | None, height: int, width: int) -> torch.Tensor | None:

@@ -5,16 +5,20 @@
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+import PIL.ImageFilter
 import PIL.ImageFont
 import torch
 
-from .data.formats import check_preference
+from .data.instances import check_preference
 from .data.transforms import normalize_pixels
-from .masks import instance_masks
+from .masks import instance_masks, unpacked
+from .segmentation import mask_bounds
 
 
 BOX_COLORS = {"chosen": (0, 158, 115), "rejected": (213, 94, 0), "tie": (120, 120, 120)}
@@ -87,16 +91,40 @@ def instance_pictures(
     for column in ("chosen", "rejected"):
         pixel_values, boxes = batch[f"{column}_pixel_values"][0], batch[f"{column}_boxes"]
         grid = [side // vae_scale_factor for side in pixel_values.shape[1:]]
-        mask = instance_masks(boxes, batch["judged"], batch["conflicts"], *grid, w_neg, mask_overlap)[0]
-        pictures.append(mask_overlay(pixel_values, mask, boxes[0], labels, preferences))
+        packed = batch.get(f"{column}_masks")
+        mask = instance_masks(boxes, batch["judged"], batch["conflicts"], *grid, w_neg, mask_overlap, packed)[0]
+        pictures.append(mask_overlay(pixel_values, mask, boxes[0], labels, preferences, outlines(batch, column)))
     return pictures
 
 
+def outlines(batch: dict[str, Any], column: str) -> np.ndarray:
+    """
+    The segmentation masks of a row.
+
+    Args:
+        batch (`dict`):
+            The row alone, as [`data.collators.InstancePairCollator`] prepares it.
+        column (`str`):
+            The column of the image.
+
+    Returns:
+        `np.ndarray` of shape `(M, H, W)`: bools, for the first `M` instances. Empty ones for those that have boxes.
+    """
+    height, width = batch[f"{column}_pixel_values"].shape[2:]
+    packed = batch.get(f"{column}_masks")
+    return np.zeros((0, height, width), bool) if packed is None else unpacked(packed[0], height, width).numpy()
+
+
 def mask_overlay(
-    pixel_values: torch.Tensor, mask: torch.Tensor, boxes: torch.Tensor, labels: list[str], preferences: list[str]
+    pixel_values: torch.Tensor,
+    mask: torch.Tensor,
+    boxes: torch.Tensor,
+    labels: list[str],
+    preferences: list[str],
+    outlines: Sequence[np.ndarray | None] = (),
 ) -> PIL.Image.Image:
     """
-    Draws an instance mask and its boxes on the image that is used in training.
+    Draws an instance mask and the boxes or outlines of the instances on the image that is used in training.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(3, H, W)`):
@@ -109,6 +137,8 @@ def mask_overlay(
             Labels of the instances.
         preferences (`list[str]` of length `N`):
             `"chosen"` (green), `"rejected"` (orange, a conflict with the pair's label) or `"tie"` (grey).
+        outlines (`list[np.ndarray]` of length `N`, *optional*):
+            Segmentation masks of the instances, see [`visualization.draw_boxes`].
 
     Returns:
         `PIL.Image.Image`: the picture, at least 256 pixels high.
@@ -127,36 +157,49 @@ def mask_overlay(
     tint = PIL.Image.fromarray(tint.numpy()).resize(size, PIL.Image.Resampling.NEAREST)
     image = PIL.Image.composite(tint, image, shade)
 
-    draw_boxes(image, boxes, labels, preferences)
+    draw_boxes(image, boxes, labels, preferences, outlines)
     return image
 
 
-def draw_boxes(image: PIL.Image.Image, boxes: torch.Tensor, labels: list[str], preferences: list[str]) -> None:
+def draw_boxes(
+    image: PIL.Image.Image,
+    boxes: torch.Tensor,
+    labels: list[str],
+    preferences: list[str],
+    masks: Sequence[np.ndarray | None] = (),
+) -> None:
     """
-    Draws instances on an image.
+    Draws instances on an image: their boxes, or the outlines of their segmentation masks.
 
     Args:
         image (`PIL.Image.Image`):
             The RGB image, which is changed.
         boxes (`torch.Tensor` of shape `(N, 4)`):
-            Unit boxes. A box of area 0 is not drawn.
+            Unit boxes. A box of area 0 is not drawn, nor one of an instance with a mask.
         labels (`list[str]` of length `N`):
             Labels of the instances. Long ones are truncated.
         preferences (`list[str]` of length `N`):
             `"chosen"` (green), `"rejected"` (orange) or `"tie"` (grey).
+        masks (`list[np.ndarray]` of length at most `N`, *optional*):
+            Masks `(H, W)` of bools on the whole image, of any size. `None` or an empty one for an instance without a mask.
     """
     draw = PIL.ImageDraw.Draw(image)
     width, height = image.size
-    font, taken = PIL.ImageFont.load_default(max(12, height // 32)), []
-    drawn = [
-        (box, label, preference)
-        for box, label, preference in zip(boxes.tolist(), labels, preferences, strict=True)
-        if box[0] < box[2] and box[1] < box[3]
-    ]
-    for (x_min, y_min, x_max, y_max), _, preference in drawn:
-        sides = (x_min * width, y_min * height, x_max * width - 1, y_max * height - 1)
-        draw.rectangle(sides, outline=BOX_COLORS[preference], width=max(2, height // 200))
-    for (x_min, y_min, _, _), label, preference in drawn:
+    font, taken, line = PIL.ImageFont.load_default(max(12, height // 32)), [], max(2, height // 200)
+    drawn = []
+    for place, (box, label, preference) in enumerate(zip(boxes.tolist(), labels, preferences, strict=True)):
+        mask = masks[place] if place < len(masks) else None
+        if mask is not None and mask.any():
+            x_min, y_min, x_max, y_max = mask_bounds(mask)
+            rows, columns = mask.shape
+            drawn.append((x_min / columns, y_min / rows, label, preference))
+            image.paste(BOX_COLORS[preference], mask=_outline(mask, image.size, line))
+        elif box[0] < box[2] and box[1] < box[3]:
+            x_min, y_min, x_max, y_max = box
+            drawn.append((x_min, y_min, label, preference))
+            sides = (x_min * width, y_min * height, x_max * width - 1, y_max * height - 1)
+            draw.rectangle(sides, outline=BOX_COLORS[preference], width=line)
+    for x_min, y_min, label, preference in drawn:
         label = _fitting(label, font, width - 14)
         left, top = max(0, min(x_min * width, width - 14 - font.getlength(label))), y_min * height
         place = _label_place(draw, left, top, label, font)
@@ -167,6 +210,17 @@ def draw_boxes(image: PIL.Image.Image, boxes: torch.Tensor, labels: list[str], p
         taken.append(place)
         draw.rectangle(place, fill=BOX_COLORS[preference])
         draw.text((left + 4, top + 3), label, "white", font)
+
+
+def _outline(mask: np.ndarray, size: tuple[int, int], line: int) -> PIL.Image.Image:
+    """The outermost pixels of a mask on an image of a size (width, height), as many as the line is thick."""
+    whole = PIL.Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0))).resize(size, PIL.Image.Resampling.NEAREST)
+    framed = PIL.Image.new(
+        "L", (size[0] + 2 * line, size[1] + 2 * line)
+    )  # outside of the image is outside of the mask
+    framed.paste(whole, (line, line))
+    core = framed.filter(PIL.ImageFilter.MinFilter(2 * line + 1)).crop((line, line, size[0] + line, size[1] + line))
+    return PIL.Image.composite(PIL.Image.new("L", size), whole, core)
 
 
 def _label_place(

@@ -24,7 +24,7 @@ from trl_diffusion.data.pictures import upright_image
 from trl_diffusion.data.sources import load_source
 from trl_diffusion.quickstart.paintings import painting_dataset
 from trl_diffusion.quickstart.world import SIZE, preference_dataset
-from trl_diffusion.visualization import instance_pictures, mask_overlay
+from trl_diffusion.visualization import instance_pictures, mask_overlay, outlines
 
 
 NUM_PAIRS, NUM_PAINTINGS = 12, 48
@@ -136,6 +136,7 @@ def pair_pictures(pairs: Pairs, index: int, show: str, w_neg: float, mask_overla
             batch[f"{column}_boxes"][0][: len(instances)],
             labels,
             preferences,
+            outlines(batch, column)[: len(instances)],
         )
         for column in ("chosen", "rejected")
     ]

@@ -148,8 +148,13 @@ def test_show_masks_draws_those_of_the_training(folders, tmp_path, monkeypatch, 
         "--vae_scale_factor",
         "4",
     ]
-    assert main(["show-masks", *flags, "--w_neg", "0.25", "--output_dir", str(tmp_path / "masks")]) == 0
-    settings = {"resolution": 32, "w_neg": 0.25} | ({} if make is tiny.sd_pipeline else {"max_sequence_length": 16})
+    assert (
+        main(["show-masks", *flags, "--w_neg", "0.25", "--box_margin", "0.1", "--output_dir", str(tmp_path / "masks")])
+        == 0
+    )
+    settings = {"resolution": 32, "w_neg": 0.25, "box_margin": 0.1} | (
+        {} if make is tiny.sd_pipeline else {"max_sequence_length": 16}
+    )
     args = InstanceDPOConfig(str(tmp_path / "out"), **tiny.FAST | settings)
     dataset = load_dataset(str(folders / "data"), split="train").select(range(2))
     trainer = InstanceDPOTrainer(make(), args=args, train_dataset=dataset, peft_config=tiny.lora())

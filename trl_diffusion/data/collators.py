@@ -3,6 +3,7 @@
 
 """Collators, which turn rows of a dataset into a batch of tensors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from .buckets import nearest_bucket
 from .caching import OPTIONAL, is_precomputed, read_batch, read_example, stack_padded
 from .formats import check_attributes, read_image, row_id, row_prompt
 from .images import image_content, image_errors, image_size, open_reduced
-from .instances import check_instances, check_preference, read_masks
+from .instances import check_instances, check_preference, read_regions
 from .transforms import TrainingImage, prepare_image
 
 
@@ -107,7 +108,7 @@ class ImageCollator:
         size: tuple[int, int],
         row: dict[str, Any],
         column: str,
-        masks: list[np.ndarray | None] | None = None,
+        masks: Sequence[np.ndarray | None] = (),
     ) -> dict[str, Any]:
         image, stored_size = opened
         generator = keyed_generator(self.seed, str(row["id"]), column, "augmentation")
@@ -122,7 +123,7 @@ class ImageCollator:
                     center_crop=self.center_crop,
                     random_flip=self.random_flip,
                     stored_size=stored_size,
-                    masks=masks or (),
+                    masks=masks,
                 )
 
         prepared = read_image(row, column, prepare)
@@ -177,7 +178,9 @@ class InstancePairCollator(ImageCollator):
         images, size = self._open_images(row)
         instances = check_instances(row, {column: stored_size for column, (_, stored_size) in images.items()})
         for column, opened in images.items():
-            boxes, masks = self._regions(row, instances, column, opened[1])
+            boxes, masks = read_regions(row, column, opened[1])
+            if self.box_margin:
+                boxes = widen_boxes(torch.tensor(boxes).reshape(-1, 4), self.box_margin, *opened[1])
             example |= self._prepare_image(opened, boxes, size, row, column, masks)
         preferences = [check_preference(instance["preference"]) for instance in instances]
         judged = [preference != "tie" for preference in preferences]
@@ -186,18 +189,6 @@ class InstancePairCollator(ImageCollator):
             "judged": torch.tensor(judged, dtype=torch.bool),
             "conflicts": torch.tensor(conflicts, dtype=torch.bool),
         }
-
-    def _regions(
-        self, row: dict[str, Any], instances: list[dict[str, Any]], column: str, stored_size: tuple[int, int]
-    ) -> tuple[torch.Tensor, list[np.ndarray | None]]:
-        """The boxes `(N, 4)` of instances in pixels of the stored image, with their margin, and the masks that stand above them."""
-        masks = read_masks(row, column, stored_size)
-        boxes = [
-            [0.0] * 4 if mask is not None else list(instance[f"{column}_box"])
-            for instance, mask in zip(instances, masks, strict=True)
-        ]
-        boxes = torch.tensor(boxes).reshape(-1, 4)  # of none, too
-        return widen_boxes(boxes, self.box_margin, *stored_size) if self.box_margin else boxes, masks
 
     def __getstate__(self) -> dict[str, Any]:
         # What was precomputed before there was a margin is what is precomputed without one

@@ -109,9 +109,9 @@ def has_mask(instance: dict[str, Any], column: str) -> bool:
     return any(value is not None for value in mask.values()) if isinstance(mask, dict) else mask is not None
 
 
-def read_masks(row: dict[str, Any], column: str, size: Size) -> list[np.ndarray | None]:
+def read_regions(row: dict[str, Any], column: str, size: Size) -> tuple[list[list[float]], list[np.ndarray | None]]:
     """
-    Reads the segmentation masks of the instances of a row in one of its images.
+    Reads where the instances of a row are in one of its images.
 
     Args:
         row (`dict`):
@@ -122,16 +122,24 @@ def read_masks(row: dict[str, Any], column: str, size: Size) -> list[np.ndarray 
             Width and height in pixels of the stored image.
 
     Returns:
-        `list[np.ndarray]`: for each instance its mask of shape `(H, W)`, bool, or `None`.
+        `tuple[list[list[float]], list[np.ndarray]]`: for each instance its box, `[x_min, y_min, x_max, y_max]` in pixels of the stored
+        image, and its segmentation mask of shape `(H, W)`, bool. An instance with a mask has a box of zeros, one with a box alone
+        the mask `None`.
 
     Raises:
         `ValueError`: If a mask cannot be read. The message names the row and the mask.
     """
-    return [_read_mask(row, index, column, size) for index in range(len(row.get("instances") or []))]
+    instances = row.get("instances") or []
+    masks = [_read_mask(row, index, column, size) for index in range(len(instances))]
+    boxes = [
+        [0.0] * 4 if mask is not None else list(instance[f"{column}_box"])
+        for instance, mask in zip(instances, masks, strict=True)
+    ]
+    return boxes, masks
 
 
 def mask_faults(row: dict[str, Any], sizes: dict[str, Size]) -> Iterator[str]:
-    """All that is wrong with the masks of a row in some images of known sizes, see [`data.instances.read_masks`]."""
+    """All that is wrong with the masks of a row in some images of known sizes, see [`data.instances.read_mask`]."""
     for index in range(len(row.get("instances") or [])):
         for column, size in sizes.items():
             try:

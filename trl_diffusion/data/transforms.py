@@ -133,6 +133,11 @@ def prepare_image(
     return TrainingImage(pixels, boxes, original_size, (top, left), moved)
 
 
+def upright_mask(mask: np.ndarray, turn: int) -> np.ndarray:
+    """Moves a mask `(h, w)` of a stored image to where [`data.pictures.upright_image`] moves its pixels."""
+    return np.asarray(PIL.Image.fromarray(mask.astype(np.uint8)).transpose(TURNS[turn])) > 0 if turn in TURNS else mask
+
+
 def _move_mask(
     mask: np.ndarray, turn: int, size: tuple[int, int], is_flipped: bool, window: tuple[int, int, int, int]
 ) -> torch.Tensor:
@@ -140,9 +145,7 @@ def _move_mask(
     Moves a mask `(h, w)` as its image is moved: turns it upright, resizes it to `size` (width, height), flips it, and cuts out the
     window. A pixel is inside if at least half of its area is.
     """
-    image = PIL.Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0)))
-    if turn in TURNS:
-        image = image.transpose(TURNS[turn])
+    image = PIL.Image.fromarray(np.where(upright_mask(mask, turn), np.uint8(255), np.uint8(0)))
     image = image.resize(size, PIL.Image.Resampling.BOX)
     if is_flipped:
         image = PIL.ImageOps.mirror(image)

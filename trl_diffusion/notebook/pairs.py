@@ -15,8 +15,10 @@ from datasets import Dataset, IterableDataset
 from ..boxes import normalize_boxes, orient_boxes
 from ..cards.pictures import fit
 from ..data.collators import InstancePairCollator
-from ..data.formats import check_instances, check_preference, prepare_dataset, read_image, row_prompt
+from ..data.formats import prepare_dataset, read_image, row_prompt
+from ..data.instances import check_instances, check_preference, read_regions
 from ..data.pictures import orientation, upright_image
+from ..data.transforms import upright_mask
 from ..visualization import BOX_COLORS, draw_boxes, image_grid, instance_pictures
 from .picture import SIZE, Picture
 
@@ -61,8 +63,8 @@ class Pair(Picture):
 
 def show_pair(row: Mapping[str, Any]) -> Pair:
     """
-    Shows a pair: both images whole, the box of each instance, and which image shows it better. A box is green where that is the
-    chosen image, orange where it is the rejected one, and grey for a tie.
+    Shows a pair: both images whole, the box of each instance or the outline of its mask, and which image shows it better. It is green
+    where that is the chosen image, orange where it is the rejected one, and grey for a tie.
 
     Args:
         row (`dict`):
@@ -84,10 +86,11 @@ def show_pair(row: Mapping[str, Any]) -> Pair:
     preferences = [check_preference(instance["preference"]) for instance in instances]
     images = []
     for side, image in stored.items():
-        boxes = torch.tensor([list(instance[f"{side}_box"]) for instance in instances]).reshape(-1, 4)
-        boxes = orient_boxes(normalize_boxes(boxes, *image.size), orientation(image))
+        (boxes, masks), turn = read_regions(row, side, image.size), orientation(image)
+        boxes = orient_boxes(normalize_boxes(torch.tensor(boxes).reshape(-1, 4), *image.size), turn)
+        masks = [None if mask is None else upright_mask(mask, turn) for mask in masks]
         images.append(fit(upright_image(image), SIZE))
-        draw_boxes(images[-1], boxes, labels, preferences)
+        draw_boxes(images[-1], boxes, labels, preferences, masks)
     picture = image_grid([images], list(SIDES), [prompt], SIZE)
     return Pair(picture, prompt, list(zip(labels, preferences, strict=True)))
 
@@ -99,6 +102,7 @@ def show_masks(
     vae_scale_factor: int = 8,
     w_neg: float = 0.0,
     mask_overlap: str = "mean",
+    box_margin: float = 0.0,
 ) -> Picture:
     """
     Shows the instance masks of pairs over their images as [`InstanceDPOTrainer`] trains on them: cut to a square at their centre,
@@ -115,6 +119,8 @@ def show_masks(
             Width and height in pixels of a latent cell.
         w_neg (`float`, *optional*, defaults to `0.0`), mask_overlap (`str`, *optional*, defaults to `"mean"`):
             See [`masks.instance_masks`].
+        box_margin (`float`, *optional*, defaults to `0.0`):
+            See [`InstanceDPOConfig`].
 
     Returns:
         [`notebook.Picture`]: a row for each pair.
@@ -131,6 +137,6 @@ def show_masks(
     else:
         some = data.take(min(num_rows, len(data)) if isinstance(data, Dataset) else num_rows)
         rows = list(prepare_dataset(some, "data", ("prompt", *SIDES, "instances"), SIDES))
-    collate = InstancePairCollator(resolution)
+    collate = InstancePairCollator(resolution, box_margin=box_margin)
     pictures = [instance_pictures(collate([row]), row, vae_scale_factor, w_neg, mask_overlap) for row in rows]
     return Picture(image_grid(pictures, list(SIDES), [row["prompt"] for row in rows], SIZE))

@@ -47,6 +47,8 @@ class ShowMasksArguments(DatasetArguments):
             As in training.
         mask_overlap (`str`, *optional*, defaults to `"mean"`):
             As in training.
+        box_margin (`float`, *optional*, defaults to `0.0`):
+            As in training.
     """
 
     output_dir: str = field(default="masks", metadata={"help": "Where the pictures are written, one for each row."})
@@ -58,6 +60,7 @@ class ShowMasksArguments(DatasetArguments):
     seed: int = field(default=42, metadata={"help": "As in training."})
     w_neg: float = field(default=0.0, metadata={"help": "As in training."})
     mask_overlap: str = field(default="mean", metadata={"help": "As in training.", "choices": ["mean", "covering"]})
+    box_margin: float = field(default=0.0, metadata={"help": "As in training."})
 
 
 def main(args: ShowMasksArguments) -> None:
@@ -71,11 +74,15 @@ def main(args: ShowMasksArguments) -> None:
 
     if args.num_rows < 1:
         raise ValueError(f"`--num_rows` must be at least 1, got {args.num_rows}.")
+    if not 0 <= args.box_margin < float("inf"):
+        raise ValueError(f"`--box_margin` must be at least 0, got {args.box_margin}.")
     dataset, _ = get_datasets(args, evaluates=False)
     dataset = prepare_dataset(
         dataset, "dataset", ("prompt", "chosen", "rejected", "instances"), ("chosen", "rejected")
     )
-    collate = InstancePairCollator(args.resolution, args.center_crop, args.random_flip, args.seed)
+    collate = InstancePairCollator(
+        args.resolution, args.center_crop, args.random_flip, args.seed, box_margin=args.box_margin
+    )
     folder = Path(args.output_dir)
 
     for index, row in enumerate(dataset.take(args.num_rows)):
@@ -84,8 +91,8 @@ def main(args: ShowMasksArguments) -> None:
         grid = image_grid([pictures], ["chosen", "rejected"], [f"{batch['id'][0]}: {row['prompt']}"], size=512)
         save_picture(folder / f"{index:04d}.png", grid)
     print(
-        f"Drew {index + 1} rows to {folder}. Dark cells weigh less, and the label is reversed in red cells. A box is green if "
-        "it agrees with the label, orange if it contradicts it, and grey for a tie."
+        f"Drew {index + 1} rows to {folder}. Dark cells weigh less, and the label is reversed in red cells. A box or outline is "
+        "green if it agrees with the label, orange if it contradicts it, and grey for a tie."
     )
 
 
