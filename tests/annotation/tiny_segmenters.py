@@ -40,7 +40,7 @@ def spread(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedM
     return model
 
 
-def write_processor(folder: Path, name: str, mean: list[float], std: list[float]) -> None:
+def write_processor(folder: Path, name: str, mean: list[float], std: list[float], side: int = SIDE) -> None:
     """What the processors of SAM 2 and later save, which cannot be made without torchvision."""
     settings = {
         "do_convert_rgb": True,
@@ -53,7 +53,7 @@ def write_processor(folder: Path, name: str, mean: list[float], std: list[float]
         "processor_class": f"{name}Processor",
         "resample": 2,
         "rescale_factor": 1 / 255,
-        "size": {"height": SIDE, "width": SIDE},
+        "size": {"height": side, "width": side},
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
