@@ -8,7 +8,7 @@ What a segmenter of the true size costs: SAM 2.1 large with random weights, on a
 OMP_NUM_THREADS=1 python -m tests.benchmark.segmenter
 ```
 
-It takes about 2.1 GB of memory and, on one core of a CPU, three minutes.
+It takes 2.1 GB of memory and a minute on one core of a CPU.
 """
 
 import resource
