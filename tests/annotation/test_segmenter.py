@@ -29,7 +29,6 @@ from trl_diffusion.annotation.tables import PAIR_ANNOTATION_FEATURES, PAIR_MASK_
 from trl_diffusion.boxes import orient_boxes
 from trl_diffusion.cli.main import main
 from trl_diffusion.data.check import check_dataset
-from trl_diffusion.data.instances import read_masks
 from trl_diffusion.quickstart import world as scenes
 from trl_diffusion.quickstart.oracle import OracleDetector, OracleSegmenter, OracleVLM, colored_pixels
 from trl_diffusion.segmentation import decode_rle
@@ -285,8 +284,18 @@ def half(tmp_path_factory) -> Run:
 # ----- joined with the source -----
 
 
+def pixels_of(mask) -> np.ndarray | None:
+    """A mask of a joined row, decoded or not."""
+    if isinstance(mask, dict):
+        mask = PIL.Image.open(io.BytesIO(mask["bytes"]))
+    return None if mask is None else np.asarray(mask)
+
+
 def masks_of(rows) -> list[list[np.ndarray | None]]:
-    return [read_masks(row, name, (32, 32)) for row in rows for name in ("chosen", "rejected")]
+    return [
+        [pixels_of(instance[f"{name}_mask"]) for row in rows for instance in row["instances"]]
+        for name in ("chosen", "rejected")
+    ]
 
 
 def same(first: list[list], second: list[list]) -> bool:
@@ -346,7 +355,8 @@ def test_a_joined_dataset_is_one_for_training(finished):
     columns = ("prompt", "chosen", "rejected", "instances")
     assert check_dataset(joined, columns, ("chosen", "rejected"), resolution=32)["faults"] == []
     for row in joined:
-        for instance, mask in zip(row["instances"], read_masks(row, "chosen", (32, 32)), strict=True):
+        for instance in row["instances"]:
+            mask = pixels_of(instance["chosen_mask"])
             x_min, y_min, x_max, y_max = instance["chosen_box"]
             assert 0.3 < mask.sum() / ((x_max - x_min) * (y_max - y_min)) < 1.1
             assert mask[int(y_min) : int(np.ceil(y_max)), int(x_min) : int(np.ceil(x_max))].sum() == mask.sum()

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from datasets import load_dataset
 
+from tests.annotation.test_segmenter import pixels_of
 from tests.datasets_builders import sources
 from tests.datasets_builders.sources import rows
 from trl_diffusion import instance_pair_features, join_annotations, load_annotations
 from trl_diffusion.annotation.tables import PAIR_MASK_FEATURES
-from trl_diffusion.data.instances import read_masks
 from trl_diffusion.quickstart.oracle import OracleSegmenter
 
 
@@ -28,11 +28,10 @@ def with_arrays(dataset) -> list[dict]:
     """Rows with the bytes of the images, and with masks as arrays."""
     found = rows(dataset)
     for row in found:
-        masks = [read_masks(row, name, (32, 32)) for name in ("chosen", "rejected")]
-        for instance, *both in zip(row["instances"], *masks, strict=True):
-            instance["chosen_mask"], instance["rejected_mask"] = (
-                mask if mask is None else mask.tolist() for mask in both
-            )
+        for instance in row["instances"]:
+            for name in ("chosen_mask", "rejected_mask"):
+                mask = pixels_of(instance[name])
+                instance[name] = mask if mask is None else mask.tolist()
     return found
 
 
