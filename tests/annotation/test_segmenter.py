@@ -349,6 +349,19 @@ def test_a_joined_dataset_without_images_is_joined_again(half, kind):
     assert same(masks_of(again), masks_of(joined))
 
 
+@pytest.mark.parametrize("kind", [Dataset.with_format, streamed])
+def test_a_mask_that_is_none_is_refused(finished, tmp_path, kind):
+    """Run lengths that were changed by hand are refused where the rows are joined, with what is wrong with them."""
+    annotations = load_annotations(finished.folder)
+    save_annotations(annotations, tmp_path / "annotations.jsonl")
+    lines = (tmp_path / "annotations.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    row["instances"][0]["chosen_mask"]["size"] = [32, 31]
+    (tmp_path / "annotations.jsonl").write_text("\n".join([json.dumps(row), *lines[1:]]))
+    with pytest.raises(ValueError, match="A mask of the annotations cannot be read: .*add up to 1,024 pixels"):
+        list(join_annotations(kind(world(10)), load_annotations(tmp_path / "annotations.jsonl")))
+
+
 def test_a_joined_dataset_is_one_for_training(finished):
     """Nothing is wrong with it for the trainer, and its masks have shapes inside of their boxes."""
     joined = join_annotations(world(10), load_annotations(finished.folder))
