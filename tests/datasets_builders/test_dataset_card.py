@@ -31,9 +31,11 @@ from trl_diffusion.annotation.join import load_annotations
 from trl_diffusion.annotation.records import STATUSES
 from trl_diffusion.annotation.vlm import shipped_prompt
 from trl_diffusion.criteria import Criteria
+from trl_diffusion.data.column_checks import MASKS
 from trl_diffusion.data.formats import PREFERENCES
 from trl_diffusion.quickstart.oracle import OracleVLM
 from trl_diffusion.scripts import annotate_attributes, annotate_instances
+from trl_diffusion.segmentation import encode_rle
 from trl_diffusion.visualization import BOX_COLORS
 
 
@@ -235,9 +237,10 @@ def test_a_push_without_images_has_no_image(pairs, tmp_path, monkeypatch):
     assert "canvases of their shapes" in sources.card_of(hub.folder)[1]
 
 
+@pytest.mark.parametrize("is_mask", [False, True])
 @pytest.mark.parametrize("turn", [1, 3, 6, 8])
-def test_pictures_are_upright(turn):
-    """The box of a stored file covers the same spot of the picture for every EXIF orientation, on a canvas too."""
+def test_pictures_are_upright(turn, is_mask):
+    """The box or the mask of a stored file covers the same spot of the picture for every EXIF orientation, on a canvas too."""
     # A red square in the lower right quarter of the upright 64 x 32 picture
     upright = np.zeros((32, 64, 3), np.uint8)
     upright[16:, 32:] = (200, 0, 0)
@@ -251,6 +254,8 @@ def test_pictures_are_upright(turn):
     image = {"bytes": buffer.getvalue(), "path": None}
     box = [float(number) for number in box]
     instance = {"label": "", "chosen_box": box, "rejected_box": box, "preference": 1}
+    if is_mask:
+        instance = {"label": "", "preference": 1, **dict.fromkeys(MASKS, encode_rle(stored[..., 0] == 200))}
     row = {"prompt": "p", "chosen": image, "rejected": image, "instances": [instance]}
     for with_images in (True, False):
         picture = np.array(example_pictures.pair_picture(row, with_images))

@@ -28,7 +28,7 @@ from .formats import (
     row_prompt,
 )
 from .images import image_content, image_errors, open_image
-from .instances import mask_faults
+from .instances import has_mask, mask_faults
 from .pictures import is_transparent, orientation, upright_image
 
 
@@ -234,6 +234,7 @@ class Counts:
         for instance in instances if isinstance(instances, list) else ():
             if isinstance(instance, dict):
                 self.labels[cut(str(instance.get("label")), 100)] += 1
+                self.holds["instances"]["masks"] += any(has_mask(instance, column) for column in self.images)
                 try:
                     self.preferences[check_preference(instance.get("preference"))] += 1
                 except ValueError:
@@ -270,6 +271,8 @@ class Counts:
                 "ties": round(self.preferences["tie"] / number, 4) if number else 0.0,
                 "labels": dict(self.labels.most_common()),
             }
+            if masks := self.holds["instances"]["masks"]:
+                held["instances"]["with masks"] = masks
         else:
             held["attributes"] = {
                 "rows without": self.holds["instances"]["rows without attributes"],
@@ -318,6 +321,7 @@ def as_text(report: dict[str, Any]) -> Iterator[str]:
         yield (
             f"instances: {instances['instances']}; {instances['rows without']} rows without; conflicts "
             f"{instances['conflicts']:.1%}, ties {instances['ties']:.1%}"
+            + (f"; {instances['with masks']} with masks" if "with masks" in instances else "")
         )
         labels = list(instances["labels"].items())
         more = len(labels) - SHOWN_LABELS

@@ -107,7 +107,7 @@ def _instance_faults(feature: Any, name: str) -> Iterator[tuple[str, str]]:
                 f"instances.{mask}",
                 (
                     _mistyped(f"instances.{mask}", name, "segmentation masks", fields.get(mask))
-                    + "Store PNG images as `datasets.Image`, encoded bytes or paths, or run-length encodings with `size` and `counts`."
+                    + "Store either PNG images as `datasets.Image`, encoded bytes or paths, or run-length encodings with `size` and `counts`."
                 ),
             )
         if box in UNKNOWN[:2] and fields.get(mask) not in UNKNOWN[:2]:
@@ -138,7 +138,7 @@ def _instance_faults(feature: Any, name: str) -> Iterator[tuple[str, str]]:
 def _is_mask(feature: Any) -> bool:
     """Whether a type is that of segmentation masks, or none."""
     if isinstance(feature, dict):
-        return bool({"bytes", "path"} & feature.keys()) or {"size", "counts"} <= feature.keys()
+        return bool({"bytes", "path"} & feature.keys()) != ({"size", "counts"} <= feature.keys())
     return isinstance(feature, Image) or _is_value(feature, (*TEXT, *BINARY)) or feature in UNKNOWN[:2]
 
 

@@ -20,7 +20,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from datasets.table import ConcatenationTable, InMemoryTable, MemoryMappedTable, Table
 
-from .column_checks import MASKS
+from .column_checks import MASKS, viewless
 from .content import ABSENT, TICK_NS, FileIndex, read_sealed, state_of, write_sealed
 from .hashing import described, hash_of, value_hashes
 from .images import image_content
@@ -298,13 +298,13 @@ def image_fields(kind: pa.DataType) -> list[str]:
 
 def hashed_type(kind: pa.DataType) -> pa.DataType:
     """The type that [`data.row_contents.with_mask_digests`] makes of a type."""
-    return with_mask_digests(pa.array([], kind))[0].type
+    return with_mask_digests(pa.array([], kind))[0].type if image_fields(kind) else kind
 
 
 def is_stored_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 or kind.get_field_index("path") >= 0
-    return kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+    return viewless(kind) in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
 
 
 def with_mask_digests(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
@@ -325,7 +325,7 @@ def with_mask_digests(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
     fields = dict(zip(items.type.names, items.flatten(), strict=True))
     parents = pc.list_parent_indices(values).to_numpy()
     for name in names:
-        masks = fields[name]
+        masks = fields[name].cast(viewless(fields[name].type))
         digests, paths = image_digests(masks) if len(masks) else (np.zeros(0, np.uint64), {})
         if paths:
             digests[list(paths)] = path_digests(list(paths.values()))
@@ -341,7 +341,7 @@ def load_masks(instances: Any) -> Any:
     """Instances with the bytes of masks that are stored as images; the very same object if there are none."""
 
     def is_stored(name: str, value: Any) -> bool:
-        return name in MASKS and (isinstance(value, str | bytes) or isinstance(value, dict) and "path" in value)
+        return name in MASKS and (isinstance(value, str | bytes) or isinstance(value, dict) and "counts" not in value)
 
     if not isinstance(instances, list) or not all(isinstance(instance, dict) for instance in instances):
         return instances
