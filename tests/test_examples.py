@@ -26,7 +26,7 @@ from tests.evaluation.loras import save_lora
 from tests.families import FAMILIES
 from tests.hub.conftest import hub  # noqa: F401
 from tests.metrics.test_clip_scorers import clip_folder
-from trl_diffusion import Criteria
+from trl_diffusion import Criteria, instance_pair_features
 from trl_diffusion.cli.main import LAUNCHED_COMMANDS, script_of
 from trl_diffusion.criteria import parse_criteria
 from trl_diffusion.evaluation.protocols import load_protocol
@@ -317,6 +317,18 @@ def test_pairs_are_annotated_and_joined(tmp_path):
     assert dataset.features == pairs.features and dataset["id"] == pairs["id"]
     for found, true in zip(dataset["instances"], pairs["instances"], strict=True):
         assert [instance["preference"] for instance in found] == [instance["preference"] for instance in true]
+
+
+def test_pairs_are_annotated_with_masks(tmp_path):
+    """annotate_pairs.py with a segmenter writes the columns with masks, one in each image."""
+    (tmp_path / "data").mkdir()
+    preference_dataset(2, seed=0).remove_columns("instances").to_parquet(tmp_path / "data" / "train.parquet")
+    flags = ["--dataset_name", tmp_path / "data", "--vlm", "oracle", "--detector", "oracle", "--segmenter", "oracle"]
+    run("annotate_pairs.py", *flags, "--output_dir", tmp_path / "out")
+    dataset = load_from_disk(tmp_path / "out" / "dataset")
+    assert dataset.features == instance_pair_features(masks=True)
+    masks = ("chosen_mask", "rejected_mask")
+    assert all(instance[name].size == (32, 32) for row in dataset for instance in row["instances"] for name in masks)
 
 
 def test_the_pages_of_the_annotation_are_shown(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-from datasets import Dataset, DatasetInfo, IterableDataset, Version
+from datasets import Dataset, DatasetInfo, Features, IterableDataset, Version
 
 from datasets_builders.common import ANNOTATIONS, AnnotatedDatasetBuilder, SourceConfig, public_reasons
 from datasets_builders.dataset_card import (
@@ -39,13 +39,14 @@ from trl_diffusion.annotation.judge import Judge, Verdict
 from trl_diffusion.annotation.planner import Planner
 from trl_diffusion.annotation.records import PAIR_ANNOTATION_FEATURES, STATUSES, pair_columns
 from trl_diffusion.annotation.run import Row
+from trl_diffusion.annotation.tables import PAIR_MASK_FEATURES
 from trl_diffusion.annotation.vlm import compiled, validate
 from trl_diffusion.data.formats import PREFERENCES
 from trl_diffusion.scripts.annotate_instances import AnnotateInstancesArguments
 
 
 PAIRS = "pairs"
-ROLES = ("planner", "detector", "judge")
+ROLES = ("planner", "detector", "segmenter", "judge")  # the segmenter is not in every run
 PICK_A_PIC = re.compile("pick-?a-?pic", re.IGNORECASE)
 PLAIN_VERDICTS = {json.dumps({"better": letter}): letter for letter in "AB"}  # nearly all answers are one of these
 PAPER_FIGURES = {
@@ -55,6 +56,11 @@ PAPER_FIGURES = {
 }  # IAPO's own annotations of Pick-a-Pic v2
 
 BOX = ("(4,)", "pixels", "`[x_min, y_min, x_max, y_max]` of the object in the {} image")
+MASK = ("(H, W)", "pixels of the file", "the pixels of the object in the {} image, null where it has a box alone")
+RUN_LENGTHS = {
+    "size": ("(2,)", "pixels", "height and width of the image"),
+    "counts": ("", "", "COCO's run lengths of the mask"),
+}
 COLUMNS = {
     "id": ("", "", "id of the row in the source"),
     "prompt": ("", "", "prompt of both images"),
@@ -80,12 +86,19 @@ COLUMNS = {
     "instances.rejected_box": tuple(part.format("rejected") for part in BOX),
     "instances.chosen_score": ("", "0 to 1", "the detector's confidence in the chosen image"),
     "instances.rejected_score": ("", "0 to 1", "the same in the rejected image"),
+    "instances.chosen_mask": tuple(part.format("chosen") for part in MASK),
+    "instances.rejected_mask": tuple(part.format("rejected") for part in MASK),
+    **{f"instances.{side}_mask.{name}": what for side in ("chosen", "rejected") for name, what in RUN_LENGTHS.items()},
     "instances.preference": ("", "", "the image that shows the object better"),
     "instances.answer": ("", "", "the judge's raw answer with the chosen image first"),
     "instances.swapped_answer": ("", "", "the same with the rejected image first"),
     "dropped": ("(N,)", "", "objects that the planner named and that were dropped"),
     "dropped.label": ("", "", "name of the object"),
     "dropped.reason": ("", "", "why it was dropped"),
+    "without_mask": ("(N,)", "", "objects that have a box alone in an image"),
+    "without_mask.label": ("", "", "name of the object"),
+    "without_mask.image": ("", "", "the image: `chosen` or `rejected`"),
+    "without_mask.reason": ("", "", "why it has no mask"),
 }
 
 
@@ -111,8 +124,19 @@ class PickapicInstance(AnnotatedDatasetBuilder):
     TRAINER = InstanceDPOTrainer
 
     def _info(self) -> DatasetInfo:
-        features = instance_pair_features() if self.config.name == PAIRS else PAIR_ANNOTATION_FEATURES
+        features = instance_pair_features(self.has_masks) if self.config.name == PAIRS else self.annotation_features
         return DatasetInfo(description=self.config.description, features=features)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether a segmenter was part of the runs."""
+        return bool(self.config.annotations_dir) and any(
+            "segmenter" in read_manifest(run) for run in self.runs().values()
+        )
+
+    @property
+    def annotation_features(self) -> Features:
+        return PAIR_MASK_FEATURES if self.has_masks else PAIR_ANNOTATION_FEATURES
 
     def annotations(self) -> dict[str, Dataset]:
         """The annotations of the run of each split."""
@@ -174,7 +198,7 @@ class PickapicInstance(AnnotatedDatasetBuilder):
             "statuses": statuses,
             "rows": sum(counts["rows"] for counts in statuses.values()),
             "reasons": reasons,
-            "failures": count_failures(reasons, ROLES),
+            "failures": count_failures(reasons, [role for role in ROLES if role in manifests[0]]),
             "unplanned": unplanned,
             "pairs": {name: counts for name, counts in pairs.items() if counts["pairs"]},
             "per_pair": per_pair,
@@ -184,13 +208,14 @@ class PickapicInstance(AnnotatedDatasetBuilder):
             "unread": sum(counts["unread"] for counts in orders.values()),
             "dropped": dropped,
             "total": sum((pairs[split] for split in annotations), Counter()),
-            "example": example and example_row(public_reasons(example), PAIR_ANNOTATION_FEATURES),
+            "example": example and example_row(public_reasons(example), self.annotation_features),
         }
 
     def recipe(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """What a manifest says of the annotation, for the card."""
-        roles = {role: describe_role(manifest[role]) for role in ROLES}
+        roles = {role: describe_role(manifest[role]) for role in ROLES if role in manifest}
         judge, detector = roles["judge"]["settings"], roles["detector"]["settings"]
+        segmenter = roles["segmenter"]["settings"] if "segmenter" in roles else {}
         return {
             "annotated": public(manifest["dataset"]["name"]),
             "annotated_revision": manifest["dataset"].get("revision"),
@@ -206,6 +231,8 @@ class PickapicInstance(AnnotatedDatasetBuilder):
                 "detector": detector["model"],
                 "detector_revision": commit(detector.get("revision")),
                 "detector_threshold": detector.get("threshold"),
+                "segmenter": segmenter.get("model"),
+                "segmenter_revision": commit(segmenter.get("revision")),
                 "max_instances": roles["planner"]["settings"].get("max_instances"),
                 "crop_size": judge.get("crop_size"),
             },

@@ -27,7 +27,7 @@ from trl_diffusion.annotation.planner import Planner
 from trl_diffusion.annotation.ray_executor import RayExecutor, Reader, RoleWorker, gpu_share, pack, portable, unpack
 from trl_diffusion.annotation.records import STATUSES, pair_columns, prepare_rows
 from trl_diffusion.annotation.run import Rest, Run, run, run_locally
-from trl_diffusion.quickstart.oracle import OracleDetector, OracleVLM
+from trl_diffusion.quickstart.oracle import OracleDetector, OracleSegmenter, OracleVLM
 from trl_diffusion.quickstart.world import preference_dataset
 
 
@@ -125,6 +125,27 @@ def pairs(cluster, tmp_path_factory) -> tuple[Run, Run, Path]:
 
     local = annotate(OracleDetector(), "local", run_locally)
     return local, annotate(Watched(OracleDetector(), notes, fatal_id=dataset["id"][30]), "ray", RayExecutor()), notes
+
+
+def test_a_segmenter_has_its_own_pool():
+    """The segmenter has its own actors and GPUs, and shares the GPUs with the others by default."""
+    pytest.importorskip("ray")
+    vlm = OracleVLM()
+    roles = Planner(vlm), OracleDetector(), OracleSegmenter(), Judge(vlm)
+    assert RayExecutor().pools(roles, 1) == [(1, 1 / 4)] * 4
+    options = {"vlm_gpus": 1, "detector_gpus": 0, "segmenter_actors": 2, "segmenter_gpus": 0.5}
+    assert RayExecutor(**options).pools(roles, 4) == [(1, 1), (1, 0), (2, 0.5), (1, 1)]
+
+
+def test_masks_are_those_of_a_local_run(cluster, tmp_path):
+    """With a segmenter in its own process, shards and manifest are those of a local run."""
+    rows, columns = prepare_rows(preference_dataset(12, 0), pair_columns)
+    vlm, source = OracleVLM(), {"name": "world", "split": "train"}
+    roles = Planner(vlm), OracleDetector(), Judge(vlm, crop_size=64)
+    task = instance_task(*roles, source, columns, rows_per_shard=4, segmenter=OracleSegmenter())
+    local, remote = (run(rows, task, tmp_path / name, how) for name, how in (("a", run_locally), ("b", RayExecutor())))
+    assert read(remote.folder) == read(local.folder) and remote.counts == local.counts
+    assert remote.counts["masks"] == 48
 
 
 def test_shards_and_manifest_are_those_of_a_local_run(pairs):

@@ -5,6 +5,7 @@
 
 import io
 import json
+import re
 from functools import partial
 
 import numpy as np
@@ -20,14 +21,14 @@ from trl_diffusion.annotation.images import StoredImage
 from trl_diffusion.annotation.instances import count_masks, instance_task
 from trl_diffusion.annotation.judge import Judge
 from trl_diffusion.annotation.planner import Planner
-from trl_diffusion.annotation.preview import outline
+from trl_diffusion.annotation.preview import outline, preview
 from trl_diffusion.annotation.records import Instance, PairRecord, pair_columns, prepare_rows
 from trl_diffusion.annotation.run import MANIFEST, Run, run, run_locally
 from trl_diffusion.annotation.segmenter import Segmenter
 from trl_diffusion.annotation.tables import PAIR_ANNOTATION_FEATURES, PAIR_MASK_FEATURES
 from trl_diffusion.boxes import orient_boxes
+from trl_diffusion.cli.main import main
 from trl_diffusion.data.check import check_dataset
-from trl_diffusion.data.instances import read_masks
 from trl_diffusion.quickstart import world as scenes
 from trl_diffusion.quickstart.oracle import OracleDetector, OracleSegmenter, OracleVLM, colored_pixels
 from trl_diffusion.segmentation import decode_rle
@@ -283,8 +284,18 @@ def half(tmp_path_factory) -> Run:
 # ----- joined with the source -----
 
 
+def pixels_of(mask) -> np.ndarray | None:
+    """A mask of a joined row, decoded or not."""
+    if isinstance(mask, dict):
+        mask = PIL.Image.open(io.BytesIO(mask["bytes"]))
+    return None if mask is None else np.asarray(mask)
+
+
 def masks_of(rows) -> list[list[np.ndarray | None]]:
-    return [read_masks(row, name, (32, 32)) for row in rows for name in ("chosen", "rejected")]
+    return [
+        [pixels_of(instance[f"{name}_mask"]) for row in rows for instance in row["instances"]]
+        for name in ("chosen", "rejected")
+    ]
 
 
 def same(first: list[list], second: list[list]) -> bool:
@@ -338,13 +349,27 @@ def test_a_joined_dataset_without_images_is_joined_again(half, kind):
     assert same(masks_of(again), masks_of(joined))
 
 
+@pytest.mark.parametrize("kind", [Dataset.with_format, streamed])
+def test_a_mask_that_is_none_is_refused(finished, tmp_path, kind):
+    """Run lengths that were changed by hand are refused where the rows are joined, with what is wrong with them."""
+    annotations = load_annotations(finished.folder)
+    save_annotations(annotations, tmp_path / "annotations.jsonl")
+    lines = (tmp_path / "annotations.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    row["instances"][0]["chosen_mask"]["size"] = [32, 31]
+    (tmp_path / "annotations.jsonl").write_text("\n".join([json.dumps(row), *lines[1:]]))
+    with pytest.raises(ValueError, match="A mask of the annotations cannot be read: .*add up to 1,024 pixels"):
+        list(join_annotations(kind(world(10)), load_annotations(tmp_path / "annotations.jsonl")))
+
+
 def test_a_joined_dataset_is_one_for_training(finished):
     """Nothing is wrong with it for the trainer, and its masks have shapes inside of their boxes."""
     joined = join_annotations(world(10), load_annotations(finished.folder))
     columns = ("prompt", "chosen", "rejected", "instances")
     assert check_dataset(joined, columns, ("chosen", "rejected"), resolution=32)["faults"] == []
     for row in joined:
-        for instance, mask in zip(row["instances"], read_masks(row, "chosen", (32, 32)), strict=True):
+        for instance in row["instances"]:
+            mask = pixels_of(instance["chosen_mask"])
             x_min, y_min, x_max, y_max = instance["chosen_box"]
             assert 0.3 < mask.sum() / ((x_max - x_min) * (y_max - y_min)) < 1.1
             assert mask[int(y_min) : int(np.ceil(y_max)), int(x_min) : int(np.ceil(x_max))].sum() == mask.sum()
@@ -382,3 +407,66 @@ def test_the_outline_of_a_large_mask_is_small():
     mask[250:750, 500:1500] = True
     drawn = outline(mask)
     assert (drawn["width"], drawn["height"]) == (256, 128) and len(drawn["path"]) < 100
+
+
+def test_the_page_shows_masks(tmp_path, capsys):
+    """`--preview` draws an outline for each mask in the colour of its verdict, keeps boxes as dashes, and says what has none."""
+    world(3).to_parquet(tmp_path / "pairs.parquet")
+    flags = ["--dataset_name", tmp_path / "pairs.parquet", "--vlm", "oracle", "--detector", "oracle", "--preview", 3]
+    pages = {}
+    for name in ("oracle", None):
+        chosen = ["--segmenter", name] if name else []
+        assert main([*map(str, ["annotate-instances", *flags, *chosen, "--output_dir", tmp_path / str(name)])]) == 0
+        pages[name] = (tmp_path / str(name) / "preview.html").read_text()
+    page, plain = pages["oracle"], pages[None]
+    outlines = re.findall(r'<svg class="outline (\w+)" viewBox="0 0 32 32"', page)
+    boxes = re.findall(r'<div class="box (\w+) masked"', page)
+    assert len(outlines) == 12 and outlines == boxes == re.findall(r'<div class="box (\w+)"', plain)
+    assert "<svg" not in plain and "outline of a mask" in page and "outline of a mask" not in plain
+    assert "<li>masks 12</li><li>without mask 0</li>" in page
+
+
+def test_the_page_says_what_has_no_mask():
+    """An instance without a mask has its whole box, and the reason is beside the pair."""
+    rows, columns = prepare_rows(world(1), pair_columns)
+    page = preview(make_task(columns, Chosen(), Whole()), rows)
+    assert page.count("<svg") == 2 and page.count(' masked"') == 2
+    assert "Without a mask: " in page and "in the rejected image (there is no mask)" in page
+
+
+# ----- the command -----
+
+
+def test_the_command_goes_on(tmp_path, capsys):
+    """`--segmenter oracle` says how many masks there are, goes on in its folder, and starts another beside a run without one."""
+    world(4).to_parquet(tmp_path / "pairs.parquet")
+    flags = ["--dataset_name", tmp_path / "pairs.parquet", "--vlm", "oracle", "--detector", "oracle"]
+    command = [*map(str, ["annotate-instances", *flags, "--output_dir", tmp_path / "out"])]
+    assert main(command) == 0 and "mask" not in capsys.readouterr().out
+    assert main([*command, "--segmenter", "oracle"]) == 0
+    assert "instances 8, " in (said := capsys.readouterr().out) and "masks 16, without mask 0." in said
+    files = contents(tmp_path / "out")
+    assert main([*command, "--segmenter", "oracle"]) == 0
+    assert contents(tmp_path / "out") == files and len(list((tmp_path / "out").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--segmenter", "no/such-model"],
+            "'no/such-model' is neither a folder nor a model on the Hub or in its cache",
+        ),
+        (["--segmenter_revision", "main"], "`--segmenter_revision` is the revision of a segmenter: name it with"),
+        (
+            ["--segmenter", "oracle", "--segmenter_batch_size", "0"],
+            "`--segmenter_batch_size` must be at least 1, got 0",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, flags, message):
+    """A mistake is said before anything is annotated."""
+    world(1).to_parquet(tmp_path / "pairs.parquet")
+    base = ["--dataset_name", str(tmp_path / "pairs.parquet"), "--vlm", "oracle", "--detector", "oracle"]
+    assert main(["annotate-instances", *base, "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -15,9 +15,13 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 
 from tests import tiny
 from tests.annotation import tiny_models
-from tests.annotation.test_segmenter import pair, stored, thing
+from tests.annotation.test_run import read, world
+from tests.annotation.test_segmenter import make_task, pair, stored, thing
 from tests.annotation.tiny_segmenters import SEGMENTERS, SIDE, tiny_sam, tiny_sam2
+from trl_diffusion.annotation.records import pair_columns, prepare_rows
+from trl_diffusion.annotation.run import run, run_locally
 from trl_diffusion.annotation.segmenter import Canvas, TransformersSegmenter, canvas_for
+from trl_diffusion.segmentation import decode_rle
 
 
 SHAPES = {"square": (40, 40), "wide": (70, 30), "tall": (33, 90), "large": (150, 110), "the canvas": (SIDE, SIDE)}
@@ -183,3 +187,22 @@ def test_what_it_is_made_with():
         TransformersSegmenter("anything", batch_size=0)
     with pytest.raises(ValueError, match="'no/such-model' is neither a folder nor a model"):
         TransformersSegmenter("no/such-model")
+
+
+def test_a_run_with_it(folder, tmp_path):
+    """In a whole run every instance has a mask of the size of its file in each image, or a reason why it has none."""
+    rows, columns = prepare_rows(world(3), pair_columns)
+    task = make_task(columns, TransformersSegmenter(str(folder), device="cpu"))
+    finished = run(rows, task, tmp_path, run_locally, disable_tqdm=True)
+    counts = finished.counts
+    assert counts["ok"] == 3 and counts["masks"] + counts["without_mask"] == 12
+    masks = [
+        found[name]
+        for row in read(finished.folder)
+        for found in row["instances"]
+        for name in ("chosen_mask", "rejected_mask")
+    ]
+    assert all(mask["size"] == [32, 32] and decode_rle(mask).any() for mask in masks if mask)
+    lacking = [lack for row in read(finished.folder) for lack in row["without_mask"]]
+    assert sum(mask is None for mask in masks) == len(lacking) == counts["without_mask"]
+    assert all(lack["reason"] for lack in lacking)

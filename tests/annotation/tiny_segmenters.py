@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
@@ -17,6 +18,8 @@ from transformers import (
     Sam2VideoModel,
     Sam3TrackerConfig,
     Sam3TrackerModel,
+    Sam3VideoConfig,
+    Sam3VideoModel,
     SamConfig,
     SamModel,
     SamProcessor,
@@ -27,6 +30,19 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 SIDE = 64  # pixels of the square that all of these models see
 PROMPTS = {"hidden_size": 16, "image_size": SIDE, "patch_size": 16}
 DECODER = {"hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+
+MEMORY = {
+    "image_size": SIDE,
+    "memory_attention_hidden_size": 16,
+    "memory_encoder_hidden_size": 16,
+    "memory_attention_num_layers": 1,
+    "memory_attention_feed_forward_hidden_size": 32,
+    "memory_encoder_output_channels": 8,
+    "mask_downsampler_embed_dim": 16,
+    "memory_fuser_embed_dim": 16,
+    "memory_fuser_intermediate_dim": 16,
+    "memory_attention_rope_feat_sizes": [4, 4],
+}
 
 
 def spread(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -40,7 +56,7 @@ def spread(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedM
     return model
 
 
-def write_processor(folder: Path, name: str, mean: list[float], std: list[float]) -> None:
+def write_processor(folder: Path, name: str, mean: list[float], std: list[float], side: int = SIDE) -> None:
     """What the processors of SAM 2 and later save, which cannot be made without torchvision."""
     settings = {
         "do_convert_rgb": True,
@@ -53,7 +69,7 @@ def write_processor(folder: Path, name: str, mean: list[float], std: list[float]
         "processor_class": f"{name}Processor",
         "resample": 2,
         "rescale_factor": 1 / 255,
-        "size": {"height": SIDE, "width": SIDE},
+        "size": {"height": side, "width": side},
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
@@ -106,16 +122,12 @@ def tiny_sam2(folder: Path) -> Path:
 
 def tiny_sam2_video(folder: Path) -> Path:
     """As the published SAM 2.1: the model for videos, of which the segmenter takes the part for images."""
-    memory = {"image_size": SIDE, "memory_attention_hidden_size": 16, "memory_encoder_hidden_size": 16}
-    memory |= {"memory_attention_num_layers": 1, "memory_attention_feed_forward_hidden_size": 32}
-    memory |= {"memory_encoder_output_channels": 8, "mask_downsampler_embed_dim": 16, "memory_fuser_embed_dim": 16}
-    memory |= {"memory_fuser_intermediate_dim": 16, "memory_attention_rope_feat_sizes": [4, 4]}
-    spread(Sam2VideoModel, Sam2VideoConfig(**sam2_settings(), **memory)).save_pretrained(folder)
+    spread(Sam2VideoModel, Sam2VideoConfig(**sam2_settings(), **MEMORY)).save_pretrained(folder)
     write_processor(folder, "Sam2Video", *IMAGENET)
     return folder
 
 
-def tiny_sam3(folder: Path) -> Path:
+def sam3_vision() -> dict[str, Any]:
     backbone = {
         "model_type": "sam3_vit_model",
         "hidden_size": 16,
@@ -128,16 +140,59 @@ def tiny_sam3(folder: Path) -> Path:
         "global_attn_indexes": [1],
         "pretrain_image_size": 32,
     }
-    vision = {
+    return {
         "model_type": "sam3_vision_model",
         "backbone_config": backbone,
         "fpn_hidden_size": 16,
         "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     }
-    config = Sam3TrackerConfig(vision_config=vision, prompt_encoder_config=PROMPTS, mask_decoder_config=DECODER)
+
+
+def tiny_sam3(folder: Path) -> Path:
+    config = Sam3TrackerConfig(vision_config=sam3_vision(), prompt_encoder_config=PROMPTS, mask_decoder_config=DECODER)
     spread(Sam3TrackerModel, config).save_pretrained(folder)
     write_processor(folder, "Sam3", [0.5] * 3, [0.5] * 3)
     return folder
 
 
-SEGMENTERS = {"sam": tiny_sam, "sam2": tiny_sam2, "sam2_video": tiny_sam2_video, "sam3": tiny_sam3}
+def tiny_sam3_video(folder: Path) -> Path:
+    """As the published SAM 3: detector and tracker in one model, of which the segmenter takes the tracker with the image encoder."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_layers": 1}
+    tokens = {"vocab_size": 100, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "projection_dim": 16,
+    }
+    detector = {
+        "model_type": "sam3",
+        "vision_config": sam3_vision(),
+        "text_config": {"model_type": "clip_text_model", **text, **tokens},
+        "geometry_encoder_config": small,
+        "detr_encoder_config": small,
+        "detr_decoder_config": small | {"num_queries": 5},
+        "mask_decoder_config": {"hidden_size": 16, "num_attention_heads": 2},
+    }
+    tracker = {"model_type": "sam3_tracker_video", "vision_config": sam3_vision(), **MEMORY}
+    tracker |= {"prompt_encoder_config": PROMPTS, "mask_decoder_config": DECODER}
+    config = Sam3VideoConfig(detector_config=detector, tracker_config=tracker, low_res_mask_size=16)
+    spread(Sam3VideoModel, config).save_pretrained(folder)
+    # transformers repeats a prefix where it saves this model; the published file has it once
+    file = folder / "model.safetensors"
+    weights = {
+        name.replace("tracker_model.tracker_model.", "tracker_model."): w for name, w in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
+    write_processor(folder, "Sam3Video", [0.5] * 3, [0.5] * 3)
+    return folder
+
+
+SEGMENTERS = {
+    "sam": tiny_sam,
+    "sam2": tiny_sam2,
+    "sam2_video": tiny_sam2_video,
+    "sam3": tiny_sam3,
+    "sam3_video": tiny_sam3_video,
+}

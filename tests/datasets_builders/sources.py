@@ -101,7 +101,14 @@ def undecoded(dataset):
 
 
 def annotate_pairs(
-    dataset, folder: Path, split: str = "train", tie_policy: str = "drop", vlm=None, crop_size: int = 64, name="world"
+    dataset,
+    folder: Path,
+    split: str = "train",
+    tie_policy: str = "drop",
+    vlm=None,
+    crop_size: int = 64,
+    name="world",
+    segmenter=None,
 ) -> Run:
     """Annotates pairs like the command."""
     rows, columns = prepare_rows(dataset, pair_columns)
@@ -114,6 +121,7 @@ def annotate_pairs(
         columns,
         tie_policy=tie_policy,
         rows_per_shard=5,
+        segmenter=segmenter,
     )
     return run(rows, task, folder, run_locally, max_error_rate=1.0)
 

@@ -138,11 +138,20 @@ def png_of(mask: dict[str, Any] | None) -> dict[str, bytes | None] | None:
 
     Returns:
         `dict`: an undecoded PNG image of one bit per pixel; `None` if there is no mask.
+
+    Raises:
+        `ValueError`: If the run lengths are not those of a mask.
     """
     if mask is None or "counts" not in mask:
         return mask
     if mask["counts"] is None:
         return None
+    try:
+        pixels = decode_rle(mask)
+    except ValueError as error:
+        raise ValueError(
+            f"A mask of the annotations cannot be read: {error}. Load them as they were written."
+        ) from error
     buffer = io.BytesIO()
-    PIL.Image.fromarray(decode_rle(mask)).save(buffer, format="PNG")
+    PIL.Image.fromarray(pixels).save(buffer, format="PNG")
     return {"bytes": buffer.getvalue(), "path": None}
