@@ -128,7 +128,7 @@ class TestOracle:
         """
         On renderings the oracle takes at most 1 of 100 whole shapes for bitten, and at most 1 of 100 bitten ones for whole; of
         A none. It matches 98 of 100 with their prompt and at most 1 of 100 with a wrong one, in each place. Boxes, with what is
-        hidden of them, overlap the true ones by 0.8 or more in 96 of 100, and by 0.94 on average.
+        hidden of them, overlap the true ones by 0.8 or more in 96 of 100, and by 0.93 on average.
         """
         scenes, rows = random_crowds(num_crowds, seed=7), []
         for crowd, other in zip(scenes, scenes[1:] + scenes[:1], strict=True):
