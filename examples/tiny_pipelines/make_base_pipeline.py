@@ -20,8 +20,8 @@
 
 It learns one of the small worlds, `quickstart/world.py`, `quickstart/paintings.py` or `quickstart/crowds.py`, in about half an
 hour on one core of a CPU. Half of the shapes of scenes and crowds are defective, and each quality of paintings is negative half
-of the time. No prompt says which, so the model generates clean shapes or good qualities about half of the time, and preference
-training can improve on that. The same seed gives the same weights on one machine.
+of the time. No prompt says which, so the model generates clean shapes or good qualities about half of the time (two thirds in
+crowds), and preference training can improve on that. The same seed gives the same weights on one machine.
 """
 
 import argparse

@@ -22,7 +22,7 @@ class TinyModel:
         denoiser (`str`):
             Name of the component that is trained.
         scenes (`str`), paintings (`str`), expert (`str`):
-            Folders of the two pipelines, and of the expert on the paintings.
+            Folders of the pipelines of these two worlds, and of the expert on the paintings.
         crowds (`str`, *optional*):
             Folder of the pipeline of the crowds, if there is one.
         pair_training (`dict[str, Any]`), painting_training (`dict[str, Any]`):
