@@ -33,6 +33,7 @@ from trl_diffusion import (
     Criteria,
     DDSPOConfig,
     DDSPOTrainer,
+    DiffusionKTOConfig,
     InstanceDPOConfig,
     attribute_features,
 )
@@ -64,7 +65,7 @@ DOCS = ROOT / "docs" / "source"
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "log.md")
 README = "../../README.md"
 COLUMNS = ("prompt", "chosen", "rejected")
-CONFIGS = (InstanceDPOConfig, AttributeSFTConfig, ComplexPOConfig, DDSPOConfig)
+CONFIGS = (InstanceDPOConfig, AttributeSFTConfig, ComplexPOConfig, DDSPOConfig, DiffusionKTOConfig)
 
 
 def read(page: str) -> str:
@@ -415,6 +416,16 @@ def test_python_of_criteria(tiny_hub):
     assert [leaf.id for leaf in scope["still_life"].attributes] == ["shadow_edges", "glass_light", "overlap"]
 
 
+def test_python_of_diffusion_kto_trainer(tiny_hub):
+    """The page makes labelled images of pairs, and trains on them; its metrics are those that are logged."""
+    scope = run("diffusion_kto_trainer.md")
+    assert scope["dataset"]["label"][:2] == [True, False]
+    assert scope["trainer"].state.global_step == 1
+    data = unpair_pairs(tiny.pairs(2))
+    trainer = scope["DiffusionKTOTrainer"](tiny.sd_pipeline(), train_dataset=data, eval_dataset=data)
+    check_metrics(trainer, "diffusion_kto_trainer.md")
+
+
 def test_python_of_attribute_sft_trainer(tiny_hub, capsys):
     """The page trains and saves an expert, shows a prompt, and draws with it; the prompt that it explains is right."""
     scope = run("attribute_sft_trainer.md")
@@ -522,6 +533,7 @@ def test_every_page_with_python_is_run():
         "criteria.md",
         "dataset_formats.md",
         "ddspo_trainer.md",
+        "diffusion_kto_trainer.md",
         "evaluation.md",
         "from_pairs_to_a_model.md",
         "instance_dpo_trainer.md",
@@ -693,6 +705,7 @@ def test_every_public_name_is_documented():
         ("attribute_sft_trainer.md", "AttributeSFT"),
         ("complex_po_trainer.md", "ComplexPO"),
         ("ddspo_trainer.md", "DDSPO"),
+        ("diffusion_kto_trainer.md", "DiffusionKTO"),
     ):
         assert {f"{name}Trainer", f"{name}Config"} <= documented_names(page)
     names = [name for page in PAGES for name in documented_names(page)]

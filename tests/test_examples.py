@@ -96,7 +96,7 @@ def test_every_recipe_is_a_configuration(path, tmp_path, monkeypatch):
     flags = [*flags, "--output_dir", str(tmp_path)]
     script_args, training_args, model_args = script_of(command).make_parser().parse_args_and_config(flags)
     assert model_args.model_name_or_path and script_args.dataset_name
-    assert model_args.use_peft or command in ("instance-dpo", "ddspo")
+    assert model_args.use_peft or command in ("instance-dpo", "ddspo", "diffusion-kto")
     assert training_args.sample_prompts
     assert training_args.bf16 == is_torch_bf16_gpu_available()
 
@@ -196,6 +196,7 @@ def standing_for(tmp_path_factory) -> Callable[[str], tuple[Path, dict[str, int]
             make().save_pretrained(folder / base / "model")
             tiny.pairs(4).to_parquet(folder / base / "pairs.parquet")
             paintings().to_parquet(folder / base / "paintings.parquet")
+            unpair_pairs(tiny.pairs(4)).to_parquet(folder / base / "labelled.parquet")
         return folder / base, {"resolution": 32, **settings}
 
     return find
@@ -215,7 +216,7 @@ def paintings() -> Dataset:
 def train(path: Path, folder: Path, settings: dict[str, int], output_dir: Path, *flags) -> Any:
     """One step of a recipe, on a tiny pipeline, with its own settings but for sizes, and for 4 and 8 bits, which need a GPU."""
     command, given = read_recipe(path)
-    data = "pairs" if command in ("instance-dpo", "ddspo") else "paintings"
+    data = {"instance-dpo": "pairs", "ddspo": "pairs", "diffusion-kto": "labelled"}.get(command, "paintings")
     recipe = yaml.safe_load(path.read_text())
     small = {
         **settings,

@@ -35,7 +35,7 @@ FOLDERS = ("trl_diffusion/scripts", "examples/scripts", "examples/tiny_pipelines
 HEADER = re.compile(
     r"^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", re.MULTILINE
 )  # as PEP 723 has it
-TRAININGS = {"attribute_sft", "complex_po", "ddspo", "instance_dpo"}
+TRAININGS = {"attribute_sft", "complex_po", "ddspo", "diffusion_kto", "instance_dpo"}
 DISTRIBUTIONS = packages_distributions()
 
 
@@ -190,6 +190,14 @@ RUNS: dict[str, tuple[Callable[[Path], list], str | None, str]] = {
     "ddspo": (
         lambda data: [
             *("--model_name_or_path", data / "model", "--dataset_name", data / "pairs.parquet", "--use_peft"),
+            *TRAINING,
+        ],
+        "out/pytorch_lora_weights.safetensors",
+        "Training completed.",
+    ),
+    "diffusion_kto": (
+        lambda data: [
+            *("--model_name_or_path", data / "model", "--dataset_name", data / "labelled.parquet", "--use_peft"),
             *TRAINING,
         ],
         "out/pytorch_lora_weights.safetensors",

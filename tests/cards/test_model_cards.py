@@ -381,7 +381,13 @@ def test_every_trainer_has_its_sentences():
     """Two each, and a command of this library."""
     from trl_diffusion.cli.main import COMMANDS
 
-    assert set(METHODS) == {"InstanceDPOTrainer", "AttributeSFTTrainer", "ComplexPOTrainer", "DDSPOTrainer"}
+    assert set(METHODS) == {
+        "InstanceDPOTrainer",
+        "AttributeSFTTrainer",
+        "ComplexPOTrainer",
+        "DDSPOTrainer",
+        "DiffusionKTOTrainer",
+    }
     for text in METHODS.values():
         assert text.description.count(". ") == 1 and text.description.endswith(".") and text.script in COMMANDS
     assert "this is Diffusion-DPO" in model.model_card(facts(hyperparameters={"w_neg": 1.0})).text

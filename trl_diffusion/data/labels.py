@@ -7,12 +7,13 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, Value, concatenate_datasets
 
 from ..messages import cut, quoted, shown
-from .column_checks import bad_rows, nulls
+from .column_checks import INTEGERS, bad_rows, nulls
 from .columns import beside, column_names, for_table, numbered, with_column, without_decoding
 
 
@@ -32,14 +33,14 @@ def labelled_image_features() -> Features:
 
 
 def row_label(row: dict[str, Any]) -> bool:
-    """The label of a row. Raises a `ValueError` if it is neither true nor false."""
+    """The label of a row. Raises a `ValueError` if it is neither true nor false, and neither 1 nor 0."""
     label = row.get("label")
-    if not isinstance(label, bool):
+    if not isinstance(label, int) or label not in (0, 1):
         raise ValueError(
-            f"`label` of the row with id {shown(row.get('id'))} must be true (desirable) or false (undesirable), got {shown(label)}. "
-            "Correct it, or remove the row with `dataset.filter`."
+            f"`label` of the row with id {shown(row.get('id'))} must be true (desirable) or false (undesirable), or 1 or 0, got "
+            f"{shown(label)}. Correct it, or remove the row with `dataset.filter`."
         )
-    return label
+    return bool(label)
 
 
 def label_faults(dataset: Dataset | IterableDataset, name: str) -> Iterator[str]:
@@ -56,20 +57,28 @@ def label_faults(dataset: Dataset | IterableDataset, name: str) -> Iterator[str]
         `str`: what is wrong, and what to do.
     """
     feature = (dataset.features or {}).get("label")
-    if feature is not None and feature not in (Value("bool"), Value("null")):
+    if feature is not None and feature not in [Value(kind) for kind in ("bool", "null", *INTEGERS)]:
         yield (
-            f"The column `label` of `{name}` must contain true (desirable) or false (undesirable), got {cut(str(feature))}. If 1 means "
-            'desirable, convert it: `dataset.map(lambda row: {"label": row["label"] == 1})`.'
+            f"The column `label` of `{name}` must contain true (desirable) or false (undesirable), or 1 or 0, got {cut(str(feature))}. "
+            "Store it so; names or other numbers could mean anything."
         )
         return
     if isinstance(dataset, IterableDataset) or dataset.format["type"] == "custom":
         return
-    rows = bad_rows(dataset, "label", nulls)
+    rows = bad_rows(dataset, "label", _are_no_labels)
     if len(rows):
+        value = shown(dataset[int(rows[0])]["label"])
         yield (
-            f"`label` is null in {len(rows)} of the {len(dataset)} rows of `{name}`, first in row {rows[0]}: fill it, or remove "
-            'them with `dataset.filter(lambda row: row["label"] is not None)`.'
+            f"`label` is neither true nor false, and neither 1 nor 0, in {len(rows)} of the {len(dataset)} rows of `{name}`: it is {value} "
+            f'in row {rows[0]}. Correct them, or remove them with `dataset.filter(lambda row: row["label"] in (0, 1))`.'
         )
+
+
+def _are_no_labels(column: pa.ChunkedArray) -> np.ndarray:
+    """Which values are null, or numbers but 0 and 1."""
+    if pa.types.is_boolean(column.type) or pa.types.is_null(column.type):
+        return nulls(column)
+    return ~pc.is_in(column, pa.array([0, 1], column.type)).to_numpy(zero_copy_only=False)
 
 
 def refuse_pairs(dataset: Dataset | IterableDataset, name: str) -> None:
