@@ -28,8 +28,8 @@ from .runs import settings_of
 
 TUNING_SEED = 10
 STEP = 3  # from one learning rate of the grid to the next
-GRID = (-1, 0, 1)  # powers of `STEP`; one more where the best is at an end
-MAX_POWER = 4  # where the search for the learning rate that breaks ends
+GRID = (-1, 0, 1)  # powers of `STEP`; more as long as the best is at an end
+MAX_POWER = 4  # where the grid ends
 TOLERANCE = 0.01  # by how much an arm may match less often than the base
 BROKEN = 0.9  # below this share of matches, an arm is broken
 
@@ -102,7 +102,7 @@ def generate_guided(pipeline, world: str, objective: Objective, prompts: list[st
 
 def tune(world: str, name: str, sizes: Sizes) -> float:
     """
-    Chooses the learning rate of an arm on the tuning seed: the best of three, a factor of three apart, and of a fourth one beyond if
+    Chooses the learning rate of an arm on the tuning seed: the best of three, a factor of three apart, and of further ones as long as
     the best is at an end.
 
     Args:
@@ -116,12 +116,11 @@ def tune(world: str, name: str, sizes: Sizes) -> float:
     Returns:
         `float`: the learning rate.
     """
-    place, powers = WORLDS[world], list(GRID)
-    base = run(world, "base", TUNING_SEED, None, sizes)
-    records = {power: run_power(world, name, power, sizes) for power in powers}
+    place, base = WORLDS[world], run(world, "base", TUNING_SEED, None, sizes)
+    records = {power: run_power(world, name, power, sizes) for power in GRID}
     best = best_of(place, records, base)
-    if best in (powers[0], powers[-1]):
-        further = best - 1 if best == powers[0] else best + 1
+    while best in (min(records), max(records)) and abs(best) < MAX_POWER:
+        further = best - 1 if best == min(records) else best + 1
         records[further] = run_power(world, name, further, sizes)
         best = best_of(place, records, base)
     return rate_at(place, best)
