@@ -176,7 +176,7 @@ def fine_tune(pipeline: DiffusionPipeline, pairs: Dataset, settings: dict[str, A
     for column in ("positive_attributes", "negative_attributes"):
         chosen = chosen.add_column(column, no_attributes)
     model = model_of(pipeline)
-    args = AttributeSFTConfig(**FAST, **model.conditions, **model.pair_training, **settings)
+    args = AttributeSFTConfig(**FAST | model.conditions | model.pair_training | settings)
     trainer = AttributeSFTTrainer(pipeline, args=args, train_dataset=chosen, peft_config=None)
     trainer.train()
     return trainer

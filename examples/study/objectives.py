@@ -150,7 +150,7 @@ LOSSES = {
     "hinge": ("hinge", REFERENCE_KEPT),
     "mapo": ("MaPO", {"beta": None}),  # it has no reference, and a beta of its own
     "dspo": ("DSPO", REFERENCE_KEPT | {"beta": None}),
-    "dmpo": ("DMPO", REFERENCE_KEPT | {"label_smoothing": 0.1}),
+    "dmpo": ("DMPO", REFERENCE_KEPT),
 }
 SAFEGUARDS = {
     "none": ("", {}),
@@ -242,7 +242,7 @@ WORLDS = {
     "paintings": World(
         pipeline=MODEL.paintings,
         rows=painting_dataset,
-        prompts=partial(evaluation_prompts, sample_scene=sample_painting),
+        prompts=partial(evaluation_prompts, sample=sample_painting),
         score=cpo.score,
         learning_rate=MODEL.painting_training["learning_rate"],
         goodness=lambda scores: -scores["negatives"],

@@ -8,7 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .arms import ARMS
+from .arms import ARMS, Arm
+from .objectives import WORLDS, Objective
+from .tuning import TOLERANCE
 
 
 # For each world: the scores with their headings, the arm that the others are compared with, and the score for that
@@ -18,8 +20,15 @@ FIGURES = {
         "dpo",
         "clean_b",
     ),
+    "crowds": ({"clean_a": "A clean", "clean": "B and C clean", "match": "matches"}, "dpo", "clean"),
     "paintings": ({"negatives": "negatives of 4", "match": "matches"}, "sft", "negatives"),
 }
+
+
+def arms_of(study: dict[str, Any], world: str) -> dict[str, Arm] | dict[str, Objective]:
+    """The arms of a study's world."""
+    settings = study["settings"]
+    return WORLDS[world].arms if settings.get("arms") == "objectives" else ARMS[settings.get("model", "unet")][world]
 
 
 def values_of(study: dict[str, Any], world: str, name: str, figure: str) -> list[float]:
@@ -27,15 +36,26 @@ def values_of(study: dict[str, Any], world: str, name: str, figure: str) -> list
     return [run[figure] for run in study["runs"][world] if run["arm"] == name]
 
 
+def learning_rate(study: dict[str, Any], world: str, name: str) -> float | None:
+    """The learning rate of an arm that was trained at one of its own."""
+    return next(run.get("learning_rate") for run in study["runs"][world] if run["arm"] == name)
+
+
 def table(study: dict[str, Any], world: str) -> str:
-    """Markdown: mean and standard deviation over the seeds, and the mean paired difference with its standard error."""
-    arms, (figures, reference, compared) = ARMS[study["settings"].get("model", "unet")][world], FIGURES[world]
+    """
+    Markdown: mean and standard deviation over the seeds, and the mean paired difference with its standard error; and the learning
+    rate where arms have their own.
+    """
+    arms, (figures, reference, compared) = arms_of(study, world), FIGURES[world]
+    is_tuned = any("learning_rate" in run for run in study["runs"][world])
+    headings = ["learning rate"] * is_tuned + list(figures.values())
     lines = [
-        f"| arm | {' | '.join(figures.values())} | {figures[compared]}, minus {arms[reference].title} |",
-        "|---" * (len(figures) + 2) + "|",
+        f"| arm | {' | '.join(headings)} | {figures[compared]}, minus {arms[reference].title} |",
+        "|---" * (len(headings) + 2) + "|",
     ]
     for name, arm in arms.items():
-        cells = []
+        rate = learning_rate(study, world, name)
+        cells = ["" if rate is None else f"{rate:.1e}"] * is_tuned
         for figure in figures:
             values = values_of(study, world, name, figure)
             cells.append(f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}")
@@ -51,9 +71,31 @@ def table(study: dict[str, Any], world: str) -> str:
     return "\n".join(lines)
 
 
+def tuning_table(study: dict[str, Any], world: str) -> str:
+    """
+    Markdown: what each learning rate scored on the tuning seed, in parentheses where the prompt was matched too seldom, and in bold
+    what was chosen.
+    """
+    place, records = WORLDS[world], study["tuning"][world]
+    base = next(record for record in records if record["arm"] == "base")
+    rates = sorted({record["learning_rate"] for record in records if "learning_rate" in record})
+    lines = [f"| arm | {' | '.join(f'{rate:.1e}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
+    for name, arm in place.arms.items():
+        if not arm.is_tuned:
+            continue
+        cells = dict.fromkeys(rates, "")
+        for record in (record for record in records if record["arm"] == name):
+            cell = f"{place.goodness(record):.3f}"
+            cell = cell if place.match(record) >= place.match(base) - TOLERANCE else f"({cell})"
+            is_chosen = record["learning_rate"] == learning_rate(study, world, name)
+            cells[record["learning_rate"]] = f"**{cell}**" if is_chosen else cell
+        lines.append(f"| {arm.title} | {' | '.join(cells.values())} |")
+    return "\n".join(lines)
+
+
 def picture(study: dict[str, Any], world: str) -> Figure:
     """A panel for each score: every seed as a point, their mean as a line."""
-    arms, (figures, reference, _) = ARMS[study["settings"].get("model", "unet")][world], FIGURES[world]
+    arms, (figures, reference, _) = arms_of(study, world), FIGURES[world]
     shown = Figure(figsize=(2.2 + 2.4 * len(figures), 0.9 + 0.3 * len(arms)), layout="constrained")
     panels = shown.subplots(1, len(figures), sharey=True)
     for panel, (figure, heading) in zip(panels, figures.items(), strict=True):

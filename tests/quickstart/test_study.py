@@ -12,9 +12,13 @@ import pytest
 import torch
 
 import trl_diffusion.trainer.instance_dpo_trainer as instance_dpo
+from examples.study import tuning
+from examples.study.__main__ import StudyArguments, main
 from examples.study.arms import ARMS, RUN, Sizes, folder_of, last_metrics, run_scene
+from examples.study.objectives import WORLDS
 from examples.study.runs import check_settings, collect, run_seed
-from examples.study.tables import FIGURES, picture, table
+from examples.study.tables import FIGURES, picture, table, tuning_table
+from trl_diffusion.losses import pair_errors
 from trl_diffusion.masks import instance_masks
 from trl_diffusion.quickstart import iapo
 from trl_diffusion.quickstart.models import MODELS
@@ -56,8 +60,8 @@ def healthy(sizes):
     return {name: run_scene(name, SEED, sizes) for name in ("base", "dpo", "covering_0.0")}
 
 
-def swapped_loss(chosen_errors, rejected_errors, ref_chosen_errors, ref_rejected_errors, beta):
-    return SOUND_LOSS(rejected_errors, chosen_errors, ref_rejected_errors, ref_chosen_errors, beta)
+def swapped_errors(model_pred, ref_pred, target, terms):
+    return pair_errors(model_pred, ref_pred, target, terms._replace(is_swapped=~terms.is_swapped))
 
 
 def inverted_masks(boxes, judged, conflicts, height, width, w_neg, mask_overlap):
@@ -70,9 +74,6 @@ def unresized_masks(boxes, judged, conflicts, height, width, w_neg, mask_overlap
     return masks[:, :height, :width]
 
 
-SOUND_LOSS = instance_dpo.diffusion_dpo_loss
-
-
 @pytest.mark.slow
 def test_the_core_holds(healthy):
     """Diffusion-DPO makes A clean more often, IAPO also B, both show what the prompt names, and the loss falls below ln 2."""
@@ -83,7 +84,7 @@ def test_the_core_holds(healthy):
 @pytest.mark.parametrize(
     "arm, name, mistake",
     [
-        ("dpo", "diffusion_dpo_loss", swapped_loss),
+        ("dpo", "pair_errors", swapped_errors),
         ("covering_0.0", "instance_masks", inverted_masks),
         ("covering_0.0", "instance_masks", unresized_masks),
     ],
@@ -196,3 +197,132 @@ def test_the_page_holds_the_tables_of_the_published_runs(world, file):
     """The tables of the documentation are those that the recorded runs give."""
     study = json.loads((DOCS / "benchmarks" / file).read_text())
     assert table(study, world) in (DOCS / "study.md").read_text()
+
+
+# ---- Objectives at their own learning rates ----
+
+
+@pytest.fixture
+def scored(monkeypatch, tmp_path):
+    """Runs that train nothing: the scores follow from the arm and the power of its learning rate."""
+
+    def start(score):
+        def run(world, name, seed, rate, sizes):
+            place = WORLDS[world]
+            power = None if rate is None else round(math.log(rate / place.learning_rate, tuning.STEP))
+            record = {"arm": name, "seed": seed} | score(name, power)
+            tried.append((name, power))
+            return record if rate is None else record | {"learning_rate": rate}
+
+        monkeypatch.setattr(tuning, "run", run)
+        return tried
+
+    tried = []
+    return start
+
+
+SMALL = Sizes("unused", num_rows=8, max_steps=1, num_samples=8)
+
+
+def scene(clean, match=1.0):
+    return {"clean_a": clean, "clean_b": clean, "match_a": 1.0, "match_b": match}
+
+
+def powers_of(tried, name):
+    return [power for arm, power in tried if arm == name]
+
+
+def test_the_best_rate_inside_the_grid_is_chosen(scored):
+    """Three rates are tried where the middle one is the best."""
+    tried = scored(lambda name, power: scene(0.5 if power is None else 0.9 - 0.1 * abs(power)))
+    assert tuning.tune("scenes", "dpo", SMALL) == WORLDS["scenes"].learning_rate
+    assert powers_of(tried, "dpo") == [-1, 0, 1]
+
+
+@pytest.mark.parametrize("peak, powers", [(2, [-1, 0, 1, 2, 3]), (-2, [-1, 0, 1, -2, -3]), (9, [-1, 0, 1, 2, 3, 4])])
+def test_the_grid_grows_until_the_best_is_inside(scored, peak, powers):
+    """It grows on the side of the best, by a factor of three each time, and it ends."""
+    tried = scored(lambda name, power: scene(0.5 if power is None else 0.9 - 0.05 * abs(power - peak)))
+    chosen = tuning.tune("scenes", "dpo", SMALL)
+    assert powers_of(tried, "dpo") == powers
+    assert chosen == pytest.approx(WORLDS["scenes"].learning_rate * 3.0 ** min(peak, tuning.MAX_POWER))
+
+
+def test_a_rate_that_loses_the_prompt_is_not_chosen(scored):
+    """However clean its images are: the match may be 0.01 below the base's, not 0.02; if all lose it, the best match decides."""
+    match = {-1: 1.0, 0: 0.99, 1: 0.98}
+    scored(lambda name, power: scene(0.5) if power is None else scene(0.7 + 0.1 * power, match.get(power, 0.5)))
+    assert tuning.tune("scenes", "dpo", SMALL) == WORLDS["scenes"].learning_rate
+    scored(lambda name, power: scene(0.5) if power is None else scene(0.7 + 0.1 * power, 0.8 - 0.1 * abs(power)))
+    assert tuning.tune("scenes", "dpo", SMALL) == WORLDS["scenes"].learning_rate
+
+
+def test_safeguards_run_where_plain_dpo_breaks(scored):
+    """At the smallest rate of the grid at which fewer than nine in ten match; an arm that follows another takes its rate."""
+    scored(lambda name, power: scene(0.5) if power is None else scene(0.6, 1.0 if power < 3 else 0.6))
+    broken = pytest.approx(27 * WORLDS["scenes"].learning_rate)
+    for name in ("none", "sdpo_0.6", "sdpo_0.9", "anchor", "smoothing"):
+        assert tuning.rate_of("scenes", f"breaking_{name}", SMALL) == broken
+    assert tuning.rate_of("scenes", "base", SMALL) is None
+
+
+def test_each_loss_has_an_arm_with_instances_beside_one_without():
+    """The two differ in their masks and in nothing else."""
+    arms = WORLDS["scenes"].arms
+    for loss in ("ipo", "hinge", "mapo", "dspo", "dmpo"):
+        plain, masked = arms[loss].settings, arms[f"{loss}_covering"].settings
+        assert plain["loss_type"] == masked["loss_type"] == loss
+        assert masked == plain | {"w_neg": 0.0, "mask_overlap": "covering"} and plain["w_neg"] == 1.0
+
+
+def test_the_tables_of_objectives_name_the_learning_rates(scored):
+    """A column in the table of the seeds; in that of the tuning, the chosen in bold, what loses the prompt in parentheses."""
+
+    def score(name, power):
+        figures = dict.fromkeys(FIGURES["scenes"][0], 1.0)
+        return figures | scene(
+            0.5 if power is None else 0.75 + 0.125 * power, 1.0 if power is None or power < 1 else 0.9
+        )
+
+    scored(score)
+    place = WORLDS["scenes"]
+    tuned = [tuning.run("scenes", "base", 10, None, SMALL)]
+    tuned += [tuning.run_power("scenes", "dpo", power, SMALL) for power in (-1, 0, 1)]
+    runs = [
+        tuning.run("scenes", name, seed, place.learning_rate if arm.train else None, SMALL)
+        for name, arm in place.arms.items()
+        for seed in (1, 2)
+    ]
+    study = {"settings": {"arms": "objectives"}, "tuning": {"scenes": tuned}, "runs": {"scenes": runs}}
+    assert "| Diffusion-DPO | 0.625 | **0.750** | (0.875) |" in tuning_table(study, "scenes").splitlines()
+    lines = table(study, "scenes").splitlines()
+    assert lines[0].startswith("| arm | learning rate | A clean |")
+    assert lines[2].startswith("| base |  | 0.500 ± 0.000 |")
+    assert lines[3].startswith("| Diffusion-DPO | 3.0e-05 | 0.750 ± 0.000 |")
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"model": "flow"}, "on the UNet only, not with `--model flow`"), ({"seeds": [9, 10]}, "Seed 10 chooses")],
+)
+def test_what_objectives_cannot_be_is_said(tmp_path, settings, message):
+    """Another model, and the seed that chooses the learning rates among those that compare."""
+    with pytest.raises(ValueError, match=message):
+        main(StudyArguments(output_dir=str(tmp_path), arms="objectives", **settings))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_objective_runs(world, tmp_path, one_thread, monkeypatch):
+    """Each arm trains and generates images, adapters in either branch included, and a run on the disk is not repeated."""
+    sizes = Sizes(str(tmp_path), num_rows=64, max_steps=2, num_samples=8)
+    rate = WORLDS[world].learning_rate
+    monkeypatch.setattr(tuning, "tune", lambda *_: rate)
+    monkeypatch.setattr(tuning, "breaking_rate", lambda *_: rate)
+    tuning.run_seed(world, 1, sizes)
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "objectives" / world).glob("*.json")}
+    assert len(kept) == len(WORLDS[world].arms)
+    assert all(0 <= WORLDS[world].match(json.loads(file.read_text())) <= 1 for file in kept)
+    tuning.run_seed(world, 1, sizes)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
