@@ -36,6 +36,7 @@ from trl_diffusion import (
     DiffusionKTOConfig,
     InstanceDPOConfig,
     attribute_features,
+    unpair_pairs,
 )
 from trl_diffusion.annotation.instances import instance_task
 from trl_diffusion.annotation.judge import Judge

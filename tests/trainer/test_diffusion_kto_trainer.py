@@ -102,7 +102,7 @@ def test_the_reference_is_asked_once(tmp_path, monkeypatch):
         for name in calls:
             method = getattr(trainer, name)
 
-            def counted(*args, name=name, method=method):
+            def counted(*args, name=name, method=method, calls=calls):
                 calls[name] += 1
                 return method(*args)
 

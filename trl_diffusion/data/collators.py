@@ -196,10 +196,20 @@ class InstancePairCollator(ImageCollator):
         return {name: value for name, value in self.__dict__.items() if name != "box_margin" or value}
 
 
+@dataclass
 class SingleImageCollator(ImageCollator):
-    """Base class of the collators of rows with one image, in the column `image`."""
+    """
+    Collates rows with the columns `id`, `prompt` and `image`, and leaves out any others. See [`data.collators.ImageCollator`] for the
+    arguments. A batch contains:
+
+    - `image_pixel_values` `(B, 3, H, W)`, uint8, see [`data.transforms.normalize_pixels`]; for precomputed rows instead
+      `image_latents_mean`, `image_latents_std` `(B, C, h, w)`;
+    - `image_original_sizes`, `image_crop_top_lefts` `(B, 2)`;
+    - `id`, `prompt`, lists of `B` strings.
+    """
 
     image_columns = ("image",)
+    text_features = {}
 
     def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
         """
@@ -226,12 +236,8 @@ class SingleImageCollator(ImageCollator):
 class LabelCollator(SingleImageCollator):
     """
     Collates rows with the columns `id`, `prompt`, `image` and `label`. See [`data.collators.ImageCollator`] for the arguments. A
-    batch contains:
+    batch contains what that of [`data.collators.SingleImageCollator`] does, and
 
-    - `image_pixel_values` `(B, 3, H, W)`, uint8, see [`data.transforms.normalize_pixels`]; for precomputed rows instead
-      `image_latents_mean`, `image_latents_std` `(B, C, h, w)`;
-    - `image_original_sizes`, `image_crop_top_lefts` `(B, 2)`;
-    - `id`, `prompt`, lists of `B` strings;
     - `label`, a list of `B` bools.
     """
 

@@ -17,9 +17,8 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from ..criteria import Criteria
-from ..data.collators import AttributeCollator, ImageCollator
+from ..data.collators import AttributeCollator, ImageCollator, SingleImageCollator
 from ..data.formats import check_attribute_columns
-from ..data.prompt_collator import PromptCollator
 from ..degraded_prompts import degraded_prompt
 from ..hub import hub_id
 from ..losses import complex_po_diagnostics, complex_po_loss, reflected_target, strengthened_target
@@ -164,7 +163,9 @@ class ComplexPOTrainer(DiffusionTrainer):
 
     def make_collator(self, **settings: Any) -> ImageCollator:
         return (
-            PromptCollator(**settings) if self.is_degraded else AttributeCollator(criteria=self.criteria, **settings)
+            SingleImageCollator(**settings)
+            if self.is_degraded
+            else AttributeCollator(criteria=self.criteria, **settings)
         )
 
     def prepare_prompts(self) -> None:
