@@ -43,7 +43,16 @@ SAID = {
     *("dataloader_drop_last", "dataloader_in_order"),
     # Of this library
     *("resolution", "center_crop", "random_flip", "prompt_dropout", "aspect_ratio_buckets", "timestep_range"),
-    *("beta", "w_neg", "mask_overlap", "noise_source", "inversion_steps", "inversion_model", "inversion_eta"),
+    *(
+        "beta",
+        "w_neg",
+        "mask_overlap",
+        "box_margin",
+        "noise_source",
+        "inversion_steps",
+        "inversion_model",
+        "inversion_eta",
+    ),
     *("precompute_dtype",),
     *("precompute_ref_preds", "reverse_preference", "size_conditions", "initial_lora_in_reference"),
     *("max_sequence_length", "embedded_guidance", "timestep_density", "logit_mean", "logit_std", "mode_scale"),
