@@ -1,0 +1,108 @@
+# Copyright 2026 The trl_diffusion authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Trainings with each loss of pairs."""
+
+import math
+
+import pytest
+
+from tests import tiny
+from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
+
+
+LOSSES = {
+    **{name: {"loss_type": name} for name in ("sigmoid", "ipo", "hinge", "mapo", "dspo", "dmpo")},
+    "switches": {"label_smoothing": 0.1, "safeguard_mu": 0.5, "anchor_alpha": 0.1},
+    "grouped": {"grouped_instances": True, "safeguard_mu": 0.5},
+}
+
+
+def make_trainer(folder, pipeline, peft_config=None, dataset=None, ref_model=None, **settings) -> InstanceDPOTrainer:
+    args = InstanceDPOConfig(str(folder), **{**tiny.FAST, **tiny.settings(pipeline), **settings})
+    dataset = tiny.pairs() if dataset is None else dataset
+    return InstanceDPOTrainer(pipeline, ref_model, args, train_dataset=dataset, peft_config=peft_config)
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, name, family):
+    """Every loss trains a LoRA, from the closed form of its first loss where that has one, and resumes to the same weights."""
+    settings = LOSSES[name] | {"save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path, tiny.PIPELINES[family](), tiny.lora(), **settings)
+    before = tiny.weights(whole.policy)
+    whole.train()
+    # u = 0: log 2, (0 - 1/2)^2, 1 - 0, KL of 1/2 and 0.99
+    dmpo = 0.5 * math.log(0.5 / 0.99) + 0.5 * math.log(0.5 / 0.01)
+    expected = {"ipo": 0.25, "hinge": 1.0, "dmpo": dmpo, "mapo": None, "dspo": None}.get(name, math.log(2))
+    assert expected is None or tiny.losses(whole)[0] == pytest.approx(expected, abs=1e-6)
+    resumed = make_trainer(tmp_path, tiny.PIPELINES[family](), tiny.lora(), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert tiny.max_difference(tiny.weights(whole.policy), tiny.weights(resumed.policy)) == 0
+    assert tiny.max_difference(tiny.weights(whole.policy), before) > 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_accumulation_changes_nothing(tmp_path, name):
+    """Four pairs at once and one at a time give the same weights."""
+    weights = []
+    for index, (size, number) in enumerate(((4, 1), (1, 4))):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": number, "optim": "sgd"}
+        trainer = make_trainer(tmp_path / str(index), tiny.sd_pipeline(), tiny.lora(), **settings, **LOSSES[name])
+        trainer.train()
+        weights.append(tiny.weights(trainer.policy))
+    assert tiny.max_difference(*weights) < 1e-5
+
+
+def test_mapo_makes_half_of_the_forwards_and_no_copy(tmp_path):
+    """Two forwards a step with a reference, one without; all weights are trained and there is no frozen copy of them."""
+    calls = {}
+    for name in ("sigmoid", "mapo"):
+        trainer, seen = make_trainer(tmp_path / name, tiny.sd_pipeline(), tiny.lora(), loss_type=name), []
+        trainer.policy.register_forward_hook(lambda *args, seen=seen: seen.append(1))
+        trainer.train()
+        calls[name] = len(seen)
+    assert calls == {"sigmoid": 6, "mapo": 3}
+    assert make_trainer(tmp_path, tiny.sd_pipeline(), loss_type="mapo").reference is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "dpo"}, "`loss_type` must be 'sigmoid', 'ipo'"),
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "`label_smoothing` is 0.1, but `loss_type='ipo'`"),
+        ({"label_smoothing": 0.5}, "`label_smoothing` is a share of wrong labels, at least 0 and below 0.5"),
+        ({"loss_type": "dmpo", "label_smoothing": 0.0}, "`label_smoothing` is a share of wrong labels, above 0"),
+        ({"safeguard_mu": 1.5}, "`safeguard_mu` must be between 0 and 1"),
+        ({"anchor_alpha": -1.0}, "`anchor_alpha` must not be negative"),
+        ({"loss_type": "mapo", "anchor_alpha": 1.0}, "`anchor_alpha` needs a reference"),
+        (
+            {"loss_type": "mapo", "precompute": True, "precompute_ref_preds": True},
+            "`precompute_ref_preds` needs a refe",
+        ),
+        ({"grouped_instances": True, "w_neg": 1.0}, "`w_neg` is 1.0, which is of the mask"),
+        (
+            {"grouped_instances": True, "mask_overlap": "covering"},
+            "`mask_overlap` is 'covering', which is of the mask",
+        ),
+        ({"grouped_instances": True, "mask_examples": 1}, "`mask_examples` is 1, which is of the mask"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tmp_path, settings, message):
+    """The message names the setting and the way out."""
+    with pytest.raises(ValueError, match=message):
+        InstanceDPOConfig(str(tmp_path), **settings)
+
+
+def test_defaults_follow_the_loss(tmp_path):
+    """`beta` and `label_smoothing` are filled in, and what the user says stands."""
+    defaults = {name: InstanceDPOConfig(str(tmp_path), loss_type=name) for name in ("sigmoid", "mapo", "dspo", "dmpo")}
+    assert [args.beta for args in defaults.values()] == [2000, 0.1, 0.001, 2000]
+    assert [args.label_smoothing for args in defaults.values()] == [0, 0, 0, 0.01]
+    assert InstanceDPOConfig(str(tmp_path), loss_type="mapo", beta=7.0).beta == 7
+
+
+def test_mapo_refuses_a_reference(tmp_path):
+    """A `ref_model` that would not be used is a mistake."""
+    with pytest.raises(ValueError, match="`ref_model` has no use with `loss_type='mapo'`"):
+        make_trainer(tmp_path, tiny.sd_pipeline(), ref_model=tiny.sd_pipeline(), loss_type="mapo")
