@@ -30,10 +30,11 @@ from trl_diffusion import (
     AttributeSFTTrainer,
     ComplexPOConfig,
     ComplexPOTrainer,
-    DiffusionKTOConfig,
     Criteria,
+    DiffusionKTOConfig,
     InstanceDPOConfig,
     attribute_features,
+    unpair_pairs,
 )
 from trl_diffusion.annotation.instances import instance_task
 from trl_diffusion.annotation.judge import Judge

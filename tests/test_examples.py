@@ -26,7 +26,7 @@ from tests.evaluation.loras import save_lora
 from tests.families import FAMILIES
 from tests.hub.conftest import hub  # noqa: F401
 from tests.metrics.test_clip_scorers import clip_folder
-from trl_diffusion import Criteria
+from trl_diffusion import Criteria, unpair_pairs
 from trl_diffusion.cli.main import LAUNCHED_COMMANDS, script_of
 from trl_diffusion.criteria import parse_criteria
 from trl_diffusion.evaluation.protocols import load_protocol

@@ -156,6 +156,7 @@ def data(tmp_path_factory) -> Path:
     save_lora(tiny.sd_pipeline(), folder / "lora")
     tiny.pairs(4).to_parquet(folder / "pairs.parquet")
     tiny.paintings(4).to_parquet(folder / "paintings.parquet")
+    unpair_pairs(tiny.pairs(4)).to_parquet(folder / "labelled.parquet")
     preference_dataset(4, seed=0).remove_columns("instances").to_parquet(folder / "scenes.parquet")
     painting_dataset(4, seed=0).to_parquet(folder / "pictures.parquet")
     (folder / "criteria.yaml").write_text(tiny.CRITERIA)

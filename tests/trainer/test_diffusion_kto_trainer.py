@@ -34,7 +34,9 @@ def labelled(num_rows: int = 7) -> Dataset:
     return unpair_pairs(tiny.pairs(4)).select(range(num_rows))
 
 
-def make_trainer(folder: Path, dataset: Dataset | IterableDataset, kind: str = "sd", is_lora: bool = False, **settings):
+def make_trainer(
+    folder: Path, dataset: Dataset | IterableDataset, kind: str = "sd", is_lora: bool = False, **settings
+):
     pipeline = tiny.PIPELINES[kind]()
     args = DiffusionKTOConfig(str(folder), **SETTINGS | tiny.settings(pipeline) | settings)
     lora = tiny.lora() if is_lora else None
@@ -216,9 +218,10 @@ def test_batches_of_one_label(tmp_path):
     assert [entry["labels/desirable"] for entry in logs] == [0, 1, 0.5, 1]
     for entry in logs:
         names = {name for name in ("chosen", "rejected", "margins") if f"rewards/{name}" in entry}
-        assert names == {0: {"rejected"}, 1: {"chosen"}, 0.5: {"chosen", "rejected", "margins"}}[
-            entry["labels/desirable"]
-        ]
+        assert (
+            names
+            == {0: {"rejected"}, 1: {"chosen"}, 0.5: {"chosen", "rejected", "margins"}}[entry["labels/desirable"]]
+        )
         assert 0 < entry["loss"] < 1
 
 
@@ -340,7 +343,9 @@ def test_datasets_that_cannot_be_read(tmp_path):
             make_trainer(tmp_path, dataset)
         make_trainer(tmp_path, dataset.filter(lambda row: row["label"] in (0, 1)))
         stream = make_trainer(tmp_path, dataset.to_iterable_dataset(), per_device_train_batch_size=7)
-        with pytest.raises(ValueError, match=f"`label` of the row with id 'row-0/rejected' must be .*, got {wrong[1]}"):
+        with pytest.raises(
+            ValueError, match=f"`label` of the row with id 'row-0/rejected' must be .*, got {wrong[1]}"
+        ):
             stream.train()
     with pytest.raises(ValueError, match="lacks the column 'label'|lacks the column `label`"):
         make_trainer(tmp_path, labelled().remove_columns("label"))
@@ -366,7 +371,9 @@ def test_from_the_command_line(tmp_path):
     tiny.sd_pipeline().save_pretrained(tmp_path / "model")
     labelled().to_parquet(tmp_path / "labelled.parquet")
     report = tmp_path / "report.json"
-    checked = run(["-c", COMMAND, "check-dataset", "--dataset_name", tmp_path / "labelled.parquet", "--output", report])
+    checked = run(
+        ["-c", COMMAND, "check-dataset", "--dataset_name", tmp_path / "labelled.parquet", "--output", report]
+    )
     assert checked.returncode == 0, checked.stderr
     assert "labels: desirable 4, undesirable 3" in checked.stdout and "Nothing is wrong." in checked.stdout
     assert json.loads(report.read_text())["holds"]["labels"] == {"desirable": 4, "undesirable": 3}

@@ -70,7 +70,7 @@ def label_faults(dataset: Dataset | IterableDataset, name: str) -> Iterator[str]
         value = shown(dataset[int(rows[0])]["label"])
         yield (
             f"`label` is neither true nor false, and neither 1 nor 0, in {len(rows)} of the {len(dataset)} rows of `{name}`: it is {value} "
-            f"in row {rows[0]}. Correct them, or remove them with `dataset.filter(lambda row: row[\"label\"] in (0, 1))`."
+            f'in row {rows[0]}. Correct them, or remove them with `dataset.filter(lambda row: row["label"] in (0, 1))`.'
         )
 
 

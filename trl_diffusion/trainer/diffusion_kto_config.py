@@ -47,12 +47,8 @@ class DiffusionKTOConfig(DiffusionConfig):
             "choices": ["kto", "log_sigmoid", "risk_seeking"],
         },
     )
-    desirable_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the losses of desirable images."}
-    )
-    undesirable_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the losses of undesirable images."}
-    )
+    desirable_weight: float = field(default=1.0, metadata={"help": "Weight of the losses of desirable images."})
+    undesirable_weight: float = field(default=1.0, metadata={"help": "Weight of the losses of undesirable images."})
     reverse_preference: bool = field(
         default=False,
         metadata={"help": "Swap the labels, for the unconditional branch of guidance."},
@@ -68,4 +64,6 @@ class DiffusionKTOConfig(DiffusionConfig):
             if not weight >= 0:
                 raise ValueError(f"`{name}` must be at least 0, got {weight}.")
         if not any(weights.values()):
-            raise ValueError("`desirable_weight` and `undesirable_weight` are both 0, so that nothing is learned: raise one.")
+            raise ValueError(
+                "`desirable_weight` and `undesirable_weight` are both 0, so that nothing is learned: raise one."
+            )
