@@ -22,6 +22,7 @@ from tests import tiny
 from tests.cli import processes
 from tests.evaluation.loras import save_lora
 from tests.invariant.test_imports import MODULES, imports, imports_of
+from trl_diffusion import unpair_pairs
 from trl_diffusion.cli.main import COMMANDS, script_of
 from trl_diffusion.quickstart.paintings import painting_dataset
 from trl_diffusion.quickstart.sampling import shipped
