@@ -22,6 +22,7 @@ from tests import tiny
 from tests.cli import processes
 from tests.evaluation.loras import save_lora
 from tests.invariant.test_imports import MODULES, imports, imports_of
+from trl_diffusion import unpair_pairs
 from trl_diffusion.cli.main import COMMANDS, script_of
 from trl_diffusion.quickstart.paintings import painting_dataset
 from trl_diffusion.quickstart.sampling import shipped
@@ -156,6 +157,7 @@ def data(tmp_path_factory) -> Path:
     save_lora(tiny.sd_pipeline(), folder / "lora")
     tiny.pairs(4).to_parquet(folder / "pairs.parquet")
     tiny.paintings(4).to_parquet(folder / "paintings.parquet")
+    unpair_pairs(tiny.pairs(4)).to_parquet(folder / "labelled.parquet")
     preference_dataset(4, seed=0).remove_columns("instances").to_parquet(folder / "scenes.parquet")
     painting_dataset(4, seed=0).to_parquet(folder / "pictures.parquet")
     (folder / "criteria.yaml").write_text(tiny.CRITERIA)
