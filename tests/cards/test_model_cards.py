@@ -490,3 +490,16 @@ def test_pictures_from_elsewhere_are_left_out(path):
     """A file of the machine, or an address, is no picture of a card."""
     card = model.model_card(facts(samples=[Sample("a", path, path)], teaser=path, curves=path, masks=path))
     assert path not in str(card) and "widget" not in card.data.to_dict()
+
+
+def test_a_card_names_the_loss_of_pairs():
+    """Another loss is named and cited, as is the safeguard; only the sigmoid without a mask is called Diffusion-DPO."""
+    text = model.model_card(facts(hyperparameters={"w_neg": 1.0, "loss_type": "dmpo", "safeguard_mu": 0.9})).text
+    assert "by the loss of DMPO" in text and "arXiv:2507.07510" in text and "arXiv:2511.03317" in text
+    assert "no region is taken out." in text and "this is Diffusion-DPO" not in text
+    text = model.model_card(facts(hyperparameters={"w_neg": 0.0, "loss_type": "ipo"})).text
+    assert "the same training with `w_neg` 1" in text and "which is Diffusion-DPO" not in text
+    text = model.model_card(
+        facts(hyperparameters={"w_neg": 0.0, "loss_type": "sigmoid", "grouped_instances": True})
+    ).text
+    assert "each instance is compared by itself" in text and "by the loss of" not in text

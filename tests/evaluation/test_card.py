@@ -293,7 +293,7 @@ def test_every_setting_that_matters_is_compared():
     from tests.trainer.test_run_record import SAID
 
     left_out = {name for name in SAID if name in NOT_COMPARED or name.startswith(NOT_COMPARED_PREFIXES)}
-    assert left_out == set() and OF_THE_MASK == {"w_neg", "mask_overlap", "grouped_instances"} <= SAID
+    assert left_out == set() and OF_THE_MASK == {"w_neg", "mask_overlap", "box_margin", "grouped_instances"} <= SAID
     assert {name for name in NOT_COMPARED if " " not in name} - {"devices"} <= NO_MATTER
 
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from tests import tiny
-from trl_diffusion import AttributeSFTConfig, ComplexPOConfig, DDSPOConfig, InstanceDPOConfig
+from trl_diffusion import AttributeSFTConfig, ComplexPOConfig, DDSPOConfig, DiffusionKTOConfig, InstanceDPOConfig
 from trl_diffusion.process import DiscreteProcess, RectifiedFlow
 from trl_diffusion.trainer.fingerprints import base_fingerprint, same_base
 from trl_diffusion.trainer.run_record import (
@@ -31,7 +31,7 @@ from trl_diffusion.trainer.run_record import (
 )
 
 
-CONFIGS = (InstanceDPOConfig, AttributeSFTConfig, ComplexPOConfig, DDSPOConfig)
+CONFIGS = (InstanceDPOConfig, AttributeSFTConfig, ComplexPOConfig, DDSPOConfig, DiffusionKTOConfig)
 TARGETS = ["to_q", "to_k"]
 
 # Every setting that is said when it changes, by hand: a new one must be put here or into `NO_MATTER`
@@ -59,6 +59,8 @@ SAID = {
     *("attribute_order", "attribute_separator", "max_attributes", "attribute_dropout", "loss_type"),
     *("reflection_weight", "target_strength", "attribute_targets", "timestep_weighting", "policy_condition"),
     *("target_prompts", "dropped_words"),
+    *("label_smoothing", "safeguard_mu", "anchor_alpha", "grouped_instances"),
+    *("desirable_weight", "undesirable_weight"),
 }
 
 

@@ -29,7 +29,7 @@ SAID_AS = {
     **{"dataset_name": "dataset", "dataset_train_split": "dataset_split"},
 }
 # What the arm must differ in: where all weights of a mask are 1, how they are combined has no effect
-OF_THE_MASK = {"w_neg", "mask_overlap", "grouped_instances"}
+OF_THE_MASK = {"w_neg", "mask_overlap", "box_margin", "grouped_instances"}
 
 
 def training_record(facts: ModelFacts) -> dict[str, Any]:

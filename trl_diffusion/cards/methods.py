@@ -3,7 +3,7 @@
 
 """What cards say of the methods of this library, by the name of the trainer, and what they cite."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class MethodText(NamedTuple):
@@ -71,11 +71,61 @@ WITHOUT_EXPERT = {
     "degraded": "There was neither an expert nor were there attributes. The model learns to move away from what it predicted before the "
     "training for the prompt without some of its words, and is held where it was for the whole prompt.",
 }
-PLAIN_DPO = "With `w_neg` 1, as here, no region is taken out: this is Diffusion-DPO."
+NO_MASK = "With `w_neg` 1, as here, no region is taken out"
+PLAIN_DPO = f"{NO_MASK}: this is Diffusion-DPO."
+GROUPED = "Here each instance is compared by itself, with its own preference, and so is the background."
+# The losses of pairs besides that of Diffusion-DPO, and the names of their papers among `CITATIONS`
+PAIR_LOSSES = {"ipo": "IPO", "hinge": "SLiC", "mapo": "MaPO", "dspo": "DSPO", "dmpo": "DMPO"}
+SAFEGUARD = "Diffusion-SDPO"
 SWAPPED = "Here the two are swapped, so that it learns to draw what it should not."
+SWAPPED_LABELS = "Here the labels are swapped, so that it learns to draw what it should not."
 REVERSED = "Diffusion-NPO"
 
 CITATIONS = {
+    "IPO": """\
+@inproceedings{azar2024general,
+    title     = {{A General Theoretical Paradigm to Understand Learning from Human Preferences}},
+    author    = {Azar, Mohammad Gheshlaghi and Guo, Zhaohan Daniel and Piot, Bilal and Munos, Remi and Rowland, Mark and
+                 Valko, Michal and Calandriello, Daniele},
+    booktitle = {AISTATS},
+    year      = {2024},
+    eprint    = {arXiv:2310.12036},
+}""",
+    "SLiC": """\
+@article{zhao2023slic,
+    title  = {{SLiC-HF: Sequence Likelihood Calibration with Human Feedback}},
+    author = {Zhao, Yao and Joshi, Rishabh and Liu, Tianqi and Khalman, Misha and Saleh, Mohammad and Liu, Peter J.},
+    year   = {2023},
+    eprint = {arXiv:2305.10425},
+}""",
+    "MaPO": """\
+@article{hong2024margin,
+    title  = {{Margin-aware Preference Optimization for Aligning Diffusion Models without Reference}},
+    author = {Hong, Jiwoo and Paul, Sayak and Lee, Noah and Rasul, Kashif and Thorne, James and Jeong, Jongheon},
+    year   = {2024},
+    eprint = {arXiv:2406.06424},
+}""",
+    "DSPO": """\
+@inproceedings{zhu2025dspo,
+    title     = {{DSPO: Direct Score Preference Optimization for Diffusion Model Alignment}},
+    author    = {Zhu, Huaisheng and Xiao, Teng and Honavar, Vasant G},
+    booktitle = {ICLR},
+    year      = {2025},
+}""",
+    "DMPO": """\
+@article{li2025divergence,
+    title  = {{Divergence Minimization Preference Optimization for Diffusion Model Alignment}},
+    author = {Li, Binxu and Xu, Minkai and Han, Jiaqi and Dang, Meihua and Ermon, Stefano},
+    year   = {2025},
+    eprint = {arXiv:2507.07510},
+}""",
+    "Diffusion-SDPO": """\
+@article{fu2025diffusion,
+    title  = {{Diffusion-SDPO: Safeguarded Direct Preference Optimization for Diffusion Models}},
+    author = {Fu, Minghao and Wang, Guo-Hua and Cui, Tianyu and Chen, Qing-Guo and Xu, Zhao and Luo, Weihua and Zhang, Kaifu},
+    year   = {2025},
+    eprint = {arXiv:2511.03317},
+}""",
     "Diffusion-DPO": """\
 @inproceedings{wallace2024diffusion,
     title     = {{Diffusion Model Alignment Using Direct Preference Optimization}},
@@ -121,7 +171,7 @@ CITATIONS = {
 }
 
 
-def citations_of(trainer: str, citation: str, is_reversed: bool) -> list[str]:
+def citations_of(trainer: str, citation: str, is_reversed: bool, hyperparameters: dict[str, Any]) -> list[str]:
     """
     What a card cites.
 
@@ -132,10 +182,16 @@ def citations_of(trainer: str, citation: str, is_reversed: bool) -> list[str]:
             The method's own paper, as BibTeX; may be empty.
         is_reversed (`bool`):
             Whether the preference was reversed.
+        hyperparameters (`dict[str, Any]`):
+            Of which `loss_type` and `safeguard_mu` are read.
 
     Returns:
         `list[str]`: entries of BibTeX, the method's own first.
     """
     builds_on = METHODS[trainer].builds_on if trainer in METHODS else ()
+    if trainer == "InstanceDPOTrainer":
+        loss = PAIR_LOSSES.get(hyperparameters.get("loss_type"))
+        is_safeguarded = hyperparameters.get("safeguard_mu") is not None
+        builds_on = *builds_on, *([loss] if loss else []), *([SAFEGUARD] if is_safeguarded else [])
     names = *builds_on, *([REVERSED] if is_reversed else []), "trl_diffusion", "TRL", "diffusers"
     return [*([citation] if citation else []), *(CITATIONS[name] for name in names)]

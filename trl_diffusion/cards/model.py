@@ -13,7 +13,17 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from .facts import RECIPE_NAME, EvaluationFacts, ModelFacts
 from .licenses import license_of
-from .methods import METHODS, PLAIN_DPO, SWAPPED, WITHOUT_EXPERT, citations_of
+from .methods import (
+    GROUPED,
+    METHODS,
+    NO_MASK,
+    PAIR_LOSSES,
+    PLAIN_DPO,
+    SWAPPED,
+    SWAPPED_LABELS,
+    WITHOUT_EXPERT,
+    citations_of,
+)
 from .quick_start import WEIGHTS, evaluation_command, export_command, export_path, other_start, quick_start
 from .results import eval_results, evaluation_section
 from .text import (
@@ -108,7 +118,9 @@ def model_card(facts: ModelFacts, evaluation: EvaluationFacts | None = None) -> 
         evaluation_command=evaluation_command(facts),
         license=license_of(facts.base),
         has_wild_prompts="pickapic" in (facts.data.name or "").lower().replace("-", "").replace("_", ""),
-        citations=citations_of(facts.trainer, facts.paper.get("citation", ""), facts.is_reversed),
+        citations=citations_of(
+            facts.trainer, facts.paper.get("citation", ""), facts.is_reversed, facts.hyperparameters
+        ),
     )
     return ModelCard(f"---\n{card_data(facts, evaluation).to_yaml()}\n---\n\n{body}")
 
@@ -183,19 +195,32 @@ def _method_text(facts: ModelFacts) -> str:
     """The two sentences on the method, and what this training makes of it."""
     if facts.trainer not in METHODS:
         return ""
-    further = [*([PLAIN_DPO] if _is_plain_dpo(facts) else []), *([SWAPPED] if facts.is_reversed else [])]
     description = WITHOUT_EXPERT.get(facts.hyperparameters.get("target_prompts"), METHODS[facts.trainer].description)
-    return " ".join([description, *further])
+    swapped = SWAPPED_LABELS if facts.trainer == "DiffusionKTOTrainer" else SWAPPED
+    return " ".join([description, *_of_pairs(facts), *([swapped] if facts.is_reversed else [])])
+
+
+def _of_pairs(facts: ModelFacts) -> list[str]:
+    """What the settings of a training on pairs make of IAPO."""
+    if facts.trainer != "InstanceDPOTrainer":
+        return []
+    loss = PAIR_LOSSES.get(facts.hyperparameters.get("loss_type"))
+    if facts.hyperparameters.get("grouped_instances"):
+        mask = [GROUPED]
+    elif facts.hyperparameters.get("w_neg") == 1:
+        mask = [f"{NO_MASK}." if loss else PLAIN_DPO]
+    else:
+        mask = []
+    return [*([f"The two images are compared by the loss of {loss}."] if loss else []), *mask]
 
 
 def _arm(facts: ModelFacts) -> str | None:
     """What to compare the model with, besides its base; what draws only where guidance subtracts has no arm."""
-    has_arm = facts.trainer in METHODS and not facts.is_reversed and not _is_plain_dpo(facts)
-    return METHODS[facts.trainer].arm if has_arm else None
-
-
-def _is_plain_dpo(facts: ModelFacts) -> bool:
-    return facts.trainer == "InstanceDPOTrainer" and facts.hyperparameters.get("w_neg") == 1
+    is_arm = facts.trainer == "InstanceDPOTrainer" and facts.hyperparameters.get("w_neg") == 1
+    if facts.trainer not in METHODS or facts.is_reversed or is_arm:
+        return None
+    arm, has_another_loss = METHODS[facts.trainer].arm, facts.hyperparameters.get("loss_type") in PAIR_LOSSES
+    return arm.partition(",")[0] if has_another_loss else arm
 
 
 def _missing_flags(facts: ModelFacts) -> str:

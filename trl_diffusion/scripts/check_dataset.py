@@ -26,7 +26,7 @@ from trl_diffusion.cli.parser import CommandParser
 from trl_diffusion.scripts.dataset_arguments import DatasetArguments
 
 
-TRAINERS = ("instance-dpo", "attribute-sft", "complex-po", "diffusion-kto")
+TRAINERS = ("instance-dpo", "attribute-sft", "complex-po", "ddspo", "diffusion-kto")
 
 
 @dataclass
@@ -114,7 +114,14 @@ def main(args: CheckDatasetArguments) -> int:
     import json
     from pathlib import Path
 
-    from trl_diffusion import AttributeSFTTrainer, ComplexPOTrainer, Criteria, DiffusionKTOTrainer, InstanceDPOTrainer
+    from trl_diffusion import (
+        AttributeSFTTrainer,
+        ComplexPOTrainer,
+        Criteria,
+        DDSPOTrainer,
+        DiffusionKTOTrainer,
+        InstanceDPOTrainer,
+    )
     from trl_diffusion.data.check import as_text, check_dataset
     from trl_diffusion.data.presets import training_columns
     from trl_diffusion.files import write_file
@@ -132,7 +139,7 @@ def main(args: CheckDatasetArguments) -> int:
             f"`--trainer` is missing: the columns {', '.join(names)} do not tell which trainer is to read them. Name "
             f"{', '.join(TRAINERS)}."
         )
-    classes = InstanceDPOTrainer, AttributeSFTTrainer, ComplexPOTrainer, DiffusionKTOTrainer
+    classes = InstanceDPOTrainer, AttributeSFTTrainer, ComplexPOTrainer, DDSPOTrainer, DiffusionKTOTrainer
     trainer_class = dict(zip(TRAINERS, classes, strict=True))[trainer]
     report = check_dataset(
         dataset,

@@ -64,7 +64,7 @@ class InstanceDPOConfig(DiffusionConfig):
         default="sigmoid",
         metadata={"help": "How two images are compared.", "choices": list(PAIR_LOSSES)},
     )
-    beta: float | None = field(
+    beta: float = field(
         default=None,
         metadata={
             "help": "How strongly the policy is kept near the reference, as defined in the papers: half of it multiplies "

@@ -40,6 +40,10 @@ class InstanceDPOTrainer(DiffusionTrainer):
     Datasets have the columns of [`instance_pair_features`]; `id` and `instances` may be missing. `args` is an
     [`InstanceDPOConfig`]. All arguments are those of [`DiffusionTrainer`].
 
+    Raises:
+        `ValueError`: As [`DiffusionTrainer`]; also if `ref_model` is given with `loss_type="mapo"`, which has no reference, or a
+            `data_collator` with `box_margin`, which is the trainer's own collator's.
+
     Example:
 
     ```python
@@ -95,6 +99,10 @@ class InstanceDPOTrainer(DiffusionTrainer):
         args = args or self.default_args(model)
         if ref_model is not None and args.loss_type == "mapo":
             raise ValueError("`ref_model` has no use with `loss_type='mapo'`, which has no reference. Leave it out.")
+        if data_collator is not None and args.box_margin:
+            raise ValueError(
+                "`box_margin` needs the trainer's own collator, which widens the boxes. Leave out `data_collator`, or `box_margin`."
+            )
         super().__init__(
             *(model, ref_model, args, data_collator, train_dataset, eval_dataset, peft_config, callbacks, optimizers)
         )
