@@ -25,6 +25,7 @@ from trl_diffusion import (
     AttributeSFTConfig,
     ComplexPOConfig,
     DDSPOConfig,
+    DiffusionKTOConfig,
     InstanceDPOConfig,
     InstanceDPOTrainer,
     ModelConfig,
@@ -53,6 +54,7 @@ CONFIGS = {
     "attribute-sft": AttributeSFTConfig,
     "complex-po": ComplexPOConfig,
     "ddspo": DDSPOConfig,
+    "diffusion-kto": DiffusionKTOConfig,
 }
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HOME = "/home/somebody"
@@ -93,7 +95,9 @@ def settings_of(args) -> dict:
 def test_a_recipe_comes_back(path, tmp_path):
     """Every recipe of the examples, parsed, described, written and parsed again, is the same training."""
     kind = path.stem.split("_")[0]
-    command = {"attribute": "attribute-sft", "cpo": "complex-po", "ddspo": "ddspo"}.get(kind, "instance-dpo")
+    command = {"attribute": "attribute-sft", "cpo": "complex-po", "ddspo": "ddspo", "kto": "diffusion-kto"}.get(
+        kind, "instance-dpo"
+    )
     if command == "instance-dpo" and "criteria" in yaml.safe_load(path.read_text()):
         command = "complex-po"  # NPO
     before = parse(command, path, tmp_path)
@@ -129,7 +133,8 @@ OTHERS = {
     "attribute_dropout": 0.25,
     "prompt_dropout": 0.125,
     "w_neg": -0.5,
-    "loss_type": "unstabilized",
+    "label_smoothing": 0.25,
+    "safeguard_mu": 0.5,
     "attribute_targets": "paired",
     "timestep_weighting": "min_snr",
     "policy_condition": "positive",
@@ -158,6 +163,7 @@ WITH = {
     "activation_checkpointing_kwargs": {"activation_checkpointing": True},
     "save_strategy": {"metric_for_best_model": "loss"},
 }
+OTHER_LOSSES = {InstanceDPOConfig: "hinge", ComplexPOConfig: "unstabilized", DiffusionKTOConfig: "log_sigmoid"}
 # The same of one configuration alone
 WITH_OF = {ComplexPOConfig: {"dropped_words": {"target_prompts": "degraded"}}}
 REFUSED_BY = {AttributeSFTConfig: {"precompute_ref_preds"}, DDSPOConfig: {"prompt_dropout"}}
@@ -187,7 +193,8 @@ def test_every_setting_comes_back(command, tmp_path):
     for field in dataclasses.fields(kind):
         if field.name in NOT_IN_RECIPE | REFUSED | REFUSED_BY.get(kind, set()):
             continue
-        value = another(field, getattr(default, field.name))
+        is_loss = field.name == "loss_type"
+        value = OTHER_LOSSES[kind] if is_loss else another(field, getattr(default, field.name))
         with patch("transformers.training_args.TrainingArguments._validate_args", lambda self: None):
             settings = {"output_dir": "out", "report_to": "none", "use_cpu": True, "bf16": False}
             settings |= (WITH | WITH_OF.get(kind, {})).get(field.name, {})
