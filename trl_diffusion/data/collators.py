@@ -251,12 +251,9 @@ class LabelCollator(SingleImageCollator):
 class AttributeCollator(SingleImageCollator):
     """
     Collates rows with the columns `id`, `prompt`, `image`, `positive_attributes` and `negative_attributes`. See
-    [`data.collators.ImageCollator`] for the other arguments. A batch contains:
+    [`data.collators.ImageCollator`] for the other arguments. A batch contains what that of
+    [`data.collators.SingleImageCollator`] does, and
 
-    - `image_pixel_values` `(B, 3, H, W)`, uint8, see [`data.transforms.normalize_pixels`]; for precomputed rows instead
-      `image_latents_mean`, `image_latents_std` `(B, C, h, w)`;
-    - `image_original_sizes`, `image_crop_top_lefts` `(B, 2)`;
-    - `id`, `prompt`, lists of `B` strings;
     - `positive_attributes`, `negative_attributes`, lists of `B` lists of ids.
 
     Args:

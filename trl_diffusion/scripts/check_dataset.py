@@ -36,7 +36,7 @@ class CheckDatasetArguments(DatasetArguments):
 
     Parameters:
         trainer (`str`, *optional*):
-            The trainer that will read the dataset: `"instance-dpo"`, `"attribute-sft"`, `"complex-po"` or `"diffusion-kto"`. By
+            The trainer that will read the dataset: `"instance-dpo"`, `"attribute-sft"`, `"complex-po"`, `"ddspo"` or `"diffusion-kto"`. By
             default the first for a dataset with the columns `chosen` and `rejected`, the last for one with `image` and `label`.
         criteria (`str`, *optional*, defaults to `"painting"`):
             The tree of the attributes: a YAML file, or the name of a tree that comes with the package.
