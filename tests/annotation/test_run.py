@@ -4,7 +4,9 @@
 import errno
 import json
 import random
+import shutil
 import signal
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -127,21 +129,32 @@ def annotate_in_child(folder: Path, num_pairs: int, streaming: bool):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_twenty_kills(streaming, tmp_path):
-    """A run that is killed twenty times at random moments and then finishes has the shards of an uninterrupted one."""
+    """Runs that are killed twenty times at random moments, and then finish, have the shards of an uninterrupted one."""
     num_pairs, rng, killed = 160, random.Random(0), 0
-    annotate_in_child(tmp_path / "undisturbed", num_pairs, streaming)
+    expected, folder = tmp_path / "undisturbed", tmp_path / "killed"
+    start = time.monotonic()
+    assert in_child(expected, num_pairs, streaming, None) == 0
+    taken = time.monotonic() - start
     while killed < 20:
-        child = SERVER.Process(target=annotate_in_child, args=(tmp_path / "killed", num_pairs, streaming))
-        child.start()
-        child.join(rng.uniform(0.1, 0.6))
-        if child.exitcode is None:
-            child.kill()
-            child.join()
-            assert child.exitcode == -signal.SIGKILL
-        killed += 1
-    annotate_in_child(tmp_path / "killed", num_pairs, streaming)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
-    assert [row["id"] for row in read(tmp_path / "killed")] == world(num_pairs)["id"]
+        exitcode = in_child(folder, num_pairs, streaming, rng.uniform(0.1, 0.9) * taken)
+        assert exitcode in (0, -signal.SIGKILL)  # it may end by itself right before it is killed
+        killed += exitcode != 0
+        if exitcode == 0:
+            assert contents(folder) == contents(expected)
+            shutil.rmtree(folder)
+    annotate_in_child(folder, num_pairs, streaming)
+    assert contents(folder) == contents(expected)
+    assert [row["id"] for row in read(folder)] == world(num_pairs)["id"]
+
+
+def in_child(folder: Path, num_pairs: int, streaming: bool, seconds: float | None) -> int:
+    """Annotates in a process of its own, which is killed after some seconds, and returns its exit code."""
+    child = SERVER.Process(target=annotate_in_child, args=(folder, num_pairs, streaming))
+    child.start()
+    child.join(seconds)
+    child.kill()
+    child.join()
+    return child.exitcode
 
 
 class Asked(OracleVLM):
