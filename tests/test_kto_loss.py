@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.gpu.flops import COUNTED
 from trl_diffusion.losses import diffusion_dpo_loss, diffusion_kto_loss, diffusion_kto_rewards
 
 
@@ -131,3 +133,21 @@ def test_is_finite_far_from_the_reference(loss_type):
         losses = diffusion_kto_loss(rewards, torch.full((5,), desirable), torch.tensor(0.0), loss_type)
         (gradient,) = torch.autograd.grad(losses.sum(), rewards)
         assert losses.isfinite().all() and gradient.isfinite().all()
+
+
+def test_what_accumulation_costs_is_what_the_page_says():
+    """
+    A step is a forward of the reference, forward and backward of the policy, and with accumulation a forward more. Activation
+    checkpointing makes the policy's forward twice.
+    """
+    counts = COUNTED["sd15"]
+    forward = counts["forward"]
+    ratios = [
+        1 + forward / ((1 + is_checkpointed) * forward + counts[trained])
+        for is_checkpointed in (0, 1)
+        for trained in ("full", "lora")
+    ]
+    page = (Path(__file__).parents[1] / "docs/source/diffusion_kto_trainer.md").read_text(encoding="utf-8")
+    told = "costs {:.2f} times as much for all weights and {:.2f} times as much for a LoRA of rank 64; "
+    told += "with activation checkpointing, the default, {:.2f} and {:.2f} times."
+    assert told.format(*ratios) in " ".join(page.split())

@@ -150,37 +150,42 @@ def test_precomputing_and_threads(trainings, trainer):
 
 
 @pytest.mark.slow
-def test_streams_and_files(trainings):
+@pytest.mark.parametrize("trainer", ["instance_dpo", "diffusion_kto"])
+def test_streams_and_files(trainings, trainer):
     """A stream, of one file or of several, has its rows in order, as a dataset that is not shuffled."""
     from datasets import load_dataset
 
-    rows = load_dataset("parquet", data_files=str(trainings.dataset("instance_dpo") / "train.parquet"), split="train")
-    (trainings.folder / "files").mkdir()
+    rows = load_dataset("parquet", data_files=str(trainings.dataset(trainer) / "train.parquet"), split="train")
+    folder = trainings.folder / f"files-{trainer}"
+    folder.mkdir()
     for number in range(3):
         part = rows.shard(3, number, contiguous=True)
-        part.to_parquet(trainings.folder / "files" / f"train-{number:05d}-of-00003.parquet")
-    one = trainings.run("instance_dpo", "sd", "in-order", train_sampling_strategy="sequential")
-    streams = {"dataset_streaming": True, "dataset_name": trainings.folder / "files"}
-    files = {"train_sampling_strategy": "sequential", "dataset_name": trainings.folder / "files"}
+        part.to_parquet(folder / f"train-{number:05d}-of-00003.parquet")
+    one = trainings.run(trainer, "sd", f"{trainer}-in-order", train_sampling_strategy="sequential")
+    streams = {"dataset_streaming": True, "dataset_name": folder}
+    files = {"train_sampling_strategy": "sequential", "dataset_name": folder}
     for name, flags in {"streamed": streams, "streamed-by-two": streams | CUT_IN_TWO, "files": files}.items():
-        assert difference(one, trainings.run("instance_dpo", "sd", name, **flags)) <= TOLERANCE
+        assert difference(one, trainings.run(trainer, "sd", f"{trainer}-{name}", **flags)) <= TOLERANCE
 
 
 # ----- chance -----
 
 CHANCE = {
-    "prompts": ({"prompt_dropout": 0.5}, ("instance_dpo", "attribute_sft", "complex_po")),
+    "prompts": ({"prompt_dropout": 0.5}, ("instance_dpo", "attribute_sft", "complex_po", "diffusion_kto")),
     "crops": ({"random_flip": True, "center_crop": False}, TRAINERS),
     "attributes": ({"attribute_dropout": 0.5}, ("attribute_sft",)),
     "inversion": (
         {"noise_source": "inversion", "inversion_steps": 2, "inversion_eta": 0.1},
-        ("instance_dpo", "complex_po", "ddspo"),
+        ("instance_dpo", "complex_po", "ddspo", "diffusion_kto"),
     ),
     "by epoch": (
         {"precompute": True, "precompute_ref_preds": True},
-        ("instance_dpo", "complex_po", "ddspo"),
+        ("instance_dpo", "complex_po", "ddspo", "diffusion_kto"),
     ),
-    "shapes": ({"aspect_ratio_buckets": True, "per_device_train_batch_size": 1}, ("instance_dpo",)),
+    "shapes": (
+        {"aspect_ratio_buckets": True, "per_device_train_batch_size": 1},
+        ("instance_dpo", "diffusion_kto"),
+    ),
     "adamw, cosine": (
         {"optim": "adamw_torch", "optim_args": None, "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 2},
         ("instance_dpo",),

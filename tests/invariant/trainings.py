@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.cli.processes import COMMAND, ROOT, run, run_distributed
+from trl_diffusion import unpair_pairs
 
 
 TRAINERS = {
@@ -20,8 +21,10 @@ TRAINERS = {
     "attribute_sft": "attribute-sft",
     "complex_po": "complex-po",
     "ddspo": "ddspo",
+    "diffusion_kto": "diffusion-kto",
 }
-OF_PAIRS = ("instance_dpo", "ddspo")
+# What a dataset has: pairs, images with a label, or else paintings
+DATASETS = {"instance_dpo": "pairs", "ddspo": "pairs", "diffusion_kto": "labelled"}
 KINDS = ("sd", "sd_v", "sdxl", "sd3")  # noise, velocity, two text encoders and the size of the image, flow
 NUM_ROWS = 11  # in steps of 4 rows, the last step of an epoch has 3
 # Momentum has a state to resume, and a difference shows in the weights as large as it is
@@ -112,10 +115,14 @@ class Trainings:
         return folder
 
     def dataset(self, trainer: str) -> Path:
-        folder = self.folder / ("pairs" if trainer in OF_PAIRS else "paintings")
+        kind = DATASETS.get(trainer, "paintings")
+        folder = self.folder / kind
         if not folder.exists():
             folder.mkdir()
-            rows = tiny.pairs(NUM_ROWS) if trainer in OF_PAIRS else tiny.paintings(NUM_ROWS)
+            if kind == "labelled":
+                rows = unpair_pairs(tiny.pairs(NUM_ROWS)).select(range(NUM_ROWS))
+            else:
+                rows = tiny.pairs(NUM_ROWS) if kind == "pairs" else tiny.paintings(NUM_ROWS)
             for split in ("train", "test"):
                 rows.to_parquet(folder / f"{split}.parquet")
             (self.folder / "criteria.yaml").write_text(tiny.CRITERIA)
@@ -125,7 +132,7 @@ class Trainings:
         """What every training of this kind is told."""
         flags = {"model_name_or_path": self.model(kind), "dataset_name": self.dataset(trainer), **SETTINGS}
         flags |= {"use_peft": True} | tiny.settings(tiny.PIPELINES[kind]())
-        if trainer in OF_PAIRS:
+        if trainer in DATASETS:
             return flags | {"beta": 5}
         flags |= {"criteria": self.folder / "criteria.yaml"}
         if trainer == "complex_po":

@@ -6,6 +6,9 @@ import json
 
 import transformers
 import trl
+from trl.trainer.base_trainer import _BaseTrainer
+
+from trl_diffusion import DiffusionKTOTrainer
 
 from .upstream import FILE, changes, recorded
 
@@ -42,7 +45,10 @@ def test_a_change_is_told():
 
 
 def test_everything_that_is_overridden_is_looked_at():
-    """What the loop rests on is among what is kept."""
+    """What the loop rests on is among what is kept, and what a single trainer defines again."""
     kept = recorded()["overridden"]
     assert {"compute_loss", "_save", "_save_checkpoint", "_load_from_checkpoint", "create_model_card"} <= kept.keys()
     assert "__post_init__" in kept
+    own = [name for name in vars(DiffusionKTOTrainer) if hasattr(_BaseTrainer, name) and not name.startswith("__")]
+    assert {"get_batch_samples", "evaluation_loop", "log"} <= set(own)
+    assert all(name in kept for name in own if callable(getattr(_BaseTrainer, name)))

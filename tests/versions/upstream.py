@@ -27,8 +27,7 @@ from transformers import Trainer
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
-from trl_diffusion.trainer.diffusion_config import DiffusionConfig
-from trl_diffusion.trainer.diffusion_trainer import DiffusionTrainer
+import trl_diffusion
 
 
 FILE = Path(__file__).with_name("upstream.json")
@@ -74,12 +73,16 @@ def recorded() -> dict[str, dict[str, str]]:
 
 
 def overridden() -> dict[str, type]:
-    """The methods of a base class that the trainers or their configuration define again, and that class."""
-    trainers = [each for each in DiffusionTrainer.__mro__ if each.__module__.startswith("trl_diffusion.")]
-    pairs = (*((each, _BaseTrainer) for each in trainers), (DiffusionConfig, _BaseConfig))
+    """The methods of a base class that any trainer or configuration defines again, and that class."""
+    public = [getattr(trl_diffusion, name) for name in trl_diffusion.__all__]
+    trainers = [each for each in public if inspect.isclass(each) and issubclass(each, _BaseTrainer)]
+    configs = [each for each in public if inspect.isclass(each) and issubclass(each, _BaseConfig)]
     return {
         name: base
-        for own, base in pairs
+        for classes, base in ((trainers, _BaseTrainer), (configs, _BaseConfig))
+        for each in classes
+        for own in each.__mro__
+        if own.__module__.startswith("trl_diffusion.")
         for name, member in vars(own).items()
         if inspect.isfunction(member)
         and hasattr(base, name)
