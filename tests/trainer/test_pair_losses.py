@@ -6,8 +6,11 @@
 import math
 
 import pytest
+import torch
+from datasets import Dataset
 
 from tests import tiny
+from tests.trainer.test_mask_training import MIXED, rows
 from trl_diffusion import InstanceDPOConfig, InstanceDPOTrainer
 
 
@@ -52,6 +55,60 @@ def test_accumulation_changes_nothing(tmp_path, name):
         trainer.train()
         weights.append(tiny.weights(trainer.policy))
     assert tiny.max_difference(*weights) < 1e-5
+
+
+# ---- Reversed preferences ----
+
+
+def swapped_by_hand(row: dict) -> dict:
+    """
+    The row with its images exchanged, and the boxes and masks of its instances. What was better is now worse: an instance whose winner
+    was in the rejected image has its new winner in the other image, which is now the rejected one, so that its label reads the same.
+    """
+    instances = [dict(instance) for instance in row.get("instances", ())]
+    for instance in instances:
+        for kind in ("box", "mask"):
+            names = f"chosen_{kind}", f"rejected_{kind}"
+            if names[0] in instance:
+                instance |= dict(zip(names, [instance[name] for name in reversed(names)], strict=True))
+    swapped = {"chosen": row["rejected"], "rejected": row["chosen"]}
+    return row | swapped | ({"instances": instances} if "instances" in row else {})
+
+
+def losses_of(folder, dataset: Dataset, **settings) -> list[float]:
+    """
+    The losses of two steps. The VAE gives the mean of its posterior, whose noise would follow from the name of an image's column.
+    """
+    pipeline = tiny.sd_pipeline()
+    with torch.no_grad():
+        pipeline.vae.quant_conv.weight[4:].zero_()
+        pipeline.vae.quant_conv.bias[4:].fill_(-30)
+    sgd = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.05, "max_steps": 2}
+    trainer = make_trainer(folder, pipeline, tiny.lora(), dataset, **sgd | settings)
+    trainer.train()
+    return tiny.losses(trainer)
+
+
+IMAGES = {
+    **{name: {"loss_type": name, "beta": 20.0} for name in ("sigmoid", "ipo", "hinge", "dmpo")},
+    "mapo": {"loss_type": "mapo", "beta": 0.1},
+    "dspo": {"loss_type": "dspo", "beta": 0.5},
+    "safeguard": {"safeguard_mu": 0.5, "label_smoothing": 0.1, "beta": 20.0},
+    "anchor": {"anchor_alpha": 100.0, "beta": 20.0},
+    "grouped": {"grouped_instances": True, "beta": 20.0},
+}
+
+
+@pytest.mark.parametrize("has_instances", [False, True], ids=["images", "instances"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_reversed_training_is_training_on_swapped_columns(tmp_path, name, has_instances):
+    """With boxes, with masks, with both, and without instances: the losses of both steps; the second reads the gradient of the first."""
+    dataset = rows(*MIXED) if has_instances else tiny.pairs(4, with_instances=False)
+    settings = IMAGES[name] | ({"w_neg": -0.5} if has_instances and name != "grouped" else {})
+    swapped = Dataset.from_list([swapped_by_hand(row) for row in dataset], features=dataset.features)
+    found = losses_of(tmp_path, dataset, reverse_preference=True, **settings)
+    assert found == pytest.approx(losses_of(tmp_path, swapped, **settings), rel=1e-5, abs=1e-6)
+    assert max(abs(a - b) for a, b in zip(found, losses_of(tmp_path, dataset, **settings), strict=True)) > 1e-3
 
 
 def test_mapo_makes_half_of_the_forwards_and_no_copy(tmp_path):
