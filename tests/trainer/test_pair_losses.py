@@ -108,8 +108,8 @@ REVERSED = {
 @pytest.mark.parametrize("name", REVERSED)
 def test_reversed_training_is_training_on_swapped_columns(tmp_path, name, has_instances):
     """
-    The same losses and weights; images without instances, and with boxes, masks, or both. The first loss is often the same in both
-    directions, the weights never are.
+    The same losses and weights, without instances, and with boxes and masks. The losses of so short a training are nearly the same in
+    both directions; the weights are not.
     """
     dataset = rows(*MIXED) if has_instances else tiny.pairs(4, with_instances=False)
     settings = REVERSED[name] | ({"w_neg": -0.5} if has_instances and name != "grouped" else {})
