@@ -15,8 +15,11 @@ from trl_diffusion import (
     ComplexPOTrainer,
     DDSPOConfig,
     DDSPOTrainer,
+    DiffusionKTOConfig,
+    DiffusionKTOTrainer,
     InstanceDPOConfig,
     InstanceDPOTrainer,
+    unpair_pairs,
 )
 
 from .. import tiny
@@ -26,6 +29,15 @@ from ..families import FAMILIES
 STEPS = 20
 IAPO = {"learning_rate": 1e-4, "beta": 100.0}
 INVERSION = {"noise_source": "inversion", "inversion_steps": 4}
+# What is compared in pairs, and how, besides IAPO's own loss
+PAIRS = {
+    **{name: {"loss_type": name, "w_neg": -0.5} for name in ("ipo", "hinge", "dmpo")},
+    "mapo": {"loss_type": "mapo", "beta": 0.1, "w_neg": -0.5},
+    "dspo": {"loss_type": "dspo", "beta": 0.5, "w_neg": -0.5},
+    "safeguard": {"safeguard_mu": 0.5, "label_smoothing": 0.1},
+    "anchor": {"anchor_alpha": 1000.0},
+    "grouped": {"grouped_instances": True},
+}
 # name: family, whether a LoRA is trained, trainer, settings
 ARMS: dict[str, tuple[str, bool, str, dict[str, Any]]] = {
     **{
@@ -56,9 +68,15 @@ ARMS: dict[str, tuple[str, bool, str, dict[str, Any]]] = {
         )
     },
     **{
-        f"{name}-{family}-lora-random": (family, True, name, {"learning_rate": 1e-3, "beta": 50.0} | settings)
+        f"{name}-{family}-lora-random": (family, True, trainer, {"learning_rate": 1e-3, "beta": 50.0} | settings)
         for family in ("sd", "sd3")
-        for name, settings in (("ddspo", {}), ("cpo-degraded", {"target_prompts": "degraded", "target_strength": 2.0}))
+        for name, trainer, settings in (
+            ("ddspo", "ddspo", {}),
+            ("cpo-degraded", "cpo-alone", {"target_prompts": "degraded", "target_strength": 2.0}),
+            ("cpo-attributes", "cpo-alone", {"target_prompts": "attributes", "target_strength": 2.0}),
+            ("kto", "kto", {"gradient_accumulation_steps": 2}),
+            *((name, "iapo", {"beta": 100.0} | settings) for name, settings in PAIRS.items()),
+        )
     },
     "iapo-sd-lora-policy-inverts": (
         *("sd", True, "iapo"),
@@ -82,6 +100,12 @@ ARMS: dict[str, tuple[str, bool, str, dict[str, Any]]] = {
         *("sd_v", True, "cpo"),
         {"learning_rate": 1e-3, "beta": 50.0, "timestep_weighting": "sigmoid", "policy_condition": "positive"},
     ),
+}
+# Trainer, configuration, and what it is given of pairs
+OF_PAIRS = {
+    "iapo": (InstanceDPOTrainer, InstanceDPOConfig, lambda pairs: pairs),
+    "ddspo": (DDSPOTrainer, DDSPOConfig, lambda pairs: pairs),
+    "kto": (DiffusionKTOTrainer, DiffusionKTOConfig, unpair_pairs),
 }
 NOT_RECORDED = ("runtime", "_per_second", "total_flos", "step", "epoch", "num_tokens")
 
@@ -108,16 +132,16 @@ def _trainer(name: str, family: str, is_lora: bool, settings: dict[str, Any], ch
     if settings.get("precompute"):
         common["precompute_dir"] = str(folder / "cache")
     lora = tiny.lora(alpha=8) if is_lora else None
-    if name in ("iapo", "ddspo"):
-        trainer, config = (InstanceDPOTrainer, InstanceDPOConfig) if name == "iapo" else (DDSPOTrainer, DDSPOConfig)
-        data = {"train_dataset": tiny.pairs(8), "eval_dataset": tiny.pairs(2)}
+    if name in OF_PAIRS:
+        trainer, config, rows = OF_PAIRS[name]
+        data = {"train_dataset": rows(tiny.pairs(8)), "eval_dataset": rows(tiny.pairs(2))}
         return trainer(make(), args=config(**common), peft_config=lora, **data)
     (folder / "criteria.yaml").write_text(tiny.CRITERIA)
     common |= {"criteria": str(folder / "criteria.yaml")}
     data = {"train_dataset": tiny.paintings(8), "eval_dataset": tiny.paintings(2), "peft_config": lora}
     if name == "sft":
         return AttributeSFTTrainer(make(), args=AttributeSFTConfig(attribute_dropout=0.3, **common), **data)
-    if name == "cpo-degraded":
+    if name == "cpo-alone":
         return ComplexPOTrainer(make(), args=ComplexPOConfig(**common), **data)
     base = tiny.FAST | own | {"learning_rate": 0.05, "use_cpu": True, "criteria": common["criteria"]} | changes
     expert = AttributeSFTTrainer(

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from trl_diffusion.losses import PAIR_LOSSES
+
 from ..families import FAMILIES
 from .__main__ import difference
 from .arms import ARMS, record
@@ -28,6 +30,14 @@ def test_every_trainer_has_every_kind_of_model():
     papers = ("iapo", "sft", "cpo")
     trained = {(trainer, family) for family, _, trainer, _ in ARMS.values() if trainer in papers}
     assert trained == {(trainer, family) for trainer in papers for family in ("sd", "sd_v", "sdxl", *FAMILIES)}
+
+
+def test_every_objective_has_an_arm():
+    """Each loss of pairs, and each switch that changes one."""
+    settings = [settings for _, _, trainer, settings in ARMS.values() if trainer == "iapo"]
+    assert {each.get("loss_type", "sigmoid") for each in settings} == PAIR_LOSSES.keys()
+    for switch in ("safeguard_mu", "anchor_alpha", "grouped_instances", "label_smoothing"):
+        assert any(each.get(switch) for each in settings), switch
 
 
 def test_two_revisions_are_compared_in_what_both_log():
@@ -62,6 +72,9 @@ def test_a_revision_is_itself():
             "cpo-qwen_image-lora-random",
             "cpo-krea_2-lora-random",
             "sft-sana-lora-random",
+            "kto-sd-lora-random",
+            "dspo-sd-lora-random",
+            "grouped-sd3-lora-random",
         ),
     ],
 )

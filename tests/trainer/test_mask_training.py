@@ -108,6 +108,13 @@ def test_a_margin_below_0_is_refused(margin):
         InstanceDPOConfig("out", box_margin=margin, use_cpu=True)
 
 
+def test_a_margin_with_another_collator_is_refused():
+    """The trainer's own collator widens boxes; it is said before a model is loaded."""
+    args = InstanceDPOConfig("out", box_margin=0.1, use_cpu=True)
+    with pytest.raises(ValueError, match="`box_margin` needs the trainer's own collator"):
+        InstanceDPOTrainer("no/such-model", args=args, data_collator=list)
+
+
 def test_masks_are_drawn_on_the_card(tmp_path):
     """The mask examples of a card show the outlines of masks, in the color of a conflict."""
     trained(tmp_path, rows((0, 1), (0, 1), (0, 1), (0, 1)), mask_examples=2)

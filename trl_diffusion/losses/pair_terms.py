@@ -77,7 +77,11 @@ def instance_terms(regions: torch.Tensor, conflicts: torch.Tensor) -> PairTerms:
 
 
 def pair_errors(
-    model_pred: torch.Tensor, ref_pred: torch.Tensor | None, target: torch.Tensor, terms: PairTerms
+    model_pred: torch.Tensor,
+    ref_pred: torch.Tensor | None,
+    target: torch.Tensor,
+    terms: PairTerms,
+    with_drift: bool = True,
 ) -> PairErrors:
     """
     The errors of each term, `d = mean(M . (eps - e)^2)`; where a term is swapped, chosen means rejected.
@@ -91,6 +95,8 @@ def pair_errors(
             What both should have predicted.
         terms ([`losses.PairTerms`]):
             The terms.
+        with_drift (`bool`, *optional*, defaults to `True`):
+            Whether to compute the drift, which only [`losses.dspo_loss`] reads.
 
     Returns:
         [`losses.PairErrors`], each of shape `(B, R)`.
@@ -99,6 +105,8 @@ def pair_errors(
     if ref_pred is None:
         return PairErrors(*errors)
     ref_errors = terms.ordered(_term_errors(ref_pred, target, terms.masks))
+    if not with_drift:
+        return PairErrors(*errors, *ref_errors)
     drift, _ = terms.ordered(_term_errors(model_pred, ref_pred, terms.masks))
     return PairErrors(*errors, *ref_errors, drift)
 

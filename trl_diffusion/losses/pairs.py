@@ -25,7 +25,8 @@ class PairErrors(NamedTuple):
         ref_rejected (`torch.Tensor` of shape `(B,)` or `(B, R)`, *optional*):
             `d^l_ref` of the reference on the rejected images.
         drift (`torch.Tensor` of shape `(B,)` or `(B, R)`, *optional*):
-            `|e^w - e^w_ref|^2`, the masked mean squared distance of the two predictions for the chosen images.
+            `|e^w - e^w_ref|^2`, the masked mean squared distance of the two predictions for the chosen images; `None` where a
+            loss does not read it.
     """
 
     chosen: torch.Tensor

@@ -11,7 +11,6 @@ from typing import Any
 
 import PIL.Image
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
@@ -43,9 +42,6 @@ from .saving import Saver
 from .saving_trainer import SavingTrainer
 from .sharding import check_is_sharded, check_sharding
 from .zero import writable
-
-
-logger = get_logger(__name__)
 
 
 class DiffusionTrainer(SavingTrainer):
@@ -107,6 +103,7 @@ class DiffusionTrainer(SavingTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
         self.args = args = args or self.default_args(model)
+        self.check_arguments(ref_model, data_collator)
         check_sharding(args)
         self.saver = Saver(self, trains=train_dataset is not None)
         self.publisher = Publisher(self)
@@ -171,6 +168,9 @@ class DiffusionTrainer(SavingTrainer):
     def default_args(cls, model: str | DiffusionPipeline) -> DiffusionConfig:
         name = type(model).__name__ if isinstance(model, DiffusionPipeline) else model
         return cls.config_class(f"{Path(name).name}-{cls._output_suffix}")
+
+    def check_arguments(self, ref_model: str | DiffusionPipeline | None, data_collator) -> None:
+        """Raises a `ValueError` where an argument has no use with `args`, before anything is loaded."""
 
     def make_collator(self, **settings: Any) -> ImageCollator:
         """The collator that is used where the user gives none, see [`data.collators.ImageCollator`]."""

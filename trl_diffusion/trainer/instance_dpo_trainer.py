@@ -6,10 +6,7 @@
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
-from transformers import TrainerCallback
 
 from ..data.collators import InstancePairCollator
 from ..losses import (
@@ -84,28 +81,13 @@ class InstanceDPOTrainer(DiffusionTrainer):
     collator_class = InstancePairCollator
     _output_suffix = "IAPO"
 
-    def __init__(
-        self,
-        model: str | DiffusionPipeline,
-        ref_model: str | DiffusionPipeline | None = None,
-        args: InstanceDPOConfig | None = None,
-        data_collator=None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
-        peft_config: LoraConfig | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-    ):
-        args = args or self.default_args(model)
-        if ref_model is not None and args.loss_type == "mapo":
+    def check_arguments(self, ref_model: str | DiffusionPipeline | None, data_collator) -> None:
+        if ref_model is not None and not self.uses_reference:
             raise ValueError("`ref_model` has no use with `loss_type='mapo'`, which has no reference. Leave it out.")
-        if data_collator is not None and args.box_margin:
+        if data_collator is not None and self.args.box_margin:
             raise ValueError(
                 "`box_margin` needs the trainer's own collator, which widens the boxes. Leave out `data_collator`, or `box_margin`."
             )
-        super().__init__(
-            *(model, ref_model, args, data_collator, train_dataset, eval_dataset, peft_config, callbacks, optimizers)
-        )
 
     @property
     def uses_reference(self) -> bool:
@@ -170,7 +152,8 @@ class InstanceDPOTrainer(DiffusionTrainer):
             terms = terms._replace(is_swapped=~terms.is_swapped)
 
         # d = mean(M . (eps - e(x_t, t, c))^2)
-        errors, metrics = pair_errors(model_pred, ref_pred, target, terms), {}
+        errors = pair_errors(model_pred, ref_pred, target, terms, with_drift=args.loss_type == "dspo")
+        metrics: Metrics = {}
         if args.safeguard_mu is not None:
             scale = safeguard_scale(model_pred, target, terms, args.safeguard_mu)
             errors = errors._replace(rejected=scaled_gradient(errors.rejected, scale))
