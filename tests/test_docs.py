@@ -729,6 +729,16 @@ def test_paper_index():
     assert all(f"`{protocol}`" in page for protocol in shipped_protocols())
 
 
+def test_what_to_cite_is_in_the_paper_index():
+    """Each paper of CITATION.cff, by its number, or by its title or name where it has none."""
+    page = re.sub(r"\s+", " ", read("paper_index.md"))
+    for paper in yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["references"]:
+        numbers = [each["value"].removeprefix("arXiv:") for each in paper.get("identifiers", [])]
+        for number in numbers:
+            assert f"[{number}](https://huggingface.co/papers/{number})" in page
+        assert numbers or paper["title"] in page or f"{paper['abbreviation']}, " in page, paper["title"]
+
+
 # ---- Messages ----
 
 
