@@ -69,10 +69,6 @@ def rows(features: Features = FEATURES, without: tuple[str, ...] = (), **changes
     return Dataset.from_list(both, features=features).remove_columns(list(without))
 
 
-def without_attributes() -> Dataset:
-    return rows(positive_attributes=[], negative_attributes=[])
-
-
 LABELS = ClassLabel(names=["hue", "kind", "pet"])
 OTHERS = ClassLabel(names=["kind", "hue", "pet"])  # the same names in the order of another tree
 DATASETS = {
@@ -94,7 +90,7 @@ DATASETS = {
     "a broken rejected image": lambda: rows(rejected=BROKEN),
     "a box outside": lambda: rows(instances=[INSTANCE | {"chosen_box": [0.0, 0.0, 99.0, 5.0]}]),
     "another preference": lambda: rows(instances=[INSTANCE | {"preference": "better"}]),
-    "no attributes in a row": without_attributes,
+    "no attributes in a row": lambda: rows(positive_attributes=[], negative_attributes=[]),
     "an unknown attribute": lambda: rows(positive_attributes=["hues"]),
     "an attribute of both kinds": lambda: rows(positive_attributes=["hue"], negative_attributes=["hue"]),
     "a label of 2": lambda: rows(label=2),
