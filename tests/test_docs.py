@@ -50,7 +50,14 @@ from trl_diffusion.criteria import parse_criteria
 from trl_diffusion.data.collators import AttributeCollator, InstancePairCollator
 from trl_diffusion.data.formats import check_attribute_columns, prepare_dataset
 from trl_diffusion.evaluation.protocols import load_protocol, shipped_protocols
-from trl_diffusion.losses import complex_po_loss, reflected_target
+from trl_diffusion.losses import (
+    PAIR_LOSSES,
+    PairErrors,
+    PairSettings,
+    complex_po_loss,
+    diffusion_kto_loss,
+    reflected_target,
+)
 from trl_diffusion.masks import unpacked
 from trl_diffusion.metrics import METRICS
 from trl_diffusion.metrics.scorer import open_image
@@ -727,6 +734,58 @@ def test_paper_index():
     settings = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
     assert set(re.findall(r"`(\w+)=", page)) <= settings
     assert all(f"`{protocol}`" in page for protocol in shipped_protocols())
+
+
+def test_every_recipe_is_on_a_page_with_its_settings():
+    """Each is linked where a user chooses one; the table of the other objectives has the numbers of their files."""
+    linked = "".join(read(page) for page in ("which_model.md", "hyperparameters.md"))
+    recipes = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "examples" / "configs").glob("*.yaml")}
+    assert {name for name in recipes if f"examples/configs/{name}.yaml)" not in linked} == set()
+    rows = re.findall(r"^\| \[`(\w+)`\]\(\S+\) \| (.+) \|$", read("hyperparameters.md"), re.MULTILINE)
+    assert len(rows) == 7
+    for name, row in rows:
+        _, model, trained, data, beta, rate, num_rows, steps, _ = row.split(" | ")
+        recipe = recipes[name]
+        assert {"SDXL": "stable-diffusion-xl", "Stable Diffusion 1.5": "v1-5"}[model] in recipe["model_name_or_path"]
+        assert (trained == "LoRA") == ("lora_r" in recipe)
+        assert data in ("pairs", "images", "images with a label", "images with attributes")
+        assert (float(beta), float(rate)) == (recipe["beta"], recipe["learning_rate"])
+        at_once = recipe["per_device_train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
+        assert int(num_rows) == at_once * (4 if name == "kto_sd15" else 1)  # GPUs
+        assert steps == ("1 epoch" if "num_train_epochs" in recipe else str(recipe["max_steps"]))
+
+
+def test_the_first_losses():
+    """Those on the page are the losses of a policy that is its reference."""
+    error = torch.full((1,), 0.3)
+    errors = PairErrors(error, error, error, error, torch.zeros(1))
+    first = {
+        name: PAIR_LOSSES[name](errors, PairSettings(0.001, smoothing))[0].item()
+        for name, smoothing in {"ipo": 0.0, "hinge": 0.0, "dspo": 0.0, "dmpo": 0.01}.items()
+    }
+    assert InstanceDPOConfig("out", loss_type="dmpo").label_smoothing == 0.01
+    assert first["dspo"] == pytest.approx(0.3)
+    reward, kl = torch.zeros(1), torch.zeros(())
+    kto = {
+        name: diffusion_kto_loss(reward, torch.tensor([True]), kl, name, 1.0, 1.0).item()
+        for name in ("kto", "log_sigmoid", "risk_seeking")
+    }
+    page = read("loss_health.md")
+    assert (
+        f'{kto["kto"]:.3g}; {kto["log_sigmoid"]:.3f} with `"log_sigmoid"`, {kto["risk_seeking"]:.3f} with `"risk_seeking"`'
+        in page
+    )
+    assert f"{first['ipo']:.2f}, {first['hinge']:.0f}, and {first['dmpo']:.2f} with the default" in page
+
+
+def test_what_to_cite_is_in_the_paper_index():
+    """Each paper of CITATION.cff, by its number, or by its title or name where it has none."""
+    page = re.sub(r"\s+", " ", read("paper_index.md"))
+    for paper in yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["references"]:
+        numbers = [each["value"].removeprefix("arXiv:") for each in paper.get("identifiers", [])]
+        for number in numbers:
+            assert f"[{number}](https://huggingface.co/papers/{number})" in page
+        assert numbers or paper["title"] in page or f"{paper['abbreviation']}, " in page, paper["title"]
 
 
 # ---- Messages ----

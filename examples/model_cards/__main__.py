@@ -21,10 +21,12 @@ from trl_diffusion.cards.facts import (
     EVALUATION_NAME,
     FACTS_NAME,
     PICTURES,
+    ModelFacts,
     read_evaluation_facts,
     read_model_facts,
     write_facts,
 )
+from trl_diffusion.cards.methods import PAIR_LOSSES
 from trl_diffusion.cards.model import model_card
 from trl_diffusion.files import write_file
 
@@ -78,7 +80,7 @@ def main():
 def index(output_dir: Path) -> str:
     """A page that lists the cards."""
     models = [read_model_facts(output_dir / name / FACTS_NAME) for name in reference.CARDS]
-    rows = [f"| [{facts.name}]({facts.name}/README.md) | {facts.method}, `{facts.recipe_file}` |" for facts in models]
+    rows = [f"| [{facts.name}]({facts.name}/README.md) | {method_of(facts)}, `{facts.recipe_file}` |" for facts in models]
     rows += [f"| [{name}]({name}/README.md) | a dataset, `datasets_builders/` |" for name in datasets.REFERENCE]
     tiny_rows = [
         f"| [{name}]({name}/README.md) | {tiny.EXPERIMENTS[world].arms[arm].title}, on the {world} |"
@@ -89,6 +91,12 @@ def index(output_dir: Path) -> str:
     head = ["| card | of |", "|---|---|"]
     text = INDEX.format(reference="\n".join([*head, *rows]), tiny="\n".join([*head, *tiny_rows]), seed=tiny.SEED)
     return text.lstrip()
+
+
+def method_of(facts: ModelFacts) -> str:
+    """The method of a recipe, and the loss of pairs if it is another than Diffusion-DPO's."""
+    loss = PAIR_LOSSES.get(facts.hyperparameters.get("loss_type"))
+    return f"{facts.method} with the loss of {loss}" if loss else facts.method
 
 
 def render(folder: Path) -> str:

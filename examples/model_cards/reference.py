@@ -14,6 +14,7 @@ import trl_diffusion
 from trl_diffusion.backbones import BACKBONES, Backbone
 from trl_diffusion.cards.facts import DataFacts, ModelFacts
 from trl_diffusion.scripts.utils import get_peft_config
+from trl_diffusion.trainer.complex_po_trainer import OF_ATTRIBUTES
 from trl_diffusion.trainer.model_card import call_arguments, hyperparameters, loading_arguments, predicts_velocity
 
 
@@ -27,6 +28,8 @@ CARDS = {
     "cpo-sdxl-reversed": ("npo_sdxl.yaml", "ComplexPOTrainer", "StableDiffusionXLPipeline", 1),
     "cpo-degraded-sd15": ("cpo_degraded_sd15.yaml", "ComplexPOTrainer", "StableDiffusionPipeline", 1),
     "cpo-flux": ("cpo_flux.yaml", "ComplexPOTrainer", "FluxPipeline", 1),
+    "mapo-sdxl": ("mapo_sdxl.yaml", "InstanceDPOTrainer", "StableDiffusionXLPipeline", 1),
+    "kto-sd15": ("kto_sd15.yaml", "DiffusionKTOTrainer", "StableDiffusionPipeline", 4),
     "ddspo-sd15": ("ddspo_sd15.yaml", "DDSPOTrainer", "StableDiffusionPipeline", 1),
 }
 
@@ -54,6 +57,9 @@ def reference_facts(name: str) -> ModelFacts:
         lora.target_modules = set(family.lora_target_modules)
     resolution, length, unit = training_args.resolution, training_args.max_sequence_length, trainer_class.method.unit
     is_reversed = getattr(training_args, "reverse_preference", False)
+    settings = hyperparameters(training_args, unit, resolution, 0, lora)
+    if settings.get("target_prompts") == "degraded":
+        settings |= dict.fromkeys(OF_ATTRIBUTES, "not used")  # as the trainer says
     return ModelFacts(
         name=name,
         model_id=f"user/{name}",
@@ -77,9 +83,7 @@ def reference_facts(name: str) -> ModelFacts:
         example_prompt=training_args.sample_prompts[0],
         expert=flags.get("expert"),
         data=DataFacts(name=flags["dataset_name"]),
-        hyperparameters=planned(
-            hyperparameters(training_args, unit, resolution, 0, lora), training_args, unit, num_processes
-        ),
+        hyperparameters=planned(settings, training_args, unit, num_processes),
         recipe=flags | yaml.safe_load(text),
         script=script,
         recipe_file=f"examples/configs/{file}",

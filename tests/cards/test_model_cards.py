@@ -7,18 +7,20 @@ import ast
 import dataclasses
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 from markdown_it import MarkdownIt
 
+import trl_diffusion
 from tests.cards.test_text import HOSTILE, INVISIBLE
 from tests.hub.card_rules import check_card
 from trl_diffusion.cards import model
 from trl_diffusion.cards.facts import DataFacts, EvaluationFacts, ModelFacts, Sample, read_model_facts, write_facts
 from trl_diffusion.cards.licenses import LICENSES, license_of
-from trl_diffusion.cards.methods import CITATIONS, METHODS
+from trl_diffusion.cards.methods import CITATIONS, METHODS, PAIR_LOSSES
 from trl_diffusion.cards.text import is_hub_id, plain
 
 
@@ -361,14 +363,56 @@ def test_citations():
     assert "[Beyond](https://huggingface.co/papers/2601.04300)" in card.text
     assert cited(model.model_card(facts(trainer="AttributeSFTTrainer", paper=paper))) == ["meng2026beyond", *libraries]
     assert cited(model.model_card(facts(trainer="SomebodysTrainer", paper={"title": "x"}))) == libraries
-    for entry in CITATIONS.values():
+
+
+def test_citations_of_cpo_without_an_expert():
+    """Degraded prompts are DDSPO's, whose paper is cited too; with the words of attributes it is not."""
+    paper = {"title": "Beyond", "id": "2601.04300", "citation": "@article{meng2026beyond,\n}"}
+    for asked, added in (("degraded", ["kim2025ddspo"]), ("attributes", []), (None, [])):
+        card = model.model_card(
+            facts(trainer="ComplexPOTrainer", paper=paper, hyperparameters={"target_prompts": asked})
+        )
+        assert cited(card)[:-3] == ["meng2026beyond", "wallace2024diffusion", *added]
+
+
+def test_entries_are_written_alike():
+    """One field a line, four spaces before it, equals signs below each other, the title in two pairs of braces, a year at least."""
+    own = {name: getattr(trl_diffusion, name).method.paper["citation"] for name in METHODS}
+    assert own["DDSPOTrainer"] == CITATIONS["DDSPO"]
+    for entry in [*own.values(), *CITATIONS.values()]:
         assert entry.count("{") == entry.count("}")
+        head, *lines, end = entry.splitlines()
+        assert re.fullmatch(r"@(article|inproceedings|software)\{\w+,", head) and end == "}"
+        fields = [re.fullmatch(r"    (\w+) *= \{(.+)", line) for line in lines if not line.startswith(" " * 5)]
+        assert all(fields) and len({line.index("=") for line in lines if " = " in line}) == 1, head
+        names = [field[1] for field in fields]
+        assert names[:2] == ["title", "author"] and "year" in names and fields[0][2].startswith("{"), head
+        assert ("booktitle" in names) == head.startswith("@inproceedings"), head
+
+
+def test_the_papers_are_those_of_the_citation_file():
+    """Title, authors, venue, year and number of each paper that cards cite are those of CITATION.cff, which has InPO besides."""
+    known = {each["title"]: each for each in yaml.safe_load(Path("CITATION.cff").read_text())["references"]}
+    entries = [getattr(trl_diffusion, name).method.paper["citation"] for name in METHODS] + list(CITATIONS.values())
+    papers = [entry for entry in entries if not entry.startswith("@software")]
+    for entry in papers:
+        assert (paper := known.get(re.search(r"\{\{(.+)\}\}", entry)[1])), entry
+        assert f"{{{paper['year']}}}" in entry
+        assert ("conference" in paper) == ("booktitle" in entry)
+        if "conference" in paper:
+            assert paper["conference"]["name"] == f"{re.search(r'booktitle = .(.+).,', entry)[1]} {paper['year']}"
+        numbers = [each["value"] for each in paper.get("identifiers", [])]
+        assert re.findall(r"arXiv:[\d.]+", entry) == numbers
+        if "family-names" in paper["authors"][0]:
+            names = [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
+            written = re.search(r"author += \{(.+?)\},$", entry, re.DOTALL | re.MULTILINE)[1]
+            assert re.sub(r"\s+", " ", written) == " and ".join(names)
+    titles = {re.search(r"\{\{(.+)\}\}", entry)[1] for entry in papers}
+    assert {paper["abbreviation"] for title, paper in known.items() if title not in titles} == {"InPO"}
 
 
 def test_the_library_is_cited_as_in_its_own_file():
     """Title, authors and licence are those of CITATION.cff."""
-    from pathlib import Path
-
     known = yaml.safe_load(Path("CITATION.cff").read_text())
     entry = CITATIONS["trl_diffusion"].replace("\\_", "_")
     assert f"{{{{{known['title']}}}}}" in entry and known["authors"][0]["name"] in entry and known["license"] in entry
@@ -392,6 +436,16 @@ def test_every_trainer_has_its_sentences():
         assert text.description.count(". ") == 1 and text.description.endswith(".") and text.script in COMMANDS
     assert "this is Diffusion-DPO" in model.model_card(facts(hyperparameters={"w_neg": 1.0})).text
     assert "this is Diffusion-DPO" not in model.model_card(facts()).text
+
+
+def test_a_loss_without_a_reference():
+    """A card of MaPO does not say that the policy is compared with the model before the training; the others do, with their loss."""
+    for loss in ("sigmoid", *PAIR_LOSSES):
+        text = model.model_card(facts(hyperparameters={"loss_type": loss, "w_neg": 0.0})).text
+        assert ("measured from the model before the training" in text) == (loss != "mapo")
+        assert ("plays no part in it" in text) == (loss == "mapo")
+        assert "a mask takes its region out of the comparison" in text
+        assert ("by the loss of" in text) == (loss != "sigmoid")
 
 
 def test_the_arm_that_is_asked_for():

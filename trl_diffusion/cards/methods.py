@@ -27,12 +27,12 @@ class MethodText(NamedTuple):
     builds_on: tuple[str, ...] = ()
 
 
+MASK = "Where an instance, such as a dog or a hand, is drawn better in the image that lost, a mask takes its region out of the comparison."
 METHODS = {
     "InstanceDPOTrainer": MethodText(
         "instance-dpo",
         "As in Diffusion-DPO, the model learns from two images of one prompt to make the one that was preferred likelier than the "
-        "other, measured from the model before the training. Where an instance, such as a dog or a hand, is drawn better in the image "
-        "that lost, a mask takes its region out of the comparison.",
+        f"other, measured from the model before the training. {MASK}",
         "the same training with `w_neg` 1, which is Diffusion-DPO",
         ("Diffusion-DPO",),
     ),
@@ -71,17 +71,30 @@ WITHOUT_EXPERT = {
     "degraded": "There was neither an expert nor were there attributes. The model learns to move away from what it predicted before the "
     "training for the prompt without some of its words, and is held where it was for the whole prompt.",
 }
+# What replaces the description of IAPO where `loss_type` is `"mapo"`
+WITHOUT_REFERENCE = (
+    "The model learns from two images of one prompt to denoise the preferred one well, and better than the other. The model before the "
+    f"training plays no part in it. {MASK}"
+)
 NO_MASK = "With `w_neg` 1, as here, no region is taken out"
 PLAIN_DPO = f"{NO_MASK}: this is Diffusion-DPO."
 GROUPED = "Here each instance is compared by itself, with its own preference, and so is the background."
 # The losses of pairs besides that of Diffusion-DPO, and the names of their papers among `CITATIONS`
 PAIR_LOSSES = {"ipo": "IPO", "hinge": "SLiC", "mapo": "MaPO", "dspo": "DSPO", "dmpo": "DMPO"}
 SAFEGUARD = "Diffusion-SDPO"
+DEGRADED = "DDSPO"  # the paper of the degraded prompts
 SWAPPED = "Here the two are swapped, so that it learns to draw what it should not."
 SWAPPED_LABELS = "Here the labels are swapped, so that it learns to draw what it should not."
 REVERSED = "Diffusion-NPO"
 
 CITATIONS = {
+    "DDSPO": """\
+@article{kim2025ddspo,
+    title  = {{Direct Diffusion Score Preference Optimization via Stepwise Contrastive Policy-Pair Supervision}},
+    author = {Kim, Dohyun and Lyu, Seungwoo and Kim, Seung Wook and Seo, Paul Hongsuck},
+    year   = {2025},
+    eprint = {arXiv:2512.23426},
+}""",
     "IPO": """\
 @inproceedings{azar2024general,
     title     = {{A General Theoretical Paradigm to Understand Learning from Human Preferences}},
@@ -183,7 +196,7 @@ def citations_of(trainer: str, citation: str, is_reversed: bool, hyperparameters
         is_reversed (`bool`):
             Whether the preference was reversed.
         hyperparameters (`dict[str, Any]`):
-            Of which `loss_type` and `safeguard_mu` are read.
+            Of which `loss_type`, `safeguard_mu` and `target_prompts` are read.
 
     Returns:
         `list[str]`: entries of BibTeX, the method's own first.
@@ -193,5 +206,7 @@ def citations_of(trainer: str, citation: str, is_reversed: bool, hyperparameters
         loss = PAIR_LOSSES.get(hyperparameters.get("loss_type"))
         is_safeguarded = hyperparameters.get("safeguard_mu") is not None
         builds_on = *builds_on, *([loss] if loss else []), *([SAFEGUARD] if is_safeguarded else [])
+    if trainer == "ComplexPOTrainer" and hyperparameters.get("target_prompts") == "degraded":
+        builds_on = *builds_on, DEGRADED
     names = *builds_on, *([REVERSED] if is_reversed else []), "trl_diffusion", "TRL", "diffusers"
     return [*([citation] if citation else []), *(CITATIONS[name] for name in names)]

@@ -22,6 +22,7 @@ from .methods import (
     SWAPPED,
     SWAPPED_LABELS,
     WITHOUT_EXPERT,
+    WITHOUT_REFERENCE,
     citations_of,
 )
 from .quick_start import WEIGHTS, evaluation_command, export_command, export_path, other_start, quick_start
@@ -196,6 +197,8 @@ def _method_text(facts: ModelFacts) -> str:
     if facts.trainer not in METHODS:
         return ""
     description = WITHOUT_EXPERT.get(facts.hyperparameters.get("target_prompts"), METHODS[facts.trainer].description)
+    if facts.hyperparameters.get("loss_type") == "mapo":
+        description = WITHOUT_REFERENCE
     swapped = SWAPPED_LABELS if facts.trainer == "DiffusionKTOTrainer" else SWAPPED
     return " ".join([description, *_of_pairs(facts), *([swapped] if facts.is_reversed else [])])
 

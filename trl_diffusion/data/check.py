@@ -19,6 +19,7 @@ from ..criteria import Criteria
 from ..messages import cut, shown
 from .formats import (
     ATTRIBUTE_COLUMNS,
+    check_attribute_columns,
     check_attributes,
     check_preference,
     instance_faults,
@@ -29,7 +30,7 @@ from .formats import (
 )
 from .images import image_content, image_errors, open_image
 from .instances import has_mask, mask_faults
-from .labels import label_faults, row_label
+from .labels import label_faults, refuse_pairs, row_label
 from .pictures import is_transparent, orientation, upright_image
 
 
@@ -50,7 +51,8 @@ def check_dataset(
 ) -> dict[str, Any]:
     """
     Checks a dataset: the types of its columns, and all of every row, each image decoded in full. Resizing and cropping alone
-    are left out, which cannot fail.
+    are left out, which cannot fail. The columns tell what is read: with `chosen` or `rejected` also instances, with `label` labels, with
+    those of attributes attributes.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -74,7 +76,10 @@ def check_dataset(
         dataset contains.
     """
     of_columns: list[tuple[str, str]] = []
+    has_label, has_pairs = "label" in columns, not {"chosen", "rejected"}.isdisjoint(columns)
     try:
+        if has_label:
+            refuse_pairs(dataset, "dataset")
         dataset = prepare_dataset(dataset, "dataset", columns, image_columns, of_columns)
     except ValueError as error:  # without its columns, or its rows, no trainer reads it; what is there is still read
         of_columns = [("dataset", str(error))]
@@ -88,7 +93,13 @@ def check_dataset(
             dataset, columns, image_columns = [], (), ()
     if "label" in columns:
         of_columns += [("label", fault) for fault in label_faults(dataset, "dataset")]
-    counts, faults = Counts(columns, image_columns, resolution, criteria, fits), []
+    mistyped = {column for column, _ in of_columns}
+    if criteria is not None and set(ATTRIBUTE_COLUMNS) <= set(columns) and mistyped.isdisjoint(ATTRIBUTE_COLUMNS):
+        try:
+            check_attribute_columns(dataset, "dataset", criteria, allow_none=True)  # its rows say which have none
+        except ValueError as error:
+            of_columns.append(("attributes", str(error)))
+    counts, faults = Counts(image_columns, resolution, has_label, has_pairs, criteria, fits), []
 
     def inspect(row: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
         return inspect_row(row, columns, image_columns, criteria, needs_attributes)
@@ -146,7 +157,7 @@ def inspect_row(
         attempt(column, lambda column=column: read_image(row, column, describe_image))
     if "label" in columns:
         attempt("label", lambda: row_label(row))
-    elif criteria is None:
+    if not {"chosen", "rejected"}.isdisjoint(columns):
         sizes = {
             column: content[column]["stored"] if column in content else (np.inf, np.inf) for column in image_columns
         }
@@ -154,7 +165,7 @@ def inspect_row(
             mask_faults(row, {column: content[column]["stored"] for column in image_columns if column in content})
         )
         faults += [("instances", text) for text in of_instances]
-    elif set(ATTRIBUTE_COLUMNS) <= set(columns):
+    if criteria is not None and set(ATTRIBUTE_COLUMNS) <= set(columns):
         attempt("attributes", lambda: check_attributes(row, criteria))
         if needs_attributes and content.get("attributes") == ([], []):
             text = f"The row with id {shown(row.get('id'))} has neither positive nor negative attributes. Drop such rows with `dataset.filter`."
@@ -187,19 +198,23 @@ class Counts:
     Counts what a dataset holds.
 
     Args:
-        columns, image_columns, resolution, criteria, fits:
+        image_columns, resolution, criteria, fits:
             As for [`data.check.check_dataset`].
+        has_label, has_pairs (`bool`):
+            Whether its rows are images with a label, or pairs, which may have instances.
     """
 
     def __init__(
         self,
-        columns: tuple[str, ...],
         image_columns: tuple[str, ...],
         resolution: int,
+        has_label: bool,
+        has_pairs: bool,
         criteria: Criteria | None,
         fits: Callable[[str], bool] | None,
     ):
-        self.resolution, self.criteria, self.fits, self.has_label = resolution, criteria, fits, "label" in columns
+        self.resolution, self.criteria, self.fits = resolution, criteria, fits
+        self.has_label, self.has_pairs = has_label, has_pairs
         self.sizes: dict[str, list[tuple[int, int]]] = {column: [] for column in image_columns}
         self.images = {column: Counter() for column in image_columns}
         self.prompts, self.labels, self.preferences, self.attributes = (
@@ -236,7 +251,7 @@ class Counts:
             duplicates["chosen is rejected"] += len(hashes) == 2 and hashes[0] == hashes[1]
         if "label" in content:
             self.labels["desirable" if content["label"] else "undesirable"] += 1
-        elif not self.has_label:
+        if self.has_pairs:
             self._add_instances(row)
         for form, names in zip(("positive", "negative"), content.get("attributes", ()), strict=False):
             for name in names:
@@ -278,7 +293,7 @@ class Counts:
             held["prompts"]["longer than the text encoders read"] = self.prompts["too long"]
         if self.has_label:
             held["labels"] = {name: self.labels[name] for name in ("desirable", "undesirable")}
-        elif self.criteria is None:
+        if self.has_pairs:
             number = self.labels.total()
             held["instances"] = {
                 "instances": number,
@@ -290,7 +305,7 @@ class Counts:
             }
             if masks := self.holds["instances"]["masks"]:
                 held["instances"]["with masks"] = masks
-        else:
+        if self.criteria is not None:
             held["attributes"] = {
                 "rows without": self.holds["instances"]["rows without attributes"],
                 "dimensions": {name: dict(forms) for name, forms in sorted(self.attributes.items())},
@@ -335,7 +350,7 @@ def as_text(report: dict[str, Any]) -> Iterator[str]:
     yield "prompts: " + _counts(held["prompts"])
     if "labels" in held:
         yield "labels: " + _counts(held["labels"])
-    elif "instances" in held:
+    if "instances" in held:
         instances = held["instances"]
         yield (
             f"instances: {instances['instances']}; {instances['rows without']} rows without; conflicts "
@@ -346,7 +361,7 @@ def as_text(report: dict[str, Any]) -> Iterator[str]:
         more = len(labels) - SHOWN_LABELS
         if labels:
             yield "labels: " + _counts(dict(labels[:SHOWN_LABELS])) + (f" and {more} more" if more > 0 else "")
-    else:
+    if "attributes" in held:
         yield f"attributes: {held['attributes']['rows without']} rows without"
         for name, forms in held["attributes"]["dimensions"].items():
             yield f"  {name}: {_counts(forms)}"

@@ -15,6 +15,7 @@ Reads every row of a dataset as a trainer does, and says all that is wrong with 
 ```bash
 trl-diffusion check-dataset --dataset_name user/pickapic-instance --output report.json
 trl-diffusion check-dataset --dataset_name user/painting-attributes --trainer complex-po --criteria painting
+trl-diffusion check-dataset --dataset_name user/paintings --trainer complex-po --target_prompts degraded
 ```
 """
 
@@ -38,6 +39,9 @@ class CheckDatasetArguments(DatasetArguments):
         trainer (`str`, *optional*):
             The trainer that will read the dataset: `"instance-dpo"`, `"attribute-sft"`, `"complex-po"`, `"ddspo"` or `"diffusion-kto"`. By
             default the first for a dataset with the columns `chosen` and `rejected`, the last for one with `image` and `label`.
+        target_prompts (`str`, *optional*):
+            For `"complex-po"` without an expert, what the reference will be asked: `"attributes"` or `"degraded"`. With the last, the
+            dataset needs no attributes.
         criteria (`str`, *optional*, defaults to `"painting"`):
             The tree of the attributes: a YAML file, or the name of a tree that comes with the package.
         resolution (`int`, *optional*, defaults to `512`):
@@ -54,6 +58,13 @@ class CheckDatasetArguments(DatasetArguments):
             "help": "The trainer that will read the dataset. By default `instance-dpo` for a dataset with the columns `chosen` and "
             "`rejected`, `diffusion-kto` for one with `image` and `label`.",
             "choices": list(TRAINERS),
+        },
+    )
+    target_prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "For `complex-po` without an expert, what the reference will be asked. With `degraded`, the dataset needs no attributes.",
+            "choices": ["attributes", "degraded"],
         },
     )
     criteria: str = field(
@@ -139,15 +150,19 @@ def main(args: CheckDatasetArguments) -> int:
             f"`--trainer` is missing: the columns {', '.join(names)} do not tell which trainer is to read them. Name "
             f"{', '.join(TRAINERS)}."
         )
+    if args.target_prompts is not None and trainer != "complex-po":
+        raise ValueError(f"`--target_prompts` is of `--trainer complex-po`, not of {trainer}. Leave it out.")
+    is_degraded = args.target_prompts == "degraded"
+    reads_attributes = trainer in ("attribute-sft", "complex-po") and not is_degraded
     classes = InstanceDPOTrainer, AttributeSFTTrainer, ComplexPOTrainer, DDSPOTrainer, DiffusionKTOTrainer
     trainer_class = dict(zip(TRAINERS, classes, strict=True))[trainer]
     report = check_dataset(
         dataset,
-        trainer_class.columns,
+        ("prompt", "image") if is_degraded else trainer_class.columns,
         trainer_class.image_columns,
         args.resolution,
-        criteria=Criteria.load(args.criteria) if trainer in ("attribute-sft", "complex-po") else None,
-        needs_attributes=trainer == "complex-po",
+        criteria=Criteria.load(args.criteria) if reads_attributes else None,
+        needs_attributes=trainer == "complex-po" and reads_attributes,
         fits=prompt_fits(args.model_name_or_path) if args.model_name_or_path else None,
     )
     for line in as_text(report):
