@@ -6,6 +6,7 @@
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 
 from ..data.collators import InstancePairCollator
 from ..losses import diffusion_dpo_loss
@@ -14,7 +15,7 @@ from .ddspo_config import DDSPOConfig
 from .diffusion_trainer import DiffusionTrainer, Metrics
 from .model_card import Method
 from .noised_batch import NoisedBatch
-from .target_prompts import degraded
+from .target_prompts import degraded, warn_of_prompts_without_words
 
 
 class DDSPOTrainer(DiffusionTrainer):
@@ -68,6 +69,11 @@ class DDSPOTrainer(DiffusionTrainer):
     collator_class = InstancePairCollator
     uses_reference = True
     _output_suffix = "DDSPO"
+
+    def _prepare_dataset(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+        dataset = super()._prepare_dataset(dataset, name)
+        warn_of_prompts_without_words(dataset, name)
+        return dataset
 
     def objective(self, model: torch.nn.Module, noised: NoisedBatch) -> tuple[torch.Tensor, Metrics]:
         # One batch for both images: (2B, ...), chosen then rejected

@@ -8,12 +8,18 @@ prompt and a part of its words.
 
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
 import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
 
 from ..degraded_prompts import degraded_prompt
 from .attributes import AttributePrompts
 from .complex_po_config import ComplexPOConfig
 from .ddspo_config import DDSPOConfig
+
+
+logger = get_logger(__name__)
 
 
 class ComplexPrompts(NamedTuple):
@@ -159,3 +165,16 @@ def degraded_prompts(plain: list[str], args: ComplexPOConfig) -> ComplexPrompts:
     sides = [plain, [degraded(prompt, args) for prompt in plain]]
     chosen, rejected = sides[::-1] if args.reverse_preference else sides
     return ComplexPrompts(plain, chosen, rejected, *torch.ones(2, len(plain)))
+
+
+def warn_of_prompts_without_words(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Says how many rows in memory have a prompt that has no words to lose."""
+    if isinstance(dataset, IterableDataset) or dataset.format["type"] == "custom":
+        return
+    prompts = dataset.with_format("arrow").select_columns(["prompt"])[:]["prompt"]
+    number = pc.sum(pc.equal(pc.utf8_trim_whitespace(prompts), "")).as_py()
+    if number:
+        logger.warning(
+            f"{number:,} of the {len(dataset):,} rows of `{name}` have a prompt without words, which has none to lose: the prediction "
+            "that the policy should leave is the reference's own. Remove such rows."
+        )
