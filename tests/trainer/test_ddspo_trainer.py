@@ -5,6 +5,7 @@ import json
 import logging
 import math
 
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
@@ -17,6 +18,7 @@ from trl_diffusion.backbones import load_backbone
 from trl_diffusion.degraded_prompts import degraded_prompt
 from trl_diffusion.losses import diffusion_dpo_loss
 from trl_diffusion.randomness import keyed_noise
+from trl_diffusion.trainer.target_prompts import warn_of_prompts_without_words
 
 
 def make_trainer(tmp_path, pipeline=None, dataset=None, **kwargs) -> DDSPOTrainer:
@@ -334,6 +336,15 @@ def test_prompts_without_words_are_counted(tmp_path, caplog):
         make_trainer(tmp_path, dataset=dataset, eval_dataset=dataset.select([0, 1]))
     assert "2 of the 6 rows of `train_dataset` have a prompt without words" in caplog.text
     assert "1 of the 2 rows of `eval_dataset`" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_prompts_of_any_type_of_text_are_counted(kind, caplog):
+    """An ideographic space is no word either, and a prompt that is missing is refused elsewhere."""
+    prompts = pa.array(["a cat", "", "\u3000", None, "猫"], kind)
+    with caplog.at_level(logging.WARNING):
+        warn_of_prompts_without_words(Dataset(pa.table({"prompt": prompts})), "rows")
+    assert "2 of the 5 rows of `rows`" in caplog.text
 
 
 # ---- What is saved, and what is refused ----

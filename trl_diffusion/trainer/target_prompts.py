@@ -8,6 +8,7 @@ prompt and a part of its words.
 
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
@@ -171,7 +172,7 @@ def warn_of_prompts_without_words(dataset: Dataset | IterableDataset, name: str)
     """Says how many rows in memory have a prompt that has no words to lose."""
     if isinstance(dataset, IterableDataset) or dataset.format["type"] == "custom":
         return
-    prompts = dataset.with_format("arrow").select_columns(["prompt"])[:]["prompt"]
+    prompts = dataset.with_format("arrow").select_columns(["prompt"])[:]["prompt"].cast(pa.large_string())
     number = pc.sum(pc.equal(pc.utf8_trim_whitespace(prompts), "")).as_py()
     if number:
         logger.warning(
