@@ -156,7 +156,7 @@ class ComplexPOTrainer(DiffusionTrainer):
             asked = [worse]  # the prediction for the other prompt is the reference's own
         else:
             asked = [prompts.chosen, prompts.rejected] + ([prompts.plain] if self.args.target_strength != 1 else [])
-        # The rows of the frozen forward; the reference's are the last, and the policy's too
+        # The rows of the frozen forward; the last are those of the reference and of the policy
         frozen = self.encoder.conditions(sum(asked, []) + policy, inputs, latents)
         return {
             "prompts": prompts,
@@ -187,7 +187,7 @@ class ComplexPOTrainer(DiffusionTrainer):
         return {"chosen_target": chosen, "rejected_target": rejected, "ref_pred": ref_pred}
 
     def _ask_frozen_models(self, model: torch.nn.Module, noised: NoisedBatch) -> tuple[torch.Tensor, ...]:
-        """The predictions `(B, C, h, w)` for each row of `frozen_conditions`: the expert's, or the reference's in its place, then the reference's."""
+        """The predictions `(B, C, h, w)` for each prompt of a row: those of the expert, or of the reference in its place; last `e_ref`."""
         conditions, size = noised.batch["frozen_conditions"], len(noised.latents)
         rows = len(next(iter(conditions.values()))) // size
         inputs = torch.cat([noised.noisy_latents] * rows), noised.timesteps.repeat(rows), conditions
