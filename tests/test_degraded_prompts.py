@@ -3,6 +3,7 @@
 
 import random
 from collections import Counter
+from itertools import combinations
 from math import ceil, floor
 
 import pytest
@@ -61,6 +62,37 @@ def test_the_key_decides():
 def test_equal_words_are_dropped_one_by_one():
     """A word that occurs several times is dropped by its place."""
     assert {degraded_prompt("a a a a", (0.5, 0.5), seed) for seed in range(20)} == {"a a"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("红色的猫坐在垫子", list("红色的猫坐在垫子")),
+        ("赤い猫、白い犬", list("赤い猫、白い犬")),
+        ("a cat 和一只 dog", ["a", "cat", "和", "一", "只", "dog"]),
+        ("ｗｉｄｅ　猫", list("ｗｉｄｅ猫")),  # full-width letters and an ideographic space
+        ("붉은 고양이 두 마리", ["붉은", "고양이", "두", "마리"]),  # Korean is written with spaces
+    ],
+)
+def test_chinese_and_japanese_lose_characters(text, words):
+    """Without white space, a prompt would be one word, and lose all. A share of one half leaves the other half, in its order."""
+    possible = {"".join(left) for left in combinations(words, len(words) - round(len(words) / 2))}
+    lefts = {degraded_prompt(text, (0.5, 0.5), seed) for seed in range(30)}
+    assert {left.replace(" ", "") for left in lefts} <= possible and len(lefts) > 3
+    assert all(left == " ".join(left.split()) for left in lefts)
+
+
+def test_brackets_of_weights_are_words_like_others():
+    """Nothing here reads them, and neither do the text encoders."""
+    lefts = {degraded_prompt("(a red cat:1.3) on [a mat]", (0.5, 0.5), seed) for seed in range(50)}
+    assert {word for left in lefts for word in left.split()} == {"(a", "red", "cat:1.3)", "on", "[a", "mat]"}
+
+
+@pytest.mark.parametrize("shares", [0.5, "0.4", ["0.4", "0.7"], None])
+def test_what_is_no_pair_of_numbers_is_refused(shares):
+    """Such as one number in a YAML file."""
+    with pytest.raises(ValueError, match="`dropped_words` must be"):
+        check_dropped_words(shares)
 
 
 @pytest.mark.parametrize("shares", [[0.5], [0.4, 0.7, 0.9], [0.7, 0.4], [-0.1, 0.5], [0.5, 1.1], [float("nan"), 0.5]])

@@ -587,6 +587,7 @@ def test_a_stream_is_checked_as_it_comes(tmp_path, experts, criteria):
         ({"beta": 0.0}, "`beta` must be positive"),
         ({"target_strength": -1.0}, "`target_strength` must be positive"),
         ({"reflection_weight": -0.5}, "`reflection_weight` must not be negative"),
+        ({"loss_type": "unstabilized", "reflection_weight": 0.5}, "`reflection_weight=0.5` has no effect"),
         ({"loss_type": "hinge"}, "`loss_type` must be 'stabilized' or 'unstabilized'"),
         ({"attribute_targets": "all"}, "`attribute_targets` must be 'present' or 'paired'"),
         ({"timestep_weighting": "snr"}, "`timestep_weighting` must be 'constant', 'min_snr' or 'sigmoid'"),

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import json
+import logging
 import math
 
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
@@ -16,6 +18,7 @@ from trl_diffusion.backbones import load_backbone
 from trl_diffusion.degraded_prompts import degraded_prompt
 from trl_diffusion.losses import diffusion_dpo_loss
 from trl_diffusion.randomness import keyed_noise
+from trl_diffusion.trainer.target_prompts import warn_of_prompts_without_words
 
 
 def make_trainer(tmp_path, pipeline=None, dataset=None, **kwargs) -> DDSPOTrainer:
@@ -308,6 +311,40 @@ def test_what_is_precomputed_depends_on_the_words_that_are_dropped(tmp_path, cap
         make_trainer(tmp_path, dropped_words=shares, **settings)
         found.append("Precomputed before: noised rows of epoch 1" in capsys.readouterr().out)
     assert found == [False, False, True]
+
+
+def test_the_list_of_prompts_is_kept(tmp_path):
+    """A million prompts take a minute to degrade, so a second start of the same training reads them, and one of other shares does not."""
+    settings = {"precompute": True, "precompute_dir": str(tmp_path / "cache")}
+    numbers = []
+    for shares in ([0.4, 0.7], [0.4, 0.7], [0.1, 0.2]):
+        make_trainer(tmp_path, dropped_words=shares, **settings)
+        numbers.append(len(list((tmp_path / "cache").glob("list-of-prompts-*.arrow"))))
+    assert numbers == [1, 1, 2]
+
+
+def test_prompts_without_words_are_counted(tmp_path, caplog):
+    """Such a row has the reference's own prediction as the target to leave; it is said how many there are, of a dataset in memory."""
+    rows = [
+        {**row, "prompt": "" if index == 1 else " " if index == 2 else row["prompt"]}
+        for index, row in enumerate(tiny.pairs(6))
+    ]
+    dataset = Dataset.from_list(rows, features=tiny.pairs(1).features)
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path, dataset=dataset.select([0, 3, 4]))
+        assert "without words" not in caplog.text
+        make_trainer(tmp_path, dataset=dataset, eval_dataset=dataset.select([0, 1]))
+    assert "2 of the 6 rows of `train_dataset` have a prompt without words" in caplog.text
+    assert "1 of the 2 rows of `eval_dataset`" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_prompts_of_any_type_of_text_are_counted(kind, caplog):
+    """An ideographic space is no word either, and a prompt that is missing is refused elsewhere."""
+    prompts = pa.array(["a cat", "", "\u3000", None, "猫"], kind)
+    with caplog.at_level(logging.WARNING):
+        warn_of_prompts_without_words(Dataset(pa.table({"prompt": prompts})), "rows")
+    assert "2 of the 5 rows of `rows`" in caplog.text
 
 
 # ---- What is saved, and what is refused ----

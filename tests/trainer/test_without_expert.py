@@ -431,17 +431,40 @@ def test_it_must_be_said_what_takes_the_experts_place(tmp_path):
         ({"target_prompts": "plain"}, "`target_prompts` must be 'attributes' or 'degraded'"),
         ({"target_prompts": "degraded", "attribute_targets": "paired"}, "`attribute_targets='paired'` is not possible"),
         ({"target_prompts": "degraded", "max_attributes": 3}, "`max_attributes=3` is not possible"),
+        ({"target_prompts": "degraded", "attribute_order": "given"}, "`attribute_order='given'` is not possible"),
+        ({"target_prompts": "degraded", "attribute_separator": "; "}, "`attribute_separator='; '` is not possible"),
         ({"target_prompts": "degraded", "policy_condition": "positive"}, "`policy_condition='positive'` is not possible"),
         ({"target_prompts": "degraded", "prompt_dropout": 0.1}, "`prompt_dropout=0.1` is not possible"),
         ({"target_prompts": "degraded", "dropped_words": [0.7, 0.4]}, "`dropped_words` must be"),
         ({"target_prompts": "attributes", "dropped_words": [0.4, 0.7]}, "`dropped_words` has no effect"),
         ({"dropped_words": [0.4, 0.7]}, "`dropped_words` has no effect"),
+        ({"target_prompts": "degraded", "dropped_words": 0.5}, "`dropped_words` must be"),
     ],
 )  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(tmp_path, settings, message):
     """The message names the field, and the reason or what it may be."""
     with pytest.raises(ValueError, match=message):
         ComplexPOConfig(str(tmp_path), **settings)
+
+
+def test_criteria_that_are_not_used_are_named(tmp_path, caplog):
+    """A tree beside degraded prompts is no error, as a recipe may be shared, but it is said that nothing reads it."""
+    for target_prompts, is_said in (("attributes", False), ("degraded", True)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            ComplexPOConfig(str(tmp_path), criteria="user.yaml", target_prompts=target_prompts)
+        assert ("`criteria='user.yaml'` has no effect" in caplog.text) == is_said
+
+
+def test_kept_predictions_depend_on_the_words_of_the_tree(tmp_path, criteria):
+    """A tree of the same name with another word asks other prompts, also where a collator of the user does not know the tree."""
+    other = tmp_path / "other.yaml"
+    other.write_text(tiny.CRITERIA.replace("red", "crimson"))
+    found = []
+    for tree in (criteria, other, criteria):
+        trainer = make_trainer(tmp_path, None, tiny.paintings(), target_prompts="attributes", criteria=str(tree))
+        found.append(trainer._frozen_fingerprints())
+    assert trainer.criteria.name == "tiny" and found[0] == found[2] != found[1]
 
 
 # ---- Cards ----

@@ -104,7 +104,7 @@ class TransformersDetector(Detector):
             Device of the model. Defaults to the GPU if there is one, else to the CPU.
 
     Raises:
-        `ValueError`: If the threshold is not in [0, 1).
+        `ValueError`: If the threshold is not in [0, 1), or the batch size is not positive.
     """
 
     def __init__(
@@ -118,6 +118,8 @@ class TransformersDetector(Detector):
     ):
         if not 0 <= threshold < 1:
             raise ValueError(f"The detector's threshold must be in [0, 1), got {threshold}.")
+        if batch_size < 1:
+            raise ValueError(f"The detector's batch size must be at least 1, got {batch_size}.")
         self.model_name_or_path = model_name_or_path
         self.revision = resolve_revision(model_name_or_path, revision)
         self.threshold = threshold

@@ -31,7 +31,7 @@ from .world import (
     coverage,
     evaluation_prompts,
     look_past_bite,
-    png_bytes,
+    pair_dataset,
     product_of,
     sample_box,
     templates,
@@ -366,38 +366,6 @@ def crowd_dataset(num_pairs: int, seed: int, conflict_rate: float = 0.46, tie_ra
         `datasets.Dataset`: Columns `id`, `prompt`, `chosen`, `rejected` (PNG) and `instances`, A, B, then C, with the boxes of
         the whole shapes, hidden or not, as `[x_min, y_min, x_max, y_max]` in pixels.
     """
-    from datasets import Dataset
-
-    from ..data.formats import instance_pair_features
-
     rng = np.random.default_rng(seed)
-    rows = []
-    for i, preferences in enumerate(sample_preferences(rng, num_pairs, conflict_rate, tie_rate)):
-        # of a tie both are clean or both are defective
-        flags = [
-            (bool(rng.random() < 0.5),) * 2
-            if preference == "tie"
-            else (preference == "rejected", preference == "chosen")
-            for preference in preferences
-        ]
-        chosen = sample_crowd(rng, defective=tuple(first for first, _ in flags))
-        rejected = sample_crowd(rng, chosen.prompt, defective=tuple(second for _, second in flags))
-        instances = [
-            {
-                "label": f"{first.color} {first.kind}",
-                "chosen_box": first.box,
-                "rejected_box": second.box,
-                "preference": preference,
-            }
-            for first, second, preference in zip(chosen.shapes, rejected.shapes, preferences, strict=True)
-        ]
-        rows.append(
-            {
-                "id": f"crowd-{seed}-{i:05d}",
-                "prompt": chosen.prompt,
-                "chosen": {"bytes": png_bytes(render(chosen)), "path": None},
-                "rejected": {"bytes": png_bytes(render(rejected)), "path": None},
-                "instances": instances,
-            }
-        )
-    return Dataset.from_list(rows, features=instance_pair_features())
+    preferences = sample_preferences(rng, num_pairs, conflict_rate, tie_rate)
+    return pair_dataset(f"crowd-{seed}", preferences, rng, sample_crowd, render)

@@ -434,31 +434,58 @@ def preference_dataset(num_pairs: int, seed: int, conflict_rate: float = 0.46) -
         `datasets.Dataset`: Columns `id`, `prompt`, `chosen`, `rejected` (PNG) and `instances`, A then B, with boxes as
         `[x_min, y_min, x_max, y_max]` in pixels.
     """
+    rng = np.random.default_rng(seed)
+    conflicts = set(rng.permutation(num_pairs)[: round(conflict_rate * num_pairs)].tolist())
+    preferences = [["chosen", "rejected" if i in conflicts else "chosen"] for i in range(num_pairs)]
+    return pair_dataset(f"world-{seed}", preferences, rng, sample_scene, render)
+
+
+def pair_dataset(
+    name: str, preferences: list[list[str]], rng: np.random.Generator, sample: Callable, render: Callable
+) -> "Dataset":
+    """
+    Draw a pair of images for each list of preferences.
+
+    Args:
+        name (`str`):
+            What the ids begin with.
+        preferences (`list[list[str]]`):
+            For each pair and each of its shapes: `"chosen"` or `"rejected"`, the image in which the shape is clean while it is
+            defective in the other, or `"tie"`: it is clean in both or defective in both, as likely.
+        rng (`np.random.Generator`):
+            Source of all randomness.
+        sample (`Callable`):
+            Samples something with a `prompt` and `shapes`, as [`sample_scene`] does.
+        render (`Callable`):
+            Draws it.
+
+    Returns:
+        `datasets.Dataset`: See [`preference_dataset`].
+    """
     from datasets import Dataset
 
     from ..data.formats import instance_pair_features
 
-    rng = np.random.default_rng(seed)
-    conflicts = set(rng.permutation(num_pairs)[: round(conflict_rate * num_pairs)].tolist())
     rows = []
-    for i in range(num_pairs):
-        conflict = i in conflicts
-        chosen = sample_scene(rng, defective=(False, conflict))
-        rejected = sample_scene(rng, chosen.prompt, defective=(True, not conflict))
+    for i, of_pair in enumerate(preferences):
+        defective = [
+            (bool(rng.random() < 0.5),) * 2 if side == "tie" else (side == "rejected", side == "chosen")
+            for side in of_pair
+        ]
+        chosen = sample(rng, defective=tuple(first for first, _ in defective))
+        rejected = sample(rng, chosen.prompt, defective=tuple(second for _, second in defective))
         instances = [
             {
-                "label": f"{better.color} {better.kind}",
-                "chosen_box": better.box,
-                "rejected_box": worse.box,
-                "preference": preference,
+                "label": f"{first.color} {first.kind}",
+                "chosen_box": first.box,
+                "rejected_box": second.box,
+                "preference": side,
             }
-            for better, worse, preference in zip(
-                chosen.shapes, rejected.shapes, ["chosen", "rejected" if conflict else "chosen"], strict=True
-            )
+            for first, second, side in zip(chosen.shapes, rejected.shapes, of_pair, strict=True)
         ]
         rows.append(
             {
-                "id": f"world-{seed}-{i:05d}",
+                "id": f"{name}-{i:05d}",
                 "prompt": chosen.prompt,
                 "chosen": {"bytes": png_bytes(render(chosen)), "path": None},
                 "rejected": {"bytes": png_bytes(render(rejected)), "path": None},

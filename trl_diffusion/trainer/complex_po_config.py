@@ -3,13 +3,19 @@
 
 from dataclasses import dataclass, field
 
+from accelerate.logging import get_logger
+
 from ..degraded_prompts import DROPPED_WORDS, check_dropped_words
 from .attribute_sft_config import check_attribute_prompts
 from .diffusion_config import DiffusionConfig, check_choice
 
 
+logger = get_logger(__name__)
+
 # What a training with degraded prompts cannot have, and why
 NOT_DEGRADED = {
+    "attribute_order": ("tree", "attributes are not asked for"),
+    "attribute_separator": (", ", "attributes are not asked for"),
     "attribute_targets": ("present", "attributes are not asked for"),
     "max_attributes": (None, "attributes are not asked for"),
     "policy_condition": ("prompt", "the positive target already is that of the plain prompt"),
@@ -43,7 +49,7 @@ class ComplexPOConfig(DiffusionConfig):
             `"stabilized"`, the paper's CPO-S, or `"unstabilized"`, its CPO. See [`losses.complex_po_loss`].
         reflection_weight (`float`, *optional*, defaults to `1.0`):
             How far the negative target is reflected through the reference in the stabilised loss. With 1, training starts
-            like with the unstabilised loss.
+            like with the unstabilised loss, which has no reflection: there, it must be left out.
         target_strength (`float`, *optional*, defaults to `1.0`):
             Scale of the distance between the targets and the expert's prediction for the plain prompt (ours). 1 uses the
             predictions of the expert as they are. Any other value adds one row to its forward pass.
@@ -172,6 +178,11 @@ class ComplexPOConfig(DiffusionConfig):
             ("policy_condition", ("prompt", "positive")),
         ):
             check_choice(self, name, values)
+        if self.loss_type == "unstabilized" and self.reflection_weight != 1:
+            raise ValueError(
+                f"`reflection_weight={self.reflection_weight}` has no effect with `loss_type='unstabilized'`, which moves away from the "
+                "negative target itself. Leave it out, or use 'stabilized'."
+            )
         if self.target_prompts is not None:
             check_choice(self, "target_prompts", ("attributes", "degraded"))
         if self.target_prompts == "degraded":
@@ -182,6 +193,10 @@ class ComplexPOConfig(DiffusionConfig):
                     raise ValueError(
                         f"`{name}={getattr(self, name)!r}` is not possible with `target_prompts='degraded'`: {reason}. Leave it out."
                     )
+            if self.criteria != type(self).criteria:
+                logger.warning(
+                    f"`criteria={self.criteria!r}` has no effect with `target_prompts='degraded'`, which asks for no attributes."
+                )
         elif self.dropped_words is not None:
             raise ValueError(
                 "`dropped_words` has no effect without `target_prompts='degraded'`. Set this, or leave it out."

@@ -7,7 +7,7 @@ reference itself is asked for both.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -19,7 +19,6 @@ from transformers import TrainerCallback
 from ..criteria import Criteria
 from ..data.collators import AttributeCollator, ImageCollator, SingleImageCollator
 from ..data.formats import check_attribute_columns
-from ..degraded_prompts import degraded_prompt
 from ..hub import hub_id
 from ..losses import complex_po_diagnostics, complex_po_loss, reflected_target, strengthened_target
 from ..noising import per_sample_errors, timestep_weights
@@ -40,6 +39,16 @@ from .diffusion_trainer import DiffusionTrainer, Metrics
 from .model_card import Method
 from .noised_batch import NoisedBatch
 from .publishing import Publisher, criteria_file
+from .target_prompts import (
+    ComplexPrompts,
+    asked_attributes,
+    check_expert_or_prompts,
+    check_has_attributes,
+    degraded,
+    degraded_prompts,
+    prompts_with_attributes,
+    why_targets_coincide,
+)
 
 
 MAX_DRIFT = 1.0
@@ -119,14 +128,7 @@ class ComplexPOTrainer(DiffusionTrainer):
     ):
         args = args or self.default_args(model)
         peft_config = without_default(peft_config, args)
-        if (expert is None) == (args.target_prompts is None):
-            raise ValueError(
-                "`expert` is missing: give an expert that `AttributeSFTTrainer` trained. To train without one, say by `target_prompts` "
-                "what the reference is asked in its place: 'attributes' or 'degraded'."
-                if expert is None
-                else f"`target_prompts={args.target_prompts!r}` is what the reference is asked where there is no expert, and `expert` is "
-                "given. Leave out one of the two."
-            )
+        check_expert_or_prompts(expert is not None, args.target_prompts)
         self.is_degraded = args.target_prompts == "degraded"
         self.criteria = None if self.is_degraded else Criteria.load(args.criteria)
         if self.is_degraded:
@@ -142,49 +144,60 @@ class ComplexPOTrainer(DiffusionTrainer):
             model, None, args, data_collator, train_dataset, eval_dataset, peft_config, callbacks, optimizers
         )
 
-    def _take_expert(
-        self, expert, model, args: ComplexPOConfig, train_dataset, peft_config: LoraConfig | None
-    ) -> None:
-        if peft_config is None and args.initial_lora is None:
-            raise ValueError(
-                "`peft_config` cannot be `None`: expert, reference and policy are adapters on one base. Leave it out for "
-                "a LoRA of rank 64."
+    # ---- The algorithm ----
+
+    def prepare_batch(self, inputs: dict[str, Any], latents: torch.Tensor) -> dict[str, Any]:
+        prompts = self.degraded_prompts(inputs) if self.is_degraded else self.expert_prompts(inputs)
+        better, worse = prompts.chosen, prompts.rejected
+        if self.args.reverse_preference:
+            better, worse = worse, better
+        policy = prompts.plain if self.args.policy_condition == "prompt" else better
+        if self.is_degraded:
+            asked = [worse]  # the prediction for the other prompt is the reference's own
+        else:
+            asked = [prompts.chosen, prompts.rejected] + ([prompts.plain] if self.args.target_strength != 1 else [])
+        # The rows of the frozen forward; the last are those of the reference and of the policy
+        frozen = self.encoder.conditions(sum(asked, []) + policy, inputs, latents)
+        return {
+            "prompts": prompts,
+            "frozen_conditions": frozen,
+            "conditions": {name: value[-len(policy) :] for name, value in frozen.items()},
+        }
+
+    def frozen_predictions(self, model: torch.nn.Module, noised: NoisedBatch) -> dict[str, torch.Tensor]:
+        """
+        The targets and the reference's prediction, from one forward of the base in which each row has its adapter.
+
+        Returns:
+            `dict[str, torch.Tensor]`, each of shape `(B, C, h, w)`: float32 `chosen_target` (`z_w`), `rejected_target`
+            (`z_l`) and `ref_pred` (`e_ref`).
+        """
+        args = self.args
+        *asked, ref_pred = self._ask_frozen_models(model, noised)
+        if self.is_degraded:
+            # z_w = e_ref: the first term of the loss holds the policy at the reference. A copy, as a file shares no memory
+            targets, plain = [ref_pred.clone(), *asked], [ref_pred]
+            chosen, rejected = targets[::-1] if args.reverse_preference else targets
+        else:
+            chosen, rejected, *plain = asked
+        if args.target_strength != 1:
+            chosen, rejected = (
+                strengthened_target(target, plain[0], args.target_strength) for target in (chosen, rejected)
             )
-        is_trainer = isinstance(expert, AttributeSFTTrainer)
-        self.expert = expert.read_expert() if is_trainer else read_expert(expert)
-        if is_trainer and expert.backbone.pipeline is model:
-            if train_dataset is not None:
-                self._prepare_dataset(train_dataset, "train_dataset")  # a mistake here must not cost the expert
-            self.args = args
-            Publisher(self)  # nor must a token that may not write
-            expert.take_adapter()
-        name = (expert.hub_model_id if is_trainer else hub_id(str(expert))) or "not published"
-        self._card_parameters = {"expert": name, **self._card_parameters}
+        return {"chosen_target": chosen, "rejected_target": rejected, "ref_pred": ref_pred}
 
-    def make_collator(self, **settings: Any) -> ImageCollator:
-        return (
-            SingleImageCollator(**settings)
-            if self.is_degraded
-            else AttributeCollator(criteria=self.criteria, **settings)
-        )
-
-    def prepare_prompts(self) -> None:
-        if not self.is_degraded:
-            self.attribute_prompts = AttributePrompts(self.criteria, self.args, self.backbone)
-
-    def finish_init(self) -> None:
+    def _ask_frozen_models(self, model: torch.nn.Module, noised: NoisedBatch) -> tuple[torch.Tensor, ...]:
+        """The predictions `(B, C, h, w)` for each prompt of a row: those of the expert, or of the reference in its place; last `e_ref`."""
+        conditions, size = noised.batch["frozen_conditions"], len(noised.latents)
+        rows = len(next(iter(conditions.values()))) // size
+        inputs = torch.cat([noised.noisy_latents] * rows), noised.timesteps.repeat(rows), conditions
         if self.expert is None:
-            return
-        weights, config, description = self.expert
-        check_expert(description, describe_expert(self.policy, self.base, self.criteria, self.args))
-        add_expert(self.policy, weights, config)
-        self.mixer = AdapterMixer(self.policy)
-
-    def _prepare_dataset(self, dataset, name: str) -> Dataset | IterableDataset:
-        dataset = super()._prepare_dataset(dataset, name)
-        if not self.is_degraded:
-            check_attribute_columns(dataset, name, self.criteria, allow_none=False)
-        return dataset
+            with self.reference.lend(model) as reference:
+                predictions = self.backbone.predict(reference, *inputs)
+        else:
+            with self.mixer.mixing([("expert", (rows - 1) * size), (self.reference.adapter, size)]):
+                predictions = self.backbone.predict(self.mixer.policy, *inputs)
+        return predictions.float().chunk(rows)
 
     def objective(self, model: torch.nn.Module, noised: NoisedBatch) -> tuple[torch.Tensor, Metrics]:
         args, prompts = self.args, noised.batch["prompts"]
@@ -232,119 +245,74 @@ class ComplexPOTrainer(DiffusionTrainer):
             "targets/coinciding": (distance < 1e-12, has_both),
         }
 
-    def prepare_batch(self, inputs: dict[str, Any], latents: torch.Tensor) -> dict[str, Any]:
-        prompts = self.degraded_prompts(inputs) if self.is_degraded else self.expert_prompts(inputs)
-        better, worse = prompts.chosen, prompts.rejected
-        if self.args.reverse_preference:
-            better, worse = worse, better
-        policy = prompts.plain if self.args.policy_condition == "prompt" else better
-        if self.is_degraded:
-            asked = [worse]  # the prediction for the other prompt is the reference's own
-        else:
-            asked = [prompts.chosen, prompts.rejected] + ([prompts.plain] if self.args.target_strength != 1 else [])
-        # The rows of the frozen forward; the reference's are the last, and the policy's too
-        frozen = self.encoder.conditions(sum(asked, []) + policy, inputs, latents)
-        return {
-            "prompts": prompts,
-            "frozen_conditions": frozen,
-            "conditions": {name: value[-len(policy) :] for name, value in frozen.items()},
-        }
+    def degraded_prompts(self, inputs: dict[str, Any]) -> ComplexPrompts:
+        """The prompts of a batch of the collator, and what degrading leaves of them."""
+        return degraded_prompts(inputs["prompt"], self.args).to(self.accelerator.device)
 
-    def frozen_predictions(self, model: torch.nn.Module, noised: NoisedBatch) -> dict[str, torch.Tensor]:
-        """
-        The targets and the reference's prediction, from one forward of the base in which each row has its adapter.
-
-        Returns:
-            `dict[str, torch.Tensor]`, each of shape `(B, C, h, w)`: float32 `chosen_target` (`z_w`), `rejected_target`
-            (`z_l`) and `ref_pred` (`e_ref`).
-        """
-        args, size = self.args, len(noised.latents)
-        rows = 2 if self.is_degraded else 3 if args.target_strength == 1 else 4
-        noisy_latents, timesteps = torch.cat([noised.noisy_latents] * rows), noised.timesteps.repeat(rows)
-        inputs = noisy_latents, timesteps, noised.batch["frozen_conditions"]
-        if self.expert is None:
-            with self.reference.lend(model) as reference:
-                predictions = self.backbone.predict(reference, *inputs)
-        else:
-            with self.mixer.mixing([("expert", (rows - 1) * size), (self.reference.adapter, size)]):
-                predictions = self.backbone.predict(self.mixer.policy, *inputs)
-        *targets, ref_pred = predictions.float().chunk(rows)
-        if self.is_degraded:
-            # z_w = e_ref: the first term of the loss holds the policy at the reference. A copy, as a file shares no memory
-            targets = [ref_pred.clone(), *targets]
-            chosen, rejected = targets[::-1] if args.reverse_preference else targets
-            plain = [ref_pred]
-        else:
-            chosen, rejected, *plain = targets
-        if args.target_strength != 1:
-            chosen, rejected = (
-                strengthened_target(target, plain[0], args.target_strength) for target in (chosen, rejected)
-            )
-        return {"chosen_target": chosen, "rejected_target": rejected, "ref_pred": ref_pred}
-
-    def degraded_prompts(self, inputs: dict[str, Any]) -> "ComplexPrompts":
-        """
-        The prompts of a batch, and what degrading leaves of them.
-
-        Args:
-            inputs (`dict`):
-                A batch of the collator, of which `prompt` is read.
-
-        Returns:
-            [`trainer.complex_po_trainer.ComplexPrompts`]: each row has both terms.
-        """
-        plain = inputs["prompt"]
-        sides = [plain, [degraded_prompt(prompt, self.args.dropped_words, self.args.seed) for prompt in plain]]
-        chosen, rejected = sides[::-1] if self.args.reverse_preference else sides
-        has_term = torch.ones(len(plain), device=self.accelerator.device)
-        return ComplexPrompts(plain, chosen, rejected, has_term, has_term)
-
-    def expert_prompts(self, inputs: dict[str, Any]) -> "ComplexPrompts":
-        """
-        The prompts of the expert, or of the reference in its place, for each row of a batch, and those of the policy.
-
-        Args:
-            inputs (`dict`):
-                A batch of [`data.collators.AttributeCollator`].
-
-        Returns:
-            [`trainer.complex_po_trainer.ComplexPrompts`]
-        """
+    def expert_prompts(self, inputs: dict[str, Any]) -> ComplexPrompts:
+        """The prompts of a batch of the collator, and those that the expert is asked, or the reference in its place."""
+        check_has_attributes(inputs)
         plain = self.randomness.drop_prompts(inputs["prompt"], inputs["id"])
-        chosen, rejected, sides, left_out = [], [], [], []
-        for row_id, prompt, positive, negative in zip(
-            inputs["id"], plain, inputs["positive_attributes"], inputs["negative_attributes"], strict=True
-        ):
-            if not positive and not negative:  # of a stream: a dataset in memory is checked before
-                raise ValueError(
-                    f"The row with id {row_id!r} has neither positive nor negative attributes, so that there is nothing "
-                    "to learn from it. Drop such rows with `dataset.filter`."
-                )
-            attributes = self._expert_attributes(positive, negative)
-            (chosen_text, chosen_left_out), (rejected_text, rejected_left_out) = (
-                self.attribute_prompts(prompt, *side) for side in attributes
-            )
-            chosen.append(chosen_text)
-            rejected.append(rejected_text)
-            sides.append([bool(sum(side, [])) for side in attributes])
-            left_out.append(chosen_left_out + rejected_left_out)
+        prompts, left_out = prompts_with_attributes(plain, inputs, self.attribute_prompts, self.args)
         device = self.accelerator.device
-        self.record({"attributes/left_out": torch.tensor(left_out).to(device, non_blocking=True)})
-        has_chosen, has_rejected = torch.tensor(sides, dtype=torch.float32).to(device, non_blocking=True).T
-        return ComplexPrompts(plain, chosen, rejected, has_chosen, has_rejected)
+        self.record({"attributes/left_out": left_out.to(device, non_blocking=True)})
+        return prompts.to(device)
 
-    def _expert_attributes(self, positive: list[str], negative: list[str]) -> list[tuple[list[str], list[str]]]:
-        """The (positive, negative) attributes in the expert's prompt for the chosen target, and for the rejected one."""
-        if self.args.attribute_targets == "paired":
-            positive = negative = [*positive, *negative]
-        attributes = [(positive, []), ([], negative)]
-        return attributes[::-1] if self.args.reverse_preference else attributes
+    # ---- What the training needs for it ----
+
+    def _take_expert(
+        self, expert, model, args: ComplexPOConfig, train_dataset, peft_config: LoraConfig | None
+    ) -> None:
+        if peft_config is None and args.initial_lora is None:
+            raise ValueError(
+                "`peft_config` cannot be `None`: expert, reference and policy are adapters on one base. Leave it out for "
+                "a LoRA of rank 64."
+            )
+        is_trainer = isinstance(expert, AttributeSFTTrainer)
+        self.expert = expert.read_expert() if is_trainer else read_expert(expert)
+        if is_trainer and expert.backbone.pipeline is model:
+            if train_dataset is not None:
+                self._prepare_dataset(train_dataset, "train_dataset")  # a mistake here must not cost the expert
+            self.args = args
+            Publisher(self)  # nor must a token that may not write
+            expert.take_adapter()
+        name = (expert.hub_model_id if is_trainer else hub_id(str(expert))) or "not published"
+        self._card_parameters = {"expert": name, **self._card_parameters}
+
+    def make_collator(self, **settings: Any) -> ImageCollator:
+        return (
+            SingleImageCollator(**settings)
+            if self.is_degraded
+            else AttributeCollator(criteria=self.criteria, **settings)
+        )
+
+    def prepare_prompts(self) -> None:
+        if not self.is_degraded:
+            self.attribute_prompts = AttributePrompts(self.criteria, self.args, self.backbone)
+
+    def finish_init(self) -> None:
+        if self.expert is None:
+            return
+        weights, config, description = self.expert
+        check_expert(description, describe_expert(self.policy, self.base, self.criteria, self.args))
+        add_expert(self.policy, weights, config)
+        self.mixer = AdapterMixer(self.policy)
+
+    def _prepare_dataset(self, dataset, name: str) -> Dataset | IterableDataset:
+        dataset = super()._prepare_dataset(dataset, name)
+        if not self.is_degraded:
+            check_attribute_columns(dataset, name, self.criteria, allow_none=False)
+        return dataset
 
     def prompts_of(self, row: dict[str, Any]) -> list[str | None]:
         if self.is_degraded:
-            return [row["prompt"], degraded_prompt(row["prompt"], self.args.dropped_words, self.args.seed)]
-        attributes = [([], []), *self._expert_attributes(row["positive_attributes"], row["negative_attributes"])]
-        return [self.attribute_prompts(prompt, *side)[0] for prompt in super().prompts_of(row) for side in attributes]
+            return [row["prompt"], degraded(row["prompt"], self.args)]
+        sides = asked_attributes(row["positive_attributes"], row["negative_attributes"], self.args)
+        return [
+            self.attribute_prompts(prompt, *side)[0]
+            for prompt in super().prompts_of(row)
+            for side in [([], []), *sides]
+        ]
 
     @property
     def prompt_settings(self) -> tuple:
@@ -358,7 +326,7 @@ class ComplexPOTrainer(DiffusionTrainer):
         asked = (args.attribute_targets, args.target_strength, args.reverse_preference, args.policy_condition)
         if self.is_degraded:
             return [*fingerprints, asked, args.dropped_words]
-        written = (args.attribute_order, args.attribute_separator, args.max_attributes, self.criteria.name)
+        written = self.attribute_prompts.settings
         if self.expert is None:
             return [*fingerprints, asked, written]
         weights, config, description = self.expert
@@ -386,43 +354,10 @@ class ComplexPOTrainer(DiffusionTrainer):
                 )
             )
         if logs.get("targets/coinciding", 0) > 0:
-            if self.is_degraded:
-                advice = "A prompt without words has none to lose: remove such rows."
-            elif logs.get("attributes/left_out", 0) > 0:
-                advice = (
-                    "Their attributes do not fit into the prompt: shorten the prompts, or the forms of the attributes."
-                )
-            elif self.expert is None:
-                advice = "The model does not tell the attributes apart by their words: train an expert."
-            else:
-                advice = "The expert does not tell the attributes apart: train it longer, or check that its prompts have the form of these."
+            advice = why_targets_coincide(args.target_prompts, logs.get("attributes/left_out", 0) > 0)
             asked = "reference" if self.expert is None else "expert"
             warnings["targets"] = (
                 f"For {logs['targets/coinciding']:.0%} of the samples the {asked}'s positive and negative predictions are equal, so "
                 f"there is nothing to learn from them. {advice}"
             )
         return warnings
-
-
-class ComplexPrompts(NamedTuple):
-    """
-    The prompts of a batch.
-
-    Attributes:
-        plain (`list[str]` of length `B`):
-            The prompts alone.
-        chosen (`list[str]` of length `B`):
-            What the expert, or the reference in its place, is asked for the targets to go to.
-        rejected (`list[str]` of length `B`):
-            What it is asked for the targets to leave.
-        has_chosen (`torch.Tensor` of shape `(B,)`):
-            1 where there is a target to go to, else 0: float32.
-        has_rejected (`torch.Tensor` of shape `(B,)`):
-            1 where there is a target to leave, else 0: float32.
-    """
-
-    plain: list[str]
-    chosen: list[str]
-    rejected: list[str]
-    has_chosen: torch.Tensor
-    has_rejected: torch.Tensor

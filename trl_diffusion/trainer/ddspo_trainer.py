@@ -6,15 +6,16 @@
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 
 from ..data.collators import InstancePairCollator
-from ..degraded_prompts import degraded_prompt
 from ..losses import diffusion_dpo_loss
 from ..noising import per_sample_errors
 from .ddspo_config import DDSPOConfig
 from .diffusion_trainer import DiffusionTrainer, Metrics
 from .model_card import Method
 from .noised_batch import NoisedBatch
+from .target_prompts import degraded, warn_of_prompts_without_words
 
 
 class DDSPOTrainer(DiffusionTrainer):
@@ -69,6 +70,11 @@ class DDSPOTrainer(DiffusionTrainer):
     uses_reference = True
     _output_suffix = "DDSPO"
 
+    def _prepare_dataset(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+        dataset = super()._prepare_dataset(dataset, name)
+        warn_of_prompts_without_words(dataset, name)
+        return dataset
+
     def objective(self, model: torch.nn.Module, noised: NoisedBatch) -> tuple[torch.Tensor, Metrics]:
         # One batch for both images: (2B, ...), chosen then rejected
         model_pred, target = self.predict_with_policy(model, noised), noised.frozen["target"]
@@ -89,9 +95,9 @@ class DDSPOTrainer(DiffusionTrainer):
 
     def prepare_batch(self, inputs: dict[str, Any], latents: torch.Tensor) -> dict[str, Any]:
         prompts = inputs["prompt"]
-        degraded = [self._degraded(prompt) for prompt in prompts]
+        left = [degraded(prompt, self.args) for prompt in prompts]
         # Encoded together, so that they are padded to one length: (c, x^w), (c-, x^l), (c, x^w), (c, x^l), (c-, x^w), (c, x^l)
-        both = self.encoder.conditions([*prompts, *degraded, *prompts], inputs, latents)
+        both = self.encoder.conditions([*prompts, *left, *prompts], inputs, latents)
         parts = {name: value.chunk(6) for name, value in both.items()}
         return {
             "conditions": {name: torch.cat([part[0], part[3]]) for name, part in parts.items()},
@@ -111,14 +117,15 @@ class DDSPOTrainer(DiffusionTrainer):
         )
         with self.reference.lend(model) as reference:
             predictions = self.backbone.predict(reference, noisy_latents, timesteps, noised.batch["frozen_conditions"])
-        chosen, rejected, degraded = predictions.float().chunk(3)
-        return {"ref_pred": torch.cat([chosen, rejected]), "target": torch.cat([chosen, degraded])}
+        chosen, rejected, rejected_degraded = predictions.float().chunk(3)
+        return {"ref_pred": torch.cat([chosen, rejected]), "target": torch.cat([chosen, rejected_degraded])}
 
     def prompts_of(self, row: dict[str, Any]) -> list[str | None]:
-        return [row["prompt"], self._degraded(row["prompt"])]
+        return [row["prompt"], degraded(row["prompt"], self.args)]
 
-    def _degraded(self, prompt: str) -> str:
-        return degraded_prompt(prompt, self.args.dropped_words, self.args.seed)
+    @property
+    def prompt_settings(self) -> tuple:
+        return self.args.dropped_words, self.args.seed
 
     def _frozen_fingerprints(self) -> list[Any]:
         return [*super()._frozen_fingerprints(), self.args.dropped_words]
