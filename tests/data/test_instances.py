@@ -32,6 +32,7 @@ from trl_diffusion.data.formats import prepare_dataset
 from trl_diffusion.data.images import open_reduced
 from trl_diffusion.data.instances import read_mask
 from trl_diffusion.data.row_contents import RowContents
+from trl_diffusion.data.sources import load_source
 from trl_diffusion.data.transforms import prepare_image
 from trl_diffusion.masks import instance_masks, unpacked
 from trl_diffusion.segmentation import decode_rle, encode_rle
@@ -280,6 +281,31 @@ def test_encodings_survive_json(tmp_path):
     assert torch.equal(unpacked(batch["chosen_masks"], 32, 32)[1, 1], torch.from_numpy(disc()[:, 4:36]))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_instances_in_json_may_lack_fields(cache, tmp_path, streaming):
+    """
+    Where one instance has encodings and the next boxes, each written without the fields of the other, the batch is that of the rows; what
+    `datasets` makes of such a file alone is refused with what to write.
+    """
+    folder = tmp_path / "data"
+    rows = named_rows(folder)
+    for made, found in zip(rows, rle_rows()[:1] * 3, strict=True):
+        made["instances"] = [*found["instances"], boxed()]
+    TABLES["rows.jsonl"](rows, folder / "rows.jsonl")
+    read = load_source(str(folder / "rows.jsonl"), streaming=streaming)["train"]
+    batch = InstancePairCollator(32)(list(prepared(read)))
+    expected = InstancePairCollator(32)([row(number, [*rle_rows()[0]["instances"], boxed()]) for number in range(3)])
+    assert all(torch.equal(batch[name], expected[name]) for name in ("chosen_masks", "rejected_boxes", "conflicts"))
+    if not streaming:
+        alone = load_dataset(
+            "json", data_files=str(folder / "rows.jsonl"), split="train", cache_dir=tmp_path / "other"
+        )
+        with pytest.raises(
+            ValueError, match=r"must be a list of instances, got List\(Json.* write every field in every"
+        ):
+            prepared(alone)
+
+
 def test_a_folder_of_masks(tmp_path):
     """`imagefolder` reads masks whose files the instances of `metadata.jsonl` name."""
     for name, mask in (("a.png", disc()), ("b.png", disc(x=30))):
@@ -298,6 +324,141 @@ def test_a_folder_of_masks(tmp_path):
     read = load_dataset("imagefolder", data_dir=str(tmp_path), split="train", cache_dir=tmp_path / "cache")
     batch = InstancePairCollator(32)(list(prepared(read)))
     assert torch.equal(unpacked(batch["rejected_masks"], 32, 32)[0, 0], torch.from_numpy(disc(x=30)[:, 4:36]))
+
+
+def named_rows(folder, field: str = "{}_mask_file_name") -> list[dict]:
+    """Rows as they are in a table: files of images, and of masks, which lie in a folder of their own."""
+    rows = [row(0, [instance(), boxed()]), row(1, [boxed()]), row(2)]
+    (folder / "masks").mkdir(parents=True)
+    for number, made in enumerate(rows):
+        for name in IMAGES:
+            path = folder / f"{number}-{name}.png"
+            path.write_bytes(made[name]["bytes"])
+            made[name] = path.name
+            for place, found in enumerate(made["instances"]):
+                if mask := found.pop(f"{name}_mask", None):
+                    path = folder / "masks" / f"{number}-{place}-{name}.png"
+                    path.write_bytes(mask["bytes"])
+                    found[field.format(name)] = f"masks/{path.name}"
+    return rows
+
+
+def with_lists_as_text(rows: list[dict]) -> list[dict]:
+    return [made | {"instances": json.dumps(made["instances"])} for made in rows]
+
+
+TABLES = {
+    "rows.jsonl": lambda rows, path: path.write_text("\n".join(map(json.dumps, rows))),
+    "metadata.jsonl": lambda rows, path: path.write_text("\n".join(map(json.dumps, rows))),
+    "rows.csv": lambda rows, path: Dataset.from_list(with_lists_as_text(rows)).to_csv(path),
+    "rows.parquet": lambda rows, path: Dataset.from_list(rows).to_parquet(path),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_names_the_files_of_masks(cache, tmp_path, table, streaming):
+    """Relative to the table, wherever the command runs, as for images: the batch is that of the masks themselves, from memory or as a stream."""
+    folder = tmp_path / "data"
+    TABLES[table](named_rows(folder), folder / table)
+    source = folder if table.startswith("metadata") else folder / table
+    read = prepared(load_source(str(source), streaming=streaming)["train"])
+    rows = [row(0, [instance(), boxed()]), row(1, [boxed()]), row(2)]
+    batch, expected = InstancePairCollator(32)(list(read)), InstancePairCollator(32)(rows)
+    assert batch.keys() == expected.keys() and {"chosen_masks", "rejected_masks"} < batch.keys()
+    for name, value in expected.items():
+        assert torch.equal(batch[name], value) if isinstance(value, torch.Tensor) else batch[name] == value
+
+
+def test_a_name_may_be_in_the_field_of_the_mask(cache, tmp_path):
+    """As `chosen` may hold the path of an image; types and order of the other columns and fields stay, and embedded images too."""
+    rows = named_rows(tmp_path / "data", "{}_mask")
+    rows[2]["instances"][0]["chosen_mask"] = str(tmp_path / "data" / "masks" / "2-0-chosen.png")
+    fields = instance_pair_features(masks=True)["instances"].feature | dict.fromkeys(
+        row_contents.MASKS, Value("string")
+    )
+    features = instance_pair_features() | {"instances": List(fields)}
+    for made in rows:
+        made |= {name: str(tmp_path / "data" / made[name]) for name in IMAGES}
+    Dataset.from_list(rows, features=Features(features)).to_parquet(tmp_path / "data" / "rows.parquet")
+    for streaming in (False, True):
+        read = load_source(str(tmp_path / "data" / "rows.parquet"), streaming=streaming)["train"]
+        assert list(read.features) == list(features)
+        assert read.features["instances"] == instance_pair_features(masks=True)["instances"]
+        expected = InstancePairCollator(32)([row(0, [instance(), boxed()]), row(1, [boxed()]), row(2)])
+        batch = InstancePairCollator(32)(list(prepared(read)))
+        assert all(torch.equal(batch[name], expected[name]) for name in ("chosen_masks", "rejected_masks", "judged"))
+
+
+def test_another_file_of_a_mask_is_another_dataset(cache, tmp_path):
+    """What was made of the rows before is not found for rows whose masks changed."""
+    folder = tmp_path / "data"
+    TABLES["rows.jsonl"](named_rows(folder), folder / "rows.jsonl")
+    fingerprints = []
+    for _ in range(2):
+        fingerprints.append(load_source(str(folder / "rows.jsonl"))["train"]._fingerprint)
+    (folder / "masks" / "0-0-chosen.png").write_bytes(png(disc(x=12)))
+    fingerprints.append(load_source(str(folder / "rows.jsonl"))["train"]._fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+MISNAMED = {
+    "missing": (
+        "masks/none.png",
+        r"1 of the 2 images in the column `instances.chosen_mask_file_name` of .*rows.jsonl are missing: .*masks/none.png.* Paths are relative to ",
+    ),
+    "missing elsewhere": ("/no/such/folder/mask.png", r"1 of the 2 images .* are missing: .*/no/such/folder/mask.png"),
+    "a folder": (
+        "masks/a folder",
+        r"`instances\[0\].chosen_mask` of the row with id 'row-0' is not a mask: .*masks/a folder' is a folder",
+    ),
+    "unreadable": (
+        "masks/text.png",
+        r"`instances\[0\].chosen_mask` of the row with id 'row-0' is not a mask: this is not an image that can be read",
+    ),
+    "of another size": (
+        "masks/small.png",
+        r"`instances\[0\].chosen_mask` of the row .* is not a mask: it is 20 pixels wide and 16 high, but its image 40 and 32",
+    ),
+    "an address": (
+        "https://example.com/mask.png",
+        r"`instances\[0\].chosen_mask` of the row .* is not a mask: 'https://example.com/mask.png' is an address: download the file",
+    ),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", MISNAMED)
+def test_a_name_of_no_mask_is_refused(cache, tmp_path, name, streaming):
+    """What is wrong, where, and the way out: at once where files are missing, else when the mask is read; of a stream when the row is."""
+    folder = tmp_path / "data"
+    rows = named_rows(folder)
+    (folder / "masks" / "a folder").mkdir()
+    (folder / "masks" / "text.png").write_text("text")
+    (folder / "masks" / "small.png").write_bytes(png(disc(20, 16, 8, 8, 5)))
+    path, message = MISNAMED[name]
+    rows[0]["instances"][0]["chosen_mask_file_name"] = path
+    TABLES["rows.jsonl"](rows, folder / "rows.jsonl")
+    with pytest.raises(ValueError, match=message):
+        InstancePairCollator(32)(list(prepared(load_source(str(folder / "rows.jsonl"), streaming=streaming)["train"])))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mask_in_two_fields_is_refused(cache, tmp_path, streaming):
+    """A null beside the name of a file is none; a mask is one too many, and the message names both fields."""
+    folder = tmp_path / "data"
+    rows = named_rows(folder)
+
+    def batch_with(mask: dict | None) -> dict:
+        rows[0]["instances"][0]["chosen_mask"] = mask
+        TABLES["rows.jsonl"](rows, folder / "rows.jsonl")
+        read = load_source(str(folder / "rows.jsonl"), streaming=streaming)["train"]
+        return InstancePairCollator(32)(list(prepared(read)))
+
+    assert batch_with(None)["chosen_masks"].any()
+    message = "`chosen_mask` and `chosen_mask_file_name` in the instances of .*rows.jsonl are two fields for one mask"
+    with pytest.raises(ValueError, match=message):
+        batch_with(encode_rle(disc()))
 
 
 def test_preparing_writes_no_row_again():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, Json, LargeList, List, Value
 
 from ..messages import cut, quoted
 
@@ -97,6 +97,11 @@ def _instance_faults(feature: Any, name: str) -> Iterator[tuple[str, str]]:
             (
                 f"The column `instances` of `{name}` must be a list of instances, got {cut(str(feature))}. See "
                 "`trl_diffusion.instance_pair_features()` for its type."
+                + (
+                    " In JSON, write every field in every instance, null where there is none."
+                    if holds_json(feature)
+                    else ""
+                )
             ),
         )
         return
@@ -140,6 +145,15 @@ def _is_mask(feature: Any) -> bool:
     if isinstance(feature, dict):
         return bool({"bytes", "path"} & feature.keys()) != ({"size", "counts"} <= feature.keys())
     return isinstance(feature, Image) or _is_value(feature, (*TEXT, *BINARY)) or feature in UNKNOWN[:2]
+
+
+def holds_json(feature: Any) -> bool:
+    """Whether a type, or one in it, is that of JSON objects."""
+    if isinstance(feature, List | LargeList):
+        return holds_json(feature.feature)
+    if isinstance(feature, dict):
+        return any(map(holds_json, feature.values()))
+    return isinstance(feature, Json)
 
 
 def _item(feature: Any) -> Any:
