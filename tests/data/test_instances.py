@@ -34,7 +34,8 @@ from trl_diffusion.data.instances import read_mask
 from trl_diffusion.data.row_contents import RowContents
 from trl_diffusion.data.sources import load_source
 from trl_diffusion.data.transforms import prepare_image
-from trl_diffusion.masks import instance_masks, unpacked
+from trl_diffusion.losses import instance_terms
+from trl_diffusion.masks import instance_masks, instance_regions, unpacked
 from trl_diffusion.segmentation import decode_rle, encode_rle
 
 
@@ -146,6 +147,14 @@ def jpeg(mask: np.ndarray) -> bytes:
 WRONG = {
     "of another size": (png(disc(32, 40)), "it is 32 pixels wide and 40 high, but its image 40 and 32"),
     "an RLE of another size": (encode_rle(disc(64, 64)), "it is 64 pixels wide and 64 high, but its image 40 and 32"),
+    "an RLE of width and height": (
+        encode_rle(disc()) | {"size": [40, 32]},
+        "its `size` is [40, 32], [width, height] of its image: COCO's is [height, width]",
+    ),
+    "a polygon": (
+        [[3.0, 4.0, 20.0, 4.0, 20.0, 9.0]],
+        "it is a list, as polygons are: make an RLE of it with `pycocotools.mask.f",
+    ),
     "a huge RLE": ({"size": [10**12, 10**12], "counts": "0"}, "it is 1000000000000 pixels wide"),
     "an RLE that does not add up": ({"size": [32, 40], "counts": [3, 4]}, "`counts` add up to 7 pixels"),
     "an RLE with a negative length": ({"size": [32, 40], "counts": [1281, -1]}, "`counts` have a negative length"),
@@ -279,6 +288,42 @@ def test_encodings_survive_json(tmp_path):
     expected = InstancePairCollator(32)(rle_rows())
     assert torch.equal(batch["chosen_masks"], expected["chosen_masks"])
     assert torch.equal(unpacked(batch["chosen_masks"], 32, 32)[1, 1], torch.from_numpy(disc()[:, 4:36]))
+
+
+def runs(mask: np.ndarray) -> list[int]:
+    """The lengths of the runs of pixels, column by column, counted one by one."""
+    found, inside = [0], False
+    for pixel in mask.T.ravel().tolist():
+        if pixel != inside:
+            found.append(0)
+            inside = pixel
+        found[-1] += 1
+    return found
+
+
+COUNTS = {
+    "string": (lambda mask: encode_rle(mask)["counts"], Value("string")),
+    "bytes": (lambda mask: encode_rle(mask)["counts"].encode(), Value("binary")),  # as pycocotools gives them
+    "list": (runs, List(Value("int64"))),  # as transformers gives them
+    "small list": (runs, List(Value("uint16"))),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_columns_of_encodings(tmp_path, kind):
+    """Compressed and uncompressed run lengths, as others write them, give one batch from memory, from Parquet and as a stream."""
+    encode, counts = COUNTS[kind]
+    masks = {"chosen_mask": disc(), "rejected_mask": disc(x=30)}
+    found = {name: {"size": [32, 40], "counts": encode(mask)} for name, mask in masks.items()}
+    rle = {"size": List(Value("int32")), "counts": counts}
+    fields = instance_pair_features()["instances"].feature | dict.fromkeys(masks, rle)
+    features = Features({**instance_pair_features(), "instances": List(fields)})
+    expected = InstancePairCollator(32)([row(0), row(1, [boxed()])])
+    rows = [row(0, [instance(**found)]), row(1, [boxed(chosen_mask=None, rejected_mask=None)])]
+    data = Dataset.from_list(rows, features=features)
+    for place in PLACES.values():
+        batch = InstancePairCollator(32)(list(prepared(place(data, tmp_path))))
+        assert all(torch.equal(batch[name], expected[name]) for name in ("chosen_masks", "rejected_masks"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -631,6 +676,46 @@ def test_rows_without_masks_are_as_ever():
     for name in ("chosen_pixel_values", "chosen_boxes", "rejected_boxes", "judged", "conflicts"):
         assert torch.equal(beside[name][:1], alone[name])
     assert beside["chosen_masks"].shape == (2, 1, 32, 4) and not beside["chosen_masks"][0].any()
+
+
+def cut_by_the_crop(kept: int, as_masks: bool) -> dict:
+    """
+    A batch of 40 x 32 pixels at 32, of which 4 columns are lost on either side. Of an instance in conflict, as a box or a mask, `kept`
+    columns are left in both images.
+    """
+    box = [0.0, 8.0, 4.0 + kept, 24.0]
+    made = [boxed(chosen_box=box, rejected_box=box, preference="rejected"), boxed()]
+    return InstancePairCollator(32)([row(0, with_rectangles(made, (0,)) if as_masks else made)])
+
+
+@pytest.mark.parametrize("as_masks", [False, True])
+@pytest.mark.parametrize("overlap", ["mean", "covering"])
+def test_weights_do_not_jump_where_the_crop_leaves_little(overlap, as_masks):
+    """
+    One column of 16 pixels, a quarter of each of 4 cells on a grid of 8 x 8, moves their weights by a quarter of what whole cells do, and
+    those of the others by the common scale alone. So no rule says how much must be left.
+    """
+    nothing, sliver, cells = (weights(cut_by_the_crop(kept, as_masks), overlap)[0] for kept in (0, 1, 4))
+    nothing, sliver, cells = (mask / mask[0, 7] for mask in (nothing, sliver, cells))  # without the scale
+    changed = torch.zeros(8, 8, dtype=torch.bool)
+    changed[2:6, 0] = True
+    torch.testing.assert_close(nothing - sliver, (nothing - cells) / 4, atol=1e-6, rtol=1e-6)
+    assert (nothing != cells).equal(changed)
+
+
+@pytest.mark.parametrize("as_masks", [False, True])
+@pytest.mark.parametrize("kept", [0, 1, 4])
+def test_grouped_what_is_left_of_an_instance_has_a_whole_term(kept, as_masks):
+    """However little the crop leaves in both images, its weights have the mean 1, as those of every term; of nothing there is no term."""
+    batch = cut_by_the_crop(kept, as_masks)
+    regions = [
+        instance_regions(batch[f"{name}_boxes"], batch["judged"], 8, 8, batch.get(f"{name}_masks")) for name in IMAGES
+    ]
+    terms = instance_terms(torch.cat(regions), batch["conflicts"])
+    assert terms.exists.tolist() == [[kept > 0, True, False]]  # the other one is the whole rejected image
+    assert terms.is_swapped.tolist() == [[True, False, False]]
+    torch.testing.assert_close(regions[0][0, 0].sum(), torch.tensor(float(kept)))
+    torch.testing.assert_close(terms.masks[:, 0].mean(dim=(1, 2)), torch.full((2,), float(kept > 0)))
 
 
 # ---- Margins ----

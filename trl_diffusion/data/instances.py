@@ -211,8 +211,17 @@ def read_mask(mask: Any, size: Size) -> np.ndarray:
         `ValueError`: If the mask cannot be read, has another size, is empty, or has values whose meaning is not clear.
         `OSError`: If the file is missing.
     """
+    if isinstance(mask, list | tuple):
+        raise ValueError(
+            "it is a list, as polygons are: make an RLE of it with `pycocotools.mask.frPyObjects`, or store a PNG image"
+        )
     if isinstance(mask, dict) and mask.get("counts") is not None:
-        _check_size(rle_size(mask)[::-1], size)
+        height, width = rle_size(mask)
+        if (height, width) == size != (width, height):
+            raise ValueError(
+                f"its `size` is {[height, width]}, [width, height] of its image: COCO's is [height, width]"
+            )
+        _check_size((width, height), size)
         pixels = decode_rle(mask)
     else:
         pixels = _read_png(mask, size)
