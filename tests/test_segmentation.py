@@ -3,6 +3,9 @@
 
 """Run-length encodings of masks."""
 
+import base64
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -81,6 +84,19 @@ FAULTS = {
     "a negative length in a string": ({"size": [2, 2], "counts": "5O"}, r"have a negative length, -1"),
     "other characters": ({"size": [2, 2], "counts": "4 "}, "are no string of COCO's run-length encoding"),
     "not of ASCII": ({"size": [2, 2], "counts": "4é"}, "add up to|no string"),
+    "bytes as Python shows them": (
+        {"size": [6, 10], "counts": str(OF_COCO["stripes"][1].encode())},
+        r"are no string of COCO's .*: they are bytes .*, write `counts.decode\(\)`",
+    ),
+    "starts and lengths": (
+        {"size": [2, 2], "counts": "1 2"},
+        r"are no string of COCO's run-length encoding; `trl_diffusion.segmentation.encode_rle\(mask\)` makes those of",
+    ),
+    "packed and as base64": (
+        {"size": [48, 64], "counts": base64.b64encode(zlib.compress(OF_COCO["disc"][1].encode())).decode()},
+        r"`counts` .*; `trl_diffusion.segmentation.encode_rle\(mask\)` makes those of a mask",
+    ),
+    "an array": ({"size": [2, 2], "counts": np.array([1, 3])}, r"must be a string or a list of integers, got array"),
     "cut off": ({"size": [2, 2], "counts": "`"}, "are no string of COCO's run-length encoding"),
     "a number without end": (
         {"size": [2, 2], "counts": "o" * 10**6 + "0"},

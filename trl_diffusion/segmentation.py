@@ -17,6 +17,7 @@ import numpy as np
 from .messages import shown
 
 
+WAY_OUT = "; `trl_diffusion.segmentation.encode_rle(mask)` makes those of a mask"
 MOST_PIXELS = 2**28  # of a mask whose image is not known
 LONGEST_NUMBER = 7  # characters of a number in a string of counts: 35 bits
 
@@ -67,12 +68,13 @@ def decode_rle(rle: dict[str, Any]) -> np.ndarray:
     ):
         numbers = np.array(counts, np.int64)
     else:
-        raise ValueError(f"its `counts` must be a string or a list of integers, got {shown(counts)}")
+        raise ValueError(f"its `counts` must be a string or a list of integers, got {shown(counts)}{WAY_OUT}")
     if (numbers < 0).any():
         raise ValueError(f"its `counts` have a negative length, {numbers.min()}")
     if numbers.sum() != height * width:
         raise ValueError(
             f"its `counts` add up to {numbers.sum():,} pixels, but a mask of {height} x {width} has {height * width:,}"
+            f"{WAY_OUT}"
         )
     return np.repeat(np.arange(len(numbers)) % 2 == 1, numbers).reshape(width, height).T
 
@@ -125,7 +127,14 @@ def _numbers(characters: bytes) -> np.ndarray:
     """The counts of a string."""
     values = np.frombuffer(characters, np.uint8).astype(np.int64) - 48
     if ((values < 0) | (values > 63)).any() or (len(values) and values[-1] & 32):
-        raise ValueError("its `counts` are no string of COCO's run-length encoding")
+        raise ValueError(
+            "its `counts` are no string of COCO's run-length encoding"
+            + (
+                ": they are bytes that were written as Python shows them, write `counts.decode()`"
+                if characters[:2] in (b"b'", b'b"')
+                else WAY_OUT
+            )
+        )
     ends = np.flatnonzero(values < 32)
     starts = np.append(0, ends[:-1] + 1) if len(ends) else ends
     lengths = ends - starts + 1

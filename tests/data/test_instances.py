@@ -32,8 +32,10 @@ from trl_diffusion.data.formats import prepare_dataset
 from trl_diffusion.data.images import open_reduced
 from trl_diffusion.data.instances import read_mask
 from trl_diffusion.data.row_contents import RowContents
+from trl_diffusion.data.sources import load_source
 from trl_diffusion.data.transforms import prepare_image
-from trl_diffusion.masks import instance_masks, unpacked
+from trl_diffusion.losses import instance_terms
+from trl_diffusion.masks import instance_masks, instance_regions, unpacked
 from trl_diffusion.segmentation import decode_rle, encode_rle
 
 
@@ -145,6 +147,14 @@ def jpeg(mask: np.ndarray) -> bytes:
 WRONG = {
     "of another size": (png(disc(32, 40)), "it is 32 pixels wide and 40 high, but its image 40 and 32"),
     "an RLE of another size": (encode_rle(disc(64, 64)), "it is 64 pixels wide and 64 high, but its image 40 and 32"),
+    "an RLE of width and height": (
+        encode_rle(disc()) | {"size": [40, 32]},
+        "its `size` is [40, 32], [width, height] of its image: COCO's is [height, width]",
+    ),
+    "a polygon": (
+        [[3.0, 4.0, 20.0, 4.0, 20.0, 9.0]],
+        "it is a list, as polygons are: make an RLE of it with `pycocotools.mask.f",
+    ),
     "a huge RLE": ({"size": [10**12, 10**12], "counts": "0"}, "it is 1000000000000 pixels wide"),
     "an RLE that does not add up": ({"size": [32, 40], "counts": [3, 4]}, "`counts` add up to 7 pixels"),
     "an RLE with a negative length": ({"size": [32, 40], "counts": [1281, -1]}, "`counts` have a negative length"),
@@ -280,6 +290,67 @@ def test_encodings_survive_json(tmp_path):
     assert torch.equal(unpacked(batch["chosen_masks"], 32, 32)[1, 1], torch.from_numpy(disc()[:, 4:36]))
 
 
+def runs(mask: np.ndarray) -> list[int]:
+    """The lengths of the runs of pixels, column by column, counted one by one."""
+    found, inside = [0], False
+    for pixel in mask.T.ravel().tolist():
+        if pixel != inside:
+            found.append(0)
+            inside = pixel
+        found[-1] += 1
+    return found
+
+
+COUNTS = {
+    "string": (lambda mask: encode_rle(mask)["counts"], Value("string")),
+    "bytes": (lambda mask: encode_rle(mask)["counts"].encode(), Value("binary")),  # as pycocotools gives them
+    "list": (runs, List(Value("int64"))),  # as transformers gives them
+    "small list": (runs, List(Value("uint16"))),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_columns_of_encodings(tmp_path, kind):
+    """Compressed and uncompressed run lengths, as others write them, give one batch from memory, from Parquet and as a stream."""
+    encode, counts = COUNTS[kind]
+    masks = {"chosen_mask": disc(), "rejected_mask": disc(x=30)}
+    found = {name: {"size": [32, 40], "counts": encode(mask)} for name, mask in masks.items()}
+    rle = {"size": List(Value("int32")), "counts": counts}
+    fields = instance_pair_features()["instances"].feature | dict.fromkeys(masks, rle)
+    features = Features({**instance_pair_features(), "instances": List(fields)})
+    expected = InstancePairCollator(32)([row(0), row(1, [boxed()])])
+    rows = [row(0, [instance(**found)]), row(1, [boxed(chosen_mask=None, rejected_mask=None)])]
+    data = Dataset.from_list(rows, features=features)
+    for place in PLACES.values():
+        batch = InstancePairCollator(32)(list(prepared(place(data, tmp_path))))
+        assert all(torch.equal(batch[name], expected[name]) for name in ("chosen_masks", "rejected_masks"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_instances_in_json_may_lack_fields(cache, tmp_path, streaming):
+    """
+    Where one instance has encodings and the next boxes, each written without the fields of the other, the batch is that of the rows; what
+    `datasets` makes of such a file alone is refused with what to write.
+    """
+    folder = tmp_path / "data"
+    rows = named_rows(folder)
+    for made, found in zip(rows, rle_rows()[:1] * 3, strict=True):
+        made["instances"] = [*found["instances"], boxed()]
+    TABLES["rows.jsonl"](rows, folder / "rows.jsonl")
+    read = load_source(str(folder / "rows.jsonl"), streaming=streaming)["train"]
+    batch = InstancePairCollator(32)(list(prepared(read)))
+    expected = InstancePairCollator(32)([row(number, [*rle_rows()[0]["instances"], boxed()]) for number in range(3)])
+    assert all(torch.equal(batch[name], expected[name]) for name in ("chosen_masks", "rejected_boxes", "conflicts"))
+    if not streaming:
+        alone = load_dataset(
+            "json", data_files=str(folder / "rows.jsonl"), split="train", cache_dir=tmp_path / "other"
+        )
+        with pytest.raises(
+            ValueError, match=r"must be a list of instances, got List\(Json.* write every field in every"
+        ):
+            prepared(alone)
+
+
 def test_a_folder_of_masks(tmp_path):
     """`imagefolder` reads masks whose files the instances of `metadata.jsonl` name."""
     for name, mask in (("a.png", disc()), ("b.png", disc(x=30))):
@@ -298,6 +369,141 @@ def test_a_folder_of_masks(tmp_path):
     read = load_dataset("imagefolder", data_dir=str(tmp_path), split="train", cache_dir=tmp_path / "cache")
     batch = InstancePairCollator(32)(list(prepared(read)))
     assert torch.equal(unpacked(batch["rejected_masks"], 32, 32)[0, 0], torch.from_numpy(disc(x=30)[:, 4:36]))
+
+
+def named_rows(folder, field: str = "{}_mask_file_name") -> list[dict]:
+    """Rows as they are in a table: files of images, and of masks, which lie in a folder of their own."""
+    rows = [row(0, [instance(), boxed()]), row(1, [boxed()]), row(2)]
+    (folder / "masks").mkdir(parents=True)
+    for number, made in enumerate(rows):
+        for name in IMAGES:
+            path = folder / f"{number}-{name}.png"
+            path.write_bytes(made[name]["bytes"])
+            made[name] = path.name
+            for place, found in enumerate(made["instances"]):
+                if mask := found.pop(f"{name}_mask", None):
+                    path = folder / "masks" / f"{number}-{place}-{name}.png"
+                    path.write_bytes(mask["bytes"])
+                    found[field.format(name)] = f"masks/{path.name}"
+    return rows
+
+
+def with_lists_as_text(rows: list[dict]) -> list[dict]:
+    return [made | {"instances": json.dumps(made["instances"])} for made in rows]
+
+
+TABLES = {
+    "rows.jsonl": lambda rows, path: path.write_text("\n".join(map(json.dumps, rows))),
+    "metadata.jsonl": lambda rows, path: path.write_text("\n".join(map(json.dumps, rows))),
+    "rows.csv": lambda rows, path: Dataset.from_list(with_lists_as_text(rows)).to_csv(path),
+    "rows.parquet": lambda rows, path: Dataset.from_list(rows).to_parquet(path),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_names_the_files_of_masks(cache, tmp_path, table, streaming):
+    """Relative to the table, wherever the command runs, as for images: the batch is that of the masks themselves, from memory or as a stream."""
+    folder = tmp_path / "data"
+    TABLES[table](named_rows(folder), folder / table)
+    source = folder if table.startswith("metadata") else folder / table
+    read = prepared(load_source(str(source), streaming=streaming)["train"])
+    rows = [row(0, [instance(), boxed()]), row(1, [boxed()]), row(2)]
+    batch, expected = InstancePairCollator(32)(list(read)), InstancePairCollator(32)(rows)
+    assert batch.keys() == expected.keys() and {"chosen_masks", "rejected_masks"} < batch.keys()
+    for name, value in expected.items():
+        assert torch.equal(batch[name], value) if isinstance(value, torch.Tensor) else batch[name] == value
+
+
+def test_a_name_may_be_in_the_field_of_the_mask(cache, tmp_path):
+    """As `chosen` may hold the path of an image; types and order of the other columns and fields stay, and embedded images too."""
+    rows = named_rows(tmp_path / "data", "{}_mask")
+    rows[2]["instances"][0]["chosen_mask"] = str(tmp_path / "data" / "masks" / "2-0-chosen.png")
+    fields = instance_pair_features(masks=True)["instances"].feature | dict.fromkeys(
+        row_contents.MASKS, Value("string")
+    )
+    features = instance_pair_features() | {"instances": List(fields)}
+    for made in rows:
+        made |= {name: str(tmp_path / "data" / made[name]) for name in IMAGES}
+    Dataset.from_list(rows, features=Features(features)).to_parquet(tmp_path / "data" / "rows.parquet")
+    for streaming in (False, True):
+        read = load_source(str(tmp_path / "data" / "rows.parquet"), streaming=streaming)["train"]
+        assert list(read.features) == list(features)
+        assert read.features["instances"] == instance_pair_features(masks=True)["instances"]
+        expected = InstancePairCollator(32)([row(0, [instance(), boxed()]), row(1, [boxed()]), row(2)])
+        batch = InstancePairCollator(32)(list(prepared(read)))
+        assert all(torch.equal(batch[name], expected[name]) for name in ("chosen_masks", "rejected_masks", "judged"))
+
+
+def test_another_file_of_a_mask_is_another_dataset(cache, tmp_path):
+    """What was made of the rows before is not found for rows whose masks changed."""
+    folder = tmp_path / "data"
+    TABLES["rows.jsonl"](named_rows(folder), folder / "rows.jsonl")
+    fingerprints = []
+    for _ in range(2):
+        fingerprints.append(load_source(str(folder / "rows.jsonl"))["train"]._fingerprint)
+    (folder / "masks" / "0-0-chosen.png").write_bytes(png(disc(x=12)))
+    fingerprints.append(load_source(str(folder / "rows.jsonl"))["train"]._fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+MISNAMED = {
+    "missing": (
+        "masks/none.png",
+        r"1 of the 2 images in the column `instances.chosen_mask_file_name` of .*rows.jsonl are missing: .*masks/none.png.* Paths are relative to ",
+    ),
+    "missing elsewhere": ("/no/such/folder/mask.png", r"1 of the 2 images .* are missing: .*/no/such/folder/mask.png"),
+    "a folder": (
+        "masks/a folder",
+        r"`instances\[0\].chosen_mask` of the row with id 'row-0' is not a mask: .*masks/a folder' is a folder",
+    ),
+    "unreadable": (
+        "masks/text.png",
+        r"`instances\[0\].chosen_mask` of the row with id 'row-0' is not a mask: this is not an image that can be read",
+    ),
+    "of another size": (
+        "masks/small.png",
+        r"`instances\[0\].chosen_mask` of the row .* is not a mask: it is 20 pixels wide and 16 high, but its image 40 and 32",
+    ),
+    "an address": (
+        "https://example.com/mask.png",
+        r"`instances\[0\].chosen_mask` of the row .* is not a mask: 'https://example.com/mask.png' is an address: download the file",
+    ),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", MISNAMED)
+def test_a_name_of_no_mask_is_refused(cache, tmp_path, name, streaming):
+    """What is wrong, where, and the way out: at once where files are missing, else when the mask is read; of a stream when the row is."""
+    folder = tmp_path / "data"
+    rows = named_rows(folder)
+    (folder / "masks" / "a folder").mkdir()
+    (folder / "masks" / "text.png").write_text("text")
+    (folder / "masks" / "small.png").write_bytes(png(disc(20, 16, 8, 8, 5)))
+    path, message = MISNAMED[name]
+    rows[0]["instances"][0]["chosen_mask_file_name"] = path
+    TABLES["rows.jsonl"](rows, folder / "rows.jsonl")
+    with pytest.raises(ValueError, match=message):
+        InstancePairCollator(32)(list(prepared(load_source(str(folder / "rows.jsonl"), streaming=streaming)["train"])))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mask_in_two_fields_is_refused(cache, tmp_path, streaming):
+    """A null beside the name of a file is none; a mask is one too many, and the message names both fields."""
+    folder = tmp_path / "data"
+    rows = named_rows(folder)
+
+    def batch_with(mask: dict | None) -> dict:
+        rows[0]["instances"][0]["chosen_mask"] = mask
+        TABLES["rows.jsonl"](rows, folder / "rows.jsonl")
+        read = load_source(str(folder / "rows.jsonl"), streaming=streaming)["train"]
+        return InstancePairCollator(32)(list(prepared(read)))
+
+    assert batch_with(None)["chosen_masks"].any()
+    message = "`chosen_mask` and `chosen_mask_file_name` in the instances of .*rows.jsonl are two fields for one mask"
+    with pytest.raises(ValueError, match=message):
+        batch_with(encode_rle(disc()))
 
 
 def test_preparing_writes_no_row_again():
@@ -470,6 +676,46 @@ def test_rows_without_masks_are_as_ever():
     for name in ("chosen_pixel_values", "chosen_boxes", "rejected_boxes", "judged", "conflicts"):
         assert torch.equal(beside[name][:1], alone[name])
     assert beside["chosen_masks"].shape == (2, 1, 32, 4) and not beside["chosen_masks"][0].any()
+
+
+def cut_by_the_crop(kept: int, as_masks: bool) -> dict:
+    """
+    A batch of 40 x 32 pixels at 32, of which 4 columns are lost on either side. Of an instance in conflict, as a box or a mask, `kept`
+    columns are left in both images.
+    """
+    box = [0.0, 8.0, 4.0 + kept, 24.0]
+    made = [boxed(chosen_box=box, rejected_box=box, preference="rejected"), boxed()]
+    return InstancePairCollator(32)([row(0, with_rectangles(made, (0,)) if as_masks else made)])
+
+
+@pytest.mark.parametrize("as_masks", [False, True])
+@pytest.mark.parametrize("overlap", ["mean", "covering"])
+def test_weights_do_not_jump_where_the_crop_leaves_little(overlap, as_masks):
+    """
+    One column of 16 pixels, a quarter of each of 4 cells on a grid of 8 x 8, moves their weights by a quarter of what whole cells do, and
+    those of the others by the common scale alone. So no rule says how much must be left.
+    """
+    nothing, sliver, cells = (weights(cut_by_the_crop(kept, as_masks), overlap)[0] for kept in (0, 1, 4))
+    nothing, sliver, cells = (mask / mask[0, 7] for mask in (nothing, sliver, cells))  # without the scale
+    changed = torch.zeros(8, 8, dtype=torch.bool)
+    changed[2:6, 0] = True
+    torch.testing.assert_close(nothing - sliver, (nothing - cells) / 4, atol=1e-6, rtol=1e-6)
+    assert (nothing != cells).equal(changed)
+
+
+@pytest.mark.parametrize("as_masks", [False, True])
+@pytest.mark.parametrize("kept", [0, 1, 4])
+def test_grouped_what_is_left_of_an_instance_has_a_whole_term(kept, as_masks):
+    """However little the crop leaves in both images, its weights have the mean 1, as those of every term; of nothing there is no term."""
+    batch = cut_by_the_crop(kept, as_masks)
+    regions = [
+        instance_regions(batch[f"{name}_boxes"], batch["judged"], 8, 8, batch.get(f"{name}_masks")) for name in IMAGES
+    ]
+    terms = instance_terms(torch.cat(regions), batch["conflicts"])
+    assert terms.exists.tolist() == [[kept > 0, True, False]]  # the other one is the whole rejected image
+    assert terms.is_swapped.tolist() == [[True, False, False]]
+    torch.testing.assert_close(regions[0][0, 0].sum(), torch.tensor(float(kept)))
+    torch.testing.assert_close(terms.masks[:, 0].mean(dim=(1, 2)), torch.full((2,), float(kept > 0)))
 
 
 # ---- Margins ----

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from transformers import CLIPTextModel
 
 from tests import tiny
@@ -26,6 +27,7 @@ from trl_diffusion import (
     ComplexPOTrainer,
     InstanceDPOConfig,
     InstanceDPOTrainer,
+    instance_pair_features,
 )
 from trl_diffusion.backbones import StableDiffusionBackbone
 from trl_diffusion.data import caching
@@ -1180,7 +1182,21 @@ SIZES = {
     "buckets": {"aspect_ratio_buckets": True},
     "inversion": {"noise_source": "inversion", "inversion_steps": 1},
     "few": {"rows": 3, "max_steps": 1},
+    "masks": {"precompute_dtype": "float16"},
+    "masks in buckets": {"precompute_dtype": "float16", "aspect_ratio_buckets": True, "resolution": 48},
 }
+
+
+def some_with_masks(pairs: Dataset) -> Dataset:
+    """The pairs, of which every third, but not the first, has twenty instances of which one or two have masks in one image."""
+    rows = []
+    for number, row in enumerate(pairs):
+        if number % 3 == 1:
+            row["instances"] = [dict(instance) for instance in row["instances"] * 10]
+            for instance in row["instances"][: 1 + number % 2]:
+                instance |= {"rejected_box": None, "rejected_mask": Image.new("1", row["rejected"].size, 1)}
+        rows.append(row)
+    return Dataset.from_list(rows, features=instance_pair_features(masks=True))
 
 
 @pytest.mark.parametrize("case", SIZES)
@@ -1192,6 +1208,8 @@ def test_what_is_said_of_the_size_is_what_is_written(tmp_path, request, capsys, 
     dataset, pipeline = prompts_of_all_lengths(settings.pop("rows", 60)), PIPELINES[settings.pop("family", "sd")]()
     if case == "buckets":  # two sizes, one of which is much smaller
         settings["resolution"] = 48
+    if case.startswith("masks"):
+        dataset = some_with_masks(dataset)
     trainer = iapo(tmp_path, pipeline, dataset, eval_dataset=tiny.pairs(4), **tiny.settings(pipeline) | settings)
     said = said_sizes(capsys.readouterr().out)
     assert said.keys() == {IMAGES, "images of eval_dataset", PROMPTS, INVERSIONS}

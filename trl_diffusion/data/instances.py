@@ -4,15 +4,15 @@
 """The instances of a pair: their types, boxes, segmentation masks and preferences, and readable errors for invalid ones."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, LargeList, List, Value
 
 from ..messages import cut, quoted, shown
 from ..segmentation import decode_rle, rle_size
-from .column_checks import LARGEST_NUMBER, MOST_INSTANCES, PREFERENCES
+from .column_checks import LARGEST_NUMBER, MASKS, MOST_INSTANCES, PREFERENCES
 from .images import image_content, image_errors, open_lazily
 
 
@@ -109,6 +109,37 @@ def has_mask(instance: dict[str, Any], column: str) -> bool:
     return any(value is not None for value in mask.values()) if isinstance(mask, dict) else mask is not None
 
 
+def may_have_masks(dataset: Dataset, columns: Iterable[str]) -> bool:
+    """Whether instances may have masks in some images of a dataset: their type has some, or a transform of the user makes the rows."""
+    feature, masks = dataset.features.get("instances"), {f"{column}_mask" for column in columns}.intersection(MASKS)
+    fields = feature.feature if isinstance(feature, List | LargeList) else None
+    may_have = dataset.format["type"] == "custom" or (isinstance(fields, dict) and not fields.keys().isdisjoint(masks))
+    return bool(masks) and may_have
+
+
+def packed_bytes(row: dict[str, Any], columns: Iterable[str], size: tuple[int, int]) -> int:
+    """
+    How many bytes the masks of a row take in a batch, see [`masks.pack_masks`].
+
+    Args:
+        row (`dict`):
+            The row.
+        columns (`Iterable[str]`):
+            The columns of its images.
+        size (`tuple[int, int]`):
+            (height, width) of the training images in pixels.
+
+    Returns:
+        `int`: where an instance has a mask in an image, all instances have one in the batch.
+
+    Raises:
+        `ValueError`: If the instances are invalid.
+    """
+    instances, (height, width) = check_instances(row), size
+    number = sum(any(has_mask(instance, column) for instance in instances) for column in columns)
+    return number * len(instances) * height * -(-width // 8)
+
+
 def read_regions(row: dict[str, Any], column: str, size: Size) -> tuple[list[list[float]], list[np.ndarray | None]]:
     """
     Reads where the instances of a row are in one of its images.
@@ -180,8 +211,17 @@ def read_mask(mask: Any, size: Size) -> np.ndarray:
         `ValueError`: If the mask cannot be read, has another size, is empty, or has values whose meaning is not clear.
         `OSError`: If the file is missing.
     """
+    if isinstance(mask, list | tuple):
+        raise ValueError(
+            "it is a list, as polygons are: make an RLE of it with `pycocotools.mask.frPyObjects`, or store a PNG image"
+        )
     if isinstance(mask, dict) and mask.get("counts") is not None:
-        _check_size(rle_size(mask)[::-1], size)
+        height, width = rle_size(mask)
+        if (height, width) == size != (width, height):
+            raise ValueError(
+                f"its `size` is {[height, width]}, [width, height] of its image: COCO's is [height, width]"
+            )
+        _check_size((width, height), size)
         pixels = decode_rle(mask)
     else:
         pixels = _read_png(mask, size)

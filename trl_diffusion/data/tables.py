@@ -4,6 +4,7 @@
 """What files of rows cannot say themselves: which texts are lists, and which are paths of images."""
 
 import ast
+import copy
 import csv
 import json
 import logging
@@ -15,10 +16,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, IterableDataset, Value
+from datasets import Dataset, Features, Image, IterableDataset, LargeList, List, Value
 
 from ..messages import shortened, shown
-from .columns import Source, column_names, with_column
+from .column_checks import MASKS, UNKNOWN, holds_json
+from .columns import Replacement, Source, beside, column_names, with_column, without_decoding
 from .image_files import IMAGE_SUFFIXES, stamped
 from .presets import FIELDS, refuse_what_has_no_pairs
 
@@ -128,7 +130,8 @@ def read_list(text: str) -> Any:
 
 def with_lists(dataset: Source, where: str) -> Source:
     """
-    Reads columns of lists that are stored as text, as CSV does.
+    Reads columns of lists that are stored as text, as CSV does, and instances of which some lack fields that others have, which
+    `datasets` reads from JSON as objects of any type.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -145,6 +148,8 @@ def with_lists(dataset: Source, where: str) -> Source:
     for name in first_texts(dataset):
         if name in LISTS:
             dataset = with_column(dataset, name, ReadLists(name, where))
+    if isinstance(dataset, Dataset) and holds_json(dataset.features.get("instances")):
+        dataset = with_column(dataset, "instances", list)
     return dataset
 
 
@@ -208,8 +213,9 @@ class FindImages:
 
 def with_images(dataset: Source, file: Path) -> Source:
     """
-    Makes columns of paths columns of images. `chosen_file_name` becomes `chosen`, and `file_name` becomes `image`. The rows of a
-    stream without ids get the paths of their images as ids, for they cannot be numbered.
+    Makes columns of paths columns of images. `chosen_file_name` becomes `chosen`, `file_name` becomes `image`, and in instances
+    `chosen_mask_file_name` becomes `chosen_mask`. The rows of a stream without ids get the paths of their images as ids, for they
+    cannot be numbered.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -239,6 +245,8 @@ def with_images(dataset: Source, file: Path) -> Source:
             dataset = dataset.cast_column(name, Image())
         if name.endswith("file_name"):
             dataset = dataset.rename_column(name, name.removesuffix("file_name").rstrip("_") or "image")
+    dataset, masks = with_masks(dataset, file)
+    found += masks
     return stamped(dataset, found) if found else dataset
 
 
@@ -250,6 +258,90 @@ class PathIds:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return {"id": " ".join(os.path.splitext(str(row[name]))[0] for name in self.names if row[name])}
+
+
+class FindMasks:
+    """
+    Makes names of files in instances masks, as [`data.tables.FindImages`] finds them.
+
+    Args:
+        file (`Path`):
+            The file of the rows.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        names = [name for mask in MASKS for name in (mask, name_of_file(mask))]
+        self.finders = {name: FindImages(f"instances.{name}", file) for name in names}
+
+    def __call__(self, rows: list) -> list:
+        instances = [found for row in rows if isinstance(row, list) for found in row if isinstance(found, dict)]
+        for name, find in self.finders.items():
+            named = [instance for instance in instances if isinstance(instance.get(name), str)]
+            for instance, place in zip(named, find([instance[name] for instance in named]), strict=True):
+                instance[name] = {"bytes": None, "path": place}
+        for instance in instances:
+            for mask in MASKS:
+                if (of_file := instance.pop(name_of_file(mask), None)) is not None:
+                    self.refuse_two(mask, instance.get(mask) is not None)
+                    instance[mask] = of_file
+        return rows
+
+    def refuse_two(self, mask: str, has_other: bool) -> None:
+        """Refuses a mask that is in two fields."""
+        if has_other:
+            raise ValueError(
+                f"`{mask}` and `{name_of_file(mask)}` in the instances of {self.file} are two fields for one mask: keep one of them."
+            )
+
+
+def name_of_file(mask: str) -> str:
+    """The field that names the file of a mask, as `imagefolder` of `datasets` reads it."""
+    return f"{mask}_file_name"
+
+
+def with_masks(dataset: Source, file: Path) -> tuple[Source, list[str]]:
+    """
+    Makes names of files in instances masks.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The dataset.
+        file (`Path`):
+            The file of its rows.
+
+    Returns:
+        `tuple`: the dataset, unchanged if its instances name no files; and the files, of a stream none.
+
+    Raises:
+        `ValueError`: If files are missing, of a stream when the row is read; or if a mask is in two fields.
+    """
+    find = FindMasks(file)
+    if dataset.features is None:  # a stream of unknown types
+        return (with_column(dataset, "instances", find) if "instances" in column_names(dataset) else dataset), []
+    feature = dataset.features.get("instances")
+    fields = feature.feature if isinstance(feature, List | LargeList) and isinstance(feature.feature, dict) else {}
+    names = [name for name in find.finders if is_text(fields.get(name))]
+    if not names:
+        return dataset, []
+    made = {mask: Image() for mask in MASKS if {mask, name_of_file(mask)} & set(names)}
+    for mask in made:
+        find.refuse_two(mask, name_of_file(mask) in names and fields.get(mask) not in UNKNOWN[:2])
+    feature = copy.copy(feature)
+    feature.feature = {name: kind for name, kind in fields.items() if name not in names} | made
+    features = Features({"instances": feature})
+    if isinstance(dataset, IterableDataset):
+        dataset = without_decoding(dataset)
+        features = Features({**dataset.features, **features})
+        return dataset.map(Replacement("instances", find), batched=True, batch_size=100, features=features), []
+    rows, order = find(dataset.data.column("instances").to_pylist()), dataset.column_names
+    values = pa.array(rows, features.arrow_schema.field("instances").type)
+    masks = [instance.get(mask) for row in rows if row for instance in row if instance for mask in made]
+    paths = [mask["path"] for mask in masks if mask]
+    dataset = beside(dataset.remove_columns("instances"), {"instances": values}, features, values).select_columns(
+        order
+    )
+    return dataset, [path for path in paths if "://" not in path]
 
 
 def image_paths(dataset: Source, file: Path) -> Iterator[str]:

@@ -4,6 +4,7 @@
 """Encoding images and prompts once, before the training."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..data.column_checks import repeated
 from ..data.encoded_files import CONTENT, keys_of
 from ..data.formats import each_dataset
 from ..data.hashing import hash_of
+from ..data.instances import may_have_masks, packed_bytes
 from ..data.row_contents import RowContents
 from ..nodes import sharing
 from .diffusion_config import DiffusionConfig
@@ -210,13 +212,16 @@ class Precomputation:
             return examples
 
         def more_bytes(first: dict[str, Any], missing: np.ndarray) -> float:
-            if collator.buckets is None:
+            if collator.buckets is None and not may_have_masks(dataset, collator.image_columns):
                 return 0.0
             some = missing[:: max(1, len(missing) // NUM_SIZED_IMAGES)]
-            areas = [np.prod(collator.size(dataset[row])) for row in some.tolist()]
-            return (np.mean(areas) / areas[0] - 1) * sum(
-                first[latents].nbytes for latents in first if "_latents_" in latents
-            )
+            areas, masks = np.array([space_of(dataset[row]) for row in some.tolist()]).T
+            latents = sum(first[name].nbytes for name in first if "_latents_" in name)
+            return (areas.mean() / areas[0] - 1) * latents + masks.mean() - masks[0]
+
+        def space_of(row: dict[str, Any]) -> tuple[int, int]:
+            size = collator.size(row)
+            return math.prod(size), packed_bytes(row, collator.image_columns, size)
 
         contents = RowContents(dataset, collator.image_columns)
         in_half = [] if self.dtype == torch.float32 else [str(self.dtype)]

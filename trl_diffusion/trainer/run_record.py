@@ -8,7 +8,7 @@ import enum
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +20,9 @@ from datasets import Dataset, Image, IterableDataset
 from peft import LoraConfig
 from transformers import TrainingArguments
 
+from ..data.column_checks import MASKS, without_masks
 from ..data.hashing import update_hash
-from ..data.row_contents import load_image
+from ..data.row_contents import load_image, load_masks
 from ..files import write_file
 from .fingerprints import same_base, same_quantized_base, tensors_hash
 
@@ -187,7 +188,8 @@ def describe_lora(config: LoraConfig) -> dict[str, Any]:
 
 def dataset_fingerprint(dataset: Dataset, columns: Iterable[str]) -> str:
     """
-    A hash of the rows of a dataset in their order: of all that is no image, and of 64 images of each column.
+    A hash of the rows of a dataset in their order: of all that is neither an image nor a mask, and of the images and masks of about 64
+    rows.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -204,18 +206,29 @@ def dataset_fingerprint(dataset: Dataset, columns: Iterable[str]) -> str:
     others = [name for name in columns if name not in images]
     digest.update(repr((len(dataset), images, others)).encode())
     for name in others:
-        column = dataset.data.column(name)
+        column = without_masks(dataset.data.column(name))
         if pa.types.is_string(column.type):
             column = column.cast(pa.large_string())  # of which a row can be taken in any order, however many there are
         if dataset._indices is not None:
             column = column.take(dataset._indices.column(0))
         update_hash(digest, column)
-    if images:
-        some = dataset.select_columns(images).select(range(0, len(dataset), max(1, len(dataset) // NUM_HASHED_IMAGES)))
+    read = images + [name for name in others if name == "instances"]
+    if read:
+        some = dataset.select_columns(read).select(range(0, len(dataset), max(1, len(dataset) // NUM_HASHED_IMAGES)))
         for row in some.with_format("arrow").iter(1):
             for name in images:
                 digest.update(load_image(row[name][0].as_py() or {})["bytes"] or b"")
+            for content in mask_contents(row["instances"][0].as_py()) if "instances" in read else ():
+                digest.update(content)
     return HASH_VERSION + digest.hexdigest()
+
+
+def mask_contents(instances: Any) -> Iterator[bytes]:
+    """The files of the masks of a row, and its run-length encodings."""
+    instances = load_masks(instances)
+    for instance in instances if isinstance(instances, list) else ():
+        for mask in (instance[name] for name in MASKS if isinstance(instance, dict) and instance.get(name)):
+            yield repr(mask).encode() if "counts" in mask else mask["bytes"] or b""
 
 
 def library_versions() -> dict[str, str]:
