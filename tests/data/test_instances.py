@@ -416,7 +416,7 @@ def test_a_table_names_the_files_of_masks(cache, tmp_path, table, streaming):
 
 
 def test_a_name_may_be_in_the_field_of_the_mask(cache, tmp_path):
-    """As `chosen` may hold the path of an image; types and order of the other columns and fields stay, and embedded images too."""
+    """As `chosen` may hold the path of an image; types and order of the other columns and fields stay."""
     rows = named_rows(tmp_path / "data", "{}_mask")
     rows[2]["instances"][0]["chosen_mask"] = str(tmp_path / "data" / "masks" / "2-0-chosen.png")
     fields = instance_pair_features(masks=True)["instances"].feature | dict.fromkeys(

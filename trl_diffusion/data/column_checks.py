@@ -354,8 +354,7 @@ def _field(items: pa.StructArray, name: str) -> pa.Array:
 
 def without_masks(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """
-    Puts into lists of instances, in the place of masks, whether they are there. What the masks hold is neither read nor copied, which
-    takes minutes for a million rows.
+    Puts into lists of instances, in the place of masks, whether they are there. What the masks hold is neither read nor copied.
 
     Args:
         column (`pa.ChunkedArray`):

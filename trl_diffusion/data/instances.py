@@ -130,7 +130,7 @@ def packed_bytes(row: dict[str, Any], columns: Iterable[str], size: tuple[int, i
             (height, width) of the training images in pixels.
 
     Returns:
-        `int`: where an instance has a mask in an image, all instances have one in the batch.
+        `int`: in an image of which an instance has a mask, each instance takes as much.
 
     Raises:
         `ValueError`: If the instances are invalid.

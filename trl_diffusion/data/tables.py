@@ -130,7 +130,7 @@ def read_list(text: str) -> Any:
 
 def with_lists(dataset: Source, where: str) -> Source:
     """
-    Reads columns of lists that are stored as text, as CSV does, and instances of which some lack fields that others have, which
+    Reads columns of lists that are stored as text, as in CSV; and instances of which some lack fields that others have, which
     `datasets` reads from JSON as objects of any type.
 
     Args:
