@@ -146,11 +146,12 @@ DPO = Objective("Diffusion-DPO", iapo.train, REFERENCE_KEPT | PLAIN)
 IAPO_COVERING = Objective("IAPO, covering", iapo.train, REFERENCE_KEPT | COVERING)
 GROUPED = Objective("IAPO, grouped", iapo.train, REFERENCE_KEPT | {"w_neg": 0.0, "grouped_instances": True})
 LOSSES = {
-    "ipo": ("IPO", REFERENCE_KEPT),
-    "hinge": ("hinge", REFERENCE_KEPT),
-    "mapo": ("MaPO", {"beta": None}),  # it has no reference, and a beta of its own
-    "dspo": ("DSPO", REFERENCE_KEPT | {"beta": None}),
-    "dmpo": ("DMPO", REFERENCE_KEPT),
+    "ipo": ("IPO", REFERENCE_KEPT | {"loss_type": "ipo"}),
+    "ipo_100": ("IPO, beta 100", REFERENCE_KEPT | {"loss_type": "ipo", "beta": 100.0}),
+    "hinge": ("hinge", REFERENCE_KEPT | {"loss_type": "hinge"}),
+    "mapo": ("MaPO", {"loss_type": "mapo", "beta": None}),  # it has no reference, and a beta of its own
+    "dspo": ("DSPO", REFERENCE_KEPT | {"loss_type": "dspo", "beta": None}),
+    "dmpo": ("DMPO", REFERENCE_KEPT | {"loss_type": "dmpo"}),
 }
 SAFEGUARDS = {
     "none": ("", {}),
@@ -166,7 +167,7 @@ SCENES = {
     "grouped": GROUPED,
     "sft": SFT,
     **{
-        f"{loss}{suffix}": Objective(f"{title}{masked}", iapo.train, {"loss_type": loss, **settings, **masks})
+        f"{loss}{suffix}": Objective(f"{title}{masked}", iapo.train, settings | masks)
         for loss, (title, settings) in LOSSES.items()
         for suffix, masked, masks in (("", "", PLAIN), ("_covering", ", covering", COVERING))
     },

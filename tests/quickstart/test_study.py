@@ -17,7 +17,7 @@ from examples.study.__main__ import StudyArguments, main
 from examples.study.arms import ARMS, RUN, Sizes, folder_of, last_metrics, run_scene
 from examples.study.objectives import WORLDS
 from examples.study.runs import check_settings, collect, run_seed
-from examples.study.tables import FIGURES, picture, table, tuning_table
+from examples.study.tables import FIGURES, learning_rate, picture, table, tuning_table
 from trl_diffusion.losses import pair_errors
 from trl_diffusion.masks import instance_masks
 from trl_diffusion.quickstart import iapo
@@ -197,6 +197,20 @@ def test_the_page_holds_the_tables_of_the_published_runs(world, file):
     """The tables of the documentation are those that the recorded runs give."""
     study = json.loads((DOCS / "benchmarks" / file).read_text())
     assert table(study, world) in (DOCS / "study.md").read_text()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_page_holds_the_tables_of_the_published_objectives(world):
+    """The same for the objectives; every arm ran with every seed, at the learning rate that the published grid chooses."""
+    study = json.loads((DOCS / "benchmarks" / "study_objectives.json").read_text())
+    assert table(study, world) in (DOCS / "study.md").read_text()
+    tuned, place = study["tuning"][world], WORLDS[world]
+    base = next(run for run in tuned if run["arm"] == "base")
+    for name, arm in place.arms.items():
+        assert sorted(run["seed"] for run in study["runs"][world] if run["arm"] == name) == study["settings"]["seeds"]
+        if arm.is_tuned:
+            powers = {run["learning_rate"]: run for run in tuned if run["arm"] == name}
+            assert learning_rate(study, world, name) == tuning.best_of(place, powers, base)
 
 
 # ---- Objectives at their own learning rates ----

@@ -114,8 +114,9 @@ def prepare_dataset(
     faults: list[tuple[str, str]] | None = None,
 ) -> Dataset | IterableDataset:
     """
-    Checks the columns of a dataset: their types, and in memory also nulls, ids, boxes and preferences of all rows. Adds an `id` column to a dataset in memory that has none, and turns off the decoding of
-    images, so that errors can name the row and EXIF orientations are kept.
+    Checks the columns of a dataset: their types, and in memory also nulls, ids, boxes and preferences of all rows. Adds an `id`
+    column to a dataset in memory that has none, and turns off the decoding of images, so that errors can name the row and EXIF
+    orientations are kept.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
