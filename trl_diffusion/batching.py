@@ -12,7 +12,9 @@ CORES = os.cpu_count() or 1  # more threads than this would wait for each other
 
 
 def batched(items: list, size: int) -> Iterator[list]:
-    """Splits a list into batches of at most `size` items."""
+    """Splits a list into batches of at most `size` items, which must be positive."""
+    if size < 1:  # with -1, there would be no batch at all
+        raise ValueError(f"A batch size must be at least 1, got {size}.")
     return (items[start : start + size] for start in range(0, len(items), size))
 
 

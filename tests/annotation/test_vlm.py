@@ -476,9 +476,10 @@ class TestTransformersDetector:
 
     @pytest.mark.parametrize("batch_size", [0, -1])
     def test_a_batch_of_nothing_is_refused(self, batch_size):
-        """With -1 there would be no batch at all, and every instance would be dropped as not detected."""
-        with pytest.raises(ValueError, match=f"batch size must be at least 1, got {batch_size}"):
-            TransformersDetector("anything", batch_size=batch_size)
+        """With -1 there would be no batch at all: every instance would be dropped, every answer empty."""
+        for role in (TransformersDetector, TransformersVLM):
+            with pytest.raises(ValueError, match=f"batch size must be at least 1, got {batch_size}"):
+                role("anything", batch_size=batch_size)
 
     def test_what_is_below_the_threshold_is_nothing(self, detector_folder):
         """A threshold just below the best score keeps the detection, one just above it gives `None`."""

@@ -108,6 +108,11 @@ class TestScorer:
         assert sum(scorer.batches) == 5 and max(scorer.batches) == min(batch_size, 5)
         assert threading.main_thread() not in scorer.threads
 
+    @pytest.mark.parametrize("batch_size", [0, -1])
+    def test_batches_of_nothing_are_refused(self, batch_size):
+        with pytest.raises(ValueError, match=f"batch size must be at least 1, got {batch_size}"):
+            Brightness().score([gray(1)], ["a"], batch_size=batch_size)
+
     def test_the_next_batch_is_prepared_meanwhile(self):
         """While the model processes a batch, the images of the next one are prepared."""
 

@@ -34,7 +34,7 @@ class TransformersVLM(VLM):
             Device of the model. Defaults to the GPU if there is one, else to the CPU.
 
     Raises:
-        `ValueError`: If there is no such model, or the Hub cannot be reached and nothing is cached.
+        `ValueError`: If there is no such model, the Hub cannot be reached and nothing is cached, or the batch size is not positive.
     """
 
     def __init__(
@@ -46,6 +46,8 @@ class TransformersVLM(VLM):
         dtype: str = "auto",
         device: str | None = None,
     ):
+        if batch_size < 1:
+            raise ValueError(f"The model's batch size must be at least 1, got {batch_size}.")
         self.model_name_or_path = model_name_or_path
         self.revision = resolve_revision(model_name_or_path, revision)
         self.batch_size = batch_size
