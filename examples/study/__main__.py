@@ -27,6 +27,7 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 from datasets import disable_progress_bars
 from trl import TrlParser
 
@@ -80,13 +81,20 @@ def main(args: StudyArguments) -> None:
     sizes = Sizes(args.output_dir, args.num_rows, args.max_steps, args.num_samples, args.model)
     check_settings(sizes)
     # Two processes of one thread each: the tensors are small, and more threads would mostly wait for one another.
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=disable_progress_bars) as pool:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=prepare_process) as pool:
         if is_tuned:
             wait([pool.submit(tuning.rate_of, *arm, sizes) for arm in tuning.tuned_arms()])
             wait([pool.submit(tuning.run_seed, world, seed, sizes) for seed in args.seeds for world in WORLDS])
         else:
             wait([pool.submit(run_seed, world, seed, sizes) for seed in args.seeds for world in RUN])
     summarise(args, sizes)
+
+
+def prepare_process() -> None:
+    """What each of the two processes does first."""
+    disable_progress_bars()
+    # The gradients of pairs that are learned are denormal numbers, which take a CPU twice as long
+    torch.set_flush_denormal(True)
 
 
 def wait(runs: list[Future]) -> None:

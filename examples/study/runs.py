@@ -20,7 +20,6 @@ from .arms import ARMS, RUN, Sizes, folder_of
 def run_seed(world: str, seed: int, sizes: Sizes) -> None:
     """Runs the arms of a world with a seed, except those that were run before."""
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # gradients of pairs that are learned become denormal, which takes twice the time
     for name in ARMS[sizes.model][world]:
         file = Path(folder_of(world, name, seed, sizes.output_dir) + ".json")
         if file.exists():

@@ -46,7 +46,6 @@ def run(world: str, name: str, seed: int, rate: float | None, sizes: Sizes) -> d
     if file.exists():
         return json.loads(file.read_text())
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # gradients of pairs that are learned become denormal, which takes twice the time
     start, place = time.perf_counter(), WORLDS[world]
     objective, pipeline, record = place.arms[name], load_pipeline(place.pipeline), {}
     # Half as many images are enough to choose a learning rate
