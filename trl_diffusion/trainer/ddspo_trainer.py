@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 
+from ..cards.methods import CITATIONS
 from ..data.collators import InstancePairCollator
 from ..losses import diffusion_dpo_loss
 from ..noising import per_sample_errors
@@ -53,13 +54,7 @@ class DDSPOTrainer(DiffusionTrainer):
         {
             "title": "Direct Diffusion Score Preference Optimization via Stepwise Contrastive Policy-Pair Supervision",
             "id": "2512.23426",
-            "citation": """\
-@article{kim2025ddspo,
-    title  = {{Direct Diffusion Score Preference Optimization via Stepwise Contrastive Policy-Pair Supervision}},
-    author = {Kim, Dohyun and Lyu, Seungwoo and Kim, Seung Wook and Seo, Paul Hongsuck},
-    year   = {2025},
-    eprint = {arXiv:2512.23426},
-}""",
+            "citation": CITATIONS["DDSPO"],
         },
     )
 
