@@ -88,6 +88,7 @@ DATASETS = {
     "an id that is null": lambda: rows(id=None),
     "a broken image": lambda: rows(image=BROKEN),
     "a broken rejected image": lambda: rows(rejected=BROKEN),
+    "a broken image in another column": lambda: rows().add_column("more", [[], [BROKEN]], feature=List(Image())),
     "a box outside": lambda: rows(instances=[INSTANCE | {"chosen_box": [0.0, 0.0, 99.0, 5.0]}]),
     "another preference": lambda: rows(instances=[INSTANCE | {"preference": "better"}]),
     "no attributes in a row": lambda: rows(positive_attributes=[], negative_attributes=[]),
@@ -98,7 +99,6 @@ DATASETS = {
     "labels as text": lambda: rows(Features(FEATURES | {"label": Value("string")}), label="good"),
     "one label": lambda: rows(label=0),
 }  # fmt: skip
-BROKEN_COLUMNS = {"a broken image": "image", "a broken rejected image": "rejected"}  # for trainers that read them
 # By the flags of the check: the trainer, its configuration and its settings
 TRAINERS = {
     "instance-dpo": (InstanceDPOTrainer, InstanceDPOConfig, {}),
@@ -110,13 +110,14 @@ TRAINERS = {
 }
 # What is no fault for a trainer that does not read that column, or does not mind
 TAKEN = {
-    "instance-dpo": {"pairs alone", "without an image"},
-    "ddspo": {"pairs alone", "without an image"},
-    "diffusion-kto": {"one label"},
-    "attribute-sft": {"no attributes in a row"},
-    "complex-po --target_prompts attributes": set(),
+    "instance-dpo": {"pairs alone", "without an image", "a broken image"},
+    "ddspo": {"pairs alone", "without an image", "a broken image"},
+    "diffusion-kto": {"one label", "a broken rejected image"},
+    "attribute-sft": {"no attributes in a row", "a broken rejected image"},
+    "complex-po --target_prompts attributes": {"a broken rejected image"},
     "complex-po --target_prompts degraded": {
         "images alone",
+        "a broken rejected image",
         "labels of another tree",
         "no attributes in a row",
         "labels as text",
@@ -153,15 +154,13 @@ def test_it_accepts_what_the_trainer_takes_and_nothing_else(flags, stored, tmp_p
     trainer = trainer_class(tiny.sd_pipeline(), args=args, train_dataset=rows(), peft_config=tiny.lora())
     accepted, taken = set(), set()
     for name in DATASETS:
-        if name in BROKEN_COLUMNS and BROKEN_COLUMNS[name] not in trainer.image_columns:
-            continue
         command = ["check-dataset", "--dataset_name", str(stored / name), "--criteria", str(stored / "tiny.yaml")]
         status = main([*command, "--resolution", "32", "--trainer", *flags.split()])
         assert status in (0, 1), name
         accepted |= {name} if status == 0 else set()
         taken |= {name} if takes(trainer, load_from_disk(str(stored / name))) else set()
     assert accepted == taken
-    assert {"sound", "an empty prompt"} | TAKEN[flags] <= taken
+    assert {"sound", "an empty prompt", "a broken image in another column"} | TAKEN[flags] <= taken
     assert taken.isdisjoint({"without a prompt", "an id that is null"})
 
 

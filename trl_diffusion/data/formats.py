@@ -7,7 +7,8 @@ import copy
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -20,7 +21,6 @@ from ..criteria import Criteria
 from ..messages import cut, quoted, shortened, shown
 from .column_checks import (
     ATTRIBUTE_COLUMNS,
-    MASKS,
     PREFERENCES,  # noqa: F401 also a name of this module, as what follows of instances
     UNKNOWN,
     attribute_codes,
@@ -116,7 +116,7 @@ def prepare_dataset(
     """
     Checks the columns of a dataset: their types, and in memory also nulls, ids, boxes and preferences of all rows. Adds an `id`
     column to a dataset in memory that has none, and turns off the decoding of images, so that errors can name the row and EXIF
-    orientations are kept.
+    orientations are kept, and so that a broken image which nobody reads does no harm.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -155,11 +155,9 @@ def prepare_dataset(
             f"The required columns are {quoted(columns)}: rename columns with `dataset.rename_columns`, or create them as "
             "described in docs/source/dataset_formats.md."
         )
-    for column in image_columns:
-        if isinstance((dataset.features or {}).get(column), Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-    if "chosen" in columns:
-        dataset = without_decoded_masks(dataset)
+    is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+    # A transform of the user may read further columns
+    dataset = undecoded(dataset, (*image_columns, "instances") if is_transformed else present)
     if "id" not in present and isinstance(dataset, Dataset):
         dataset = numbered(dataset)
     if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
@@ -181,22 +179,29 @@ def prepare_dataset(
     return dataset
 
 
-def without_decoded_masks(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The same dataset with undecoded masks of instances, if it has any: `cast_column` does it for whole columns alone."""
-    lists = (dataset.features or {}).get("instances")
-    fields = lists.feature if isinstance(lists, List | LargeList) else None
-    if not isinstance(fields, dict) or not any(isinstance(fields.get(name), Image) for name in MASKS):
-        return dataset
-    undecoded = {name: Image(decode=False) for name in MASKS if isinstance(fields.get(name), Image)}
-    feature = copy.copy(lists)
-    feature.feature = {**fields, **undecoded}
-    if isinstance(dataset, IterableDataset):
-        return dataset.cast_column("instances", feature)
-    # `Dataset.cast_column` would write all rows again, although none of them is another
-    fingerprint, dataset = Hasher.hash((dataset._fingerprint, "undecoded masks")), copy.copy(dataset)
-    dataset._info, dataset._fingerprint = copy.deepcopy(dataset._info), fingerprint
-    dataset._info.features["instances"] = feature
+def undecoded(dataset: Dataset | IterableDataset, columns: Iterable[str]) -> Dataset | IterableDataset:
+    """The same dataset, whose rows hold images of some columns, also within lists and fields, as they are stored."""
+    features = dataset.features or {}
+    for column in columns:
+        feature = _undecoded_feature(features.get(column))
+        if feature == features.get(column):
+            continue
+        if isinstance(dataset, IterableDataset) or hasattr(feature, "decode"):
+            dataset = dataset.cast_column(column, feature)
+        else:  # `Dataset.cast_column` would write all rows again, although none of them is another
+            fingerprint, dataset = Hasher.hash((dataset._fingerprint, "undecoded", column)), copy.copy(dataset)
+            dataset._info, dataset._fingerprint = copy.deepcopy(dataset._info), fingerprint
+            dataset._info.features[column] = feature
     return dataset
+
+
+def _undecoded_feature(feature: Any) -> Any:
+    """A feature of which nothing is decoded: images, audio and whatever else has a `decode` of its own."""
+    if isinstance(feature, dict):
+        return {name: _undecoded_feature(field) for name, field in feature.items()}
+    if isinstance(feature, List | LargeList):
+        return replace(feature, feature=_undecoded_feature(feature.feature))
+    return replace(feature, decode=False) if hasattr(feature, "decode") else feature
 
 
 def _faults(
