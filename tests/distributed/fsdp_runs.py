@@ -14,6 +14,7 @@ does.
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -32,15 +34,21 @@ from trl_diffusion import (
     AttributeSFTTrainer,
     ComplexPOConfig,
     ComplexPOTrainer,
+    DDSPOConfig,
+    DDSPOTrainer,
+    DiffusionKTOConfig,
+    DiffusionKTOTrainer,
     InstanceDPOConfig,
     InstanceDPOTrainer,
+    unpair_pairs,
 )
+from trl_diffusion.trainer.diffusion_config import DiffusionConfig
 from trl_diffusion.trainer.diffusion_trainer import DiffusionTrainer
 from trl_diffusion.trainer.sharding import gathered
 
 
 class Case(NamedTuple):
-    """What is trained: by which method (`iapo`, `sft`, `cpo`), of which family, a LoRA or all weights, in which precision."""
+    """What is trained: by which of the `METHODS`, of which family, a LoRA or all weights, in which precision."""
 
     method: str
     family: str
@@ -48,6 +56,26 @@ class Case(NamedTuple):
     bf16: bool = False
 
 
+class Method(NamedTuple):
+    """A trainer, its config, its rows from their number, and further settings."""
+
+    trainer: type[DiffusionTrainer]
+    config: type[DiffusionConfig]
+    rows: Callable[[int], Dataset]
+    settings: dict[str, Any] = {}
+
+
+METHODS = {
+    "iapo": Method(InstanceDPOTrainer, InstanceDPOConfig, tiny.pairs),
+    "mapo": Method(InstanceDPOTrainer, InstanceDPOConfig, tiny.pairs, {"loss_type": "mapo"}),
+    "safe": Method(InstanceDPOTrainer, InstanceDPOConfig, tiny.pairs, {"safeguard_mu": 0.5, "anchor_alpha": 0.1}),
+    "ddspo": Method(DDSPOTrainer, DDSPOConfig, tiny.pairs),
+    "kto": Method(
+        DiffusionKTOTrainer, DiffusionKTOConfig, lambda number: unpair_pairs(tiny.pairs(number)).select(range(number))
+    ),
+    "sft": Method(AttributeSFTTrainer, AttributeSFTConfig, tiny.paintings),
+    "cpo": Method(ComplexPOTrainer, ComplexPOConfig, tiny.paintings),
+}
 CASES = {
     "iapo-sd": Case("iapo", "sd", False),
     "iapo-sd-lora": Case("iapo", "sd", True),
@@ -59,6 +87,12 @@ CASES = {
     "sft-sd3-lora": Case("sft", "sd3", True),
     "cpo-sd-lora": Case("cpo", "sd", True),
     "cpo-sd3-lora": Case("cpo", "sd3", True),
+    "mapo-sd": Case("mapo", "sd", False),
+    "safe-sd3-lora": Case("safe", "sd3", True),
+    "ddspo-sd": Case("ddspo", "sd", False),
+    "ddspo-sd3-lora": Case("ddspo", "sd3", True),
+    "kto-sd": Case("kto", "sd", False),
+    "kto-sd3-lora": Case("kto", "sd3", True),
     "iapo-sd-bf16": Case("iapo", "sd", False, bf16=True),
     "iapo-sd3-lora-bf16": Case("iapo", "sd3", True, bf16=True),
 }
@@ -127,23 +161,21 @@ class LocalBytes(TrainerCallback):
 def make_trainer(case: Case, folder: Path, experts: Path, **settings) -> DiffusionTrainer:
     """A trainer of a case; `experts` holds `criteria.yaml`, and an expert for each family."""
     pipeline, processes = tiny.PIPELINES[case.family](), int(os.environ.get("WORLD_SIZE", "1"))
-    settings = SETTINGS | tiny.settings(pipeline) | {"bf16": case.bf16} | settings
+    method = METHODS[case.method]
+    settings = SETTINGS | tiny.settings(pipeline) | method.settings | {"bf16": case.bf16} | settings
     settings |= {"per_device_train_batch_size": 2 // processes}
-    peft_config = tiny.lora() if case.is_lora else None
-    if case.method == "iapo":
-        rows = {"train_dataset": tiny.pairs(8), "eval_dataset": tiny.pairs(3)}
-        return InstanceDPOTrainer(
-            pipeline, args=InstanceDPOConfig(str(folder), **settings), peft_config=peft_config, **rows
-        )
-    rows = {"train_dataset": tiny.paintings(8), "eval_dataset": tiny.paintings(3)}
-    settings["criteria"] = str(experts / "criteria.yaml")
     if case.method == "sft":
         settings.pop("beta")
-        return AttributeSFTTrainer(
-            pipeline, AttributeSFTConfig(str(folder), **settings), peft_config=peft_config, **rows
-        )
-    args = ComplexPOConfig(str(folder), **settings)
-    return ComplexPOTrainer(pipeline, str(experts / case.family), args, peft_config=peft_config, **rows)
+    if case.method in ("sft", "cpo"):
+        settings["criteria"] = str(experts / "criteria.yaml")
+    return method.trainer(
+        pipeline,
+        **({"expert": str(experts / case.family)} if case.method == "cpo" else {}),
+        args=method.config(str(folder), **settings),
+        train_dataset=method.rows(8),
+        eval_dataset=method.rows(3),
+        peft_config=tiny.lora() if case.is_lora else None,
+    )
 
 
 def train(case: Case, folder: Path, experts: Path, resume_from: Path | None = None, **settings) -> dict[str, Any]:
