@@ -34,8 +34,8 @@ class Arm:
             What the trainer's config gets. `None`: nothing is trained.
         kind (`str`, *optional*, defaults to `"preference"`):
             `"preference"`, or `"sft"` for fine-tuning on the better images.
-        negative (`str`, *optional*):
-            The arm whose adapter is used in the unconditional branch of guidance.
+        negative (`tuple[str, ...]`, *optional*):
+            The arms whose adapters are added up in the unconditional branch of guidance.
         positive (`str`, *optional*):
             The arm whose adapter is used in the conditional branch of guidance, together with `negative`.
     """
@@ -43,7 +43,7 @@ class Arm:
     title: str
     settings: dict[str, Any] | None = None
     kind: str = "preference"
-    negative: str | None = None
+    negative: tuple[str, ...] = ()
     positive: str | None = None
 
 
@@ -107,9 +107,12 @@ PAINTINGS = {
         "CPO-S, paired, strength 2.0, reversed",
         {"attribute_targets": "paired", "target_strength": 2.0, "reverse_preference": True},
     ),
-    "base_npo": Arm("base + NPO", negative="reversed"),
-    "present_1.0_npo": Arm("CPO-S, strength 1.0 + NPO", positive="present_1.0", negative="reversed"),
-    "paired_2.0_npo": Arm("CPO-S, paired, strength 2.0 + NPO", positive="paired_2.0", negative="reversed"),
+    "base_npo": Arm("base + NPO", negative=("reversed",)),
+    **{
+        f"{name}_npo_{form}": Arm(f"{title} + NPO, {form} + reversed", negative=negative, positive=name)
+        for name, title in (("present_1.0", "CPO-S, strength 1.0"), ("paired_2.0", "CPO-S, paired, strength 2.0"))
+        for form, negative in (("base", ("reversed",)), ("aligned", (name, "reversed")))
+    },
 }
 
 
@@ -135,11 +138,12 @@ def run_painting(name: str, seed: int, sizes: Sizes) -> dict[str, Any]:
     record = {}
     prompts = evaluation_prompts(sizes.num_samples, seed, sample_painting)
     if arm.negative:
-        for adapter in filter(None, (arm.positive, arm.negative)):
+        for adapter in dict.fromkeys(filter(None, (arm.positive, *arm.negative))):
             folder = folder_of("paintings", adapter, seed, sizes.output_dir)
-            pipeline.load_lora_weights(folder, adapter_name=adapter.replace(".", "_"))
-        positive = arm.positive.replace(".", "_") if arm.positive else None
-        with negative_preference_guidance(pipeline, positive, arm.negative):
+            pipeline.load_lora_weights(folder, adapter_name=adapter_name(adapter))
+        positive = adapter_name(arm.positive) if arm.positive else None
+        negative = {adapter_name(adapter): 1.0 for adapter in arm.negative}
+        with negative_preference_guidance(pipeline, positive, negative):
             images = generate(pipeline, prompts, seed)
     else:
         if arm.settings is not None:
@@ -162,11 +166,16 @@ ARMS = {
             name: PAINTINGS[name]
             for name in (
                 *("base", "sft", "cpo", "present_1.0", "paired_2.0"),
-                *("reversed", "base_npo", "paired_2.0_npo"),
+                *("reversed", "base_npo", "paired_2.0_npo_base", "paired_2.0_npo_aligned"),
             )
         },
     },
 }
+
+
+def adapter_name(arm: str) -> str:
+    """The name of an arm's adapter in a pipeline, where peft allows no dot."""
+    return arm.replace(".", "_")
 
 
 def fine_tune(pipeline: DiffusionPipeline, pairs: Dataset, settings: dict[str, Any]) -> AttributeSFTTrainer:

@@ -191,6 +191,16 @@ def test_runs_of_other_settings_are_not_mixed(tmp_path):
         check_settings(Sizes(str(tmp_path), 2048, 5, 512))
 
 
+@pytest.mark.parametrize("model", ARMS)
+def test_adapters_are_trained_before_images_are_drawn_with_them(model):
+    """The arms of a study run in their order, and those of NPO need the adapters of others."""
+    trained = set()
+    for name, arm in ARMS[model]["paintings"].items():
+        needed = {*arm.negative} | ({arm.positive} if arm.positive else set())
+        assert needed <= trained, name
+        trained |= {name} if arm.settings is not None else set()
+
+
 @pytest.mark.parametrize("file", ["study.json", "study_flow.json"])
 @pytest.mark.parametrize("world", RUN)
 def test_the_page_holds_the_tables_of_the_published_runs(world, file):
