@@ -61,7 +61,7 @@ class DiffusionTrainer(SavingTrainer):
         args ([`DiffusionConfig`], *optional*):
             Configuration of the training. If left out, a default one whose output directory is named after the model.
         data_collator (`Callable`, *optional*):
-            From rows to a batch. Defaults to the trainer's own collator.
+            From rows, whose images are not decoded, to a batch. Defaults to the trainer's own collator.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
             Dataset to train on, with the trainer's columns; `id` may be missing, except in a stream.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
