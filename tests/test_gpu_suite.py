@@ -237,6 +237,14 @@ def test_half_precision_and_black_pictures_are_judged():
     assert not right.is_picture(torch.full((8, 8, 3), 7).numpy()) and right.is_picture(torch.eye(8).numpy() * 255)
 
 
+@pytest.mark.parametrize("objective", right.OTHERS)
+def test_the_suite_trains_the_other_objectives(objective):
+    """A device that is the CPU gives the CPU's losses, from the loss of the reference on, and no micro-batch waits."""
+    compared = right.compare(objective, "sd", True, "fp32", None, "cpu")
+    assert compared["difference"] == 0 and compared["first_loss_is_ln_2"] and compared["sample_is_picture"]
+    assert quiet.count(objective, "sd", True, [], "cpu")["micro-batches"]["waits"] == 0
+
+
 def needed(names: list[str]) -> set[str]:
     """The installed packages that these need, the names in their requirements, without any extras."""
     found: set[str] = set()

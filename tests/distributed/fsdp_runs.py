@@ -14,7 +14,6 @@ does.
 
 import os
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,25 +23,11 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tests import tiny
-from trl_diffusion import (
-    AttributeSFTConfig,
-    AttributeSFTTrainer,
-    ComplexPOConfig,
-    ComplexPOTrainer,
-    DDSPOConfig,
-    DDSPOTrainer,
-    DiffusionKTOConfig,
-    DiffusionKTOTrainer,
-    InstanceDPOConfig,
-    InstanceDPOTrainer,
-    unpair_pairs,
-)
-from trl_diffusion.trainer.diffusion_config import DiffusionConfig
+from tests.methods import METHODS
 from trl_diffusion.trainer.diffusion_trainer import DiffusionTrainer
 from trl_diffusion.trainer.sharding import gathered
 
@@ -56,26 +41,6 @@ class Case(NamedTuple):
     bf16: bool = False
 
 
-class Method(NamedTuple):
-    """A trainer, its config, its rows from their number, and further settings."""
-
-    trainer: type[DiffusionTrainer]
-    config: type[DiffusionConfig]
-    rows: Callable[[int], Dataset]
-    settings: dict[str, Any] = {}
-
-
-METHODS = {
-    "iapo": Method(InstanceDPOTrainer, InstanceDPOConfig, tiny.pairs),
-    "mapo": Method(InstanceDPOTrainer, InstanceDPOConfig, tiny.pairs, {"loss_type": "mapo"}),
-    "safe": Method(InstanceDPOTrainer, InstanceDPOConfig, tiny.pairs, {"safeguard_mu": 0.5, "anchor_alpha": 0.1}),
-    "ddspo": Method(DDSPOTrainer, DDSPOConfig, tiny.pairs),
-    "kto": Method(
-        DiffusionKTOTrainer, DiffusionKTOConfig, lambda number: unpair_pairs(tiny.pairs(number)).select(range(number))
-    ),
-    "sft": Method(AttributeSFTTrainer, AttributeSFTConfig, tiny.paintings),
-    "cpo": Method(ComplexPOTrainer, ComplexPOConfig, tiny.paintings),
-}
 CASES = {
     "iapo-sd": Case("iapo", "sd", False),
     "iapo-sd-lora": Case("iapo", "sd", True),
@@ -166,7 +131,7 @@ def make_trainer(case: Case, folder: Path, experts: Path, **settings) -> Diffusi
     settings |= {"per_device_train_batch_size": 2 // processes}
     if case.method == "sft":
         settings.pop("beta")
-    if case.method in ("sft", "cpo"):
+    if method.reads_attributes:
         settings["criteria"] = str(experts / "criteria.yaml")
     return method.trainer(
         pipeline,

@@ -6,8 +6,8 @@
 On a GPU, PyTorch warns of each operation that waits (`torch.cuda.set_sync_debug_mode`), and each warning's line is noted; in
 another step the profiler counts `cudaStreamSynchronize`, and copies from or to memory that is not pinned, which hold up the
 host too. On the CPU, what is counted would wait if its tensors were on a GPU: numbers that are read, `nonzero`, masks as
-indices, lists that become tensors on a device. Collation and the sampling of timesteps are the host's and do not count; copies
-of tensors from one device to another cannot be seen there.
+indices, lists that become tensors on a device. Collation, the words that prompts lose, and the sampling of timesteps are the
+host's and do not count; copies of tensors from one device to another cannot be seen there.
 
 A step's micro-batches last from the end of the step before until their gradients are clipped; they include what is done to
 fetch them. What is left is counted beside them: the optimizer's step, and before it the check that losses and gradients are
@@ -32,7 +32,7 @@ from transformers import TrainerCallback
 
 from tests.benchmark.arms import release
 from tests.gpu.record import Record, figure, stage_args
-from tests.gpu.right import OBJECTIVES, make_trainer
+from tests.gpu.right import OBJECTIVES, OTHERS, PAPERS, make_trainer
 
 
 TORCH = Path(torch.__file__).parent
@@ -53,8 +53,9 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 def is_on_the_host(frames: list[traceback.FrameSummary]) -> bool:
-    """Whether this is work whose tensors are on the CPU in every training: collation, and the sampling of timesteps."""
-    return any(frame.filename.endswith("/data/collators.py") or frame.name == "sample_timesteps" for frame in frames)
+    """Whether this is work whose tensors are on the CPU in every training: collation, prompts, and the sampling of timesteps."""
+    on_the_host = ("/data/collators.py", "/degraded_prompts.py")
+    return any(frame.filename.endswith(on_the_host) or frame.name == "sample_timesteps" for frame in frames)
 
 
 def calling_line(frames: list[traceback.FrameSummary]) -> str:
@@ -241,14 +242,21 @@ def cases(args: argparse.Namespace) -> list[dict]:
             {"objective": "iapo", "kind": "sd", "is_lora": False, "precomputed": ways[1]},
             {"objective": "cpo", "kind": "sd", "is_lora": True, "precomputed": ways[0]},
         ]
-    return [
+    of_papers = [
         {"objective": objective, "kind": kind, "is_lora": is_lora, "precomputed": precomputed}
         for kind in ("sdxl", "sd3", "flux")
         for is_lora in (True, False)
-        for objective in OBJECTIVES
+        for objective in PAPERS
         for precomputed in ways
         if (is_lora or objective != "cpo") and not (objective == "sft" and "precompute_ref_preds" in precomputed)
     ]
+    others = [
+        {"objective": objective, "kind": kind, "is_lora": True, "precomputed": ways[0]}
+        for objective in OTHERS
+        for kind in ("sdxl", "sd3")
+    ]
+    first = [case for case in of_papers if case["kind"] == "sdxl"]
+    return [*first, *others, *(case for case in of_papers if case not in first)]
 
 
 def figures(rows: list[dict]) -> list[dict]:

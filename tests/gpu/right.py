@@ -7,8 +7,8 @@ The losses of three steps in float32 on the CPU are what each case is compared t
 In half precision each layer rounds its activations, by up to 2^-9 of their size in bfloat16 and 2^-12 in float16. Twenty layers
 in a row make 1 % of a prediction, in an image of 256 numbers 0.1 % of its mean squared error; the objectives multiply the
 difference of two such errors by beta / 2, here 50. So bfloat16 may differ by 0.05, float16, with three bits more, by 0.05 / 8;
-SFT's loss is an error itself, and may differ by 0.05 of its size. Where float16's scaler skips a step, the losses after it are
-those of other weights, and are not compared.
+the losses of SFT and MaPO hold an error itself, and may differ by 0.05 of their size. Where float16's scaler skips a step, the
+losses after it are those of other weights, and are not compared.
 """
 
 import argparse
@@ -25,25 +25,26 @@ from transformers import PrinterCallback, TrainerCallback
 from tests import tiny
 from tests.benchmark.arms import release
 from tests.gpu.record import Record, figure, stage_args
-from trl_diffusion import (
-    AttributeSFTConfig,
-    AttributeSFTTrainer,
-    ComplexPOConfig,
-    ComplexPOTrainer,
-    InstanceDPOConfig,
-    InstanceDPOTrainer,
-)
+from tests.methods import METHODS
 
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.05 / 8}
 PRECISIONS = tuple(TOLERANCE)
 FAMILIES = ("sd", "sdxl", "sd3", "flux")
-OTHERS = tuple(kind for kind in tiny.PIPELINES if kind not in FAMILIES)
+OTHER_FAMILIES = tuple(kind for kind in tiny.PIPELINES if kind not in FAMILIES)
 OBJECTIVES = {
     "iapo": {"learning_rate": 1e-4, "beta": 100.0, "w_neg": -0.5},
     "sft": {"learning_rate": 1e-3},
     "cpo": {"learning_rate": 1e-3, "beta": 50.0},
+    "kto": {"learning_rate": 1e-4, "beta": 100.0},
+    "ddspo": {"learning_rate": 1e-3, "beta": 50.0},
+    "safe": {"learning_rate": 1e-4, "beta": 100.0},
+    "mapo": {"learning_rate": 1e-4},
 }
+PAPERS = ("iapo", "sft", "cpo")
+OTHERS = tuple(name for name in OBJECTIVES if name not in PAPERS)
+# Where the policy is the reference
+FIRST_LOSS = {"iapo": math.log(2), "cpo": math.log(2), "ddspo": math.log(2), "safe": math.log(2), "kto": 0.5}
 VARIANTS = {
     "precomputed": {"precompute": True},
     "reference_precomputed": {"precompute": True, "precompute_ref_preds": True},
@@ -86,25 +87,24 @@ def make_trainer(
     callbacks: list[TrainerCallback] | None = None,
 ):
     """A trainer of three steps."""
-    pipeline = tiny.PIPELINES[kind]()
-    common = tiny.FAST | OBJECTIVES[objective] | tiny.settings(pipeline)
+    pipeline, method = tiny.PIPELINES[kind](), METHODS[objective]
+    common = tiny.FAST | OBJECTIVES[objective] | method.settings | tiny.settings(pipeline)
     common |= {"bf16": precision == "bf16", "fp16": precision == "fp16", "use_cpu": device == "cpu"}
     common |= {"output_dir": str(folder), "dataloader_num_workers": 0} | settings
     if settings.get("precompute"):
         common["precompute_dir"] = str(folder / "cache")
-    lora = tiny.lora(alpha=8) if is_lora else None
-    if objective == "iapo":
-        args, data = InstanceDPOConfig(**common), {"train_dataset": tiny.pairs(rows), "peft_config": lora}
-        trainer = InstanceDPOTrainer(pipeline, args=args, callbacks=callbacks, **data)
-    else:
+    if method.reads_attributes:
         criteria = FOLDER / "criteria.yaml"
         criteria.write_text(tiny.CRITERIA)
-        common["criteria"], data = str(criteria), {"train_dataset": tiny.paintings(rows), "peft_config": lora}
-        if objective == "sft":
-            trainer = AttributeSFTTrainer(pipeline, args=AttributeSFTConfig(**common), callbacks=callbacks, **data)
-        else:
-            taught = expert(kind)
-            trainer = ComplexPOTrainer(pipeline, taught, args=ComplexPOConfig(**common), callbacks=callbacks, **data)
+        common["criteria"] = str(criteria)
+    trainer = method.trainer(
+        pipeline,
+        **({"expert": expert(kind)} if objective == "cpo" else {}),
+        args=method.config(**common),
+        train_dataset=method.rows(rows),
+        peft_config=tiny.lora(alpha=8) if is_lora else None,
+        callbacks=callbacks,
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -140,16 +140,16 @@ def compare(objective: str, kind: str, is_lora: bool, precision: str, variant: s
         trainer, skipped = train(objective, kind, is_lora, precision, device, settings, folder=Path(folder))
         losses, images = tiny.losses(trainer), trainer.sample(["a cat"])
     compared = skipped.index(True) + 1 if True in skipped else len(losses)
-    scale = max(1, *(abs(loss) for loss in expected)) if objective == "sft" else 1
+    scale = max(1, *(abs(loss) for loss in expected)) if objective in ("sft", "mapo") else 1
     difference = max(abs(a - b) for a, b in zip(losses[:compared], expected, strict=False)) / scale
-    starts_at_reference = objective == "sft" or abs(losses[0] - math.log(2)) <= TOLERANCE[precision]
+    first = FIRST_LOSS.get(objective)
     return {
         "losses": losses,
         "expected": expected,
         "compared": compared,
         "difference": difference,
         "is_equal": difference <= TOLERANCE[precision],
-        "first_loss_is_ln_2": starts_at_reference,
+        "first_loss_is_ln_2": first is None or abs(losses[0] - first) <= TOLERANCE[precision],
         "sample_is_picture": is_picture(images[0]),
     }
 
@@ -217,11 +217,12 @@ def cases(args: argparse.Namespace) -> list[dict]:
     return [
         *comparisons(("iapo",), FAMILIES, PRECISIONS),
         *comparisons(("sft", "cpo"), FAMILIES, ("fp32",)),
+        *comparisons(OTHERS, ("sd", "sd3"), ("fp32", "bf16"), loras=(True,)),
         *(case("resume", kind, is_lora) for kind, is_lora in (("sd", True), ("sdxl", False), ("flux", True))),
         *comparisons(("iapo",), FAMILIES, ("fp32",), VARIANTS, loras=(True,)),
         *comparisons(("sft", "cpo"), FAMILIES, half),
         case("compile", "sd", True),
-        *comparisons(tuple(OBJECTIVES), OTHERS, PRECISIONS),
+        *comparisons(PAPERS, OTHER_FAMILIES, PRECISIONS),
         *(case("resume", kind, is_lora, "bf16") for kind in FAMILIES for is_lora in (True, False)),
         *comparisons(("cpo", "sft"), FAMILIES, ("fp32",), ("precomputed",), loras=(True,)),
     ]
@@ -243,7 +244,10 @@ def figures(rows: list[dict]) -> list[dict]:
                     equal == len(compared),
                 )
             )
-    for name, what in (("first_loss_is_ln_2", "first loss is ln 2"), ("sample_is_picture", "samples are pictures")):
+    for name, what in (
+        ("first_loss_is_ln_2", "first loss is that of the reference: ln 2, or 0.5 of Diffusion-KTO"),
+        ("sample_is_picture", "samples are pictures"),
+    ):
         having = [row[name] for row in rows if name in row]
         if having:
             found.append(figure(what, f"{sum(having)} of {len(having)}", "all", all(having)))
