@@ -21,6 +21,7 @@ from datasets import Dataset, Features, IterableDataset
 
 from ..batching import in_threads
 from ..checksums import DamagedFile
+from ..data.columns import without_decoding
 from ..data.formats import PREFERENCES, shortened
 from ..data.presets import training_columns
 from ..data.sources import cache_of, load_source
@@ -28,7 +29,7 @@ from ..data.tables import with_lists
 from ..messages import cut, shown
 from .files import name_reader, read_bool
 from .joined_columns import image_uids, joined_columns, orientation
-from .joined_rows import join_image, join_pair, joined_features, with_stored_masks
+from .joined_rows import join_image, join_pair, joined_features
 from .records import STATUSES, id_text, image_columns, pair_columns, prepare_rows, read_id
 from .run import Row
 from .shards import MANIFEST, PROGRESS, read_shard, rows_and_run
@@ -270,7 +271,7 @@ def join_annotations(
             f"`source` must be a `datasets.Dataset` or `datasets.IterableDataset`, got `{type(source).__name__}`: "
             'pass one split, such as `source["train"]`.'
         )
-    annotations = with_stored_masks(with_lists(annotations.with_format(None), "the annotations"))
+    annotations = without_decoding(with_lists(annotations.with_format(None), "the annotations"))
     features = joined_features(annotations.features)
     is_pair = "instances" in features
     if ties and not is_pair:

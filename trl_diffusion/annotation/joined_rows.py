@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import PIL.Image
-from datasets import ClassLabel, Dataset, Features, Image, List
+from datasets import ClassLabel, Features, List
 
 from ..data.formats import ATTRIBUTE_COLUMNS, attribute_features, instance_pair_features
 from ..messages import shortened, shown
@@ -117,15 +117,6 @@ def read_stored(row: Row, columns: dict[str, str], name: str) -> tuple[str, dict
     if image is None:
         raise ValueError(f"An image of the row with id {shown(record.id)} cannot be read: {record.reason}.")
     return uid, {"bytes": image.data, "path": None}
-
-
-def with_stored_masks(annotations: Dataset) -> Dataset:
-    """Turns off the decoding of masks that are images, as in a joined dataset."""
-    feature = annotations.features.get("instances")
-    instance = feature.feature if isinstance(feature, List) else None
-    if not isinstance(instance, dict) or not any(isinstance(instance.get(name), Image) for name in MASKS):
-        return annotations
-    return annotations.cast_column("instances", List(instance | {name: Image(decode=False) for name in MASKS}))
 
 
 def png_of(mask: dict[str, Any] | None) -> dict[str, bytes | None] | None:

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from typing import Any
 
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, IterableDataset
 
 from ..checksums import digest_of
-from ..data.columns import check_names, column_names, numbered, with_nested_columns
+from ..data.columns import check_names, column_names, numbered, with_nested_columns, without_decoding
 from ..data.presets import (
     OPTIONAL_COLUMNS,
     PAIR,
@@ -316,11 +316,7 @@ def prepare_rows(
                 'with `--columns \'{"id": "..."}\'`, or annotate without `--dataset_streaming`.'
             )
         dataset = numbered(dataset)
-    dataset = dataset.with_format(None).select_columns(list(columns.values()))
-    for column, feature in (dataset.features or {}).items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-    return dataset, columns
+    return without_decoding(dataset.with_format(None).select_columns(list(columns.values()))), columns
 
 
 def read_pair(row: dict[str, Any], columns: dict[str, str], tie_policy: str = "drop") -> PairRecord:

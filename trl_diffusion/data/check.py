@@ -17,6 +17,7 @@ from datasets import Dataset, IterableDataset
 
 from ..criteria import Criteria
 from ..messages import cut, shown
+from .columns import column_names
 from .formats import (
     ATTRIBUTE_COLUMNS,
     check_attribute_columns,
@@ -83,7 +84,7 @@ def check_dataset(
         dataset = prepare_dataset(dataset, "dataset", columns, image_columns, of_columns)
     except ValueError as error:  # without its columns, or its rows, no trainer reads it; what is there is still read
         of_columns = [("dataset", str(error))]
-        present = next(iter(dataset), {}) if isinstance(dataset, Dataset | IterableDataset) else {}
+        present = column_names(dataset) if isinstance(dataset, Dataset | IterableDataset) else ()
         columns, image_columns = (
             tuple(name for name in names if name in present) for names in (columns, image_columns)
         )

@@ -3,13 +3,15 @@
 
 """Columns of datasets and of streams: fields of objects, replaced columns, undecoded images."""
 
+import copy
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, IterableDataset, Value
+from datasets import Audio, Dataset, Features, Image, IterableDataset, LargeList, List, Value, Video
 from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable, Table, concat_tables
 
@@ -18,6 +20,7 @@ from ..messages import cut, quoted, shown
 
 Row = dict[str, Any]
 Source = Dataset | IterableDataset
+MEDIA = (Image, Audio, Video)
 
 
 def check_names(mapping: dict[str, str]) -> None:
@@ -48,7 +51,7 @@ def with_nested_columns(dataset: Source, names: Iterable[str]) -> Source:
         return dataset
     if isinstance(dataset, IterableDataset):
         features = dataset.features
-        added = dataset.map(NestedFields(nested))
+        added = without_decoding(dataset).map(NestedFields(nested))
         if features is None:
             return added
         return added.cast(Features({**features, **{name: type_of(features, path) for name, path in nested.items()}}))
@@ -168,12 +171,40 @@ def column_names(dataset: Source) -> list[str]:
     return dataset.column_names or list(next(iter(dataset), {}))
 
 
-def without_decoding(dataset: Source) -> Source:
-    """Turns off the decoding of images."""
-    for column, feature in (dataset.features or {}).items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
+def without_decoding(dataset: Source, columns: Iterable[str] | None = None) -> Source:
+    """
+    Turns off the decoding of images, audio and video, also of those in lists and fields.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The dataset.
+        columns (`Iterable[str]`, *optional*):
+            The columns of which it is turned off. Defaults to all.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: of the same stored rows.
+    """
+    features = dataset.features or {}
+    for column in features if columns is None else columns:
+        feature = _undecoded(features.get(column))
+        if feature == features.get(column):
+            continue
+        if isinstance(dataset, IterableDataset) or isinstance(feature, MEDIA):
+            dataset = dataset.cast_column(column, feature)
+        else:  # `Dataset.cast_column` would write all rows again, although none of them is another
+            fingerprint, dataset = Hasher.hash((dataset._fingerprint, "undecoded", column)), copy.copy(dataset)
+            dataset._info, dataset._fingerprint = copy.deepcopy(dataset._info), fingerprint
+            dataset._info.features[column] = feature
     return dataset
+
+
+def _undecoded(feature: Any) -> Any:
+    """A feature with the same values as they are stored."""
+    if isinstance(feature, dict):
+        return {name: _undecoded(field) for name, field in feature.items()}
+    if isinstance(feature, List | LargeList):
+        return replace(feature, feature=_undecoded(feature.feature))
+    return replace(feature, decode=False) if isinstance(feature, MEDIA) else feature
 
 
 def with_column(dataset: Source, name: str, function: Callable[[list], list]) -> Source:

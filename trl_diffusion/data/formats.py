@@ -3,19 +3,16 @@
 
 """The columns of datasets, and readable errors for invalid data."""
 
-import copy
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, LargeList, List, Value
-from datasets.fingerprint import Hasher
 
 from ..criteria import Criteria
 from ..messages import cut, quoted, shortened, shown
@@ -33,7 +30,7 @@ from .column_checks import (
     type_faults,
     without_image,
 )
-from .columns import numbered
+from .columns import numbered, without_decoding
 from .images import open_image
 from .instances import (  # noqa: F401
     check_box,
@@ -157,7 +154,7 @@ def prepare_dataset(
         )
     is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
     # A transform of the user may read further columns
-    dataset = undecoded(dataset, (*image_columns, "instances") if is_transformed else present)
+    dataset = without_decoding(dataset, (*image_columns, "instances") if is_transformed else None)
     if "id" not in present and isinstance(dataset, Dataset):
         dataset = numbered(dataset)
     if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
@@ -177,31 +174,6 @@ def prepare_dataset(
     if dataset.features is None and "chosen" in columns:
         dataset = dataset.map(_refuse_bare_numbers)
     return dataset
-
-
-def undecoded(dataset: Dataset | IterableDataset, columns: Iterable[str]) -> Dataset | IterableDataset:
-    """The same dataset, whose rows hold images of some columns, also within lists and fields, as they are stored."""
-    features = dataset.features or {}
-    for column in columns:
-        feature = _undecoded_feature(features.get(column))
-        if feature == features.get(column):
-            continue
-        if isinstance(dataset, IterableDataset) or hasattr(feature, "decode"):
-            dataset = dataset.cast_column(column, feature)
-        else:  # `Dataset.cast_column` would write all rows again, although none of them is another
-            fingerprint, dataset = Hasher.hash((dataset._fingerprint, "undecoded", column)), copy.copy(dataset)
-            dataset._info, dataset._fingerprint = copy.deepcopy(dataset._info), fingerprint
-            dataset._info.features[column] = feature
-    return dataset
-
-
-def _undecoded_feature(feature: Any) -> Any:
-    """A feature of which nothing is decoded: images, audio and whatever else has a `decode` of its own."""
-    if isinstance(feature, dict):
-        return {name: _undecoded_feature(field) for name, field in feature.items()}
-    if isinstance(feature, List | LargeList):
-        return replace(feature, feature=_undecoded_feature(feature.feature))
-    return replace(feature, decode=False) if hasattr(feature, "decode") else feature
 
 
 def _faults(

@@ -233,7 +233,7 @@ def with_images(dataset: Source, file: Path) -> Source:
     names = list(image_paths(dataset, file))
     if names and isinstance(dataset, IterableDataset) and "id" not in column_names(dataset):
         features = dataset.features
-        dataset = dataset.map(PathIds(names))
+        dataset = without_decoding(dataset).map(PathIds(names))
         if features is not None:
             dataset = dataset.cast(Features({**features, "id": Value("string")}))
     for name in names:
@@ -361,7 +361,8 @@ def image_paths(dataset: Source, file: Path) -> Iterator[str]:
 def first_texts(dataset: Source) -> dict[str, str]:
     """The first text in each column of texts; of a stream, those of its first row."""
     if isinstance(dataset, IterableDataset):
-        return {name: value for name, value in next(iter(dataset), {}).items() if isinstance(value, str)}
+        row = next(iter(without_decoding(dataset)), {})
+        return {name: value for name, value in row.items() if isinstance(value, str)}
     texts = {}
     for name, feature in dataset.features.items():
         if is_text(feature):
