@@ -14,6 +14,7 @@ import argparse
 import math
 import tempfile
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -216,6 +217,10 @@ def main() -> None:
     args = stage_args(__doc__)
     record = Record(args, figures)
     functions = {"right": right, "memory": memory}
+    if find_spec("bitsandbytes") is None:
+        for one in cases(args):
+            record.skip(one, "bitsandbytes is not installed")
+        return
     with nullcontext() if args.device == "cuda" else quantizing_on_the_cpu():
         for one in cases(args):
             settings = {name: value for name, value in one.items() if name != "what"}
