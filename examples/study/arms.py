@@ -3,12 +3,15 @@
 
 """What the study does to the two base models: its arms, and how one of them is run with one seed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from trl_diffusion.guidance import negative_preference_guidance
 from trl_diffusion.quickstart import cpo, iapo
@@ -91,6 +94,13 @@ SCENES = {
         "IAPO, covering, w_neg 0.0, inversion", {"w_neg": 0.0, "mask_overlap": "covering", **INVERSION}
     ),
 }
+
+
+def npo_forms(name: str) -> dict[str, tuple[str, ...]]:
+    """What the unconditional branch of an aligned arm gets: the reversed adapter on the base, or on the aligned one, as released."""
+    return {"base": ("reversed",), "aligned": (name, "reversed")}
+
+
 PAINTINGS = {
     "base": Arm("base"),
     "sft": Arm("SFT on the best", {}, kind="sft"),
@@ -111,7 +121,7 @@ PAINTINGS = {
     **{
         f"{name}_npo_{form}": Arm(f"{title} + NPO, {form} + reversed", negative=negative, positive=name)
         for name, title in (("present_1.0", "CPO-S, strength 1.0"), ("paired_2.0", "CPO-S, paired, strength 2.0"))
-        for form, negative in (("base", ("reversed",)), ("aligned", (name, "reversed")))
+        for form, negative in npo_forms(name).items()
     },
 }
 
@@ -138,13 +148,8 @@ def run_painting(name: str, seed: int, sizes: Sizes) -> dict[str, Any]:
     record = {}
     prompts = evaluation_prompts(sizes.num_samples, seed, sample_painting)
     if arm.negative:
-        for adapter in dict.fromkeys(filter(None, (arm.positive, *arm.negative))):
-            folder = folder_of("paintings", adapter, seed, sizes.output_dir)
-            pipeline.load_lora_weights(folder, adapter_name=adapter_name(adapter))
-        positive = adapter_name(arm.positive) if arm.positive else None
-        negative = {adapter_name(adapter): 1.0 for adapter in arm.negative}
-        with negative_preference_guidance(pipeline, positive, negative):
-            images = generate(pipeline, prompts, seed)
+        folder = partial(folder_of, "paintings", seed=seed, output_dir=sizes.output_dir)
+        images = generate_guided(pipeline, arm.positive, arm.negative, folder, prompts, seed)
     else:
         if arm.settings is not None:
             paintings = painting_dataset(sizes.num_rows, seed=seed)
@@ -173,9 +178,23 @@ ARMS = {
 }
 
 
-def adapter_name(arm: str) -> str:
-    """The name of an arm's adapter in a pipeline, where peft allows no dot."""
-    return arm.replace(".", "_")
+def generate_guided(
+    pipeline: DiffusionPipeline,
+    positive: str | None,
+    negative: tuple[str, ...],
+    folder: Callable[[str], str],
+    prompts: list[str],
+    seed: int,
+) -> list[Image.Image]:
+    """
+    Generates images with the adapter of one arm in the conditional branch of guidance, and the sum of others in the unconditional
+    one. `folder` goes from an arm to its adapter's folder.
+    """
+    names = {arm: arm.replace(".", "_") for arm in filter(None, (positive, *negative))}  # peft allows no dot
+    for arm, name in names.items():
+        pipeline.load_lora_weights(folder(arm), adapter_name=name)
+    with negative_preference_guidance(pipeline, names.get(positive), {names[arm]: 1.0 for arm in negative}):
+        return generate(pipeline, prompts, seed)
 
 
 def fine_tune(pipeline: DiffusionPipeline, pairs: Dataset, settings: dict[str, Any]) -> AttributeSFTTrainer:

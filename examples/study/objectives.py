@@ -26,7 +26,7 @@ from trl_diffusion.trainer.diffusion_kto_config import DiffusionKTOConfig
 from trl_diffusion.trainer.diffusion_kto_trainer import DiffusionKTOTrainer
 from trl_diffusion.trainer.diffusion_trainer import DiffusionTrainer
 
-from .arms import fine_tune
+from .arms import fine_tune, npo_forms
 
 
 BREAKING = "breaking"
@@ -212,7 +212,7 @@ PAINTINGS = {
     **{
         f"{name}_npo_{form}": Objective(f"{title} + NPO, {form} + reversed", positive=name, negative=negative)
         for name, title in (("present", "CPO-S, strength 1.0"), ("paired", "CPO-S, paired, strength 2.0"))
-        for form, negative in (("base", ("reversed",)), ("aligned", (name, "reversed")))
+        for form, negative in npo_forms(name).items()
     },
 }
 

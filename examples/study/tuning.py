@@ -16,13 +16,12 @@ import torch
 from datasets import Dataset, load_from_disk
 
 from trl_diffusion.files import write_file
-from trl_diffusion.guidance import negative_preference_guidance
 from trl_diffusion.quickstart.paintings import painting_dataset
 from trl_diffusion.quickstart.sampling import generate, load_pipeline
 from trl_diffusion.scripts.quickstart import PACKAGES
 
-from .arms import Sizes, last_metrics
-from .objectives import BREAKING, WORLDS, Objective, World
+from .arms import Sizes, generate_guided, last_metrics
+from .objectives import BREAKING, WORLDS, World
 from .runs import settings_of
 
 
@@ -64,7 +63,11 @@ def run(world: str, name: str, seed: int, rate: float | None, sizes: Sizes) -> d
         if place.rows is painting_dataset:  # a LoRA, which an arm of guidance may use
             trainer.save_model()
     if objective.negative:
-        images = generate_guided(pipeline, world, objective, prompts, seed, sizes)
+
+        def folder(arm: str) -> str:
+            return str(folder_of(world, arm, seed, rate_of(world, arm, sizes), sizes))
+
+        images = generate_guided(pipeline, objective.positive, objective.negative, folder, prompts, seed)
     else:
         images = generate(pipeline, prompts, seed)
     record = {"arm": name, "seed": seed} | place.score(images, prompts) | record
@@ -86,15 +89,6 @@ def rows_of(world: str, seed: int, sizes: Sizes) -> Dataset:
         except OSError:  # another process was faster
             pass
     return load_from_disk(str(folder))
-
-
-def generate_guided(pipeline, world: str, objective: Objective, prompts: list[str], seed: int, sizes: Sizes) -> list:
-    """Generates images with one adapter in the conditional branch of guidance, and the sum of others in the unconditional one."""
-    for name in dict.fromkeys(filter(None, (objective.positive, *objective.negative))):
-        folder = folder_of(world, name, seed, rate_of(world, name, sizes), sizes)
-        pipeline.load_lora_weights(str(folder), adapter_name=name)
-    with negative_preference_guidance(pipeline, objective.positive, dict.fromkeys(objective.negative, 1.0)):
-        return generate(pipeline, prompts, seed)
 
 
 # ----- learning rates -----
