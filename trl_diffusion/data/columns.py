@@ -20,7 +20,7 @@ from ..messages import cut, quoted, shown
 
 Row = dict[str, Any]
 Source = Dataset | IterableDataset
-MEDIA = (Image, Audio, Video)
+MEDIA = (Image, Audio, Video)  # types that `datasets` decodes as it reads a row
 
 
 def check_names(mapping: dict[str, str]) -> None:

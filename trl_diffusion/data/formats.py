@@ -157,7 +157,7 @@ def prepare_dataset(
     dataset = without_decoding(dataset, (*image_columns, "instances") if is_transformed else None)
     if "id" not in present and isinstance(dataset, Dataset):
         dataset = numbered(dataset)
-    if isinstance(dataset, IterableDataset) or dataset.format["type"] != "custom":
+    if not is_transformed:
         for column, fault in _faults(dataset, name, columns, image_columns):
             if faults is None:
                 raise ValueError(fault)
